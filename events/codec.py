@@ -1,0 +1,274 @@
+"""A commit as bytes: an array of tagged events, in MessagePack (what kvplane writes) or JSON (what people write).
+
+`decode` is the only door from the log into the folds. It knows from the subject which events may be there and whose
+they must be, and raises `BadCommit` with one of `REASONS` for everything else. It raises nothing else, for any bytes.
+
+Headers of a commit: `Nats-Msg-Id` (duplicates within the server's window), `Content-Type`, `Kv-Writer` and
+`Kv-Writer-Seq` (a counter for each writer and subject, so that a duplicate is known at any distance), `Kv-Based-On` (the
+sequence that a deciding writer had applied) and `Kv-Crc32` (8 hex digits over the body).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping  # noqa: TC003 - NamedTuple fields are evaluated
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import msgspec
+from msgspec import Meta
+
+from events import types
+from events.errors import BadCommit, BadHashes, BadName
+from events.hashing import format_hash, pack_hashes, parse_hash, unpack_hashes
+from events.subjects import NAME_LIMIT, Place, Room, check_name, place_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+MSGPACK = "application/msgpack"
+JSON = "application/json"
+
+WRITER = "Kv-Writer"
+WRITER_SEQ = "Kv-Writer-Seq"
+BASED_ON = "Kv-Based-On"
+CRC32 = "Kv-Crc32"
+CONTENT_TYPE = "Content-Type"
+
+REASONS = {
+    "foreign_subject": "the subject is none of this fleet's log",
+    "checksum": "the body does not have the checksum of its header",
+    "bad_header": "a Kv- header is malformed",
+    "undecodable": "the body is neither MessagePack nor JSON of an array of events",
+    "unknown_type": "an event's type or version is not known here, or not allowed on this subject",
+    "invalid": "an event's fields are not valid",
+    "wrong_subject": "an event speaks for another node, model or writer than its subject",
+}
+"""Why a commit is skipped before any state is looked at."""
+
+_PACKED_FIELDS = ("hashes", "stored", "evicted")
+_HASH_BYTES = 8
+
+
+class Message(NamedTuple):
+    """One message of the log as it was stored. `time` is when the server stored it, in unix nanoseconds."""
+
+    sequence: int
+    subject: str
+    time: int
+    headers: Mapping[str, str] | None
+    body: bytes
+
+
+class Commit(NamedTuple):
+    """A decoded commit. `writer` is empty when the message names none."""
+
+    place: Place
+    events: Sequence[types.Event]
+    writer: str
+    writer_seq: int
+    based_on: int | None
+
+
+def _decoder(union: Any) -> tuple[msgspec.msgpack.Decoder[list[types.Event]], Any]:  # noqa: ANN401 - a type form
+    form = Annotated[list[union], Meta(min_length=1, max_length=types.EVENTS_LIMIT)]
+    return msgspec.msgpack.Decoder(form), form
+
+
+_DECODERS: dict[Room, tuple[msgspec.msgpack.Decoder[list[types.Event]], Any]] = {
+    "node": _decoder(types.NodeEvent),
+    "cache": _decoder(types.CacheEvent),
+    "session": _decoder(types.SessionEvent),
+    "access": _decoder(types.AccessEvent),
+    "control": _decoder(types.ControlEvent),
+}
+_ENCODER = msgspec.msgpack.Encoder()
+
+
+def encode(events: Sequence[types.Event]) -> bytes:
+    """Body of a commit in MessagePack."""
+    return _ENCODER.encode(events)
+
+
+def encode_one(event: types.Event) -> bytes:
+    """One event alone, to be joined by `join`: lets a group commit count bytes as it grows."""
+    return _ENCODER.encode(event)
+
+
+def join(encoded: Sequence[bytes]) -> bytes:
+    """Body of a commit from events that are encoded already."""
+    count = len(encoded)
+    if count < 16:  # noqa: PLR2004 - MessagePack fixarray
+        head = bytes((0x90 | count,))
+    elif count < 1 << 16:
+        head = b"\xdc" + count.to_bytes(2, "big")
+    else:
+        head = b"\xdd" + count.to_bytes(4, "big")
+    return head + b"".join(encoded)
+
+
+def checksum(body: bytes) -> str:
+    """Value of the `Kv-Crc32` header."""
+    return f"{zlib.crc32(body):08x}"
+
+
+def to_builtins(event: types.Event) -> dict[str, Any]:
+    """An event as plain data for JSON: packed hashes become lists of hex strings."""
+    data: dict[str, Any] = msgspec.to_builtins(event, builtin_types=(bytes,))
+    for field in _PACKED_FIELDS:
+        if isinstance(data.get(field), bytes):
+            data[field] = [format_hash(value) for value in unpack_hashes(data[field])]
+    if data.get("parent") is not None:
+        data["parent"] = format_hash(data["parent"])
+    if data.get("engine_hashes"):
+        data["engine_hashes"] = [h.hex() if isinstance(h, bytes) else h for h in data["engine_hashes"]]
+    return data
+
+
+def encode_json(events: Sequence[types.Event]) -> bytes:
+    """Body of a commit in JSON."""
+    return msgspec.json.encode([to_builtins(event) for event in events])
+
+
+def _from_json(body: bytes, form: Any) -> list[types.Event]:  # noqa: ANN401 - a type form
+    raw = msgspec.json.decode(body)
+    if not isinstance(raw, list):
+        raise BadCommit("undecodable", "the body must be an array of events")
+    for event in raw:
+        if not isinstance(event, dict):
+            raise BadCommit("undecodable", "each event must be an object with a type")
+        for field in _PACKED_FIELDS:
+            if isinstance(event.get(field), list):
+                event[field] = pack_hashes(_json_hash(value) for value in event[field])
+        if event.get("parent") is not None:
+            event["parent"] = _json_hash(event["parent"])
+    events: list[types.Event] = msgspec.convert(raw, form, builtin_types=(bytes,))
+    return events
+
+
+def _json_hash(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise BadHashes(f"{str(value)[:40]!r} is no block hash; write it in decimal or as 0x and hex digits")
+    return parse_hash(value)
+
+
+def decode_body(room: Room, body: bytes) -> Sequence[types.Event]:
+    """Events of a body that lies in this room. Raises `BadCommit`."""
+    decoder, form = _DECODERS[room]
+    try:
+        if body[:1] in b"[ \n\r\t" and body:
+            return _from_json(body, form)
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        detail = str(error)
+        unknown = "type`" in detail and detail.startswith(("Invalid value", "Object missing required field `type`"))
+        raise BadCommit("unknown_type" if unknown else "invalid", detail) from None
+    except BadHashes as error:
+        raise BadCommit("invalid", str(error)) from None
+    except (msgspec.DecodeError, UnicodeError, RecursionError, ValueError, OverflowError) as error:
+        raise BadCommit("undecodable", str(error)[:200] or type(error).__name__) from None
+
+
+def _packed(packed: bytes, field: str) -> None:
+    if len(packed) % _HASH_BYTES:
+        raise BadCommit("invalid", f"{field} has {len(packed)} bytes; 8 bytes a block are needed")
+
+
+def _check_registered(event: types.NodeRegistered) -> None:
+    try:
+        for model in event.models:
+            check_name(model, "model")
+    except BadName as error:
+        raise BadCommit("invalid", str(error)) from None
+    if len(set(event.models)) != len(event.models):
+        raise BadCommit("invalid", "models names a model twice")
+    if "gpu" not in event.capacity_blocks:
+        raise BadCommit("invalid", "capacity_blocks must say how many blocks the tier gpu holds")
+
+
+def _check_stored(event: types.BlocksStored) -> None:
+    _packed(event.hashes, "hashes")
+    if event.engine_hashes is not None and len(event.engine_hashes) * _HASH_BYTES != len(event.hashes):
+        raise BadCommit("invalid", "engine_hashes and hashes must have one entry a block each")
+
+
+def _check_placed(event: types.BlocksPlaced) -> None:
+    _packed(event.stored, "stored")
+    _packed(event.evicted, "evicted")
+
+
+def _check_session(event: types.SessionAssigned | types.SessionEnded) -> None:
+    if not event.session.isprintable():
+        raise BadCommit("invalid", "session holds a character that can't be printed")
+
+
+def _check_routed(event: types.RequestRouted) -> None:
+    _packed(event.hashes, "hashes")
+    if event.match > event.blocks:
+        raise BadCommit("invalid", f"match {event.match} is more than the {event.blocks} blocks of the request")
+    if len(event.hashes) not in (0, event.blocks * _HASH_BYTES):
+        raise BadCommit("invalid", "hashes must be empty or have one entry a block")
+
+
+_CHECKS: dict[type[types.Event], Callable[[Any], None]] = {
+    types.NodeRegistered: _check_registered,
+    types.BlocksStored: _check_stored,
+    types.BlocksRemoved: lambda event: _packed(event.hashes, "hashes"),
+    types.BlocksPlaced: _check_placed,
+    types.SessionAssigned: _check_session,
+    types.SessionEnded: _check_session,
+    types.RequestRouted: _check_routed,
+}
+
+
+def validate(place: Place, events: Sequence[types.Event]) -> None:
+    """Raise `BadCommit` unless every event is valid and may lie in this place. State is not looked at."""
+    room, name = place
+    for event in events:
+        check = _CHECKS.get(type(event))
+        if check is not None:
+            check(event)
+    if room in {"node", "cache"}:
+        for event in events:
+            if event.node != name:  # type: ignore[attr-defined]
+                spoken = event.node  # type: ignore[attr-defined]
+                raise BadCommit("wrong_subject", f"the subject is of node {name!r}, an event of {spoken[:80]!r}")
+        if len(events) > 1 and (room == "node" or any(type(event) is types.BlocksPlaced for event in events)):
+            raise BadCommit("invalid", "a node's change or a placement must be alone in its commit")
+    elif room == "session":
+        for event in events:
+            if event.model != name:  # type: ignore[attr-defined]
+                raise BadCommit("wrong_subject", f"the subject is of model {name!r}, an event of another")
+
+
+def decode(fleet: str, message: Message) -> Commit:
+    """Decode and validate one message of the log. Raises `BadCommit` and nothing else."""
+    _, subject, _, headers, body = message
+    try:
+        place = place_of(fleet, subject)
+    except BadName as error:
+        raise BadCommit("foreign_subject", str(error)) from None
+    writer, writer_seq, based_on = "", 0, None
+    if headers:
+        crc = headers.get(CRC32)
+        if crc is not None and crc != checksum(body):
+            raise BadCommit("checksum", f"the body has checksum {checksum(body)}, its header says {crc[:16]}")
+        writer = headers.get(WRITER, "")
+        counter = headers.get(WRITER_SEQ)
+        based = headers.get(BASED_ON)
+        if writer and counter is not None:
+            writer_seq = _number(WRITER_SEQ, counter)
+        if based is not None:
+            based_on = _number(BASED_ON, based)
+        if writer and (len(writer) > NAME_LIMIT or not writer.isprintable()):
+            raise BadCommit("bad_header", f"{WRITER} must be at most {NAME_LIMIT} printable characters")
+    events = decode_body(place.room, body)
+    validate(place, events)
+    if place.room == "access" and writer and writer != place.name:
+        raise BadCommit("wrong_subject", f"the subject is of writer {place.name!r}, {WRITER} says {writer!r}")
+    return Commit(place, events, writer, writer_seq, based_on)
+
+
+def _number(header: str, text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 17):  # noqa: PLR2004 - below 2^53
+        raise BadCommit("bad_header", f"{header} is {text[:40]!r}; it must be a number")
+    return int(text)

@@ -1,0 +1,68 @@
+"""Errors of this package. Each says whose fault it is and what to do; `code` is for programs."""
+
+from __future__ import annotations
+
+
+class KvplaneError(Exception):
+    """Base of all errors that kvplane raises on purpose. `code` is stable, the sentence is for people."""
+
+    code = "error"
+
+
+class BadName(KvplaneError):
+    """A fleet, node, model, session or writer name that can't be used. The caller's fault."""
+
+    code = "bad_name"
+
+
+class BadHashes(KvplaneError):
+    """Tokens or hashes that can't be turned into block hashes. The caller's fault."""
+
+    code = "bad_hashes"
+
+
+class BadCommit(KvplaneError):
+    """A message on the log that is no valid commit for its subject. The writer's fault; every reader skips it.
+
+    `code` is one of the reasons in `codec.REASONS`.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.code = reason
+
+
+class LogError(KvplaneError):
+    """The log could not be used."""
+
+    code = "log"
+
+
+class LogUnavailable(LogError):
+    """The log did not acknowledge in time. The commit may or may not be stored; a retry has the same id."""
+
+    code = "log_unavailable"
+
+
+class LogMissing(LogError):
+    """The fleet's stream does not exist, or the server has no JetStream."""
+
+    code = "log_missing"
+
+
+class LogCorrupt(LogError):
+    """A gap in the sequence or a stream that does not hold what it must. Never skipped silently."""
+
+    code = "log_corrupt"
+
+
+class LostRace(LogError):
+    """Another writer changed the subject first. Read on and decide again."""
+
+    code = "lost_race"
+
+
+class CommitTooLarge(LogError):
+    """One event alone is larger than the server's message limit, or a commit holds too many events."""
+
+    code = "commit_too_large"

@@ -1,0 +1,4 @@
+"""The log: a JetStream stream a fleet, the only durable state. This package holds the I/O of `events`.
+
+`connection` connects, `stream` creates and checks the stream, `append` writes commits, `follow` reads them in order.
+"""

@@ -1,0 +1,269 @@
+"""Writing commits to the log.
+
+Nothing that was acknowledged may be lost and nothing may be stored twice, so every try of a commit has the same message
+id (the server drops duplicates within its window) and the same counter (readers drop duplicates at any distance). A
+writer has one commit in flight a subject: counters then arrive in order, and a retry can't overtake.
+
+`Appender` writes one commit and waits. `GroupWriter` is for high rates: it gathers events while a commit is in flight.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import anyio
+import structlog
+from nats.errors import Error as NatsError
+
+from events import codec
+from events.errors import CommitTooLarge, LogError, LogUnavailable, LostRace
+from events.subjects import stream_name
+from events.types import EVENTS_LIMIT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from nats.aio.client import Client
+
+    from events.types import Event
+
+ACK_SECONDS = 2.0
+"""How long one try waits for its acknowledgement."""
+RETRY_SECONDS = 0.05
+"""First pause between tries; doubled up to a second."""
+HEADERS_BYTES = 512
+"""Room for headers, kept free below the server's message limit."""
+
+_WRONG_LAST_SEQUENCE = {10071, 10164}
+
+_log = structlog.get_logger("kvplane.log")
+
+
+def new_writer(role: str) -> str:
+    """Name for a writer's life. Never used again, so that its counters start at 1."""
+    return f"{role}-{uuid4().hex[:16]}"
+
+
+class Appender:
+    """Appends commits of one writer to a fleet's log."""
+
+    def __init__(self, client: Client, fleet: str, writer: str) -> None:
+        self.client = client
+        self.fleet = fleet
+        self.writer = writer
+        self._stream = stream_name(fleet)
+        self._counters: dict[str, int] = {}
+        self._locks: dict[str, anyio.Lock] = {}
+
+    async def append(
+        self,
+        subject: str,
+        events: Sequence[Event],
+        *,
+        expected: int | None = None,
+        based_on: int | None = None,
+        give_up: float = 30.0,
+    ) -> int:
+        """Append one commit and return its sequence, once it is on disk.
+
+        `expected` is the sequence of the subject's last message. Raises `LostRace` when it isn't, `LogUnavailable` when
+        there was no acknowledgement in `give_up` seconds (the commit may be stored then), `CommitTooLarge`.
+        """
+        return await self.append_encoded(
+            subject, codec.encode(events), expected=expected, based_on=based_on, give_up=give_up
+        )
+
+    async def append_encoded(
+        self,
+        subject: str,
+        body: bytes,
+        *,
+        expected: int | None = None,
+        based_on: int | None = None,
+        give_up: float = 30.0,
+    ) -> int:
+        """`append` for a body that is encoded already."""
+        async with self._locks.setdefault(subject, anyio.Lock()):
+            headers = self._headers(subject, body)
+            if expected is not None:
+                headers["Nats-Expected-Last-Subject-Sequence"] = str(expected)
+            if based_on is not None:
+                headers[codec.BASED_ON] = str(based_on)
+            return await self._until_acknowledged(subject, body, headers, give_up, None)
+
+    async def append_forever(self, subject: str, body: bytes, on_try: Callable[[bool], None]) -> int:
+        """Append one commit, however long the log is away; `on_try` learns of each try whether it was acknowledged."""
+        async with self._locks.setdefault(subject, anyio.Lock()):
+            return await self._until_acknowledged(subject, body, self._headers(subject, body), math.inf, on_try)
+
+    def _headers(self, subject: str, body: bytes) -> dict[str, str]:
+        limit = self.client.max_payload - HEADERS_BYTES
+        if len(body) > limit:
+            raise CommitTooLarge(
+                f"a commit of {len(body)} bytes is over the server's limit of {limit}; split it, or raise max_payload"
+            )
+        counter = self._counters[subject] = self._counters.get(subject, 0) + 1
+        return {
+            "Nats-Msg-Id": f"{self.writer}.{counter}.{uuid4().hex}",
+            "Nats-Expected-Stream": self._stream,
+            codec.CONTENT_TYPE: codec.MSGPACK,
+            codec.WRITER: self.writer,
+            codec.WRITER_SEQ: str(counter),
+            codec.CRC32: codec.checksum(body),
+        }
+
+    async def _until_acknowledged(
+        self,
+        subject: str,
+        body: bytes,
+        headers: dict[str, str],
+        give_up: float,
+        on_try: Callable[[bool], None] | None,
+    ) -> int:
+        deadline = anyio.current_time() + give_up
+        pause = RETRY_SECONDS
+        retried = False
+        # A group writer has nobody to tell: it also waits for a full disk or a missing stream to be mended.
+        worth_a_retry = (NatsError, OSError, TimeoutError, LogUnavailable if on_try is None else LogError)
+        while True:
+            try:
+                sequence = await self._publish(subject, body, headers, retried=retried)
+            except worth_a_retry as error:
+                if on_try is not None:
+                    on_try(False)
+                if anyio.current_time() + pause > deadline:
+                    raise LogUnavailable(
+                        f"the log did not acknowledge a commit on {subject} in {give_up:g} s ({error!r}); "
+                        "it may be stored all the same"
+                    ) from error
+                retried = True
+                await anyio.sleep(pause)
+                pause = min(1.0, pause * 2)
+            else:
+                if on_try is not None:
+                    on_try(True)
+                return sequence
+
+    async def _publish(self, subject: str, body: bytes, headers: dict[str, str], *, retried: bool) -> int:
+        answer = json.loads((await self.client.request(subject, body, timeout=ACK_SECONDS, headers=headers)).data)
+        error = answer.get("error")
+        if error is None:
+            sequence: int = answer["seq"]
+            return sequence
+        if error.get("err_code") in _WRONG_LAST_SEQUENCE:
+            if retried:
+                # With one replica the server looks at the expectation before the id: it may be our own first try.
+                stored = await self._stored(subject, headers["Nats-Msg-Id"])
+                if stored is not None:
+                    return stored
+            raise LostRace(f"another writer changed {subject} first")
+        if error.get("code") == 503:  # noqa: PLR2004 - HTTP-like code of the JetStream API
+            raise LogUnavailable(error.get("description", "JetStream is not available"))
+        raise LogError(f"the log refused a commit on {subject}: {error.get('description')} ({error.get('err_code')})")
+
+    async def _stored(self, subject: str, message_id: str) -> int | None:
+        """Sequence of the subject's last message if it has this id."""
+        last = await self.client.jetstream().get_last_msg(self._stream, subject)
+        if last.headers and last.headers.get("Nats-Msg-Id") == message_id:
+            return last.seq
+        return None
+
+
+class GroupWriter:
+    """Gathers events for one subject and appends them in groups, in the order in which they were given.
+
+    A group is sent as soon as the one before it is acknowledged and `linger` seconds have passed, or when it is full. At
+    most `limit` events wait; `put` drops the oldest beyond that and counts it, `send` waits for room instead.
+    """
+
+    def __init__(self, appender: Appender, subject: str, *, linger: float = 0.002, limit: int = 100_000) -> None:
+        self._appender = appender
+        self._subject = subject
+        self._linger = linger
+        self._limit = limit
+        self._waiting: deque[bytes] = deque()
+        self._in_flight = 0
+        self._wake = anyio.Event()
+        self._progress = anyio.Event()
+        self.acknowledged = 0
+        """Events on disk."""
+        self.dropped = 0
+        """Events that could not wait any longer for the log."""
+        self.available = True
+        """Whether the log acknowledged the last try."""
+        self.last_sequence = 0
+
+    @property
+    def waiting(self) -> int:
+        """Events that are not yet acknowledged."""
+        return len(self._waiting) + self._in_flight
+
+    def put(self, event: Event) -> None:
+        """Hand over an event without waiting."""
+        self._waiting.append(codec.encode_one(event))
+        if len(self._waiting) > self._limit:
+            self._waiting.popleft()
+            self.dropped += 1
+        if not self._wake.is_set():
+            self._wake.set()
+
+    async def send(self, event: Event) -> None:
+        """Hand over an event; wait while too many are waiting."""
+        while len(self._waiting) >= self._limit:
+            await self._progress.wait()
+        self.put(event)
+
+    async def flush(self) -> None:
+        """Wait until everything handed over so far is on disk or dropped."""
+        goal = self.acknowledged + self.dropped + self.waiting
+        while self.acknowledged + self.dropped < goal:
+            await self._progress.wait()
+
+    async def run(self) -> None:
+        """Append groups until cancelled."""
+        while True:
+            if not self._waiting:
+                self._wake = anyio.Event()
+                await self._wake.wait()
+                if self._linger:
+                    await anyio.sleep(self._linger)
+            group = self._take()
+            if group:
+                await self._append(group)
+                self.acknowledged += len(group)
+            self._in_flight = 0
+            self._progress.set()
+            self._progress = anyio.Event()
+
+    def _take(self) -> list[bytes]:
+        room = self._appender.client.max_payload - HEADERS_BYTES - 8
+        group: list[bytes] = []
+        waiting = self._waiting
+        while waiting and len(group) < EVENTS_LIMIT:
+            size = len(waiting[0])
+            if size > room:
+                if group:
+                    break
+                waiting.popleft()
+                self.dropped += 1
+                _log.error("event_too_large", subject=self._subject, bytes=size)
+                room = self._appender.client.max_payload - HEADERS_BYTES - 8
+                continue
+            room -= size
+            group.append(waiting.popleft())
+        self._in_flight = len(group)
+        return group
+
+    async def _append(self, group: list[bytes]) -> None:
+        """Append until acknowledged: the writer's counter stays the same, however long the log is away."""
+        self.last_sequence = await self._appender.append_forever(self._subject, codec.join(group), self._set_available)
+
+    def _set_available(self, available: bool) -> None:  # noqa: FBT001 - a callback
+        if available is not self.available:
+            self.available = available
+            event = "log_is_back" if available else "log_is_away"
+            _log.warning(event, subject=self._subject, waiting=self.waiting, dropped=self.dropped)

@@ -1,0 +1,82 @@
+"""Connecting to NATS the way a control plane must: never give up, never buffer blindly, never fail in silence."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import nats
+import structlog
+from nats.errors import Error as NatsError
+from nats.errors import StaleConnectionError, UnexpectedEOF
+
+from events.errors import LogUnavailable
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from nats.aio.client import Client
+
+DEFAULT_URL = "nats://127.0.0.1:4222"
+CONNECT_SECONDS = 10.0
+
+_log = structlog.get_logger("kvplane.nats")
+
+
+@asynccontextmanager
+async def connected(
+    servers: Sequence[str], name: str, *, connect_seconds: float = CONNECT_SECONDS
+) -> AsyncIterator[Client]:
+    """A client of these servers, drained at the end.
+
+    Once connected it reconnects for ever. Publishing while it is disconnected is refused instead of buffered: a commit
+    that was given up must not be stored later. Raises `LogUnavailable` when no server answers in `connect_seconds`.
+    """
+
+    async def on_error(error: Exception) -> None:
+        if isinstance(error, OSError | UnexpectedEOF | StaleConnectionError):
+            # Every try to reconnect ends here; `nats_disconnected` has said it already.
+            _log.debug("nats_retry", client=name, error=str(error))
+            return
+        # Slow consumers and permission violations are only ever reported here.
+        _log.error("nats_error", client=name, error=str(error) or type(error).__name__)
+
+    async def on_disconnected() -> None:
+        _log.warning("nats_disconnected", client=name)
+
+    async def on_reconnected() -> None:
+        _log.info("nats_reconnected", client=name)
+
+    try:
+        client = await nats.connect(
+            servers=list(servers),
+            name=name,
+            inbox_prefix=f"_INBOX_{uuid4().hex[:12]}",
+            connect_timeout=2,
+            allow_reconnect=True,
+            max_reconnect_attempts=max(3, int(connect_seconds / 0.1)),
+            reconnect_time_wait=0.1,
+            ping_interval=5,
+            max_outstanding_pings=2,
+            pending_size=0,
+            flush_timeout=5,
+            error_cb=on_error,
+            disconnected_cb=on_disconnected,
+            reconnected_cb=on_reconnected,
+        )
+    except (NatsError, OSError) as error:
+        where = ", ".join(servers)
+        raise LogUnavailable(
+            f"no NATS server answers at {where}; start one with `kvplane up`, or name yours with --server or "
+            f"KVPLANE_SERVER ({type(error).__name__})"
+        ) from None
+    client.options["max_reconnect_attempts"] = -1
+    try:
+        yield client
+    finally:
+        with suppress(NatsError, OSError, TimeoutError):
+            if client.is_connected:
+                await client.drain()
+            else:
+                await client.close()

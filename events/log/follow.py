@@ -1,0 +1,253 @@
+"""Reading the log: every message once, in order, for ever; or an alarm.
+
+A follower has an ephemeral push consumer without acknowledgements. When messages or heartbeats stop, when the server
+numbers a delivery out of turn, or after a reconnect that lost the consumer, it makes a new one from the sequence after
+the last that it handed on. A message that is missing on the log itself can't be got again: that is `LogCorrupt`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from functools import partial
+from typing import TYPE_CHECKING
+
+import anyio
+import structlog
+from nats.errors import Error as NatsError
+from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
+from nats.js.errors import APIError
+
+from events.codec import Message
+from events.errors import KvplaneError, LogCorrupt, LogUnavailable
+from events.log.stream import open_stream
+from events.subjects import stream_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from nats.aio.client import Client
+    from nats.aio.msg import Msg
+    from nats.aio.subscription import Subscription
+
+HEARTBEAT_SECONDS = 1.0
+LOOK_SECONDS = 0.1
+"""How often the follower looks whether the connection was replaced."""
+PENDING_BYTES = 256 << 20
+"""Bytes that may wait in the client; the server's flow control keeps below it."""
+
+_log = structlog.get_logger("kvplane.log")
+
+# $JS.ACK.<stream>.<consumer>.<delivered>.<stream seq>.<consumer seq>.<time>.<pending>, or with a domain and an account
+# hash after ACK and a random token at the end (server ADR-15).
+_SHORT, _LONG = 9, 12
+
+
+def _metadata(reply: str) -> tuple[int, int, int]:
+    """Stream sequence, consumer sequence and time of a delivered message."""
+    parts = reply.split(".")
+    base = 5 if len(parts) == _SHORT else 7
+    if len(parts) not in (_SHORT, _LONG - 1, _LONG):
+        raise ValueError(reply)
+    return int(parts[base]), int(parts[base + 1]), int(parts[base + 2])
+
+
+class Follower:
+    """Hands every message of a fleet's log to `handle`, in order, from the sequence after `applied` on.
+
+    `handle` is called in the event loop and must not wait. `caught_up` is set once the messages that were on the log
+    when `run` began have been handed on.
+    """
+
+    def __init__(self, client: Client, fleet: str, handle: Callable[[Message], object], *, applied: int = 0) -> None:
+        self._client = client
+        self._fleet = fleet
+        self._handle = handle
+        self._stream = stream_name(fleet)
+        self.applied = applied
+        self.target = 0
+        """Last sequence on the log when `run` began."""
+        self.caught_up = anyio.Event()
+        self.healthy = False
+        """Whether messages or heartbeats arrive."""
+        self.restarts = 0
+        self._subscription: Subscription | None = None
+        self._generation = 0
+        self._delivered = 0
+        self._heard = False
+        self._stopped: KvplaneError | Exception | None = None
+        self._restart = anyio.Event()
+
+    async def run(self) -> None:
+        """Follow until cancelled. Raises `LogCorrupt`, `LogMissing`, or what `handle` raised."""
+        state = await open_stream(self._client.jetstream(), self._fleet)
+        if self.applied + 1 < state.first_seq and state.first_seq > 1:
+            raise LogCorrupt(
+                f"the log of fleet {self._fleet!r} begins at {state.first_seq}, but {self.applied + 1} is needed next; "
+                "start from a snapshot"
+            )
+        if self.applied > state.last_seq:
+            raise LogCorrupt(
+                f"the log of fleet {self._fleet!r} ends at {state.last_seq}, but {self.applied} was applied already; "
+                "it was replaced or has lost messages"
+            )
+        self.target = state.last_seq
+        if self.applied >= self.target:
+            self.caught_up.set()
+        try:
+            while True:
+                await self._start()
+                await self._watch()
+                self.restarts += 1
+        finally:
+            with anyio.CancelScope(shield=True), contextlib.suppress(NatsError, OSError):
+                await self._stop()
+
+    async def _start(self) -> None:
+        self._restart = anyio.Event()
+        while True:
+            try:
+                await self._stop()
+                self._delivered = 0
+                # What an earlier consumer still delivers is not for this one.
+                self._generation += 1
+                inbox = self._client.new_inbox()
+                self._subscription = await self._client.subscribe(
+                    inbox,
+                    cb=partial(self._receive, self._generation),
+                    pending_msgs_limit=-1,
+                    pending_bytes_limit=PENDING_BYTES,
+                )
+                await self._client.jetstream().add_consumer(
+                    self._stream,
+                    ConsumerConfig(
+                        deliver_subject=inbox,
+                        deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
+                        opt_start_seq=self.applied + 1,
+                        ack_policy=AckPolicy.NONE,
+                        max_deliver=1,
+                        flow_control=True,
+                        idle_heartbeat=HEARTBEAT_SECONDS,
+                        inactive_threshold=30,
+                        mem_storage=True,
+                        num_replicas=1,
+                    ),
+                    timeout=2,
+                )
+            except (NatsError, APIError, OSError, TimeoutError) as error:
+                self.healthy = False
+                _log.debug("follower_waits", fleet=self._fleet, error=repr(error))
+                await anyio.sleep(0.1)
+            else:
+                self._heard = True
+                return
+
+    async def _stop(self) -> None:
+        subscription, self._subscription = self._subscription, None
+        if subscription is not None:
+            with contextlib.suppress(NatsError, OSError):
+                await subscription.unsubscribe()
+
+    async def _watch(self) -> None:
+        """Return when the consumer has to be made anew."""
+        reconnects = self._client.stats["reconnects"]
+        quiet_since = anyio.current_time()
+        while True:
+            with anyio.move_on_after(LOOK_SECONDS):
+                await self._restart.wait()
+            if self._stopped is not None:
+                raise self._stopped
+            if self._restart.is_set():
+                return
+            self.healthy = self._client.is_connected
+            if self._heard:
+                self._heard = False
+                quiet_since = anyio.current_time()
+            if self._client.is_connected and self._client.stats["reconnects"] != reconnects:
+                # The server may have restarted and forgotten the consumer.
+                return
+            if anyio.current_time() - quiet_since > 2 * HEARTBEAT_SECONDS:
+                self.healthy = False
+                _log.warning("follower_restarts", fleet=self._fleet, applied=self.applied)
+                return
+
+    async def _receive(self, generation: int, message: Msg) -> None:
+        if generation != self._generation:
+            return
+        self._heard = True
+        headers = message.headers
+        if headers is not None and headers.get("Status") == "100":
+            await self._control(message, headers)
+            return
+        if self._stopped is not None or self._restart.is_set():
+            return
+        try:
+            sequence, delivery, time = _metadata(message.reply)
+        except ValueError:
+            return
+        if delivery != self._delivered + 1:
+            self._restart.set()
+            return
+        self._delivered = delivery
+        if sequence != self.applied + 1:
+            if sequence > self.applied:
+                self._gap(sequence)
+            return
+        try:
+            self._handle(Message(sequence, message.subject, time, headers, message.data))
+        except Exception as error:  # noqa: BLE001 - carried to run(), which raises it
+            self._stopped = error
+            self._restart.set()
+            return
+        self.applied = sequence
+        if sequence >= self.target and not self.caught_up.is_set():
+            self.caught_up.set()
+
+    async def _control(self, message: Msg, headers: dict[str, str]) -> None:
+        """A heartbeat or a flow control request."""
+        if message.reply:
+            await self._client.publish(message.reply)
+            return
+        stalled = headers.get("Nats-Consumer-Stalled")
+        if stalled:
+            await self._client.publish(stalled)
+        last = headers.get("Nats-Last-Consumer")
+        if last is not None and int(last) != self._delivered:
+            self._restart.set()
+
+    def _gap(self, sequence: int) -> None:
+        self._stopped = LogCorrupt(
+            f"messages {self.applied + 1} to {sequence - 1} are missing on the log of fleet {self._fleet!r}; restore them "
+            "from a replica or a backup, or start from a snapshot behind them"
+        )
+        self._restart.set()
+
+
+async def replay(
+    client: Client, fleet: str, handle: Callable[[Message], object], *, applied: int = 0, idle_seconds: float = 30.0
+) -> int:
+    """Hand on all messages that are on the log now and return the last sequence.
+
+    Raises `LogUnavailable` when nothing arrives for `idle_seconds`, and what `Follower.run` raises.
+    """
+    follower = Follower(client, fleet, handle, applied=applied)
+    try:
+        async with anyio.create_task_group() as group:
+            group.start_soon(follower.run)
+            while not follower.caught_up.is_set():
+                before = follower.applied
+                with anyio.move_on_after(idle_seconds):
+                    await follower.caught_up.wait()
+                if not follower.caught_up.is_set() and follower.applied == before:
+                    raise LogUnavailable(f"the log of fleet {fleet!r} sent nothing for {idle_seconds:g} s")  # noqa: TRY301
+            group.cancel_scope.cancel()
+    except BaseExceptionGroup as errors:
+        raise _single(errors) from None
+    return follower.applied
+
+
+def _single(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The one error inside a group of a single task, for callers that know no groups."""
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,194 @@
+"""The events: what can happen in a fleet. Frozen, tagged with their name and version, unknown fields are ignored.
+
+Block hashes are packed little-endian u64 (`hashes: bytes`, 8 bytes a block); in JSON they are lists of decimal or hex
+strings. Times are seconds, sizes are tokens or blocks as named.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+EVENTS_LIMIT = 16384
+"""Most events in one commit."""
+HASHES_LIMIT = 1 << 18
+"""Most block hashes in one event."""
+
+Name = Annotated[str, Meta(min_length=1, max_length=128)]
+Text = Annotated[str, Meta(max_length=512)]
+Count = Annotated[int, Meta(ge=0, le=(1 << 53))]
+Hash = Annotated[int, Meta(ge=0)]
+Packed = Annotated[bytes, Meta(max_length=HASHES_LIMIT * 8)]
+Seconds = Annotated[float, Meta(ge=0)]
+Tier = Literal["gpu", "cpu", "disk"]
+TIERS: tuple[Tier, ...] = ("gpu", "cpu", "disk")
+
+
+def _tag(name: str) -> str:
+    return f"{name}.1"
+
+
+class Event(Struct, frozen=True, tag=_tag, tag_field="type", omit_defaults=True, gc=False):
+    """Base of all events. The tag is the name and the version of its shape."""
+
+
+class NodeRegistered(Event, frozen=True, tag=_tag):
+    """A node starts a life with an empty cache; its epoch is the sequence of this event."""
+
+    node: Name
+    address: Text
+    models: Annotated[list[Name], Meta(min_length=1, max_length=64)]
+    """The cache's model first, then other names that the node answers to (aliases, adapters)."""
+    block_size: Annotated[int, Meta(ge=1, le=65536)]
+    capacity_blocks: Annotated[dict[Tier, Count], Meta(max_length=3)]
+    cache_mode: Literal["managed", "reported"] = "reported"
+    engine: Text = ""
+    max_active: Count = 0
+    """Most requests at once; 0 is no limit."""
+    pulse_seconds: Seconds = 0.0
+    """How often the node promises to pulse; 0 is no promise, and silence then means nothing."""
+    labels: Annotated[dict[Name, Text], Meta(max_length=64)] = {}
+
+
+class NodeCordoned(Event, frozen=True, tag=_tag):
+    """The node takes no new requests; what runs goes on."""
+
+    node: Name
+    reason: Text = ""
+
+
+class NodeUncordoned(Event, frozen=True, tag=_tag):
+    """The node takes requests again."""
+
+    node: Name
+
+
+class NodeLost(Event, frozen=True, tag=_tag):
+    """The node is concluded to be gone: its blocks and sessions go."""
+
+    node: Name
+    reason: Text = ""
+
+
+class NodeRecovered(Event, frozen=True, tag=_tag):
+    """A lost node pulses again. Its cache is unknown until it reports or registers."""
+
+    node: Name
+
+
+class NodeRemoved(Event, frozen=True, tag=_tag):
+    """The node leaves the fleet for good."""
+
+    node: Name
+    reason: Text = ""
+
+
+class BlocksStored(Event, frozen=True, tag=_tag):
+    """A reported node holds a run of blocks. `parent` is the hash before the first, none at the root of a chain."""
+
+    node: Name
+    epoch: Count
+    batch: Count
+    hashes: Packed
+    parent: Hash | None = None
+    tier: Tier = "gpu"
+    engine_hashes: Annotated[list[int | bytes], Meta(max_length=HASHES_LIMIT)] | None = None
+
+
+class BlocksRemoved(Event, frozen=True, tag=_tag):
+    """A reported node holds these blocks no longer."""
+
+    node: Name
+    epoch: Count
+    batch: Count
+    hashes: Packed
+    tier: Tier = "gpu"
+
+
+class BlocksPlaced(Event, frozen=True, tag=_tag):
+    """A managed node is filled: what is stored and what leaves for it are one event."""
+
+    node: Name
+    epoch: Count
+    stored: Packed = b""
+    evicted: Packed = b""
+    parent: Hash | None = None
+    request: Annotated[str, Meta(max_length=128)] = ""
+
+
+class CacheCleared(Event, frozen=True, tag=_tag):
+    """The node's cache is empty, or is to be taken as empty."""
+
+    node: Name
+    epoch: Count
+    batch: Count = 0
+    reason: Text = ""
+
+
+class SessionAssigned(Event, frozen=True, tag=_tag):
+    """A session belongs on this node from now on."""
+
+    session: Name
+    model: Name
+    node: Name
+    reason: Text = ""
+
+
+class SessionEnded(Event, frozen=True, tag=_tag):
+    """A session is over."""
+
+    session: Name
+    model: Name
+    reason: Text = ""
+
+
+class Candidate(Struct, frozen=True, array_like=True, omit_defaults=True, gc=False):
+    """One node that a decision weighed: its match in blocks and its cost in the policy's unit."""
+
+    node: Name
+    match: Count
+    cost: float
+
+
+class RequestRouted(Event, frozen=True, tag=_tag):
+    """A router's decision. `applied` is the sequence that its fold had applied."""
+
+    request: Name
+    model: Name
+    node: Name
+    match: Count
+    blocks: Count
+    tokens: Count
+    hashes: Packed = b""
+    session: Annotated[str, Meta(max_length=128)] = ""
+    policy: Text = ""
+    applied: Count = 0
+    candidates: Annotated[list[Candidate], Meta(max_length=1024)] = []
+
+
+class RequestCompleted(Event, frozen=True, tag=_tag):
+    """How a routed request ended. `ttft` and `duration` are seconds from its arrival at the node."""
+
+    request: Name
+    node: Name
+    status: Text = "ok"
+    prompt_tokens: Count = 0
+    cached_tokens: Count = 0
+    output_tokens: Count = 0
+    ttft: Seconds = 0.0
+    duration: Seconds = 0.0
+
+
+class PolicyChanged(Event, frozen=True, tag=_tag):
+    """From this sequence on, every router decides by this policy."""
+
+    policy: Name
+    parameters: Annotated[dict[Name, float], Meta(max_length=64)] = {}
+
+
+NodeEvent = NodeRegistered | NodeCordoned | NodeUncordoned | NodeLost | NodeRecovered | NodeRemoved
+CacheEvent = BlocksStored | BlocksRemoved | BlocksPlaced | CacheCleared
+SessionEvent = SessionAssigned | SessionEnded
+AccessEvent = RequestRouted | RequestCompleted
+ControlEvent = PolicyChanged

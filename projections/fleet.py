@@ -1,0 +1,325 @@
+"""The state of a fleet: one fold of its log.
+
+`apply` is total. Whatever bytes lie on whatever subject, it either applies a commit whole or skips it whole for a
+reason that it counts, and it does the same on every replica. Nothing but the message decides: no clock, no random, no
+order of anything but the log. The rules that keep the invariants are here and not in those who write, because writers
+can be old, late, wrong or hostile:
+
+- a commit of an epoch that is over, or of a writer that had not seen the node's last change, changes nothing;
+- a placement on a managed node that would exceed its capacity, or evict a protected block, changes nothing;
+- a writer's counter that does not go up is a duplicate, at any distance.
+
+A decision about a request that names a node that has since gone is not the commit's fault: that one event is ignored
+and counted, the others of its commit are applied.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from events import types
+from events.codec import Commit, Message, decode
+from events.errors import BadCommit
+from events.hashing import unpack_hashes
+from projections.load import Load, prefill_speed
+from projections.nodes import Caches, Node
+from projections.recency import Recency
+from projections.sessions import Sessions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+WRITERS_LIMIT = 100_000
+"""Most (subject, writer) counters remembered; the least recently used are forgotten."""
+REMOVED_LIMIT = 100_000
+"""Most removed nodes whose last change is remembered."""
+
+DEFAULT_POLICY = "ttft"
+
+REASONS = {
+    "duplicate": "the writer's counter says that this commit is on the log already",
+    "stale": "the writer had not seen the last change of the node when it decided",
+    "unknown_node": "the node is not registered",
+    "stale_epoch": "the event is of an earlier life of the node's cache",
+    "no_change": "the node is in that state already",
+    "block_size": "another node of the model has another block size",
+    "wrong_mode": "the node's cache is not of the kind that this event is for",
+    "node_lost": "the node is lost",
+    "not_held": "a block to be evicted is not held, named twice, or stored by the same commit",
+    "protected": "a block to be evicted is used by a running request",
+    "capacity": "the node would hold more blocks than its capacity",
+}
+"""Why a valid commit is skipped, beside `codec.REASONS`."""
+
+
+class Applied(NamedTuple):
+    """What became of a message: its commit, or the reason why it was skipped."""
+
+    commit: Commit | None
+    skipped: str | None
+    detail: str = ""
+
+
+class Skip(Exception):  # noqa: N818 - control flow inside the fold, never leaves it
+    """A commit changes nothing."""
+
+
+class FleetState:
+    """Everything that routers and coordinators know of one fleet. Only `apply` changes it."""
+
+    def __init__(self, fleet: str) -> None:
+        self.fleet = fleet
+        self._deciding = (f"kv.{fleet}.node.", f"kv.{fleet}.cache.")
+        self.sequence = 0
+        self.time = 0
+        self.nodes: dict[str, Node] = {}
+        self.caches = Caches()
+        self.sessions = Sessions()
+        self.load = Load()
+        self.recency: dict[str, Recency] = {}
+        self.policy = DEFAULT_POLICY
+        self.parameters: dict[str, float] = {}
+        self.commits = 0
+        self.skipped: dict[str, int] = {}
+        self.ignored: dict[str, int] = {}
+        self.writers: dict[tuple[str, str], int] = {}
+        self.removed: dict[str, int] = {}
+        self.heads: dict[str, int] = {}
+        """Last sequence on each subject of nodes and caches, skipped commits included: what a writer must expect."""
+        self.changes = 0
+        """Counts changes of nodes and policy, so that what is derived from them knows when to be made again."""
+        self._on_event: dict[type[types.Event], Callable[..., None]] = {
+            types.NodeRegistered: self._registered,
+            types.NodeCordoned: self._cordoned,
+            types.NodeUncordoned: self._uncordoned,
+            types.NodeLost: self._lost,
+            types.NodeRecovered: self._recovered,
+            types.NodeRemoved: self._removed,
+            types.BlocksPlaced: self._placed,
+            types.SessionAssigned: self._assigned,
+            types.SessionEnded: self._ended,
+            types.RequestRouted: self._routed,
+            types.RequestCompleted: self._completed,
+            types.PolicyChanged: self._policy_changed,
+        }
+
+    def apply(self, message: Message) -> Applied:
+        """Apply one message of the log. A message at or below `sequence` is a redelivery and changes nothing."""
+        if message.sequence <= self.sequence:
+            return Applied(None, "redelivered")
+        self.sequence = message.sequence
+        self.time = max(self.time, message.time)
+        self._expire()
+        if message.subject.startswith(self._deciding):
+            self.heads[message.subject] = message.sequence
+        try:
+            commit = decode(self.fleet, message)
+            self._check_writer(message.subject, commit)
+            if commit.place.room == "cache":
+                self._cache(commit)
+            else:
+                if commit.place.room == "node":
+                    self._check_based_on(commit)
+                for event in commit.events:
+                    self._on_event[type(event)](event)
+        except (BadCommit, Skip) as error:
+            reason = error.code if isinstance(error, BadCommit) else str(error)
+            self.skipped[reason] = self.skipped.get(reason, 0) + 1
+            return Applied(None, reason, str(error))
+        self.commits += 1
+        return Applied(commit, None)
+
+    def _check_writer(self, subject: str, commit: Commit) -> None:
+        if not commit.writer or not commit.writer_seq:
+            return
+        key = (subject, commit.writer)
+        last = self.writers.pop(key, 0)
+        self.writers[key] = max(last, commit.writer_seq)
+        if commit.writer_seq <= last:
+            raise Skip("duplicate")
+        if len(self.writers) > WRITERS_LIMIT:
+            del self.writers[next(iter(self.writers))]
+
+    def _check_based_on(self, commit: Commit) -> None:
+        if commit.based_on is None:
+            return
+        node = self.nodes.get(commit.place.name)
+        changed = self.removed.get(commit.place.name, 0) if node is None else node.changed
+        if commit.based_on < changed:
+            raise Skip("stale")
+
+    def _expire(self) -> None:
+        for request in self.load.expired(self.time):
+            self._over(request)
+
+    def _ignore(self, reason: str) -> None:
+        self.ignored[reason] = self.ignored.get(reason, 0) + 1
+
+    def _node(self, name: str) -> Node:
+        node = self.nodes.get(name)
+        if node is None:
+            raise Skip("unknown_node")
+        return node
+
+    def _registered(self, event: types.NodeRegistered) -> None:
+        model = event.models[0]
+        for other in self.nodes.values():
+            if other.name != event.node and other.model == model and other.registered.block_size != event.block_size:
+                raise Skip("block_size")
+        before = self.nodes.get(event.node)
+        node = Node(name=event.node, registered=event, epoch=self.sequence, changed=self.sequence, slots={})
+        if before is not None:
+            self._forget_cache(before)
+            self.caches.release(before)
+            node.cordoned = before.cordoned
+        self.removed.pop(event.node, None)
+        self.nodes[event.node] = node
+        self._begin(node)
+
+    def _begin(self, node: Node) -> None:
+        """A node's cache and load start from nothing."""
+        self.load.add_node(node.name, prefill_speed(node.registered.labels))
+        self.caches.slot(node, "gpu")
+        if node.managed:
+            self.recency[node.name] = Recency()
+        self.changes += 1
+
+    def _forget_cache(self, node: Node) -> None:
+        self.load.node_gone(node.name)
+        self.recency.pop(node.name, None)
+        self.caches.clear(node)
+        self.changes += 1
+
+    def _cordoned(self, event: types.NodeCordoned) -> None:
+        self._set_cordoned(event.node, cordoned=True)
+
+    def _uncordoned(self, event: types.NodeUncordoned) -> None:
+        self._set_cordoned(event.node, cordoned=False)
+
+    def _set_cordoned(self, name: str, *, cordoned: bool) -> None:
+        node = self._node(name)
+        if node.cordoned is cordoned:
+            raise Skip("no_change")
+        node.cordoned = cordoned
+        node.changed = self.sequence
+        self.changes += 1
+
+    def _lost(self, event: types.NodeLost) -> None:
+        node = self._node(event.node)
+        if node.lost is not None:
+            raise Skip("no_change")
+        node.lost = event.reason or "lost"
+        node.changed = self.sequence
+        self._forget_cache(node)
+        self.sessions.node_gone(node.name)
+
+    def _recovered(self, event: types.NodeRecovered) -> None:
+        node = self._node(event.node)
+        if node.lost is None:
+            raise Skip("no_change")
+        node.lost = None
+        node.changed = self.sequence
+        self._begin(node)
+
+    def _removed(self, event: types.NodeRemoved) -> None:
+        node = self._node(event.node)
+        self._forget_cache(node)
+        self.caches.release(node)
+        self.sessions.node_gone(node.name)
+        del self.nodes[node.name]
+        self.removed[node.name] = self.sequence
+        if len(self.removed) > REMOVED_LIMIT:
+            del self.removed[next(iter(self.removed))]
+
+    def _cache(self, commit: Commit) -> None:
+        node = self._node(commit.place.name)
+        epoch, managed = node.epoch, node.managed
+        for event in commit.events:
+            if event.epoch != epoch:  # type: ignore[attr-defined]
+                raise Skip("stale_epoch")
+            if type(event) is not types.CacheCleared and (type(event) is types.BlocksPlaced) is not managed:
+                raise Skip("wrong_mode")
+        if managed:
+            # Only on managed nodes do decisions rest on the cache.
+            self._check_based_on(commit)
+            node.changed = self.sequence if type(commit.events[0]) is types.CacheCleared else node.changed
+        slot, caches = self.caches.slot, self.caches
+        index = caches.index(node.model)
+        for event in commit.events:
+            kind = type(event)
+            if kind is types.BlocksStored:
+                if event.hashes:  # type: ignore[attr-defined]
+                    index.store(slot(node, event.tier), event.hashes, event.parent)  # type: ignore[attr-defined]
+            elif kind is types.BlocksRemoved:
+                index.remove(slot(node, event.tier), event.hashes)  # type: ignore[attr-defined]
+            elif kind is types.CacheCleared:
+                caches.clear(node)
+                if managed:
+                    self.recency[node.name].clear()
+            else:
+                self._on_event[kind](event)
+
+    def _placed(self, event: types.BlocksPlaced) -> None:
+        node = self.nodes[event.node]
+        if node.lost is not None:
+            raise Skip("node_lost")
+        recency = self.recency[node.name]
+        stored, evicted = set(unpack_hashes(event.stored)), unpack_hashes(event.evicted)
+        leaving = set(evicted)
+        if len(leaving) != len(evicted) or leaving & stored or any(block not in recency.order for block in leaving):
+            raise Skip("not_held")
+        if any(block in recency.protected for block in leaving):
+            raise Skip("protected")
+        used = len(recency.order) - len(leaving) + sum(block not in recency.order for block in stored)
+        if used > node.registered.capacity_blocks["gpu"]:
+            raise Skip("capacity")
+        index, slot = self.caches.index(node.model), node.slots["gpu"]
+        recency.forget(event.evicted)
+        recency.use(event.stored, add=True)
+        index.remove(slot, event.evicted)
+        if event.stored:
+            index.store(slot, event.stored, event.parent)
+        node.changed = self.sequence
+
+    def _assigned(self, event: types.SessionAssigned) -> None:
+        node = self.nodes.get(event.node)
+        if node is None or node.lost is not None:
+            self._ignore("unknown_node")
+            return
+        self.sessions.assign(event.model, event.session, event.node, self.sequence)
+
+    def _ended(self, event: types.SessionEnded) -> None:
+        if not self.sessions.end(event.model, event.session):
+            self._ignore("unknown_session")
+
+    def _routed(self, event: types.RequestRouted) -> None:
+        node = self.nodes.get(event.node)
+        if node is None or node.lost is not None:
+            self._ignore("unknown_node")
+            return
+        self._over(event.request)
+        self.load.routed(event, node.registered.block_size, self.time)
+        if event.session:
+            self.sessions.touch(event.model, event.session)
+        if node.managed and event.hashes:
+            recency = self.recency[node.name]
+            recency.protect(event.hashes)
+            recency.use(event.hashes)
+
+    def _completed(self, event: types.RequestCompleted) -> None:
+        if not self._over(event.request):
+            self._ignore("unknown_request")
+
+    def _over(self, request: str) -> bool:
+        active = self.load.completed(request, self.time)
+        if active is None:
+            return False
+        recency = self.recency.get(active.node)
+        if recency is not None and active.hashes:
+            recency.release(active.hashes)
+        return True
+
+    def _policy_changed(self, event: types.PolicyChanged) -> None:
+        self.policy = event.policy
+        self.parameters = dict(event.parameters)
+        self.changes += 1

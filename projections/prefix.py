@@ -1,0 +1,418 @@
+"""Which node holds which blocks of one model, and how far a request matches on each.
+
+Theory. Block hashes are chained, so blocks that were stored together are asked for, shared and evicted together.
+The index keeps them as *segments*: a run of consecutive block hashes, packed as little-endian u64, in which every
+position is held by at least one holder. A segment knows its holders in two forms: `full`, a bit mask of the holders
+that have every block of it, and `part`, for the few that have some, a bit mask of positions each. One dictionary
+leads from a block hash to its segment, and no hash is ever in two segments.
+
+A second node that stores a known run costs one comparison of bytes and one bit, whatever the length of the run; a
+request is compared with a segment by one `memcmp`, and all full holders go on with one `&`. A block whose parent has
+left is simply not reached by the walk, so eviction in any order can't be mistaken for a match. The index never
+assumes that chains are honest: hashes are compared, not trusted, and the answer is that of a naive
+dictionary of sets for any input.
+
+A holder is a small integer (a *slot*): one tier of one node. Slots are dense, so that masks stay short.
+"""
+
+from __future__ import annotations
+
+import struct
+from itertools import repeat
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HASH_BYTES = 8
+# Longer runs are cut: positions are bits of one int, and appending to a run copies it.
+SEGMENT_BLOCKS = 512
+
+_UNPACK = [struct.Struct(f"<{n}Q").unpack for n in range(SEGMENT_BLOCKS + 1)]
+_ALL = [(1 << n) - 1 for n in range(SEGMENT_BLOCKS + 1)]
+_SLOTS_CACHED = 4096
+
+
+def unpack_hashes(packed: bytes) -> tuple[int, ...]:
+    """Block hashes of a packed little-endian u64 string."""
+    count = len(packed) >> 3
+    return _UNPACK[count](packed) if count <= SEGMENT_BLOCKS else struct.unpack(f"<{count}Q", packed)
+
+
+class Segment:
+    """A run of consecutive block hashes and who holds it. Each position has at least one holder."""
+
+    __slots__ = ("full", "packed", "part")
+
+    def __init__(self, packed: bytes, full: int) -> None:
+        self.packed = packed
+        self.full = full
+        self.part: dict[int, int] | None = None
+
+    def position(self, key: bytes) -> int:
+        """Position of a hash (as 8 bytes) that is known to be in this run."""
+        at = self.packed.find(key)
+        while at & 7:
+            at = self.packed.find(key, at + 1)
+        return at >> 3
+
+
+def _common(left: bytes, at_left: int, right: bytes, at_right: int, most: int) -> int:
+    """How many blocks agree from these positions on, `most` at the most; the first is known to agree."""
+    low, high = 1, most
+    while low < high:
+        middle = (low + high + 1) >> 1
+        if left[at_left << 3 : (at_left + middle) << 3] == right[at_right << 3 : (at_right + middle) << 3]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+class PrefixIndex:
+    """Block memberships of one model: `store`, `remove` and `clear` for a slot, `match` for a request."""
+
+    def __init__(self) -> None:
+        self._where: dict[int, Segment] = {}
+        self._bits: list[int] = []
+        self._held: list[set[Segment]] = []
+        self._counts: list[int] = []
+        self._slots_of: dict[int, tuple[int, ...]] = {}
+
+    def __len__(self) -> int:
+        """Distinct blocks that at least one slot holds."""
+        return len(self._where)
+
+    @property
+    def memberships(self) -> int:
+        """Blocks summed over slots."""
+        return sum(self._counts)
+
+    def add_slot(self, slot: int) -> None:
+        """Make room for slots up to and including `slot`."""
+        while len(self._bits) <= slot:
+            self._bits.append(1 << len(self._bits))
+            self._held.append(set())
+            self._counts.append(0)
+
+    def count(self, slot: int) -> int:
+        """Blocks that the slot holds."""
+        return self._counts[slot] if slot < len(self._counts) else 0
+
+    def store(self, slot: int, packed: bytes, parent: int | None = None) -> int:
+        """Add a run of blocks to a slot and return how many it did not hold before.
+
+        `packed` is the run's hashes as little-endian u64; `parent` is the hash before the first. The parent only
+        helps to keep runs long; it need not be known.
+        """
+        if slot >= len(self._bits):
+            self.add_slot(slot)
+        size = len(packed)
+        if size > SEGMENT_BLOCKS * HASH_BYTES:
+            return self._store_long(slot, packed, parent)
+        where = self._where
+        bit = self._bits[slot]
+        first = int.from_bytes(packed[:8], "little")
+        known = where.get(first)
+        if known is not None:
+            if known.packed == packed and not known.part:
+                if known.full & bit:
+                    return 0
+                known.full |= bit
+                self._held[slot].add(known)
+                self._counts[slot] += size >> 3
+                return size >> 3
+            return self._store_known(slot, packed)
+        target = where.get(parent) if parent is not None else None
+        if (
+            target is None
+            or target.full != bit
+            or target.part
+            or len(target.packed) + size > SEGMENT_BLOCKS * HASH_BYTES
+            or target.packed[-8:] != parent.to_bytes(8, "little")  # type: ignore[union-attr]
+        ):
+            target = None
+            segment = Segment(packed, bit)
+        else:
+            segment = target
+        if size == HASH_BYTES:
+            where[first] = segment
+        else:
+            before = len(where)
+            count = size >> 3
+            for _ in map(where.setdefault, _UNPACK[count](packed), repeat(segment)):
+                pass
+            fresh = len(where) - before
+            if fresh != count:
+                # Some of the run was known, or named twice: the last `fresh` keys are those just added.
+                for _ in range(fresh):
+                    where.popitem()
+                return self._store_known(slot, packed)
+        if target is None:
+            self._held[slot].add(segment)
+        else:
+            segment.packed += packed
+        self._counts[slot] += size >> 3
+        return size >> 3
+
+    def _store_long(self, slot: int, packed: bytes, parent: int | None) -> int:
+        added = 0
+        step = SEGMENT_BLOCKS * HASH_BYTES
+        for at in range(0, len(packed), step):
+            piece = packed[at : at + step]
+            added += self.store(slot, piece, parent)
+            parent = int.from_bytes(piece[-8:], "little")
+        return added
+
+    def _store_known(self, slot: int, packed: bytes) -> int:
+        """Add a run of which some blocks are in segments already."""
+        where = self._where
+        hashes = _UNPACK[len(packed) >> 3](packed)
+        count = len(hashes)
+        added = 0
+        at = 0
+        while at < count:
+            segment = where.get(hashes[at])
+            if segment is None:
+                start = at
+                segment = Segment(b"", self._bits[slot])
+                while at < count and hashes[at] not in where:
+                    where[hashes[at]] = segment
+                    at += 1
+                segment.packed = packed[start << 3 : at << 3]
+                self._held[slot].add(segment)
+                added += at - start
+                continue
+            run = segment.packed
+            here = packed[at << 3 : (at << 3) + 8]
+            position = 0 if run.startswith(here) else segment.position(here)
+            length = _common(run, position, packed, at, min((len(run) >> 3) - position, count - at))
+            added += self._hold(segment, slot, position, length)
+            at += length
+        self._counts[slot] += added
+        return added
+
+    def _hold(self, segment: Segment, slot: int, position: int, length: int) -> int:
+        bit = self._bits[slot]
+        if segment.full & bit:
+            return 0
+        part = segment.part
+        before = part.get(slot, 0) if part else 0
+        now = before | _ALL[length] << position
+        if now == _ALL[len(segment.packed) >> 3]:
+            segment.full |= bit
+            if part is not None:
+                part.pop(slot, None)
+                if not part:
+                    segment.part = None
+        elif part is None:
+            segment.part = {slot: now}
+        else:
+            part[slot] = now
+        if not before:
+            self._held[slot].add(segment)
+        return now.bit_count() - before.bit_count()
+
+    def remove(self, slot: int, packed: bytes) -> int:
+        """Take blocks from a slot, in any order; return how many it held."""
+        if slot >= len(self._bits):
+            return 0
+        where = self._where
+        bit = self._bits[slot]
+        removed = 0
+        for at in range(0, len(packed), 8):
+            key = packed[at : at + 8]
+            block = int.from_bytes(key, "little")
+            segment = where.get(block)
+            if segment is None:
+                continue
+            run = segment.packed
+            last = (len(run) >> 3) - 1
+            position = last if run.endswith(key) else segment.position(key)
+            part = segment.part
+            if segment.full & bit:
+                if segment.full == bit and not part and position == last and last:
+                    segment.packed = run[:-8]
+                    del where[block]
+                    removed += 1
+                    continue
+                held = _ALL[last + 1]
+                segment.full ^= bit
+            else:
+                held = part.get(slot, 0) if part else 0
+                if not held >> position & 1:
+                    continue
+            removed += 1
+            held &= ~(1 << position)
+            if held:
+                if part is None:
+                    part = segment.part = {}
+                part[slot] = held
+            else:
+                self._held[slot].discard(segment)
+                if part is not None:
+                    part.pop(slot, None)
+                    if not part:
+                        part = segment.part = None
+            if not segment.full and not (part and any(mask >> position & 1 for mask in part.values())):
+                self._drop(segment, position)
+        self._counts[slot] -= removed
+        return removed
+
+    def _drop(self, segment: Segment, position: int) -> None:
+        """Take a position that nobody holds out of its segment, so that every position keeps a holder."""
+        run = segment.packed
+        del self._where[int.from_bytes(run[position << 3 : (position << 3) + 8], "little")]
+        left, right = run[: position << 3], run[(position + 1) << 3 :]
+        if right and left:
+            tail = Segment(right, 0)
+            for block in unpack_hashes(right):
+                self._where[block] = tail
+            part = segment.part or {}
+            self._reform(segment, left, {slot: mask & _ALL[position] for slot, mask in part.items()})
+            self._reform(tail, right, {slot: mask >> (position + 1) for slot, mask in part.items()})
+        elif left or right:
+            part = segment.part or {}
+            self._reform(segment, left or right, part if left else {slot: mask >> 1 for slot, mask in part.items()})
+        else:
+            segment.packed = b""
+
+    def _reform(self, segment: Segment, run: bytes, holders: dict[int, int]) -> None:
+        """Set a segment's run and its holders from masks of positions; only for segments without full holders."""
+        every = _ALL[len(run) >> 3]
+        segment.packed = run
+        segment.full = 0
+        part = {}
+        for slot, mask in holders.items():
+            if mask == every:
+                segment.full |= self._bits[slot]
+            elif mask:
+                part[slot] = mask
+            if mask:
+                self._held[slot].add(segment)
+            else:
+                self._held[slot].discard(segment)
+        segment.part = part or None
+
+    def clear(self, slot: int) -> int:
+        """Take every block from a slot; return how many it held."""
+        if slot >= len(self._bits):
+            return 0
+        where = self._where
+        bit = self._bits[slot]
+        held, self._held[slot] = self._held[slot], set()
+        for segment in held:
+            segment.full &= ~bit
+            part = segment.part
+            if part is not None:
+                part.pop(slot, None)
+                if not part:
+                    part = segment.part = None
+            if segment.full:
+                continue
+            if part is None:
+                for block in unpack_hashes(segment.packed):
+                    del where[block]
+                segment.packed = b""
+                continue
+            alive = 0
+            for mask in part.values():
+                alive |= mask
+            for position in range((len(segment.packed) >> 3) - 1, -1, -1):
+                if not alive >> position & 1:
+                    self._drop(segment, position)
+        removed, self._counts[slot] = self._counts[slot], 0
+        return removed
+
+    def match(self, packed: bytes, limit: int | None = None) -> dict[int, int]:
+        """Leading blocks of a request that each slot holds, as a dictionary from length to a mask of slots.
+
+        `packed` is the request's hashes; only the first `limit` blocks count. Slots that hold none are in no mask.
+        """
+        where = self._where
+        total = len(packed) >> 3
+        if limit is not None and limit < total:
+            total = limit
+        ended: dict[int, int] = {}
+        alive = -1
+        at = 0
+        while at < total:
+            offset = at << 3
+            segment = where.get(int.from_bytes(packed[offset : offset + 8], "little"))
+            if segment is None:
+                break
+            run = segment.packed
+            position = 0
+            if packed.startswith(run, offset):
+                length = len(run) >> 3
+                if length > total - at:
+                    length = total - at
+            else:
+                here = packed[offset : offset + 8]
+                position = 0 if run.startswith(here) else segment.position(here)
+                length = _common(run, position, packed, at, min((len(run) >> 3) - position, total - at))
+            on = alive & segment.full
+            part = segment.part
+            if part is not None:
+                for slot, mask in part.items():
+                    if alive >> slot & 1:
+                        mask >>= position  # noqa: PLW2901 - the loop's own copy
+                        reach = (~mask & mask + 1).bit_length() - 1
+                        if reach >= length:
+                            on |= self._bits[slot]
+                        elif reach:
+                            ended[at + reach] = ended.get(at + reach, 0) | self._bits[slot]
+                            if at:
+                                alive ^= self._bits[slot]
+            if at:
+                gone = alive & ~on
+                if gone:
+                    ended[at] = ended.get(at, 0) | gone
+            at += length
+            alive = on
+            if not on:
+                return ended
+        if at:
+            ended[at] = ended.get(at, 0) | alive
+        return ended
+
+    def extent(self, slot: int, packed: bytes, start: int, limit: int) -> int:
+        """How many blocks of a request the slot holds without a gap from position `start` on."""
+        at = start
+        while at < limit and self.holds(slot, int.from_bytes(packed[at << 3 : (at << 3) + 8], "little")):
+            at += 1
+        return at - start
+
+    def holds(self, slot: int, block: int) -> bool:
+        """Whether the slot holds this block."""
+        segment = self._where.get(block)
+        if segment is None or slot >= len(self._bits):
+            return False
+        if segment.full & self._bits[slot]:
+            return True
+        if segment.part is None or slot not in segment.part:
+            return False
+        return bool(segment.part[slot] >> segment.position(block.to_bytes(8, "little")) & 1)
+
+    def held(self, slot: int) -> Iterator[int]:
+        """Block hashes that the slot holds, in no particular order."""
+        if slot >= len(self._bits):
+            return
+        bit = self._bits[slot]
+        for segment in self._held[slot]:
+            blocks = unpack_hashes(segment.packed)
+            if segment.full & bit:
+                yield from blocks
+            else:
+                mask = (segment.part or {}).get(slot, 0)
+                yield from (block for position, block in enumerate(blocks) if mask >> position & 1)
+
+    def slots(self, mask: int) -> tuple[int, ...]:
+        """Slots of a mask, ascending. Remembered, since the same few sets of holders come again and again."""
+        found = self._slots_of.get(mask)
+        if found is None:
+            found = tuple(slot for slot in range(mask.bit_length()) if mask >> slot & 1)
+            if len(self._slots_of) >= _SLOTS_CACHED:
+                self._slots_of.clear()
+            self._slots_of[mask] = found
+        return found

@@ -1,0 +1,48 @@
+"""Asking the services, as any NATS client can: one request, one answer or an error with a code."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+from nats.errors import Error as NatsError
+from nats.errors import NoRespondersError
+
+from services.errors import NoAnswer, Refused
+
+if TYPE_CHECKING:
+    from nats.aio.client import Client
+
+T = TypeVar("T")
+
+ASK_SECONDS = 15.0
+_encode = msgspec.msgpack.Encoder().encode
+
+
+async def ask(
+    client: Client, subject: str, request: msgspec.Struct, form: type[T] | None = None, *, seconds: float = ASK_SECONDS
+) -> T:
+    """Send a request in MessagePack and return the answer, as `form` or as plain data.
+
+    Raises `Refused` with the service's own code and sentence, or `NoAnswer`.
+    """
+    try:
+        answer = await client.request(subject, _encode(request), timeout=seconds)
+    except NoRespondersError:
+        raise NoAnswer(f"no service answers on {subject}; is it started? `kvplane up` starts all") from None
+    except (NatsError, TimeoutError, OSError) as error:
+        raise NoAnswer(f"no answer on {subject} in {seconds:g} s ({type(error).__name__})") from None
+    headers = answer.headers or {}
+    status = headers.get("Nats-Service-Error-Code")
+    if status is not None:
+        code, sentence = "error", headers.get("Nats-Service-Error", "")
+        try:
+            body: Any = msgspec.json.decode(answer.data)
+            code, sentence = body["code"], body["error"]
+        except (msgspec.DecodeError, KeyError, TypeError):
+            pass
+        raise Refused(int(status) if status.isdigit() else 500, code, sentence)
+    if form is None:
+        plain: T = msgspec.msgpack.decode(answer.data)
+        return plain
+    return msgspec.msgpack.decode(answer.data, type=form)

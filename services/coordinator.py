@@ -1,0 +1,262 @@
+"""The coordinator: changes nodes, places blocks on managed nodes, concludes who is lost. Start as many as you like.
+
+There is no leader. A command is decided on the fold, committed with the subject's last sequence as expectation, and
+answered after the acknowledgement was read back and the fold judged it. The loser of a race reads on and decides again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import msgspec
+import structlog
+
+from events.errors import LogUnavailable, LostRace
+from events.hashing import unpack_hashes
+from events.log.append import Appender, new_writer
+from events.log.stream import open_stream
+from events.subjects import pulse_subject
+from services import api, placement
+from services.errors import Conflict, LogAway, ServiceFault, UnknownModel
+from services.liveness import Liveness
+from services.micro import Endpoint, serve
+from services.replica import Replica
+from services.routing.policies import policy
+
+if TYPE_CHECKING:
+    from anyio.abc import TaskStatus
+    from nats.aio.client import Client
+    from nats.aio.msg import Msg
+
+    from services.placement import Proposal
+
+TRIES = 50
+"""How often a decision is made again after a lost race."""
+ANSWER_SECONDS = 10.0
+LOOK_SECONDS = 0.25
+"""How often silence is looked for."""
+
+_log = structlog.get_logger("kvplane.coordinator")
+_decode_pulse = msgspec.msgpack.Decoder(api.Pulse).decode
+
+Decide = Callable[[Any, Any], "Proposal | None"]
+
+
+class Coordinator:
+    """One coordinator of a fleet."""
+
+    def __init__(self, client: Client, fleet: str, *, replicas: int = 1) -> None:
+        self.client = client
+        self.fleet = fleet
+        self.writer = new_writer("coordinator")
+        self.replica = Replica(client, fleet)
+        self.state = self.replica.state
+        self.liveness = Liveness()
+        self.races_lost = 0
+        self._replicas = replicas
+        self._appender = Appender(client, fleet, self.writer)
+        self._turns: dict[str, anyio.Lock] = {}
+
+    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Answer until cancelled; creates the fleet's log when there is none."""
+        await open_stream(self.client.jetstream(), self.fleet, replicas=self._replicas, create=True)
+        async with anyio.create_task_group() as group:
+            group.start_soon(self.replica.run)
+            await self.replica.follower.caught_up.wait()
+            await self.client.subscribe(f"kv.{self.fleet}.pulse.*", cb=self._pulse)
+            base = f"kv.{self.fleet}.coordinator"
+            table: list[tuple[str, type[msgspec.Struct], Callable[[Any], Any]]] = [
+                ("node.register", api.RegisterRequest, self.register),
+                ("node.cordon", api.NodeRequest, lambda r: self._change(placement.cordon, r)),
+                ("node.uncordon", api.NodeRequest, lambda r: self._change(placement.uncordon, r)),
+                ("node.remove", api.NodeRequest, lambda r: self._change(placement.remove, r)),
+                ("node.list", api.ListRequest, self.list_nodes),
+                ("cache.admit", api.AdmitRequest, self.admit),
+                ("cache.touch", api.BlocksRequest, lambda r: self._change(placement.touch, r)),
+                ("cache.evict", api.BlocksRequest, lambda r: self._change(placement.evict, r)),
+                ("cache.lookup", api.LookupRequest, self.lookup),
+                ("session.end", api.SessionRequest, self.end_session),
+                ("policy.set", api.PolicyRequest, self.set_policy),
+                ("status", api.StatusRequest, self.status),
+            ]
+            endpoints = [
+                Endpoint(name.replace(".", "_"), f"{base}.{name}", form, answer, concurrent=True)
+                for name, form, answer in table
+            ]
+            await serve(
+                self.client, group, "kvplane-coordinator", f"coordinates fleet {self.fleet}", endpoints,
+                {"fleet": self.fleet, "writer": self.writer},
+            )  # fmt: skip
+            group.start_soon(self._watch)
+            _log.info("coordinator_ready", fleet=self.fleet, writer=self.writer, applied=self.state.sequence)
+            task_status.started()
+
+    async def commit(self, decide: Decide, request: object, turn: str) -> tuple[Proposal | None, int]:
+        """Decide and commit until the fold accepts it; what was committed and its sequence. `turn` names what it changes.
+
+        One decision at a time a turn: deciding side by side on one node would only lose races.
+        """
+        async with self._turns.setdefault(turn, anyio.Lock()):
+            for _ in range(TRIES):
+                based_on = self.state.sequence
+                proposal = decide(self.state, request)
+                if proposal is None:
+                    return None, based_on
+                target = proposal.subject(self.fleet)
+                deciding = proposal.room in {"node", "cache"}
+                try:
+                    sequence = await self._appender.append(
+                        target,
+                        [proposal.event],
+                        expected=self.state.heads.get(target, 0) if deciding else None,
+                        based_on=based_on if deciding else None,
+                        give_up=ANSWER_SECONDS,
+                    )
+                except LostRace:
+                    self.races_lost += 1
+                    await self.replica.reached(based_on + 1)
+                    continue
+                except LogUnavailable as error:
+                    raise LogAway(f"the log does not acknowledge: {error}") from error
+                await self.replica.reached(sequence)
+                skipped = self.replica.skipped(sequence)
+                if skipped is None:
+                    return proposal, sequence
+                self.races_lost += 1
+            raise Conflict(f"{turn!r} changed {TRIES} times while this was decided; try again later")
+
+    async def _change(self, decide: Decide, request: api.NodeRequest | api.BlocksRequest) -> dict[str, object]:
+        self.replica.check_ready()
+        api.names((request.node, "node"))
+        proposal, sequence = await self.commit(decide, request, request.node)
+        return {"node": request.node, "changed": proposal is not None, "sequence": sequence}
+
+    async def register(self, request: api.RegisterRequest) -> dict[str, object]:
+        """Register a node; its epoch is in the answer."""
+        self.replica.check_ready()
+        _, sequence = await self.commit(placement.register, request, request.node)
+        return {"node": request.node, "epoch": sequence, "sequence": sequence}
+
+    async def admit(self, request: api.AdmitRequest) -> dict[str, object]:
+        """Place blocks on a managed node."""
+        self.replica.check_ready()
+        api.names((request.model, "model"))
+        proposal, sequence = await self.commit(placement.admit, request, request.node or f"model {request.model}")
+        if proposal is None:
+            return {"node": request.node, "evicted": b"", "sequence": sequence}
+        node = self.state.nodes.get(proposal.name)
+        return {
+            "node": proposal.name,
+            "address": node.registered.address if node else "",
+            "stored_blocks": len(request.hashes) // 8,
+            "evicted": proposal.event.evicted,  # type: ignore[attr-defined]
+            "sequence": sequence,
+        }
+
+    async def end_session(self, request: api.SessionRequest) -> dict[str, object]:
+        """End a session."""
+        self.replica.check_ready()
+        api.names((request.model, "model"), (request.session, "session"))
+        proposal, sequence = await self.commit(placement.end_session, request, f"session {request.session}")
+        return {"session": request.session, "changed": proposal is not None, "sequence": sequence}
+
+    async def set_policy(self, request: api.PolicyRequest) -> dict[str, object]:
+        """Change the policy of all routers."""
+        api.names((request.policy, "policy"))
+        policy(request.policy)
+        _, sequence = await self.commit(lambda _, r: placement.set_policy(r), request, "policy")
+        return {"policy": request.policy, "sequence": sequence}
+
+    async def list_nodes(self, request: api.ListRequest) -> dict[str, object]:
+        """Nodes with their state, load and last pulse."""
+        self.replica.check_ready()
+        rows = []
+        for name, node in sorted(self.state.nodes.items()):
+            if request.model and request.model not in node.registered.models:
+                continue
+            load = self.state.load.nodes.get(name)
+            pulse = self.liveness.pulses.get(name)
+            rows.append(
+                {
+                    "node": name,
+                    "state": "lost" if node.lost is not None else "cordoned" if node.cordoned else "up",
+                    "reason": node.lost or "",
+                    "address": node.registered.address,
+                    "models": node.registered.models,
+                    "cache_mode": node.registered.cache_mode,
+                    "epoch": node.epoch,
+                    "block_size": node.registered.block_size,
+                    "held_blocks": {tier: self.state.caches.held(node, tier) for tier in node.slots},
+                    "capacity_blocks": node.registered.capacity_blocks,
+                    "active": load.active if load else 0,
+                    "max_active": node.registered.max_active,
+                    "sessions": self.state.sessions.on_node(name),
+                    "waiting": pulse.waiting if pulse else None,
+                }
+            )
+        return {"fleet": self.fleet, "sequence": self.state.sequence, "nodes": rows}
+
+    async def lookup(self, request: api.LookupRequest) -> dict[str, object]:
+        """Leading blocks that each node holds, in its fastest tier."""
+        self.replica.check_ready()
+        api.names((request.model, "model"))
+        serving = [node for node in self.state.nodes.values() if request.model in node.registered.models]
+        if not serving:
+            raise UnknownModel(f"no node serves model {request.model[:80]!r}")
+        matches = {}
+        for cache_model in dict.fromkeys(node.model for node in serving):
+            index, owners = self.state.caches.index(cache_model), self.state.caches.owners(cache_model)
+            slots = {node.slots.get("gpu"): node.name for node in serving if node.model == cache_model}
+            for length, mask in index.match(request.hashes).items():
+                for slot in index.slots(mask):
+                    if owners[slot] is not None and slot in slots:
+                        matches[slots[slot]] = length
+        blocks = len(unpack_hashes(request.hashes))
+        return {"model": request.model, "blocks": blocks, "matches": matches, "sequence": self.state.sequence}
+
+    async def status(self, request: api.StatusRequest) -> dict[str, object]:
+        """What this coordinator is and knows."""
+        return {
+            "writer": self.writer,
+            "ready": self.replica.ready,
+            "races_lost": self.races_lost,
+            **self.replica.summary(digests=request.digest),
+        }
+
+    async def _pulse(self, message: Msg) -> None:
+        try:
+            pulse = _decode_pulse(message.data)
+        except msgspec.DecodeError as error:
+            _log.warning("bad_pulse", subject=message.subject, error=str(error))
+            return
+        if pulse.node in self.state.nodes and message.subject == pulse_subject(self.fleet, pulse.node):
+            self.liveness.heard(pulse, time.monotonic())
+
+    async def _watch(self) -> None:
+        """Conclude who is lost and who is back."""
+        reconnects = -1
+        while True:
+            now = time.monotonic()
+            deaf = not (self.client.is_connected and self.replica.follower.healthy)
+            if deaf or self.client.stats["reconnects"] != reconnects:
+                reconnects = self.client.stats["reconnects"]
+                self.liveness.listen(now)
+            for name, quiet in self.liveness.silent(self.state, now):
+                await self._conclude(placement.lost, name, f"no pulse for {quiet:.1f} s")
+            for name in self.liveness.back(self.state, now):
+                await self._conclude(placement.recovered, name, "")
+            self.liveness.forget(set(self.state.nodes))
+            await anyio.sleep(LOOK_SECONDS)
+
+    async def _conclude(self, decide: Decide, name: str, reason: str) -> None:
+        try:
+            proposal, sequence = await self.commit(decide, api.NodeRequest(node=name, reason=reason), name)
+        except ServiceFault as error:
+            _log.warning("conclusion_failed", node=name, error=str(error))
+        else:
+            if proposal is not None:
+                event = type(proposal.event).__name__
+                _log.warning("node_concluded", node=name, conclusion=event, reason=reason, sequence=sequence)

@@ -1,0 +1,116 @@
+"""Errors of the services. Each becomes an error answer of the micro protocol: `status` is its code there."""
+
+from __future__ import annotations
+
+from events.errors import KvplaneError
+
+
+class ServiceFault(KvplaneError):
+    """An error that is answered to the one who asked. `code` is stable, `status` is in the manner of HTTP."""
+
+    status = 500
+    code = "internal"
+
+
+class BadRequest(ServiceFault):
+    """The request is malformed. Asking again won't help."""
+
+    status = 400
+    code = "bad_request"
+
+
+class UnknownModel(ServiceFault):
+    """No node of the fleet serves the model."""
+
+    status = 404
+    code = "unknown_model"
+
+
+class UnknownNode(ServiceFault):
+    """The node is not registered."""
+
+    status = 404
+    code = "unknown_node"
+
+
+class NoTokenizer(ServiceFault):
+    """A prompt was given as text, and no tokenizer is known for the model."""
+
+    status = 422
+    code = "no_tokenizer"
+
+
+class Conflict(ServiceFault):
+    """What is asked for contradicts what is."""
+
+    status = 409
+    code = "conflict"
+
+
+class NodeExists(Conflict):
+    """A node of this name is registered and alive."""
+
+    code = "node_exists"
+
+
+class NoRoom(ServiceFault):
+    """Eviction can't make enough room."""
+
+    status = 507
+    code = "no_room"
+
+
+class NoNode(ServiceFault):
+    """Nodes serve the model, but none may be chosen now."""
+
+    status = 503
+    code = "no_node"
+
+
+class Overloaded(ServiceFault):
+    """Every node that could serve the request runs as many as it may."""
+
+    status = 429
+    code = "overloaded"
+
+
+class NotReady(ServiceFault):
+    """The service has not yet read the log to its end."""
+
+    status = 503
+    code = "not_ready"
+
+
+class LogAway(ServiceFault):
+    """The log does not acknowledge; nothing was decided."""
+
+    status = 503
+    code = "log_unavailable"
+
+
+class ServerFailed(KvplaneError):
+    """The embedded server did not start."""
+
+    code = "server_failed"
+
+
+class BadTrace(KvplaneError):
+    """A trace file that can't be read."""
+
+    code = "bad_trace"
+
+
+class Refused(ServiceFault):
+    """A service answered with an error; `code`, `status` and the sentence are its own."""
+
+    def __init__(self, status: int, code: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status
+        self.code = code
+
+
+class NoAnswer(ServiceFault):
+    """No service answered in time."""
+
+    status = 504
+    code = "no_answer"

@@ -1,0 +1,124 @@
+"""Endpoints of the micro protocol (NATS ADR-32): what `nats micro ls`, `info` and `stats` show.
+
+Every error is answered, with `Nats-Service-Error-Code`, a sentence, and a body `{"code", "error"}`; none ends a service.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+import structlog
+from nats.errors import Error as NatsError
+from nats.micro import add_service
+
+from events.errors import KvplaneError
+from services.api import decode_request, encode_answer, is_json
+from services.errors import ServiceFault
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from anyio.abc import TaskGroup
+    from nats.aio.client import Client
+    from nats.micro.request import Request
+    from nats.micro.service import Service
+
+_log = structlog.get_logger("kvplane.micro")
+
+
+class Endpoint(NamedTuple):
+    """One endpoint: its name, its subject, the form of its requests, and what answers them.
+
+    `answer` gives the answer at once, or waits for it when it is a coroutine function; then `concurrent` must be set.
+    """
+
+    name: str
+    subject: str
+    form: type[msgspec.Struct]
+    answer: Callable[[Any], Any]
+    concurrent: bool = False
+
+
+def package_version() -> str:
+    """Version of the installed package."""
+    try:
+        return version("kvplane")
+    except PackageNotFoundError:
+        return "0.0.0"
+
+
+def fault(error: Exception) -> tuple[str, str, bytes]:
+    """Status, sentence and body of the answer to an error."""
+    if isinstance(error, ServiceFault):
+        status, code, sentence = str(error.status), error.code, str(error)
+    elif isinstance(error, KvplaneError):
+        status, code, sentence = "503" if error.code.startswith("log") else "400", error.code, str(error)
+    else:
+        _log.exception("endpoint_failed", error=repr(error))
+        status, code, sentence = "500", "internal", f"this is a defect of kvplane: {type(error).__name__}; see its log"
+    line = " ".join(sentence.split()).encode("ascii", "backslashreplace").decode()
+    return status, line[:500], msgspec.json.encode({"code": code, "error": sentence})
+
+
+async def serve(
+    client: Client, group: TaskGroup, name: str, description: str, endpoints: list[Endpoint], metadata: dict[str, str]
+) -> Service:
+    """Start a micro service. Concurrent endpoints answer from tasks of `group`, the others in turn."""
+    service = await add_service(
+        client, name=name, version=package_version(), description=description, metadata=metadata
+    )
+    for endpoint in endpoints:
+        handler = _concurrent(endpoint, group) if endpoint.concurrent else _in_turn(endpoint)
+        await service.add_endpoint(name=endpoint.name, subject=endpoint.subject, handler=handler)
+    await client.flush()
+    return service
+
+
+def _in_turn(endpoint: Endpoint) -> Callable[[Request], Awaitable[None]]:
+    answer, form = endpoint.answer, endpoint.form
+
+    async def handle(request: Request) -> None:
+        try:
+            body = request.data
+            reply = encode_answer(answer(decode_request(body, form)), as_json=is_json(body))
+        except Exception as error:  # noqa: BLE001 - every error is answered
+            await _refuse(request, error)
+        else:
+            await _respond(request, reply)
+
+    return handle
+
+
+def _concurrent(endpoint: Endpoint, group: TaskGroup) -> Callable[[Request], Awaitable[None]]:
+    async def work(request: Request) -> None:
+        try:
+            body = request.data
+            result = await endpoint.answer(decode_request(body, endpoint.form))
+            reply = encode_answer(result, as_json=is_json(body))
+        except Exception as error:  # noqa: BLE001 - every error is answered
+            await _refuse(request, error)
+        else:
+            await _respond(request, reply)
+
+    async def handle(request: Request) -> None:
+        group.start_soon(work, request)
+
+    return handle
+
+
+async def _respond(request: Request, reply: bytes) -> None:
+    try:
+        await request.respond(reply)
+    except (NatsError, ValueError, OSError) as error:
+        # Nobody waits for the answer, or the connection is gone: the one who asked will ask again.
+        _log.debug("answer_not_sent", error=repr(error))
+
+
+async def _refuse(request: Request, error: Exception) -> None:
+    status, sentence, body = fault(error)
+    try:
+        await request.respond_error(status, sentence, data=body)
+    except (NatsError, ValueError, OSError) as failed:
+        _log.debug("answer_not_sent", error=repr(failed))

@@ -1,0 +1,115 @@
+"""A replica: the fleet's state, kept up to date by following the log, for services that decide on it."""
+
+from __future__ import annotations
+
+import gc
+from collections import deque
+from typing import TYPE_CHECKING
+
+import anyio
+import structlog
+
+from events.log.follow import Follower
+from projections.digest import digest
+from projections.fleet import FleetState
+from services.errors import LogAway, NotReady
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from nats.aio.client import Client
+
+    from events.codec import Message
+    from projections.fleet import Applied
+
+SKIPS_KNOWN = 10_000
+"""For how many skipped commits their reason is kept for those who wait for their own."""
+
+_log = structlog.get_logger("kvplane.replica")
+
+
+class Replica:
+    """One fold of a fleet's log. `observe` is called with every message and what became of it."""
+
+    def __init__(self, client: Client, fleet: str, observe: Callable[[Message, Applied], None] | None = None) -> None:
+        self.state = FleetState(fleet)
+        self.follower = Follower(client, fleet, self._handle)
+        self._observe = observe
+        self._skips: dict[int, tuple[str, str]] = {}
+        self._order: deque[int] = deque()
+        self._advanced = anyio.Event()
+        self._waiting = 0
+
+    @property
+    def ready(self) -> bool:
+        """Whether the log has been read to where its end was when the replica started."""
+        return self.follower.caught_up.is_set()
+
+    def check_ready(self) -> None:
+        """Raise `NotReady` while the log is still being read."""
+        if not self.ready:
+            raise NotReady(
+                f"the log is still being read: {self.state.sequence} of {self.follower.target} commits; try again soon"
+            )
+
+    def _handle(self, message: Message) -> None:
+        applied = self.state.apply(message)
+        if applied.skipped is not None:
+            self._skips[message.sequence] = (applied.skipped, applied.detail)
+            self._order.append(message.sequence)
+            if len(self._order) > SKIPS_KNOWN:
+                del self._skips[self._order.popleft()]
+            _log.warning(
+                "commit_skipped", sequence=message.sequence, subject=message.subject, reason=applied.skipped,
+                detail=applied.detail,
+            )  # fmt: skip
+        if self._observe is not None:
+            self._observe(message, applied)
+        if self._waiting:
+            self._advanced.set()
+            self._advanced = anyio.Event()
+
+    async def run(self) -> None:
+        """Follow the log until cancelled."""
+        async with anyio.create_task_group() as group:
+            group.start_soon(self.follower.run)
+            await self.follower.caught_up.wait()
+            # Millions of long-lived segments: keep the collector from walking them again and again.
+            gc.collect()
+            gc.freeze()
+            _log.info("replica_ready", fleet=self.state.fleet, sequence=self.state.sequence)
+
+    async def reached(self, sequence: int, *, seconds: float = 10.0) -> None:
+        """Wait until this sequence is applied. Raises `LogAway` after `seconds`."""
+        self._waiting += 1
+        try:
+            with anyio.fail_after(seconds):
+                while self.state.sequence < sequence:
+                    await self._advanced.wait()
+        except TimeoutError:
+            raise LogAway(f"commit {sequence} was not read back from the log in {seconds:g} s") from None
+        finally:
+            self._waiting -= 1
+
+    def summary(self, *, digests: bool) -> dict[str, object]:
+        """What the fold holds, in numbers."""
+        state = self.state
+        return {
+            "fleet": state.fleet,
+            "sequence": state.sequence,
+            **({"digest": digest(state)} if digests else {}),
+            "commits": state.commits,
+            "nodes": len(state.nodes),
+            "available": sum(node.available for node in state.nodes.values()),
+            "memberships": sum(index.memberships for index in state.caches.by_model.values()),
+            "sessions": len(state.sessions),
+            "active": len(state.load.active),
+            "policy": state.policy,
+            "parameters": state.parameters,
+            "skipped": state.skipped,
+            "ignored": state.ignored,
+        }
+
+    def skipped(self, sequence: int) -> tuple[str, str] | None:
+        """Why a recent commit was skipped: reason and detail."""
+        return self._skips.get(sequence)

@@ -1,0 +1,256 @@
+"""The router: answers `kv.<fleet>.route`, and records what it decided.
+
+Decisions are made from memory and committed behind the reply. While the log is away the router goes on, says
+`degraded` in its answers, keeps a bounded buffer and counts what it must drop.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import anyio
+import structlog
+
+from events import types
+from events.errors import BadHashes
+from events.hashing import block_hashes
+from events.log.append import Appender, GroupWriter, new_writer
+from events.subjects import subject
+from services.api import CompleteRequest, RouteAnswer, RouteRequest, StatusRequest, names, one_of
+from services.errors import BadRequest, NoTokenizer
+from services.micro import Endpoint, serve
+from services.replica import Replica
+from services.routing.decide import Chooser, Query
+from services.routing.overlay import Overlay
+
+if TYPE_CHECKING:
+    from anyio.abc import TaskStatus
+    from nats.aio.client import Client
+
+    from events.codec import Message
+    from projections.fleet import Applied
+    from services.routing.decide import Decision
+
+BUFFER_EVENTS = 100_000
+"""Decisions that may wait for the log; each holds its hashes, so this bounds memory to a few hundred megabytes."""
+LINGER_SECONDS = 0.002
+HASHES_RECORDED = 65536
+"""Longest request whose hashes are recorded, in blocks."""
+TOKENIZER_LABEL = "tokenizer"
+
+_log = structlog.get_logger("kvplane.router")
+_HASH_BYTES = 8
+
+
+class Router:
+    """One router of a fleet."""
+
+    def __init__(self, client: Client, fleet: str) -> None:
+        self.client = client
+        self.fleet = fleet
+        self.writer = new_writer("router")
+        self.overlay = Overlay()
+        self.replica = Replica(client, fleet, self._observe)
+        self.state = self.replica.state
+        self.chooser = Chooser(self.state, self.overlay)
+        self.decisions = {"exact": 0, "prefix": 0, "miss": 0, "refused": 0}
+        self._appender = Appender(client, fleet, self.writer)
+        self._access = GroupWriter(
+            self._appender, subject(fleet, "access", self.writer), linger=LINGER_SECONDS, limit=BUFFER_EVENTS
+        )
+        self._sessions: dict[str, GroupWriter] = {}
+        self._new_sessions = anyio.Event()
+
+    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Answer until cancelled. Started means: the log is read and requests are taken."""
+        async with anyio.create_task_group() as group:
+            group.start_soon(self.replica.run)
+            group.start_soon(self._access.run)
+            group.start_soon(self._run_session_writers)
+            await self.replica.follower.caught_up.wait()
+            base = f"kv.{self.fleet}"
+            await serve(
+                self.client, group, "kvplane-router", f"routes requests of fleet {self.fleet}",
+                [
+                    Endpoint("route", f"{base}.route", RouteRequest, self.route),
+                    Endpoint("complete", f"{base}.complete", CompleteRequest, self.complete),
+                    Endpoint("status", f"{base}.router.{self.writer}.status", StatusRequest, self.status),
+                    Endpoint("flush", f"{base}.router.{self.writer}.flush", StatusRequest, self.flush, concurrent=True),
+                ],
+                {"fleet": self.fleet, "writer": self.writer},
+            )  # fmt: skip
+            _log.info("router_ready", fleet=self.fleet, writer=self.writer, applied=self.state.sequence)
+            task_status.started()
+
+    async def _run_session_writers(self) -> None:
+        """A writer a model, started when the model's first session is assigned."""
+        running: set[str] = set()
+        async with anyio.create_task_group() as group:
+            while True:
+                for model, writer in list(self._sessions.items()):
+                    if model not in running:
+                        running.add(model)
+                        group.start_soon(writer.run)
+                await self._new_sessions.wait()
+                self._new_sessions = anyio.Event()
+
+    def route(self, request: RouteRequest) -> RouteAnswer:
+        """Decide, record, answer. Raises the faults of `services.errors`."""
+        now = time.time_ns()
+        query = self._query(request)
+        try:
+            decision = self.chooser.decide(query, now)
+        except Exception:
+            self.decisions["refused"] += 1
+            raise
+        self.decisions[decision.kind] += 1
+        self._record(query, decision, now)
+        return RouteAnswer(
+            request=query.id,
+            node=decision.node.name,
+            address=decision.node.registered.address,
+            kind=decision.kind,
+            matched_blocks=decision.match,
+            matched_tokens=decision.match * query.block_size,
+            blocks=len(query.hashes) // _HASH_BYTES,
+            tokens=query.tokens,
+            policy=decision.policy,
+            cost=decision.cost,
+            applied=self.state.sequence,
+            session=decision.session,
+            moved_from=decision.moved_from if decision.session == "moved" else "",
+            fallbacks=decision.fallbacks,
+            degraded=self.degraded,
+        )
+
+    @property
+    def degraded(self) -> bool:
+        """Whether decisions can't be recorded at the moment."""
+        return not (self._access.available and self.client.is_connected)
+
+    def _query(self, request: RouteRequest) -> Query:
+        form = one_of(request)
+        pairs = [(request.model, "model")]
+        if request.session:
+            pairs.append((request.session, "session"))
+        if request.request:
+            pairs.append((request.request, "request"))
+        names(*pairs)
+        roster = self.chooser.roster(request.model)
+        size = roster.block_size
+        if form == "hashes":
+            hashes = request.hashes or b""
+            count = len(hashes) // _HASH_BYTES
+            tokens = count * size + 1 if request.tokens_count is None else request.tokens_count
+            if tokens < count * size:
+                raise BadRequest(f"tokens_count {tokens} is less than {count} full blocks of {size} tokens")
+        else:
+            ids = request.tokens if form == "tokens" else self._tokenize(request, roster.nodes or [])
+            try:
+                hashes = block_hashes(ids or [], size, adapter=request.adapter, salt=request.salt)
+            except BadHashes as error:
+                raise BadRequest(str(error)) from None
+            count, tokens = len(hashes) // _HASH_BYTES, len(ids or [])
+        # The last token is always computed, so a match never covers the whole prompt.
+        blocks = min(count, max(0, tokens - 1) // size)
+        identity = request.request or uuid4().hex
+        return Query(identity, request.model, hashes, tokens, blocks, size, request.session, frozenset(request.exclude))
+
+    def _tokenize(self, request: RouteRequest, nodes: list[object]) -> list[int]:
+        """Token ids of a prompt. Only the byte tokenizer of simulated nodes is built in."""
+        kinds = {node.registered.labels.get(TOKENIZER_LABEL, "") for node in nodes}  # type: ignore[attr-defined]
+        if kinds != {"bytes"}:
+            raise NoTokenizer(
+                f"no tokenizer is known for model {request.model[:80]!r}; send tokens, or hashes with tokens_count"
+            )
+        return list((request.prompt or "").encode())
+
+    def _record(self, query: Query, decision: Decision, now: int) -> None:
+        node = decision.node.name
+        blocks = len(query.hashes) // _HASH_BYTES
+        event = types.RequestRouted(
+            request=query.id, model=query.model, node=node, match=decision.match,
+            blocks=blocks, tokens=query.tokens, hashes=query.hashes if blocks <= HASHES_RECORDED else b"",
+            session=query.session,
+            policy=decision.policy, applied=self.state.sequence, candidates=decision.candidates,
+        )  # fmt: skip
+        self.overlay.decided(event, query.block_size, now, predict=not decision.node.managed)
+        self._access.put(event)
+        if decision.session in {"new", "moved"}:
+            self.overlay.sessions[query.model, query.session] = node
+            reason = f"from {decision.moved_from}" if decision.session == "moved" else "new"
+            self._session_writer(query.model).put(
+                types.SessionAssigned(session=query.session, model=query.model, node=node, reason=reason)
+            )
+
+    def _session_writer(self, model: str) -> GroupWriter:
+        writer = self._sessions.get(model)
+        if writer is None:
+            writer = self._sessions[model] = GroupWriter(
+                self._appender, subject(self.fleet, "session", model), linger=LINGER_SECONDS, limit=BUFFER_EVENTS
+            )
+            self._new_sessions.set()
+        return writer
+
+    def complete(self, request: CompleteRequest) -> dict[str, object]:
+        """Record how a request ended, for clients that can't write to the log."""
+        names((request.request, "request"), (request.node, "node"))
+        self._access.put(
+            types.RequestCompleted(
+                request=request.request, node=request.node, status=request.status[:512],
+                prompt_tokens=request.prompt_tokens, cached_tokens=request.cached_tokens,
+                output_tokens=request.output_tokens, ttft=request.ttft, duration=request.duration,
+            )
+        )  # fmt: skip
+        return {"request": request.request, "degraded": self.degraded}
+
+    def _observe(self, message: Message, applied: Applied) -> None:
+        """Bring the overlay in line with what is on the log now."""
+        if applied.commit is None:
+            return
+        place, overlay = applied.commit.place, self.overlay
+        if place.room == "access":
+            own = applied.commit.writer == self.writer
+            recent = own or message.time > time.time_ns() - 60 * 10**9
+            for event in applied.commit.events:
+                if type(event) is types.RequestRouted:
+                    if own:
+                        overlay.on_log(event.request)
+                    elif recent and event.hashes and event.node in self.state.nodes:
+                        overlay.predict(event.model, event.node, event.hashes, time.time_ns())
+        elif place.room == "session":
+            for event in applied.commit.events:
+                key = (event.model, event.session)  # type: ignore[attr-defined]
+                if overlay.sessions.get(key) == getattr(event, "node", None):
+                    overlay.sessions.pop(key, None)
+        elif place.room == "node":
+            if type(applied.commit.events[0]) in {types.NodeRegistered, types.NodeLost, types.NodeRemoved}:
+                overlay.node_changed(place.name)
+                for key in [key for key, node in overlay.sessions.items() if node == place.name]:
+                    del overlay.sessions[key]
+        elif place.room == "cache" and any(type(event) is types.CacheCleared for event in applied.commit.events):
+            overlay.node_changed(place.name)
+
+    def status(self, request: StatusRequest) -> dict[str, object]:
+        """What this router is and knows."""
+        writers = [self._access, *self._sessions.values()]
+        return {
+            "writer": self.writer,
+            "healthy": self.replica.follower.healthy,
+            "degraded": self.degraded,
+            "decisions": self.decisions,
+            "policy_failures": self.chooser.policy_failures,
+            "recorded": sum(writer.acknowledged for writer in writers),
+            "waiting": sum(writer.waiting for writer in writers),
+            "unrecorded": sum(writer.dropped for writer in writers),
+            **self.replica.summary(digests=request.digest),
+        }
+
+    async def flush(self, request: StatusRequest) -> dict[str, object]:
+        """Wait until everything decided so far is on disk and read back."""
+        for writer in [self._access, *self._sessions.values()]:
+            await writer.flush()
+            await self.replica.reached(writer.last_sequence)
+        return self.status(request)

@@ -1,0 +1,237 @@
+"""Simulated nodes: they speak events and pulses as the adapter of a real engine would, and take time like one.
+
+A node prefills one request at a time at a given speed and decodes any number side by side. Reported nodes own their cache
+and report it; managed nodes ask the coordinator to admit what they computed.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import anyio
+import msgspec
+import structlog
+from nats.errors import Error as NatsError
+
+from events import codec, types
+from events.errors import BadCommit
+from events.hashing import pack_hashes, unpack_hashes
+from events.log.append import Appender, GroupWriter, new_writer
+from events.subjects import pulse_subject, subject, token
+from projections.load import PREFILL_LABEL
+from services import api
+from services.blockcache import BlockCache
+from services.client import ask
+from services.errors import ServiceFault
+from services.micro import Endpoint, serve
+
+if TYPE_CHECKING:
+    from anyio.abc import TaskStatus
+    from nats.aio.client import Client
+    from nats.aio.msg import Msg
+
+_log = structlog.get_logger("kvplane.simnode")
+_encode = msgspec.msgpack.Encoder().encode
+
+LINGER_SECONDS = 0.002
+ROOM_SECONDS = 0.01
+"""How long a request waits before it looks for room in a full cache again."""
+REGISTER_SECONDS = 0.5
+"""Pause before a registration is tried again."""
+
+
+class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What a simulated node is. Speeds in tokens per second, for prefill of the node and for decode of each request."""
+
+    name: str
+    model: str = "sim"
+    cache_mode: str = "reported"
+    block_size: int = 16
+    capacity_blocks: int = 4096
+    prefill_speed: float = 8000.0
+    decode_speed: float = 60.0
+    max_active: int = 64
+    pulse_seconds: float = 0.5
+
+
+class Registered(msgspec.Struct):
+    """Answer to a registration."""
+
+    epoch: int
+
+
+class SimNode:
+    """One simulated node."""
+
+    def __init__(self, client: Client, fleet: str, config: NodeConfig) -> None:
+        self.client = client
+        self.fleet = fleet
+        self.config = config
+        self.cache = BlockCache(config.capacity_blocks)
+        self.epoch = 0
+        self.active = 0
+        self.waiting = 0
+        self.address = f"kv.{fleet}.serve.{token(config.name)}"
+        writer = new_writer(f"node-{config.name}"[:100])
+        appender = Appender(client, fleet, writer)
+        self._cache_log = GroupWriter(appender, subject(fleet, "cache", config.name), linger=LINGER_SECONDS)
+        self._access_log = GroupWriter(appender, subject(fleet, "access", writer), linger=LINGER_SECONDS)
+        self._prefill = anyio.Lock()
+        self._batch = 0
+        self._register_again = anyio.Event()
+
+    @property
+    def managed(self) -> bool:
+        """Whether the coordinator owns this node's evictions."""
+        return self.config.cache_mode == "managed"
+
+    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled. Started means: registered and taking requests."""
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._cache_log.run)
+            group.start_soon(self._access_log.run)
+            await self.client.subscribe(subject(self.fleet, "node", self.config.name), cb=self._concluded)
+            endpoint = Endpoint("serve", self.address, api.ServeRequest, self.serve, concurrent=True)
+            await serve(
+                self.client, group, "kvplane-simnode", f"simulated node {self.config.name!r}", [endpoint],
+                {"fleet": self.fleet, "node": self.config.name},
+            )  # fmt: skip
+            await self._register()
+            group.start_soon(self._pulse)
+            task_status.started()
+            while True:
+                await self._register_again.wait()
+                await self._register()
+
+    async def _register(self) -> None:
+        """Register until it succeeds, and report what the cache holds."""
+        self._register_again = anyio.Event()
+        config = self.config
+        request = api.RegisterRequest(
+            node=config.name, address=self.address, models=[config.model], block_size=config.block_size,
+            capacity_blocks={"gpu": config.capacity_blocks}, cache_mode=config.cache_mode, engine="kvplane-simnode",
+            max_active=config.max_active, pulse_seconds=config.pulse_seconds, replace=True,
+            labels={PREFILL_LABEL: str(config.prefill_speed), "tokenizer": "bytes"},
+        )  # fmt: skip
+        while True:
+            try:
+                answer = await ask(self.client, f"kv.{self.fleet}.coordinator.node.register", request, Registered)
+            except ServiceFault as error:
+                _log.info("registration_waits", node=config.name, error=str(error))
+                await anyio.sleep(REGISTER_SECONDS)
+            else:
+                break
+        self.epoch = answer.epoch
+        self._batch = 0
+        if self.managed:
+            self.cache = BlockCache(config.capacity_blocks)
+        elif self.cache.blocks:
+            # In the order of use, without parents: each block is told by itself, which any reader understands.
+            self._report(
+                types.BlocksStored(config.name, self.epoch, self._next_batch(), pack_hashes(self.cache.blocks))
+            )
+        _log.info("node_registered", node=config.name, epoch=self.epoch)
+
+    async def _concluded(self, message: Msg) -> None:
+        """The log says something about this node; when it says lost, its blocks are forgotten and must be told again."""
+        try:
+            events = codec.decode_body("node", message.data)
+        except BadCommit:
+            return
+        if any(type(event) in {types.NodeLost, types.NodeRecovered} for event in events):
+            self._register_again.set()
+
+    async def _pulse(self) -> None:
+        while True:
+            pulse = api.Pulse(
+                node=self.config.name, epoch=self.epoch, active=self.active, waiting=self.waiting,
+                used_blocks=len(self.cache.blocks),
+            )  # fmt: skip
+            with suppress(NatsError, OSError):
+                await self.client.publish(pulse_subject(self.fleet, self.config.name), _encode(pulse))
+            await anyio.sleep(self.config.pulse_seconds)
+
+    async def serve(self, request: api.ServeRequest) -> api.ServeAnswer:
+        """Run a request: wait for room, prefill what is not cached, decode, report."""
+        arrived = time.monotonic()
+        hashes = unpack_hashes(request.hashes)
+        usable = hashes[: max(0, request.tokens - 1) // self.config.block_size]
+        self.active += 1
+        self.waiting += 1
+        try:
+            async with self._prefill:
+                self.waiting -= 1
+                kept = not self.managed and len(hashes) <= self.config.capacity_blocks
+                # Longer than the cache: an engine would recompute it each time; nothing of it is kept.
+                cached = min(len(usable), await self._take(hashes) if kept else self.cache.leading(usable))
+                uncached = request.tokens - cached * self.config.block_size
+                await anyio.sleep(uncached / self.config.prefill_speed)
+            ttft = time.monotonic() - arrived
+            if self.managed:
+                await self._admit(request, hashes)
+            await anyio.sleep(request.output_tokens / self.config.decode_speed)
+            if kept:
+                self.cache.finish(hashes)
+        finally:
+            self.active -= 1
+        answer = api.ServeAnswer(
+            request=request.request, node=self.config.name, cached_tokens=cached * self.config.block_size, ttft=ttft,
+            duration=time.monotonic() - arrived,
+        )  # fmt: skip
+        self._access_log.put(
+            types.RequestCompleted(
+                request=request.request, node=self.config.name, prompt_tokens=request.tokens,
+                cached_tokens=answer.cached_tokens, output_tokens=request.output_tokens, ttft=ttft,
+                duration=answer.duration,
+            )
+        )  # fmt: skip
+        return answer
+
+    async def _take(self, hashes: tuple[int, ...]) -> int:
+        """Put a request's blocks into the own cache and report what changed; how many leading ones were there."""
+        while (allocation := self.cache.start(hashes)) is None:
+            await anyio.sleep(ROOM_SECONDS)
+        name, epoch = self.config.name, self.epoch
+        if allocation.evicted:
+            self._report(types.BlocksRemoved(name, epoch, self._next_batch(), pack_hashes(allocation.evicted)))
+        if allocation.stored:
+            parent = hashes[allocation.cached - 1] if allocation.cached else None
+            stored = pack_hashes(allocation.stored)
+            self._report(types.BlocksStored(name, epoch, self._next_batch(), stored, parent))
+        return allocation.cached
+
+    def _report(self, event: types.Event) -> None:
+        self._cache_log.put(event)
+
+    def _next_batch(self) -> int:
+        self._batch += 1
+        return self._batch
+
+    async def _admit(self, request: api.ServeRequest, hashes: tuple[int, ...]) -> None:
+        """Ask the coordinator to place what was computed; without room it is simply not cached."""
+        if not hashes:
+            return
+        admit = api.AdmitRequest(
+            model=self.config.model, hashes=request.hashes, node=self.config.name, request=request.request
+        )
+        try:
+            answer: dict[str, bytes] = await ask(self.client, f"kv.{self.fleet}.coordinator.cache.admit", admit)
+        except ServiceFault as error:
+            _log.info("not_admitted", node=self.config.name, request=request.request, error=str(error))
+            return
+        for block in unpack_hashes(answer["evicted"]):
+            self.cache.blocks.pop(block, None)
+        for block in hashes:
+            self.cache.blocks.setdefault(block, 0)
+
+
+async def run_nodes(
+    client: Client, fleet: str, configs: list[NodeConfig], *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
+) -> None:
+    """Several nodes in one process, on one connection."""
+    async with anyio.create_task_group() as group:
+        for config in configs:
+            await group.start(SimNode(client, fleet, config).run)
+        task_status.started()
