@@ -41,6 +41,8 @@ class RouteRequest(Struct, frozen=True, kw_only=True):
     salt: Annotated[str, Meta(max_length=512)] = ""
     request: str = ""
     exclude: Annotated[list[str], Meta(max_length=4096)] = []
+    dry_run: bool = False
+    """Only ask: the decision is neither recorded nor counted as load."""
 
 
 class RouteAnswer(Struct, frozen=True, kw_only=True, omit_defaults=True):

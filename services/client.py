@@ -29,7 +29,7 @@ async def ask(
     try:
         answer = await client.request(subject, _encode(request), timeout=seconds)
     except NoRespondersError:
-        raise NoAnswer(f"no service answers on {subject}; is it started? `kvplane up` starts all") from None
+        raise NoAnswer(f"no service answers on {subject}; `kvplane up` starts a coordinator and a router") from None
     except (NatsError, TimeoutError, OSError) as error:
         raise NoAnswer(f"no answer on {subject} in {seconds:g} s ({type(error).__name__})") from None
     headers = answer.headers or {}

@@ -114,3 +114,9 @@ class NoAnswer(ServiceFault):
 
     status = 504
     code = "no_answer"
+
+
+class StepFailed(KvplaneError):
+    """A step of the demonstration did not hold."""
+
+    code = "step_failed"

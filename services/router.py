@@ -105,8 +105,9 @@ class Router:
         except Exception:
             self.decisions["refused"] += 1
             raise
-        self.decisions[decision.kind] += 1
-        self._record(query, decision, now)
+        if not request.dry_run:
+            self.decisions[decision.kind] += 1
+            self._record(query, decision, now)
         return RouteAnswer(
             request=query.id,
             node=decision.node.name,

@@ -42,8 +42,11 @@ async def connected(
         # Slow consumers and permission violations are only ever reported here.
         _log.error("nats_error", client=name, error=str(error) or type(error).__name__)
 
+    leaving = False
+
     async def on_disconnected() -> None:
-        _log.warning("nats_disconnected", client=name)
+        if not leaving:
+            _log.warning("nats_disconnected", client=name)
 
     async def on_reconnected() -> None:
         _log.info("nats_reconnected", client=name)
@@ -75,6 +78,7 @@ async def connected(
     try:
         yield client
     finally:
+        leaving = True
         with suppress(NatsError, OSError, TimeoutError):
             if client.is_connected:
                 await client.drain()

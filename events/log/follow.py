@@ -241,11 +241,11 @@ async def replay(
                     raise LogUnavailable(f"the log of fleet {fleet!r} sent nothing for {idle_seconds:g} s")  # noqa: TRY301
             group.cancel_scope.cancel()
     except BaseExceptionGroup as errors:
-        raise _single(errors) from None
+        raise single(errors) from None
     return follower.applied
 
 
-def _single(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+def single(errors: BaseExceptionGroup[BaseException]) -> BaseException:
     """The one error inside a group of a single task, for callers that know no groups."""
     error: BaseException = errors
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:

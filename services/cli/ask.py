@@ -1,0 +1,295 @@
+"""Commands that ask a running fleet: `node`, `policy`, `route`."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import msgspec
+from cyclopts import App, Parameter
+from rich.console import Console
+from rich.table import Table
+
+from events.errors import BadHashes
+from events.hashing import pack_hashes, parse_hash
+from events.log.connection import connected
+from services import api
+from services.cli.common import COMMON, Common, run_async, start
+from services.client import ask
+from services.errors import BadRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+CONNECT_SECONDS = 2.0
+
+node = App(name="node", help="See and change the nodes of the fleet.")
+policy = App(name="policy", help="Change how routers decide.")
+
+Json = Annotated[bool, Parameter(name="--json", negative="")]
+
+
+def question(common: Common, endpoint: str, request: msgspec.Struct) -> dict[str, Any]:
+    """Ask an endpoint of the fleet and return its answer as plain data."""
+    start(common, quiet=True)
+
+    async def run() -> dict[str, Any]:
+        async with connected(common.server, "kvplane-cli", connect_seconds=CONNECT_SECONDS) as client:
+            answer: dict[str, Any] = await ask(client, f"kv.{common.fleet}.{endpoint}", request)
+            return answer
+
+    return run_async(run)
+
+
+def show_json(data: object) -> None:
+    """Print data as JSON on standard output."""
+    encoded = msgspec.json.encode(data, enc_hook=str)
+    sys.stdout.write(msgspec.json.format(encoded, indent=2).decode() + "\n")
+
+
+@node.command(name="list")
+def list_nodes(*, model: str = "", json: Json = False, common: Common = COMMON) -> None:
+    """List the nodes with their state, cache and load.
+
+    Parameters
+    ----------
+    model
+        Only nodes that serve this model.
+    json
+        Print JSON.
+    """
+    answer = question(common, "coordinator.node.list", api.ListRequest(model=model))
+    if json:
+        show_json(answer)
+        return
+    table = Table(title=f"fleet {answer['fleet']} at sequence {answer['sequence']}", title_justify="left")
+    for column in ("node", "state", "models", "cache"):
+        table.add_column(column, overflow="fold")
+    for column in ("blocks", "active", "sessions"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in answer["nodes"]:
+        held, capacity = row["held_blocks"].get("gpu", 0), row["capacity_blocks"].get("gpu", 0)
+        table.add_row(
+            row["node"],
+            row["state"] + (f" ({row['reason']})" if row["reason"] else ""),
+            ", ".join(row["models"]),
+            row["cache_mode"],
+            f"{held:,} / {capacity:,}",
+            f"{row['active']} / {row['max_active'] or '-'}",
+            str(row["sessions"]),
+        )
+    Console().print(table)
+    if not answer["nodes"]:
+        Console(stderr=True).print("No nodes yet: `kvplane simnode NAME` runs a simulated one.")
+
+
+@node.command
+def register(
+    name: str,
+    *,
+    address: str,
+    model: Annotated[tuple[str, ...], Parameter(consume_multiple=True)],
+    block_size: int,
+    capacity_blocks: int,
+    cache_mode: Literal["reported", "managed"] = "reported",
+    max_active: int = 0,
+    replace: bool = False,
+    json: Json = False,
+    common: Common = COMMON,
+) -> None:
+    """Register a node; its cache starts empty.
+
+    Parameters
+    ----------
+    name
+        Name of the node.
+    address
+        Where its clients reach it.
+    model
+        Model that it serves; further ones are other names for it.
+    block_size
+        Tokens a block.
+    capacity_blocks
+        Blocks that it can hold on the GPU.
+    cache_mode
+        Who owns eviction: the engine, which reports it, or the coordinator.
+    max_active
+        Most requests at once; 0 is no limit.
+    replace
+        Register although a node of this name is alive, because it restarted.
+    json
+        Print JSON.
+    """
+    request = api.RegisterRequest(
+        node=name, address=address, models=list(model), block_size=block_size,
+        capacity_blocks={"gpu": capacity_blocks}, cache_mode=cache_mode, max_active=max_active, replace=replace,
+    )  # fmt: skip
+    _tell(question(common, "coordinator.node.register", request), json=json)
+
+
+@node.command
+def cordon(name: str, *, reason: str = "", json: Json = False, common: Common = COMMON) -> None:
+    """Keep new requests from a node; what runs there goes on.
+
+    Parameters
+    ----------
+    name
+        Name of the node.
+    reason
+        Why; it is recorded.
+    json
+        Print JSON.
+    """
+    _tell(question(common, "coordinator.node.cordon", api.NodeRequest(node=name, reason=reason)), json=json)
+
+
+@node.command
+def uncordon(name: str, *, json: Json = False, common: Common = COMMON) -> None:
+    """Let a node take requests again.
+
+    Parameters
+    ----------
+    name
+        Name of the node.
+    json
+        Print JSON.
+    """
+    _tell(question(common, "coordinator.node.uncordon", api.NodeRequest(node=name)), json=json)
+
+
+@node.command
+def remove(name: str, *, reason: str = "", json: Json = False, common: Common = COMMON) -> None:
+    """Take a node out of the fleet, with its blocks and sessions.
+
+    Parameters
+    ----------
+    name
+        Name of the node.
+    reason
+        Why; it is recorded.
+    json
+        Print JSON.
+    """
+    _tell(question(common, "coordinator.node.remove", api.NodeRequest(node=name, reason=reason)), json=json)
+
+
+@policy.command(name="set")
+def set_policy(name: str, *parameter: str, json: Json = False, common: Common = COMMON) -> None:
+    """Change the policy of all routers, from the same commit on.
+
+    Parameters
+    ----------
+    name
+        round_robin, least_loaded, cascade, ttft, or module:attr.
+    parameter
+        Parameters as key=number, such as session_seconds=0.5.
+    json
+        Print JSON.
+    """
+    parameters = {}
+    for text in parameter:
+        key, equals, value = text.partition("=")
+        try:
+            if not equals:
+                raise ValueError(text)  # noqa: TRY301
+            parameters[key] = float(value)
+        except ValueError:
+            raise BadRequest(f"{text!r} is no parameter; write key=number") from None
+    _tell(question(common, "coordinator.policy.set", api.PolicyRequest(policy=name, parameters=parameters)), json=json)
+
+
+def route(
+    model: str,
+    *,
+    prompt: str | None = None,
+    tokens: str | None = None,
+    hashes: str | None = None,
+    tokens_count: int | None = None,
+    session: str = "",
+    adapter: str = "",
+    salt: str = "",
+    exclude: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
+    record: bool = False,
+    json: Json = False,
+    common: Common = COMMON,
+) -> None:
+    """Ask where a request should go, and why.
+
+    Parameters
+    ----------
+    model
+        Model that the request is for.
+    prompt
+        The prompt as text, for models whose tokenizer is known.
+    tokens
+        The prompt as token ids, with commas: 1,2,3.
+    hashes
+        The prompt as block hashes, decimal or hex, with commas.
+    tokens_count
+        Length of the prompt in tokens, with --hashes.
+    session
+        Session that the request belongs to.
+    adapter
+        LoRA adapter, which separates caches.
+    salt
+        Cache salt, which separates tenants.
+    exclude
+        Nodes that must not be chosen.
+    record
+        Record the decision and count its load, as for a request that is sent.
+    json
+        Print JSON.
+    """
+    request = api.RouteRequest(
+        model=model, prompt=prompt, tokens=_numbers(tokens), hashes=_hashes(hashes), tokens_count=tokens_count,
+        session=session, adapter=adapter, salt=salt, exclude=list(exclude), dry_run=not record,
+    )  # fmt: skip
+    answer = question(common, "route", request)
+    if json:
+        show_json(answer)
+        return
+    matched = f"{answer['matched_blocks']} of {answer['blocks']} blocks ({answer['matched_tokens']} of {answer['tokens']} tokens)"
+    rows = [
+        ("node", f"{answer['node']} at {answer['address']}"),
+        ("match", f"{answer['kind']}: {matched}"),
+        ("session", answer.get("session") or "none"),
+        ("policy", f"{answer['policy']}, cost {answer['cost']:.6g}, at sequence {answer['applied']}"),
+        ("fallbacks", ", ".join(answer.get("fallbacks", [])) or "none"),
+    ]
+    if answer.get("degraded"):
+        rows.append(("degraded", "the log is away; this decision waits to be recorded"))
+    _grid(rows)
+
+
+def _numbers(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise BadRequest("--tokens must be token ids with commas, such as 1,2,3") from None
+
+
+def _hashes(text: str | None) -> bytes | None:
+    if text is None:
+        return None
+    try:
+        return pack_hashes(parse_hash(part) for part in text.split(",") if part.strip())
+    except BadHashes as error:
+        raise BadRequest(str(error)) from None
+
+
+def _grid(rows: Sequence[tuple[str, str]]) -> None:
+    grid = Table.grid(padding=(0, 2))
+    for name, value in rows:
+        grid.add_row(f"[bold]{name}[/]", value)
+    Console().print(grid)
+
+
+def _tell(answer: dict[str, Any], *, json: bool) -> None:
+    if json:
+        show_json(answer)
+    elif answer.get("changed") is False:
+        Console().print("nothing to change")
+    else:
+        _grid([(key, str(value)) for key, value in answer.items() if key != "changed"])

@@ -1,0 +1,68 @@
+"""Options that all commands share, and how commands run."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import anyio
+from cyclopts import Parameter
+
+from events.log.connection import DEFAULT_URL
+from events.subjects import check_fleet
+from services import logs
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+T = TypeVar("T")
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """Where the fleet is, and how to log."""
+
+    server: Annotated[tuple[str, ...], Parameter(env_var="KVPLANE_SERVER", consume_multiple=True)] = (DEFAULT_URL,)
+    """NATS servers, as URLs."""
+    fleet: Annotated[str, Parameter(env_var="KVPLANE_FLEET")] = "default"
+    """Name of the fleet."""
+    log_level: Annotated[logs.Level, Parameter(env_var="KVPLANE_LOG_LEVEL")] = "info"
+    """Least level that is logged."""
+    log_format: Annotated[Literal["auto", "text", "json"], Parameter(env_var="KVPLANE_LOG_FORMAT")] = "auto"
+    """How to log: for people on a terminal and as JSON elsewhere, or always the same."""
+
+
+COMMON = Common()
+
+
+def start(common: Common, *, quiet: bool = False) -> None:
+    """Check the options and set up logging; `quiet` commands log warnings only, unless asked for more."""
+    check_fleet(common.fleet)
+    level: logs.Level = "warning" if quiet and common.log_level == "info" else common.log_level
+    logs.configure(level, common.log_format)
+
+
+def run_async(function: Callable[..., Awaitable[T]], *arguments: Any) -> T:  # noqa: ANN401 - passed through
+    """Run a coroutine function to its end."""
+    return anyio.run(function, *arguments, backend_options={"use_uvloop": True})
+
+
+def run_until_signal(function: Callable[..., Awaitable[object]], *arguments: Any) -> None:  # noqa: ANN401
+    """Run a coroutine function until it ends, or cancel it in good order on SIGINT or SIGTERM."""
+
+    async def main() -> None:
+        async with anyio.create_task_group() as group:
+
+            async def stop() -> None:
+                with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+                    async for _ in signals:
+                        group.cancel_scope.cancel()
+                        return
+
+            group.start_soon(stop)
+            await function(*arguments)
+            group.cancel_scope.cancel()
+
+    run_async(main)

@@ -1,0 +1,148 @@
+"""Commands that read the log: `state` and `events tail`."""
+
+from __future__ import annotations
+
+import sys
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any
+
+import anyio
+import msgspec
+from cyclopts import App, Parameter
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from events import codec
+from events.errors import BadCommit
+from events.log.connection import connected
+from events.log.follow import Follower, single
+from events.log.stream import open_stream
+from services.cli.ask import CONNECT_SECONDS, Json, _grid, show_json
+from services.cli.common import COMMON, Common, run_async, run_until_signal, start
+from services.replica import Replica
+
+if TYPE_CHECKING:
+    from events.codec import Message
+
+events = App(name="events", help="Read the events of the log.")
+
+
+def state(*, json: Json = False, common: Common = COMMON) -> None:
+    """Rebuild the fleet's state from the log, and show what it holds and its digest.
+
+    Parameters
+    ----------
+    json
+        Print JSON.
+    """
+    start(common, quiet=True)
+    summary = run_async(_rebuild, common)
+    if json:
+        show_json(summary)
+        return
+    _grid([(key, escape(f"{value:,}" if isinstance(value, int) else str(value))) for key, value in summary.items()])
+
+
+async def _rebuild(common: Common) -> dict[str, object]:
+    async with connected(common.server, "kvplane-state", connect_seconds=CONNECT_SECONDS) as client:
+        replica = Replica(client, common.fleet)
+        columns = (TextColumn("reading the log"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        try:
+            with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+                async with anyio.create_task_group() as group:
+                    task = progress.add_task("log", total=None)
+                    group.start_soon(replica.run)
+                    while not replica.ready:
+                        progress.update(task, total=replica.follower.target or None, completed=replica.state.sequence)
+                        await anyio.sleep(0.01)
+                    group.cancel_scope.cancel()
+        except BaseExceptionGroup as errors:
+            raise single(errors) from None
+        return replica.summary(digests=True)
+
+
+@events.command
+def tail(
+    *,
+    last: int = 20,
+    since: Annotated[int | None, Parameter(name="--from")] = None,
+    follow: bool = True,
+    json: Json = False,
+    common: Common = COMMON,
+) -> None:
+    """Print events as they are on the log: the last ones, then those that come.
+
+    Parameters
+    ----------
+    last
+        How many commits to begin with.
+    since
+        Begin at this sequence instead.
+    follow
+        Go on with what comes, until Ctrl-C.
+    json
+        Print one JSON object a line.
+    """
+    start(common, quiet=True)
+    run_until_signal(_tail, last, since, follow, json, common)
+
+
+async def _tail(last: int, since: int | None, follow: bool, json: bool, common: Common) -> None:  # noqa: FBT001
+    console = Console(highlight=False, soft_wrap=True)
+
+    def show(message: Message) -> None:
+        for line in describe(common.fleet, message):
+            if json:
+                sys.stdout.write(msgspec.json.encode(line).decode() + "\n")
+            else:
+                console.print(as_text(line))
+        sys.stdout.flush()
+
+    async with connected(common.server, "kvplane-tail", connect_seconds=CONNECT_SECONDS) as client:
+        held = await open_stream(client.jetstream(), common.fleet)
+        first = since if since is not None else held.last_seq - max(0, last) + 1
+        applied = min(held.last_seq, max(first, held.first_seq, 1) - 1)
+        follower = Follower(client, common.fleet, show, applied=applied)
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(follower.run)
+                await follower.caught_up.wait()
+                if not follow:
+                    group.cancel_scope.cancel()
+        except BaseExceptionGroup as errors:
+            raise single(errors) from None
+
+
+def describe(fleet: str, message: Message) -> list[dict[str, Any]]:
+    """A message of the log as plain data, one entry an event; a bad one as one entry with the reason."""
+    head: dict[str, Any] = {
+        "sequence": message.sequence,
+        "time": datetime.fromtimestamp(message.time / 1e9, UTC).isoformat(timespec="milliseconds"),
+        "subject": message.subject,
+    }
+    try:
+        commit = codec.decode(fleet, message)
+    except BadCommit as error:
+        return [{**head, "skipped": error.code, "detail": str(error)}]
+    if commit.writer:
+        head["writer"] = commit.writer
+    return [{**head, **codec.to_builtins(event)} for event in commit.events]
+
+
+def as_text(line: dict[str, Any]) -> str:
+    """One line for people: long lists of hashes become their count and ends."""
+    head = f"[dim]{line['sequence']:>7} {line['time'][11:23]}[/]"
+    if "skipped" in line:
+        return f"{head} [red]skipped {line['skipped']}[/] {escape(line['subject'])}: {escape(line['detail'])}"
+    fields = []
+    for key, value in line.items():
+        if key in {"sequence", "time", "subject", "writer", "type", "candidates", "engine_hashes"}:
+            continue
+        text = f"{len(value)}:{value[0][:8]}..{value[-1][:8]}" if _is_hashes(value) else str(value)
+        fields.append(f"[dim]{key}=[/]{escape(text)}")
+    return f"{head} [bold]{line['type'].rpartition('.')[0]}[/] {' '.join(fields)}"
+
+
+def _is_hashes(value: object) -> bool:
+    return isinstance(value, list) and len(value) > 1 and all(isinstance(item, str) for item in value)

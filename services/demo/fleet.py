@@ -1,0 +1,111 @@
+"""Processes of the demonstration: real ones, started with the command line, killed with SIGKILL."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from contextlib import suppress
+from subprocess import STDOUT
+from typing import TYPE_CHECKING
+
+import anyio
+import msgspec
+from nats.errors import Error as NatsError
+
+from services.errors import StepFailed
+from services.server import start_server
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from anyio.abc import Process
+    from nats.aio.client import Client
+
+    from services.server import Server
+
+READY_SECONDS = 30.0
+
+
+class Fleet:
+    """A server and the processes around it, by name. All logs lie in `folder`."""
+
+    def __init__(self, folder: Path, port: int, fleet: str) -> None:
+        self.folder = folder
+        self.port = port
+        self.name = fleet
+        self.url = f"nats://127.0.0.1:{port}"
+        self.server: Server | None = None
+        self._processes: dict[str, Process] = {}
+
+    async def start_server(self) -> None:
+        """Start the server on its data, which may be from a life before."""
+        self.server = await start_server(self.folder / "data", port=self.port)
+
+    async def start(self, name: str, *arguments: str) -> None:
+        """Start a process of the command line, such as `router`."""
+        command = [sys.executable, "-m", "services.cli", *arguments]
+        command += ["--server", self.url, "--fleet", self.name, "--log-format", "json"]
+        log = await anyio.open_file(self.folder / f"{name}.log", "ab")
+        async with log:
+            self._processes[name] = await anyio.open_process(
+                command, stdin=None, stdout=log.wrapped, stderr=STDOUT, start_new_session=True
+            )
+
+    async def kill(self, *names: str) -> None:
+        """SIGKILL processes, and wait until they are gone."""
+        for name in names:
+            process = self.server.process if name == "server" and self.server else self._processes[name]
+            with suppress(ProcessLookupError):
+                process.send_signal(signal.SIGKILL)
+            await process.wait()
+
+    async def stop(self) -> None:
+        """Stop everything: the processes first, the server last."""
+        with anyio.CancelScope(shield=True):
+            for process in self._processes.values():
+                with suppress(ProcessLookupError):
+                    process.terminate()
+            for process in self._processes.values():
+                with anyio.move_on_after(5) as scope:
+                    await process.wait()
+                if scope.cancelled_caught:
+                    with suppress(ProcessLookupError):
+                        process.kill()
+                    await process.wait()
+            if self.server is not None:
+                await self.server.stop()
+
+    async def routers(self, client: Client, count: int) -> list[str]:
+        """Writers of the routers, once `count` of them answer."""
+        return await self._instances(client, "kvplane-router", count)
+
+    async def coordinators(self, client: Client, count: int) -> list[str]:
+        """Writers of the coordinators, once `count` of them answer."""
+        return await self._instances(client, "kvplane-coordinator", count)
+
+    async def _instances(self, client: Client, service: str, count: int) -> list[str]:
+        """Ask as `nats micro info` does: everyone answers."""
+        with anyio.move_on_after(READY_SECONDS):
+            while True:
+                found: list[str] = []
+                with suppress(NatsError, OSError):
+                    found = await self._ask_all(client, f"$SRV.INFO.{service}", count)
+                if len(found) >= count:
+                    return found
+                await anyio.sleep(0.02)
+        raise StepFailed(f"{count} of {service} did not answer in {READY_SECONDS:g} s; see the logs in {self.folder}")
+
+    @staticmethod
+    async def _ask_all(client: Client, subject: str, count: int) -> list[str]:
+        found: list[str] = []
+        subscription = await client.subscribe(inbox := client.new_inbox())
+        try:
+            await client.publish(subject, reply=inbox)
+            with anyio.move_on_after(0.3):
+                while len(found) < count:
+                    message = await subscription.next_msg(timeout=1)
+                    if message.data:
+                        found.append(msgspec.json.decode(message.data)["metadata"]["writer"])
+        finally:
+            await subscription.unsubscribe()
+        return found

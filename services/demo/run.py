@@ -1,0 +1,306 @@
+"""The order of the demonstration, what it prints, and its result."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anyio
+from msgspec import Struct
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from events import types
+from events.errors import KvplaneError
+from events.hashing import block_hashes
+from events.log.connection import connected
+from services import api
+from services.demo.features import FEATURES
+from services.demo.fleet import Fleet
+from services.demo.stage import Stage, brief, check
+from services.demo.traffic import Traffic
+from services.demo.workload import conversations, round_robin_hit_rate
+from services.server import free_port
+from services.trace import TRACE_BLOCK_SIZE, Work, read_trace
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+MODEL = "demo/chat-8b"
+NODES = ("node-a", "node-b", "node-c", "node-d")
+CONCURRENCY = 24
+REAL_PREFILL = 8000.0
+"""Prefill speed that the policy's defaults fit, in tokens per second; the demonstration runs faster by one factor."""
+
+
+class Options(Struct, frozen=True, kw_only=True):
+    """What the demonstration runs with."""
+
+    trace: Path | None = None
+    limit: int = 2000
+    keep: Path | None = None
+
+
+class Scale(Struct, frozen=True):
+    """Sizes of the simulated nodes."""
+
+    block_size: int
+    capacity_blocks: int
+    prefill_speed: float
+    decode_speed: float
+
+
+CHAT = Scale(block_size=16, capacity_blocks=4096, prefill_speed=200_000, decode_speed=4_000)
+TRACE = Scale(block_size=TRACE_BLOCK_SIZE, capacity_blocks=4096, prefill_speed=4_000_000, decode_speed=100_000)
+
+
+class StepResult(Struct):
+    """One line of the demonstration."""
+
+    step: str
+    held: bool
+    said: str
+
+
+class Result(Struct):
+    """What the demonstration found. Rates are shares of prompt tokens, times are seconds."""
+
+    held: bool = False
+    steps: list[StepResult] = []
+    requests: int = 0
+    exact: int = 0
+    prefix: int = 0
+    miss: int = 0
+    retries: int = 0
+    failed: int = 0
+    hit_rate: float = 0.0
+    predicted_hit_rate: float = 0.0
+    round_robin_hit_rate: float = 0.0
+    node_loss_seconds: float = 0.0
+    router_recovery_seconds: float = 0.0
+    full_recovery_seconds: float = 0.0
+    digests_equal: bool = False
+    commits: int = 0
+    seconds: float = 0.0
+
+
+class Demo:
+    """One run. Everything that it prints goes to standard error."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.scale = TRACE if options.trace else CHAT
+        self.console = Console(stderr=True, highlight=False)
+        self.result = Result(steps=[])
+
+    async def run(self) -> Result:
+        """Run all steps; the result says whether each of them held."""
+        began = time.monotonic()
+        work = read_trace(self.options.trace, limit=self.options.limit) if self.options.trace else conversations()
+        with tempfile.TemporaryDirectory(prefix="kvplane-demo-") as temporary:
+            folder = self.options.keep or Path(temporary)
+            folder.mkdir(parents=True, exist_ok=True)
+            fleet = Fleet(folder, free_port(), "demo")
+            try:
+                await self._run_on(fleet, work)
+            finally:
+                await fleet.stop()
+        self.result.seconds = time.monotonic() - began
+        self.result.held = bool(self.result.steps) and all(step.held for step in self.result.steps)
+        return self.result
+
+    async def _run_on(self, fleet: Fleet, work: list[Work]) -> None:
+        if not await self._step("start", lambda: self._start(fleet)):
+            return
+        async with connected([fleet.url], "kvplane-demo") as client:
+            traffic = Traffic(client, fleet.name, MODEL)
+            stage = Stage(client, fleet, traffic, self.scale.block_size)
+            async with anyio.create_task_group() as group:
+                group.start_soon(stage.follower.run)
+                await stage.follower.caught_up.wait()
+                if await self._step("nodes join", lambda: self._join(stage)):
+                    for name, feature in FEATURES:
+                        await self._step(name, lambda feature=feature: feature(stage))  # type: ignore[misc]
+                    stage.traffic = Traffic(client, fleet.name, MODEL)
+                    await self._step("traffic, with a node and both routers killed", lambda: self._traffic(stage, work))
+                    await self._step("kill -9 of server, routers and coordinator", lambda: self._recover(stage))
+                group.cancel_scope.cancel()
+            self._count(stage, work)
+            if stage.traffic.totals.requests:
+                await self._step("better than round-robin", self._compare)
+
+    async def _step(self, name: str, step: Callable[[], Awaitable[str]]) -> bool:
+        """Run a step and print what it says; whether it held."""
+        try:
+            said, held = await step(), True
+        except (KvplaneError, TimeoutError) as error:
+            said, held = str(error) or type(error).__name__, False
+        except BaseExceptionGroup as errors:
+            known, others = errors.split(KvplaneError)
+            if others is not None or known is None:
+                raise
+            said, held = "; ".join(sorted({str(error) for error in known.exceptions})), False
+        self.result.steps.append(StepResult(name, held, said))
+        mark = "[green]held[/]  " if held else "[bold red]FAILED[/]"
+        self.console.print(f"{mark} [bold]{escape(name)}[/]: {escape(said)}")
+        return held
+
+    async def _start(self, fleet: Fleet) -> str:
+        await fleet.start_server()
+        await fleet.start("coordinator", "coordinator")
+        async with connected([fleet.url], "kvplane-demo") as client:
+            await fleet.coordinators(client, 1)
+            for name in ("router-1", "router-2"):
+                await fleet.start(name, "router")
+            scale = self.scale
+            simnode = [
+                "--model", MODEL, "--block-size", str(scale.block_size), "--capacity-blocks", str(scale.capacity_blocks),
+                "--prefill-speed", str(scale.prefill_speed), "--decode-speed", str(scale.decode_speed),
+            ]  # fmt: skip
+            await fleet.start("managed", "simnode", NODES[0], "--cache-mode", "managed", *simnode)
+            await fleet.start("reported", "simnode", *NODES[1:3], *simnode)
+            await fleet.start("doomed", "simnode", NODES[3], *simnode)
+            await fleet.routers(client, 2)
+        return f"server, coordinator, two routers and {len(NODES)} nodes, logs in {fleet.folder}"
+
+    async def _join(self, stage: Stage) -> str:
+        for node in NODES:
+            await stage.seen(types.NodeRegistered, lambda event, node=node: event.node == node, seconds=20)  # type: ignore[misc]
+        factor = self.scale.prefill_speed / REAL_PREFILL
+        policy = api.PolicyRequest(
+            policy="ttft", parameters={"decode_seconds": 0.002 / factor, "session_seconds": 0.5 / factor}
+        )
+        await stage.tell("policy.set", policy)
+        at, event = await stage.seen(types.PolicyChanged)
+        await anyio.sleep(0.2)
+        return f"{', '.join(NODES)} are registered; the policy fits their speed since {at}: {brief(event)}"
+
+    async def _traffic(self, stage: Stage, work: list[Work]) -> str:
+        """All requests, with a node killed after a third and both routers after two thirds of them."""
+        done = 0
+        third, two_thirds = anyio.Event(), anyio.Event()
+        columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[hit]}"), TimeElapsedColumn())
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            task = progress.add_task("requests", total=len(work), hit="")
+
+            def advance() -> None:
+                nonlocal done
+                done += 1
+                progress.update(task, completed=done, hit=f"{stage.traffic.totals.hit_rate:.1%} of tokens cached")
+                if done >= len(work) // 3:
+                    third.set()
+                if done >= 2 * len(work) // 3:
+                    two_thirds.set()
+
+            async with anyio.create_task_group() as group:
+                group.start_soon(self._kill_node, stage, third)
+                group.start_soon(self._kill_routers, stage, two_thirds)
+                group.start_soon(lambda: stage.traffic.run(work, concurrency=CONCURRENCY, progress=advance))
+        totals = stage.traffic.totals
+        check(totals.requests == len(work), f"{totals.requests} of {len(work)} requests succeeded")
+        return (
+            f"all {totals.requests:,} requests were answered, {totals.retries} sent again; {NODES[3]} was concluded lost "
+            f"after {self.result.node_loss_seconds:.1f} s, routers were back after {self.result.router_recovery_seconds:.1f} s"
+        )
+
+    async def _kill_node(self, stage: Stage, when: anyio.Event) -> None:
+        await when.wait()
+        began, after = time.monotonic(), stage.state.sequence
+        await stage.fleet.kill("doomed")
+        await stage.seen(types.NodeLost, lambda event: event.node == NODES[3], after=after, seconds=20)
+        self.result.node_loss_seconds = time.monotonic() - began
+        node = stage.state.nodes[NODES[3]]
+        check(stage.state.caches.held(node) == 0, "blocks of the lost node are still in the index")
+        check(stage.state.sessions.on_node(node.name) == 0, "sessions are still on the lost node")
+
+    async def _kill_routers(self, stage: Stage, when: anyio.Event) -> None:
+        await when.wait()
+        began = time.monotonic()
+        await stage.fleet.kill("router-1", "router-2")
+        for name in ("router-1", "router-2"):
+            await stage.fleet.start(name, "router")
+        await stage.fleet.routers(stage.client, 1)
+        self.result.router_recovery_seconds = time.monotonic() - began
+        await stage.fleet.routers(stage.client, 2)
+
+    async def _recover(self, stage: Stage) -> str:
+        """Everything but the engines is killed; what comes back knows what it knew."""
+        work = unseen_prompt(self.scale.block_size)
+        await stage.traffic.send(work)
+        await anyio.sleep(0.3)
+        before = await stage.statuses()
+        check(len({status["digest"] for status in before}) == 1, "routers and coordinator have different digests")
+        sequence, digest = before[0]["sequence"], before[0]["digest"]
+        began = time.monotonic()
+        await stage.fleet.kill("server", "coordinator", "router-1", "router-2")
+        await stage.fleet.start_server()
+        await stage.fleet.start("coordinator", "coordinator")
+        await stage.fleet.start("router-1", "router")
+        await stage.fleet.start("router-2", "router")
+        await stage.fleet.routers(stage.client, 1)
+        answer, again = await stage.traffic.send(work)
+        self.result.full_recovery_seconds = time.monotonic() - began
+        rebuilt = await stage.digest_at(sequence)
+        after = await stage.statuses()
+        self.result.digests_equal = rebuilt == digest and len({status["digest"] for status in after}) == 1
+        self.result.commits = after[0]["commits"]
+        check(rebuilt == digest, f"the digest at {sequence} was {digest} and is {rebuilt}")
+        check(self.result.digests_equal, "routers and coordinator came back with different digests")
+        check(answer.kind == "exact", f"the next request was {answer.kind}")
+        check(again.cached_tokens == answer.matched_tokens, "the next request was not cached as predicted")
+        check(after[0]["nodes"] == before[0]["nodes"], "nodes are missing")
+        return (
+            f"digest {digest[:12]} at sequence {sequence} before and after, nodes and sessions as they were, and the next "
+            f"request was {answer.kind} on {answer.node} after {self.result.full_recovery_seconds:.1f} s"
+        )
+
+    def _count(self, stage: Stage, work: list[Work]) -> None:
+        totals, result = stage.traffic.totals, self.result
+        for field in ("requests", "exact", "prefix", "miss", "retries", "failed", "hit_rate"):
+            setattr(result, field, getattr(totals, field))
+        result.predicted_hit_rate = totals.predicted_tokens / totals.prompt_tokens if totals.prompt_tokens else 0.0
+        result.round_robin_hit_rate = round_robin_hit_rate(
+            work, nodes=len(NODES), capacity_blocks=self.scale.capacity_blocks, block_size=self.scale.block_size
+        )
+
+    async def _compare(self) -> str:
+        result = self.result
+        said = f"{result.hit_rate:.1%} of the prompt tokens were cached, {result.round_robin_hit_rate:.1%} with round-robin"
+        check(result.hit_rate > result.round_robin_hit_rate, said)
+        return said
+
+    def show(self) -> None:
+        """Print the result as a table."""
+        result = self.result
+        table = Table(title="kvplane demo", title_justify="left", show_header=False)
+        table.add_column(style="bold")
+        table.add_column(justify="right")
+        rows = [
+            ("requests", f"{result.requests:,}"),
+            ("exact / prefix / miss", f"{result.exact:,} / {result.prefix:,} / {result.miss:,}"),
+            ("sent again / failed", f"{result.retries} / {result.failed}"),
+            ("hit rate in tokens", f"{result.hit_rate:.1%}"),
+            ("the same, predicted by the routers", f"{result.predicted_hit_rate:.1%}"),
+            ("the same, round-robin", f"{result.round_robin_hit_rate:.1%}"),
+            ("node lost after", f"{result.node_loss_seconds:.1f} s"),
+            ("routers back after", f"{result.router_recovery_seconds:.1f} s"),
+            ("everything back after", f"{result.full_recovery_seconds:.1f} s"),
+            ("digests equal", "yes" if result.digests_equal else "NO"),
+            ("commits on the log", f"{result.commits:,}"),
+            ("took", f"{result.seconds:.0f} s"),
+        ]
+        for name, value in rows:
+            table.add_row(name, value)
+        self.console.print(table)
+        failed = [step.step for step in result.steps if not step.held]
+        self.console.print(f"[bold red]{len(failed)} steps failed: {', '.join(failed)}[/]" if failed else "[green]every step held[/]")
+
+
+def unseen_prompt(block_size: int) -> Work:
+    """A prompt of 16 blocks that nobody has sent before."""
+    count = 16 * block_size
+    return Work(block_hashes(range(40_000, 40_000 + count), block_size), count + 1, 1)

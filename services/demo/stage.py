@@ -1,0 +1,142 @@
+"""What the steps of the demonstration share: connections, the log as it grows, and checks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import anyio
+
+from events import codec
+from events.log.follow import Follower
+from events.types import Event
+from projections.digest import digest
+from projections.fleet import FleetState
+from services import api
+from services.client import ask
+from services.errors import Refused, StepFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import msgspec
+    from nats.aio.client import Client
+
+    from events.codec import Message
+    from projections.fleet import Applied
+    from services.demo.fleet import Fleet
+    from services.demo.traffic import Traffic
+
+E = TypeVar("E", bound=Event)
+T = TypeVar("T")
+
+
+class Stage:
+    """The fleet on show. `events` is all that its log said so far, with sequences."""
+
+    def __init__(self, client: Client, fleet: Fleet, traffic: Traffic, block_size: int) -> None:
+        self.client = client
+        self.fleet = fleet
+        self.traffic = traffic
+        self.block_size = block_size
+        self.state = FleetState(fleet.name)
+        self.events: list[tuple[int, Event]] = []
+        self.follower = Follower(client, fleet.name, self._handle)
+        self._advanced = anyio.Event()
+
+    def _handle(self, message: Message) -> None:
+        applied: Applied = self.state.apply(message)
+        if applied.commit is not None:
+            self.events += [(message.sequence, event) for event in applied.commit.events]
+        self._advanced.set()
+        self._advanced = anyio.Event()
+
+    async def seen(
+        self, kind: type[E], where: Callable[[E], bool] = lambda _: True, *, after: int = 0, seconds: float = 10
+    ) -> tuple[int, E]:
+        """Wait for an event on the log, and give it with its sequence. Raises `StepFailed`."""
+        with anyio.move_on_after(seconds):
+            at = 0
+            while True:
+                while at < len(self.events):
+                    sequence, event = self.events[at]
+                    at += 1
+                    if sequence > after and isinstance(event, kind) and where(event):
+                        return sequence, event
+                await self._advanced.wait()
+        raise StepFailed(f"no {kind.__name__} came on the log in {seconds:g} s")
+
+    async def ask(self, subject: str, request: msgspec.Struct, form: type[T] | None = None) -> T:
+        """Ask any endpoint."""
+        return await ask(self.client, subject, request, form)
+
+    async def tell(self, endpoint: str, request: msgspec.Struct) -> dict[str, Any]:
+        """Ask the coordinator."""
+        answer: dict[str, Any] = await ask(self.client, f"kv.{self.fleet.name}.coordinator.{endpoint}", request)
+        return answer
+
+    async def refused(self, endpoint: str, request: msgspec.Struct) -> Refused:
+        """Ask the coordinator for what it must refuse."""
+        try:
+            await self.tell(endpoint, request)
+        except Refused as error:
+            return error
+        raise StepFailed(f"{endpoint} should have been refused")
+
+    async def register(self, node: str, model: str, *, capacity: int = 64, mode: str = "managed", most: int = 0) -> int:
+        """Register a node that no process stands behind, for placement alone; its epoch."""
+        request = api.RegisterRequest(
+            node=node, address=f"nowhere.{node}", models=[model], block_size=self.block_size,
+            capacity_blocks={"gpu": capacity}, cache_mode=mode, max_active=most,
+        )  # fmt: skip
+        epoch: int = (await self.tell("node.register", request))["epoch"]
+        return epoch
+
+    async def statuses(self) -> list[dict[str, Any]]:
+        """Status with digest of every router and coordinator, once all of them have applied the same sequence."""
+        name = self.fleet.name
+        routers = await self.fleet.routers(self.client, 2)
+        with anyio.move_on_after(15):
+            while True:
+                ask_all = [f"kv.{name}.router.{writer}.flush" for writer in routers]
+                ask_all += [f"kv.{name}.coordinator.status"]
+                found: list[dict[str, Any]] = []
+                for subject in ask_all:
+                    found.append(await ask(self.client, subject, api.StatusRequest(digest=True)))
+                if len({status["sequence"] for status in found}) == 1:
+                    return found
+                await anyio.sleep(0.05)
+        raise StepFailed("routers and coordinator never came to the same sequence")
+
+    async def digest_at(self, sequence: int) -> str:
+        """Digest of the state at a sequence, folded from the log's beginning."""
+        state = FleetState(self.fleet.name)
+
+        def handle(message: Message) -> None:
+            if message.sequence <= sequence:
+                state.apply(message)
+
+        follower = Follower(self.client, self.fleet.name, handle)
+        async with anyio.create_task_group() as group:
+            group.start_soon(follower.run)
+            with anyio.fail_after(30):
+                while follower.applied < sequence:
+                    await anyio.sleep(0.01)
+            group.cancel_scope.cancel()
+        return digest(state)
+
+
+def check(holds: bool, otherwise: str) -> None:  # noqa: FBT001 - an assertion that stays in optimized code
+    """Raise `StepFailed` unless it holds."""
+    if not holds:
+        raise StepFailed(otherwise)
+
+
+def brief(event: Event) -> str:
+    """An event in short, as the demonstration prints it."""
+    data = codec.to_builtins(event)
+    keep = ("node", "session", "request", "reason", "match", "blocks", "policy")
+    fields = [f"{key}={str(data[key])[:40]}" for key in keep if data.get(key) not in (None, "", [])]
+    for key in ("stored", "evicted", "hashes"):
+        if data.get(key):
+            fields.append(f"{key}={len(data[key])}")
+    return f"{type(event).__name__} {' '.join(fields)}"
