@@ -107,7 +107,7 @@ class Traffic:
 
     async def run(self, work: list[Work], *, concurrency: int, progress: Callable[[], None]) -> None:
         """Send all, in order, a bounded number at once. The turns of a session never overlap."""
-        limiter = anyio.CapacityLimiter(concurrency)
+        room = anyio.Semaphore(concurrency)
         turns: dict[str, anyio.Lock] = {}
 
         async def one(request: Work) -> None:
@@ -118,10 +118,10 @@ class Traffic:
                 else:
                     await self.send(request)
             finally:
-                limiter.release_on_behalf_of(request)
+                room.release()
             progress()
 
         async with anyio.create_task_group() as group:
             for request in work:
-                await limiter.acquire_on_behalf_of(request)
+                await room.acquire()
                 group.start_soon(one, request)
