@@ -97,7 +97,7 @@ def encode_one(event: types.Event) -> bytes:
 def join(encoded: Sequence[bytes]) -> bytes:
     """Body of a commit from events that are encoded already."""
     count = len(encoded)
-    if count < 16:  # noqa: PLR2004 - MessagePack fixarray
+    if count < 16:
         head = bytes((0x90 | count,))
     elif count < 1 << 16:
         head = b"\xdc" + count.to_bytes(2, "big")
@@ -269,6 +269,6 @@ def decode(fleet: str, message: Message) -> Commit:
 
 
 def _number(header: str, text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 17):  # noqa: PLR2004 - below 2^53
+    if not (text.isascii() and text.isdigit() and len(text) < 17):
         raise BadCommit("bad_header", f"{header} is {text[:40]!r}; it must be a number")
     return int(text)

@@ -99,5 +99,5 @@ def place_of(fleet: str, subject: str) -> Place:
         if len(parts) == 3 and parts[2] == "control":
             return Place("control", "")
         if len(parts) == 4 and parts[2] in ROOMS and parts[2] != "control":
-            return Place(parts[2], name_of(parts[3]))  # type: ignore[arg-type]
+            return Place(parts[2], name_of(parts[3]))
     raise BadName(f"subject {subject[:120]!r} is not on the log of fleet {fleet!r}")

@@ -60,7 +60,7 @@ class Applied(NamedTuple):
     detail: str = ""
 
 
-class Skip(Exception):  # noqa: N818 - control flow inside the fold, never leaves it
+class Skip(Exception):
     """A commit changes nothing."""
 
 

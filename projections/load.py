@@ -31,7 +31,7 @@ def prefill_speed(labels: dict[str, str]) -> float:
         speed = float(labels.get(PREFILL_LABEL, PREFILL_SPEED))
     except ValueError:
         return PREFILL_SPEED
-    return speed if 1 <= speed <= 1e9 else PREFILL_SPEED  # noqa: PLR2004 - sanity bounds, excludes NaN too
+    return speed if 1 <= speed <= 1e9 else PREFILL_SPEED
 
 
 class Active(Struct, frozen=True):

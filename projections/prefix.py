@@ -345,8 +345,7 @@ class PrefixIndex:
             position = 0
             if packed.startswith(run, offset):
                 length = len(run) >> 3
-                if length > total - at:
-                    length = total - at
+                length = min(length, total - at)
             else:
                 here = packed[offset : offset + 8]
                 position = 0 if run.startswith(here) else segment.position(here)

@@ -13,7 +13,7 @@ from msgspec import Meta, Struct
 from events.errors import BadHashes, BadName
 from events.hashing import MOST_TOKENS, format_hash, pack_hashes, parse_hash, unpack_hashes
 from events.subjects import check_name
-from events.types import HASHES_LIMIT, Count, Seconds, Tier  # noqa: TC001 - msgspec reads annotations
+from events.types import HASHES_LIMIT, Count, Seconds, Tier
 from services.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ _encode = msgspec.msgpack.Encoder().encode
 
 def is_json(body: bytes) -> bool:
     """Whether a request is text: a MessagePack map never begins with a byte below 0x80."""
-    return not body or body[0] < 0x80  # noqa: PLR2004
+    return not body or body[0] < 0x80
 
 
 def decode_request(body: bytes, form: type[T]) -> T:

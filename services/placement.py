@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from events import types
+from events.codec import validate
 from events.errors import BadCommit, BadName
 from events.hashing import derive_hash, pack_hashes, unpack_hashes
 from events.subjects import Place, Room, check_name, subject
-from events.codec import validate
 from services.errors import BadRequest, Conflict, NodeExists, NoRoom, UnknownModel, UnknownNode
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def register(state: FleetState, request: RegisterRequest) -> Proposal:
     for what, value in [*request.capacity_blocks.items(), ("max_active", request.max_active)]:
         if value < 0:
             raise BadRequest(f"{what} is {value}; it must not be negative")
-    if not 0 <= request.pulse_seconds <= 3600:  # noqa: PLR2004 - an hour
+    if not 0 <= request.pulse_seconds <= 3600:
         raise BadRequest(f"pulse_seconds is {request.pulse_seconds}; it must be from 0 to 3600")
     event = types.NodeRegistered(
         node=request.node, address=request.address, models=request.models, block_size=request.block_size,

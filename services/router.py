@@ -26,11 +26,14 @@ from services.routing.decide import Chooser, Query
 from services.routing.overlay import Overlay
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from anyio.abc import TaskStatus
     from nats.aio.client import Client
 
     from events.codec import Message
     from projections.fleet import Applied
+    from projections.nodes import Node
     from services.routing.decide import Decision
 
 BUFFER_EVENTS = 100_000
@@ -148,7 +151,7 @@ class Router:
             if tokens < count * size:
                 raise BadRequest(f"tokens_count {tokens} is less than {count} full blocks of {size} tokens")
         else:
-            ids = request.tokens if form == "tokens" else self._tokenize(request, roster.nodes or [])
+            ids = request.tokens if form == "tokens" else self._tokenize(request, roster.nodes)
             try:
                 hashes = block_hashes(ids or [], size, adapter=request.adapter, salt=request.salt)
             except BadHashes as error:
@@ -159,9 +162,9 @@ class Router:
         identity = request.request or uuid4().hex
         return Query(identity, request.model, hashes, tokens, blocks, size, request.session, frozenset(request.exclude))
 
-    def _tokenize(self, request: RouteRequest, nodes: list[object]) -> list[int]:
+    def _tokenize(self, request: RouteRequest, nodes: Sequence[Node]) -> list[int]:
         """Token ids of a prompt. Only the byte tokenizer of simulated nodes is built in."""
-        kinds = {node.registered.labels.get(TOKENIZER_LABEL, "") for node in nodes}  # type: ignore[attr-defined]
+        kinds = {node.registered.labels.get(TOKENIZER_LABEL, "") for node in nodes}
         if kinds != {"bytes"}:
             raise NoTokenizer(
                 f"no tokenizer is known for model {request.model[:80]!r}; send tokens, or hashes with tokens_count"

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
 from subprocess import DEVNULL, STDOUT
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 import anyio
 import structlog
@@ -45,11 +46,11 @@ def free_port() -> int:
         return port
 
 
-def configuration(data: Path, *, host: str, port: int) -> str:
+def configuration(data: Path, *, name: str, host: str, port: int) -> str:
     """Text of the server's configuration file."""
     return f"""\
 # Written by `kvplane up` at every start.
-server_name: "kvplane-{port}"
+server_name: "{name}"
 host: "{host}"
 port: {port}
 max_payload: {MAX_PAYLOAD}
@@ -96,10 +97,11 @@ async def start_server(data: Path, *, host: str = "127.0.0.1", port: int = 4222)
     """Start a server whose streams lie in `data`, and wait until it takes connections. Raises `ServerFailed`."""
     binary = server_binary()
     data = data.absolute()
+    name = f"kvplane-{uuid4().hex[:12]}"
     try:
         data.mkdir(parents=True, exist_ok=True)
         config = data / "nats-server.conf"
-        config.write_text(configuration(data, host=host, port=port))
+        config.write_text(configuration(data, name=name, host=host, port=port))
     except OSError as error:
         raise ServerFailed(f"the data folder can't be written ({error}); choose another with --data") from None
     log = data / "nats-server.log"
@@ -110,7 +112,7 @@ async def start_server(data: Path, *, host: str = "127.0.0.1", port: int = 4222)
     server = Server(process, f"nats://{host}:{port}", log)
     try:
         with anyio.fail_after(START_SECONDS):
-            while not await _answers(host, port):
+            while not await _answers(host, port, name):
                 if process.returncode is not None:
                     raise ServerFailed(_why(log, port))
                 await anyio.sleep(0.02)
@@ -123,14 +125,15 @@ async def start_server(data: Path, *, host: str = "127.0.0.1", port: int = 4222)
     return server
 
 
-async def _answers(host: str, port: int) -> bool:
+async def _answers(host: str, port: int, name: str) -> bool:
+    """Whether the server that answers is the one that was started, and not another that has the port."""
     try:
         stream = await anyio.connect_tcp(host, port)
     except OSError:
         return False
     async with stream:
         with anyio.move_on_after(1), suppress(anyio.EndOfStream, anyio.BrokenResourceError):
-            return (await stream.receive(4)).startswith(b"INFO")
+            return f'"{name}"'.encode() in await stream.receive(4096)
         return False
 
 

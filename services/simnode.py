@@ -36,8 +36,6 @@ _log = structlog.get_logger("kvplane.simnode")
 _encode = msgspec.msgpack.Encoder().encode
 
 LINGER_SECONDS = 0.002
-ROOM_SECONDS = 0.01
-"""How long a request waits before it looks for room in a full cache again."""
 REGISTER_SECONDS = 0.5
 """Pause before a registration is tried again."""
 
@@ -81,6 +79,8 @@ class SimNode:
         self._prefill = anyio.Lock()
         self._batch = 0
         self._register_again = anyio.Event()
+        self._finished = anyio.Event()
+        """Set when blocks come out of use."""
 
     @property
     def managed(self) -> bool:
@@ -174,6 +174,8 @@ class SimNode:
             await anyio.sleep(request.output_tokens / self.config.decode_speed)
             if kept:
                 self.cache.finish(hashes)
+                self._finished.set()
+                self._finished = anyio.Event()
         finally:
             self.active -= 1
         answer = api.ServeAnswer(
@@ -192,7 +194,7 @@ class SimNode:
     async def _take(self, hashes: tuple[int, ...]) -> int:
         """Put a request's blocks into the own cache and report what changed; how many leading ones were there."""
         while (allocation := self.cache.start(hashes)) is None:
-            await anyio.sleep(ROOM_SECONDS)
+            await self._finished.wait()
         name, epoch = self.config.name, self.epoch
         if allocation.evicted:
             self._report(types.BlocksRemoved(name, epoch, self._next_batch(), pack_hashes(allocation.evicted)))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 from uuid import uuid4
 
 import anyio
@@ -25,7 +25,7 @@ from events.subjects import stream_name
 from events.types import EVENTS_LIMIT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from nats.aio.client import Client
 
@@ -46,6 +46,13 @@ _log = structlog.get_logger("kvplane.log")
 def new_writer(role: str) -> str:
     """Name for a writer's life. Never used again, so that its counters start at 1."""
     return f"{role}-{uuid4().hex[:16]}"
+
+
+class OnTry(Protocol):
+    """Learns whether a try was acknowledged."""
+
+    def __call__(self, *, available: bool) -> None:
+        """The log did, or did not, acknowledge."""
 
 
 class Appender:
@@ -95,7 +102,7 @@ class Appender:
                 headers[codec.BASED_ON] = str(based_on)
             return await self._until_acknowledged(subject, body, headers, give_up, None)
 
-    async def append_forever(self, subject: str, body: bytes, on_try: Callable[[bool], None]) -> int:
+    async def append_forever(self, subject: str, body: bytes, on_try: OnTry) -> int:
         """Append one commit, however long the log is away; `on_try` learns of each try whether it was acknowledged."""
         async with self._locks.setdefault(subject, anyio.Lock()):
             return await self._until_acknowledged(subject, body, self._headers(subject, body), math.inf, on_try)
@@ -122,7 +129,7 @@ class Appender:
         body: bytes,
         headers: dict[str, str],
         give_up: float,
-        on_try: Callable[[bool], None] | None,
+        on_try: OnTry | None,
     ) -> int:
         deadline = anyio.current_time() + give_up
         pause = RETRY_SECONDS
@@ -134,7 +141,7 @@ class Appender:
                 sequence = await self._publish(subject, body, headers, retried=retried)
             except worth_a_retry as error:
                 if on_try is not None:
-                    on_try(False)
+                    on_try(available=False)
                 if anyio.current_time() + pause > deadline:
                     raise LogUnavailable(
                         f"the log did not acknowledge a commit on {subject} in {give_up:g} s ({error!r}); "
@@ -145,7 +152,7 @@ class Appender:
                 pause = min(1.0, pause * 2)
             else:
                 if on_try is not None:
-                    on_try(True)
+                    on_try(available=True)
                 return sequence
 
     async def _publish(self, subject: str, body: bytes, headers: dict[str, str], *, retried: bool) -> int:
@@ -161,7 +168,7 @@ class Appender:
                 if stored is not None:
                     return stored
             raise LostRace(f"another writer changed {subject} first")
-        if error.get("code") == 503:  # noqa: PLR2004 - HTTP-like code of the JetStream API
+        if error.get("code") == 503:
             raise LogUnavailable(error.get("description", "JetStream is not available"))
         raise LogError(f"the log refused a commit on {subject}: {error.get('description')} ({error.get('err_code')})")
 
@@ -262,7 +269,7 @@ class GroupWriter:
         """Append until acknowledged: the writer's counter stays the same, however long the log is away."""
         self.last_sequence = await self._appender.append_forever(self._subject, codec.join(group), self._set_available)
 
-    def _set_available(self, available: bool) -> None:  # noqa: FBT001 - a callback
+    def _set_available(self, *, available: bool) -> None:
         if available is not self.available:
             self.available = available
             event = "log_is_back" if available else "log_is_away"

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+import anyio
 import nats
 import structlog
 from nats.errors import Error as NatsError
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 DEFAULT_URL = "nats://127.0.0.1:4222"
 CONNECT_SECONDS = 10.0
+LEAVE_SECONDS = 3.0
 
 _log = structlog.get_logger("kvplane.nats")
 
@@ -79,8 +81,10 @@ async def connected(
         yield client
     finally:
         leaving = True
-        with suppress(NatsError, OSError, TimeoutError):
-            if client.is_connected:
-                await client.drain()
-            else:
+        # A client that is left open goes on reconnecting and can't even be cancelled then.
+        with anyio.CancelScope(shield=True):
+            with anyio.move_on_after(LEAVE_SECONDS), suppress(NatsError, OSError, TimeoutError):
+                if client.is_connected:
+                    await client.drain()
+            with suppress(NatsError, OSError, TimeoutError):
                 await client.close()

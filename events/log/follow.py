@@ -238,7 +238,7 @@ async def replay(
                 with anyio.move_on_after(idle_seconds):
                     await follower.caught_up.wait()
                 if not follower.caught_up.is_set() and follower.applied == before:
-                    raise LogUnavailable(f"the log of fleet {fleet!r} sent nothing for {idle_seconds:g} s")  # noqa: TRY301
+                    raise LogUnavailable(f"the log of fleet {fleet!r} sent nothing for {idle_seconds:g} s")
             group.cancel_scope.cancel()
     except BaseExceptionGroup as errors:
         raise single(errors) from None

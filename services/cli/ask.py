@@ -248,7 +248,8 @@ def route(
     if json:
         show_json(answer)
         return
-    matched = f"{answer['matched_blocks']} of {answer['blocks']} blocks ({answer['matched_tokens']} of {answer['tokens']} tokens)"
+    tokens = f"{answer['matched_tokens']} of {answer['tokens']} tokens"
+    matched = f"{answer['matched_blocks']} of {answer['blocks']} blocks ({tokens})"
     rows = [
         ("node", f"{answer['node']} at {answer['address']}"),
         ("match", f"{answer['kind']}: {matched}"),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path  # noqa: TC003 - cyclopts reads annotations
 
+from msgspec import to_builtins
+
+from services import logs
 from services.cli.ask import Json, show_json
 from services.cli.common import run_async
 from services.demo.run import Demo, Options
-from services import logs
 from services.errors import BadRequest
-from msgspec import to_builtins
 
 
 def demo(*, trace: Path | None = None, limit: int = 2000, keep: Path | None = None, json: Json = False) -> int:

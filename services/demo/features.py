@@ -43,6 +43,7 @@ async def exact_hit(stage: Stage) -> str:
     """The same prompt again finds all its blocks."""
     work = _prompt(stage, 32)
     first, _ = await stage.traffic.send(work)
+    await anyio.sleep(SETTLE_SECONDS)
     again, served = await stage.traffic.send(work)
     check(first.kind == "miss", f"a new prompt was {first.kind}")
     check(again.kind == "exact" and again.node == first.node, f"the same prompt again was {again.kind} on {again.node}")
@@ -54,9 +55,12 @@ async def longest_prefix(stage: Stage) -> str:
     """A prompt that shares a beginning goes where the longest part of it lies."""
     base = _prompt(stage, 24)
     first, _ = await stage.traffic.send(base)
+    await anyio.sleep(SETTLE_SECONDS)
     longer = _prompt(stage, 8, base=base)
     answer, served = await stage.traffic.send(longer)
-    check(answer.kind == "prefix" and answer.node == first.node, f"the longer prompt was {answer.kind} on {answer.node}")
+    check(
+        answer.kind == "prefix" and answer.node == first.node, f"the longer prompt was {answer.kind} on {answer.node}"
+    )
     check(answer.matched_blocks == len(base.hashes) // 8, f"{answer.matched_blocks} blocks matched")
     check(served.cached_tokens == answer.matched_tokens, f"{served.cached_tokens} tokens were cached, not as predicted")
     return f"{answer.matched_blocks} of {answer.blocks} blocks on {answer.node}"
@@ -105,6 +109,7 @@ async def session_affinity(stage: Stage) -> str:
     """A session stays on its node, and moves when that is cordoned; the move is an event."""
     session = "demo conversation"
     first, _ = await stage.traffic.send(_prompt(stage, 4, session=session))
+    await anyio.sleep(SETTLE_SECONDS)
     second, _ = await stage.traffic.send(_prompt(stage, 4, session=session))
     check(first.session == "new", f"the session was {first.session} at first")
     check(second.session == "kept" and second.node == first.node, f"the session was {second.session} on {second.node}")

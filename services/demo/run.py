@@ -183,7 +183,13 @@ class Demo:
         """All requests, with a node killed after a third and both routers after two thirds of them."""
         done = 0
         third, two_thirds = anyio.Event(), anyio.Event()
-        columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[hit]}"), TimeElapsedColumn())
+        columns = (
+            TextColumn("requests"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[hit]}"),
+            TimeElapsedColumn(),
+        )
         with Progress(*columns, console=self.console, transient=True) as progress:
             task = progress.add_task("requests", total=len(work), hit="")
 
@@ -297,7 +303,9 @@ class Demo:
             table.add_row(name, value)
         self.console.print(table)
         failed = [step.step for step in result.steps if not step.held]
-        self.console.print(f"[bold red]{len(failed)} steps failed: {', '.join(failed)}[/]" if failed else "[green]every step held[/]")
+        self.console.print(
+            f"[bold red]{len(failed)} steps failed: {', '.join(failed)}[/]" if failed else "[green]every step held[/]"
+        )
 
 
 def unseen_prompt(block_size: int) -> Work:

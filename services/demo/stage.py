@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import anyio
 
 from events import codec
-from events.log.follow import Follower
+from events.log.follow import Follower, replay
 from events.types import Event
 from projections.digest import digest
 from projections.fleet import FleetState
@@ -115,13 +115,7 @@ class Stage:
             if message.sequence <= sequence:
                 state.apply(message)
 
-        follower = Follower(self.client, self.fleet.name, handle)
-        async with anyio.create_task_group() as group:
-            group.start_soon(follower.run)
-            with anyio.fail_after(30):
-                while follower.applied < sequence:
-                    await anyio.sleep(0.01)
-            group.cancel_scope.cancel()
+        await replay(self.client, self.fleet.name, handle)
         return digest(state)
 
 
