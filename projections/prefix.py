@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 HASH_BYTES = 8
 # Longer runs are cut: positions are bits of one int, and appending to a run copies it.
 SEGMENT_BLOCKS = 512
+SEGMENT_BYTES = SEGMENT_BLOCKS * HASH_BYTES
 
 _UNPACK = [struct.Struct(f"<{n}Q").unpack for n in range(SEGMENT_BLOCKS + 1)]
 _ALL = [(1 << n) - 1 for n in range(SEGMENT_BLOCKS + 1)]
@@ -42,12 +43,18 @@ def unpack_hashes(packed: bytes) -> tuple[int, ...]:
 class Segment:
     """A run of consecutive block hashes and who holds it. Each position has at least one holder."""
 
-    __slots__ = ("full", "packed", "part")
+    __slots__ = ("full", "last", "packed", "part")
 
-    def __init__(self, packed: bytes, full: int) -> None:
+    def __init__(self, packed: bytes, last: int, full: int) -> None:
         self.packed = packed
+        self.last = last
         self.full = full
         self.part: dict[int, int] | None = None
+
+    def cut(self, packed: bytes) -> None:
+        """Become another run."""
+        self.packed = packed
+        self.last = int.from_bytes(packed[-8:], "little")
 
     def position(self, key: bytes) -> int:
         """Position of a hash (as 8 bytes) that is known to be in this run."""
@@ -108,39 +115,37 @@ class PrefixIndex:
         if slot >= len(self._bits):
             self.add_slot(slot)
         size = len(packed)
-        if size > SEGMENT_BLOCKS * HASH_BYTES:
+        if size > SEGMENT_BYTES:
             return self._store_long(slot, packed, parent)
         where = self._where
         bit = self._bits[slot]
-        first = int.from_bytes(packed[:8], "little")
-        known = where.get(first)
+        count = size >> 3
+        hashes = _UNPACK[count](packed)
+        known = where.get(hashes[0])
         if known is not None:
-            if known.packed == packed and not known.part:
+            if known.packed == packed and known.part is None:
                 if known.full & bit:
                     return 0
                 known.full |= bit
                 self._held[slot].add(known)
-                self._counts[slot] += size >> 3
-                return size >> 3
+                self._counts[slot] += count
+                return count
             return self._store_known(slot, packed)
-        target = where.get(parent) if parent is not None else None
+        # A run that goes on where a segment of this slot alone ends makes that one longer: decoding stores block by block.
+        segment = where.get(parent) if parent is not None else None
         if (
-            target is None
-            or target.full != bit
-            or target.part
-            or len(target.packed) + size > SEGMENT_BLOCKS * HASH_BYTES
-            or target.packed[-8:] != parent.to_bytes(8, "little")  # type: ignore[union-attr]
+            segment is None
+            or segment.full != bit
+            or segment.last != parent
+            or segment.part is not None
+            or len(segment.packed) + size > SEGMENT_BYTES
         ):
-            target = None
-            segment = Segment(packed, bit)
-        else:
-            segment = target
-        if size == HASH_BYTES:
-            where[first] = segment
+            segment = Segment(b"", 0, bit)
+        if count == 1:
+            where[hashes[0]] = segment
         else:
             before = len(where)
-            count = size >> 3
-            for _ in map(where.setdefault, _UNPACK[count](packed), repeat(segment)):
+            for _ in map(where.setdefault, hashes, repeat(segment)):
                 pass
             fresh = len(where) - before
             if fresh != count:
@@ -148,18 +153,19 @@ class PrefixIndex:
                 for _ in range(fresh):
                     where.popitem()
                 return self._store_known(slot, packed)
-        if target is None:
-            self._held[slot].add(segment)
-        else:
+        if segment.packed:
             segment.packed += packed
-        self._counts[slot] += size >> 3
-        return size >> 3
+        else:
+            segment.packed = packed
+            self._held[slot].add(segment)
+        segment.last = hashes[-1]
+        self._counts[slot] += count
+        return count
 
     def _store_long(self, slot: int, packed: bytes, parent: int | None) -> int:
         added = 0
-        step = SEGMENT_BLOCKS * HASH_BYTES
-        for at in range(0, len(packed), step):
-            piece = packed[at : at + step]
+        for at in range(0, len(packed), SEGMENT_BYTES):
+            piece = packed[at : at + SEGMENT_BYTES]
             added += self.store(slot, piece, parent)
             parent = int.from_bytes(piece[-8:], "little")
         return added
@@ -175,11 +181,11 @@ class PrefixIndex:
             segment = where.get(hashes[at])
             if segment is None:
                 start = at
-                segment = Segment(b"", self._bits[slot])
+                segment = Segment(b"", 0, self._bits[slot])
                 while at < count and hashes[at] not in where:
                     where[hashes[at]] = segment
                     at += 1
-                segment.packed = packed[start << 3 : at << 3]
+                segment.cut(packed[start << 3 : at << 3])
                 self._held[slot].add(segment)
                 added += at - start
                 continue
@@ -232,7 +238,7 @@ class PrefixIndex:
             part = segment.part
             if segment.full & bit:
                 if segment.full == bit and not part and position == last and last:
-                    segment.packed = run[:-8]
+                    segment.cut(run[:-8])
                     del where[block]
                     removed += 1
                     continue
@@ -265,7 +271,7 @@ class PrefixIndex:
         del self._where[int.from_bytes(run[position << 3 : (position << 3) + 8], "little")]
         left, right = run[: position << 3], run[(position + 1) << 3 :]
         if right and left:
-            tail = Segment(right, 0)
+            tail = Segment(right, 0, 0)
             for block in unpack_hashes(right):
                 self._where[block] = tail
             part = segment.part or {}
@@ -280,7 +286,7 @@ class PrefixIndex:
     def _reform(self, segment: Segment, run: bytes, holders: dict[int, int]) -> None:
         """Set a segment's run and its holders from masks of positions; only for segments without full holders."""
         every = _ALL[len(run) >> 3]
-        segment.packed = run
+        segment.cut(run)
         segment.full = 0
         part = {}
         for slot, mask in holders.items():
