@@ -36,9 +36,9 @@ def digest(state: FleetState) -> str:
                 add(tier)
                 hasher.update(pack_hashes(sorted(index.held(slot))))
     add([(key, session) for key, session in state.sessions.items()])
-    add([(request, active) for request, active in state.load.active.items()])
-    for name, load in sorted(state.load.nodes.items()):
-        add([name, load])
+    add([(request, active) for request, active in state.load.running.items()])
+    for name in sorted(state.load.ordinal):
+        add([name, state.load.of(name)])
     for name, recency in sorted(state.recency.items()):
         add(name)
         hasher.update(pack_hashes(recency.order))

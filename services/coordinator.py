@@ -177,7 +177,7 @@ class Coordinator:
         for name, node in sorted(self.state.nodes.items()):
             if request.model and request.model not in node.registered.models:
                 continue
-            load = self.state.load.nodes.get(name)
+            load = self.state.load.of(name)
             pulse = self.liveness.pulses.get(name)
             rows.append(
                 {

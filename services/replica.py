@@ -103,7 +103,7 @@ class Replica:
             "available": sum(node.available for node in state.nodes.values()),
             "memberships": sum(index.memberships for index in state.caches.by_model.values()),
             "sessions": len(state.sessions),
-            "active": len(state.load.active),
+            "active": len(state.load.running),
             "policy": state.policy,
             "parameters": state.parameters,
             "skipped": state.skipped,

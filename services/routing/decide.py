@@ -7,23 +7,21 @@ hash of request and node. Only nodes that are available, serve the model and hav
 from __future__ import annotations
 
 import math
-from heapq import nsmallest
 from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 from events.hashing import derive_hash
 from events.types import Candidate
 from services.errors import NoNode, Overloaded, UnknownModel
-from services.routing.policies import Request, View, least_loaded, policy
+from services.routing.policies import Request, View, policy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
-
     from projections.fleet import FleetState
-    from projections.load import NodeLoad
     from projections.nodes import Node
     from projections.prefix import PrefixIndex
     from services.routing.overlay import Overlay
-    from services.routing.policies import Parameters
+    from services.routing.policies import Column, Score
 
 FALLBACKS = 3
 """How many further nodes a decision names, next best first."""
@@ -95,13 +93,11 @@ class Roster:
         self.nodes = [node for node in serving if node.available]
         self.serving = len(serving)
         self.names = [node.name for node in self.nodes]
-        self.loads: list[NodeLoad] = [state.load.nodes[node.name] for node in self.nodes]
+        self.ordinals = np.array([state.load.ordinal[node.name] for node in self.nodes], dtype=np.intp)
+        self.speed = np.array(state.load.speed)[self.ordinals]
         self.position = {node.name: position for position, node in enumerate(self.nodes)}
-        self.limits = [
-            (position, load, node.registered.max_active)
-            for position, (load, node) in enumerate(zip(self.loads, self.nodes, strict=True))
-            if node.registered.max_active
-        ]
+        self.limits = np.array([node.registered.max_active or math.inf for node in self.nodes])
+        self.limited = bool(np.isfinite(self.limits).any())
         self.tiered = [position for position, node in enumerate(self.nodes) if len(node.slots) > 1]
         self.block_size = serving[0].registered.block_size
         self.indexes: list[tuple[PrefixIndex, SlotMap]] = []
@@ -123,7 +119,7 @@ class Chooser:
         self._state = state
         self._overlay = overlay
         self._rosters: dict[str, Roster] = {}
-        self._policy: tuple[str, Callable[[View, Request, Parameters], list[float]]] | None = None
+        self._policy: tuple[str, Score] | None = None
         self.policy_failures = 0
         """Decisions for which the policy failed and the least loaded node was taken."""
 
@@ -144,65 +140,62 @@ class Chooser:
                 f"none of the {roster.serving} nodes of model {query.model[:80]!r} is available (lost or cordoned); "
                 "`kvplane node list` shows why"
             )
-        overlay = self._overlay
-        position_of = roster.position
-        extra = {position_of[n]: (e.active, e.tokens) for n, e in overlay.extra.items() if n in position_of}
-        match, slow = self._matches(roster, query)
         session, former = self._session(query)
-        view = View(roster.names, roster.loads, match, slow, extra, position_of.get(session, -1), now)
-        request = Request(query.id, query.tokens, query.blocks, query.block_size)
-        costs, name = self._costs(view, request)
-        self._close(roster, query.exclude, extra, costs)
-        best = min(costs)
+        view = self._view(roster, query, session, now)
+        costs, name = self._costs(view, Request(query.id, query.tokens, query.blocks, query.block_size))
+        if roster.limited:
+            costs[view.active >= roster.limits] = math.inf
+        for excluded in query.exclude:
+            if excluded in roster.position:
+                costs[roster.position[excluded]] = math.inf
+        ranked = costs.argsort(kind="stable")[: FALLBACKS + 1]
+        order, values = ranked.tolist(), costs[ranked].tolist()
+        best = values[0]
         if best == math.inf:
             self._refuse(roster, query)
-        chosen = costs.index(best)
-        if costs.count(best) > 1:
-            ties = [position for position, cost in enumerate(costs) if cost == best]
-            chosen = ties[derive_hash(query.id.encode()) % len(ties)]
-        ranked = [best, *(cost for cost in nsmallest(FALLBACKS + 1, costs)[1:] if cost != math.inf)]
-        candidates = [Candidate(roster.names[chosen], match[chosen], best)]
-        taken = {chosen}
-        for cost in ranked[1:]:
-            position = next(i for i, other in enumerate(costs) if other == cost and i not in taken)
-            taken.add(position)
-            candidates.append(Candidate(roster.names[position], match[position], cost))
-        node = roster.nodes[chosen]
-        found = match[chosen]
+        if len(values) > 1 and values[1] == best:
+            ties = np.flatnonzero(costs == best)
+            chosen = int(ties[derive_hash(query.id.encode()) % len(ties)])
+            order = [chosen, *(at for at in order if at != chosen)][: len(order)]
+        candidates = [
+            Candidate(roster.names[at], match, cost)
+            for at, match, cost in zip(order, view.match[order].tolist(), values, strict=True)
+            if cost != math.inf
+        ]
+        node, found = roster.nodes[order[0]], candidates[0].match
         kind = "miss" if not found else "exact" if found >= query.blocks else "prefix"
         outcome = ""
         if query.session:
             outcome = "kept" if session == node.name else "moved" if session or former else "new"
         return Decision(node, kind, found, outcome, session or former, name, best, candidates)
 
-    def _costs(self, view: View, request: Request) -> tuple[list[float], str]:
+    def _view(self, roster: Roster, query: Query, session: str, now: int) -> View:
+        load, overlay, position_of = self._state.load, self._overlay, roster.position
+        match, slow = self._matches(roster, query)
+        # Columns of the fold are read in place; picking the candidates makes copies.
+        active = np.frombuffer(load.active, np.int64)[roster.ordinals]
+        queue = np.maximum(np.frombuffer(load.prefill_done, np.int64)[roster.ordinals] - now, 0) * 1e-9
+        if overlay.extra:
+            extra = [(position_of[n], e.active, e.tokens) for n, e in overlay.extra.items() if n in position_of]
+            if extra:
+                positions, requests, tokens = np.array(extra).T
+                active[positions] += requests
+                queue[positions] += tokens / roster.speed[positions]
+        return View(roster.names, match, slow, active, queue, roster.speed, position_of.get(session, -1))
+
+    def _costs(self, view: View, request: Request) -> tuple[Column, str]:
         state = self._state
         name = state.policy
         try:
             if self._policy is None or self._policy[0] != name:
                 self._policy = (name, policy(name))
-            costs = self._policy[1](view, request, state.parameters)
-            if len(costs) != len(view.names) or math.isnan(sum(costs)):
+            costs = np.array(self._policy[1](view, request, state.parameters), dtype=np.float64)
+            if costs.shape != (len(view.names),) or np.isnan(costs).any():
                 raise ValueError("a cost a candidate is needed, and none may be NaN")  # noqa: TRY301
         except Exception:  # noqa: BLE001 - a policy may be anybody's code; routing goes on
             self.policy_failures += 1
-            return least_loaded(view, request, {}), "least_loaded"
+            return view.active.astype(np.float64), "least_loaded"
         return costs, name
-
-    @staticmethod
-    def _close(roster: Roster, exclude: Collection[str], extra: dict[int, tuple[int, int]], costs: list[float]) -> None:
-        """Give candidates that must not be chosen an infinite cost."""
-        for position in [position for position, load, limit in roster.limits if load.active >= limit]:
-            costs[position] = math.inf
-        if roster.limits:
-            for position, (requests, _) in extra.items():
-                limit = roster.nodes[position].registered.max_active
-                if limit and roster.loads[position].active + requests >= limit:
-                    costs[position] = math.inf
-        for name in exclude:
-            position = roster.position.get(name, -1)
-            if position >= 0:
-                costs[position] = math.inf
 
     @staticmethod
     def _refuse(roster: Roster, query: Query) -> None:
@@ -225,13 +218,13 @@ class Chooser:
             return "", ""
         return known.node, known.was
 
-    def _matches(self, roster: Roster, query: Query) -> tuple[list[int], dict[int, int]]:
+    def _matches(self, roster: Roster, query: Query) -> tuple[Column, Column | None]:
         """Match of every candidate, and the part of it that lies in slower tiers."""
         match = [0] * len(roster.nodes)
         slow: dict[int, int] = {}
         hashes, blocks = query.hashes, query.blocks
         if not blocks:
-            return match, slow
+            return np.array(match), None
         for index, slot_map in roster.indexes:
             for length, mask in index.match(hashes, blocks).items():
                 for position in slot_map.of(mask):
@@ -249,7 +242,7 @@ class Chooser:
                         if position >= 0 and match[position] < length:
                             match[position] = length
                             slow.pop(position, None)
-        return match, slow
+        return np.array(match), np.array([slow.get(at, 0) for at in range(len(match))]) if slow else None
 
     def _through_tiers(self, node: Node, query: Query, match: int) -> tuple[int, int]:
         """Match of a node whose blocks lie in several tiers, going from tier to tier; and how many are not on `gpu`."""
