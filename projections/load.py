@@ -24,7 +24,6 @@ PREFILL_SPEED = 8000.0
 """Prefill speed of a node that does not say, in tokens per second (an 8B model on one data-centre GPU)."""
 
 _NS = 1_000_000_000
-_FAR = 1 << 62
 
 
 def prefill_speed(labels: dict[str, str]) -> float:
@@ -48,13 +47,13 @@ class Active(Struct, frozen=True):
 
 
 class NodeLoad(NamedTuple):
-    """Load of one node: requests, blocks and tokens that run there; when its queued prefill is done (unix ns)."""
+    """Load of one node: requests, blocks and tokens that run there; when its queued prefill is done (unix seconds)."""
 
     speed: float
     active: int
     blocks: int
     tokens: int
-    prefill_done: int
+    prefill_done: float
 
 
 class Load:
@@ -66,10 +65,10 @@ class Load:
     def __init__(self) -> None:
         self.ordinal: dict[str, int] = {}
         self.speed = array("d")
-        self.active = array("q")
+        self.active = array("d")
         self.blocks = array("q")
         self.tokens = array("q")
-        self.prefill_done = array("q")
+        self.prefill_done = array("d")
         self.running: dict[str, Active] = {}
         """Requests that run, oldest first."""
         self._free: list[int] = []
@@ -85,15 +84,16 @@ class Load:
             for column in self._columns:
                 column.append(0)
         self.ordinal[node] = at
+        for column in self._columns:
+            column[at] = 0
         self.speed[at] = speed
-        self.active[at] = self.blocks[at] = self.tokens[at] = self.prefill_done[at] = 0
 
     def of(self, node: str) -> NodeLoad | None:
         """Load of a node that is known here."""
         at = self.ordinal.get(node)
         if at is None:
             return None
-        return NodeLoad(self.speed[at], self.active[at], self.blocks[at], self.tokens[at], self.prefill_done[at])
+        return NodeLoad(self.speed[at], int(self.active[at]), self.blocks[at], self.tokens[at], self.prefill_done[at])
 
     def routed(self, event: RequestRouted, block_size: int, time: int) -> None:
         """A request goes to a node that is known here."""
@@ -105,7 +105,7 @@ class Load:
         self.blocks[at] += event.blocks
         self.tokens[at] += event.tokens
         uncached = max(0, event.tokens - event.match * block_size)
-        self.prefill_done[at] = min(max(self.prefill_done[at], time) + int(uncached / self.speed[at] * _NS), _FAR)
+        self.prefill_done[at] = max(self.prefill_done[at], time / _NS) + uncached / self.speed[at]
 
     def completed(self, request: str, time: int) -> Active | None:
         """A request is over; what it was, or none when it was not running."""
@@ -116,7 +116,7 @@ class Load:
             self.blocks[at] -= active.blocks
             self.tokens[at] -= active.tokens
             if not self.active[at]:
-                self.prefill_done[at] = min(self.prefill_done[at], time)
+                self.prefill_done[at] = min(self.prefill_done[at], time / _NS)
         return active
 
     def expired(self, time: int) -> list[str]:

@@ -330,56 +330,54 @@ class PrefixIndex:
         removed, self._counts[slot] = self._counts[slot], 0
         return removed
 
-    def match(self, packed: bytes, limit: int | None = None) -> dict[int, int]:
-        """Leading blocks of a request that each slot holds, as a dictionary from length to a mask of slots.
+    def match(self, packed: bytes, limit: int | None = None) -> list[int]:
+        """Leading blocks of a request that each slot holds, by slot.
 
-        `packed` is the request's hashes; only the first `limit` blocks count. Slots that hold none are in no mask.
+        `packed` is the request's hashes; only the first `limit` blocks count.
         """
         where = self._where
+        bits = self._bits
+        lengths = [0] * len(bits)
         total = len(packed) >> 3
         if limit is not None and limit < total:
             total = limit
-        ended: dict[int, int] = {}
         alive = -1
         at = 0
         while at < total:
             offset = at << 3
-            segment = where.get(int.from_bytes(packed[offset : offset + 8], "little"))
+            here = packed[offset : offset + 8]
+            segment = where.get(int.from_bytes(here, "little"))
             if segment is None:
                 break
             run = segment.packed
             position = 0
             if packed.startswith(run, offset):
-                length = len(run) >> 3
-                length = min(length, total - at)
+                length = min(len(run) >> 3, total - at)
             else:
-                here = packed[offset : offset + 8]
                 position = 0 if run.startswith(here) else segment.position(here)
                 length = _common(run, position, packed, at, min((len(run) >> 3) - position, total - at))
             on = alive & segment.full
-            part = segment.part
-            if part is not None:
-                for slot, mask in part.items():
+            if segment.part is not None:
+                for slot, mask in segment.part.items():
                     if alive >> slot & 1:
-                        mask >>= position  # noqa: PLW2901 - the loop's own copy
-                        reach = (~mask & mask + 1).bit_length() - 1
+                        held = mask >> position
+                        reach = (~held & held + 1).bit_length() - 1
                         if reach >= length:
-                            on |= self._bits[slot]
-                        elif reach:
-                            ended[at + reach] = ended.get(at + reach, 0) | self._bits[slot]
-                            if at:
-                                alive ^= self._bits[slot]
-            if at:
-                gone = alive & ~on
-                if gone:
-                    ended[at] = ended.get(at, 0) | gone
+                            on |= bits[slot]
+                        else:
+                            lengths[slot] = at + reach
+            if at and on != alive:
+                for slot in self.slots(alive & ~on):
+                    if not lengths[slot]:
+                        lengths[slot] = at
             at += length
             alive = on
             if not on:
-                return ended
+                return lengths
         if at:
-            ended[at] = ended.get(at, 0) | alive
-        return ended
+            for slot in self.slots(alive):
+                lengths[slot] = at
+        return lengths
 
     def extent(self, slot: int, packed: bytes, start: int, limit: int) -> int:
         """How many blocks of a request the slot holds without a gap from position `start` on."""

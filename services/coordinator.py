@@ -208,12 +208,10 @@ class Coordinator:
             raise UnknownModel(f"no node serves model {request.model[:80]!r}")
         matches = {}
         for cache_model in dict.fromkeys(node.model for node in serving):
-            index, owners = self.state.caches.index(cache_model), self.state.caches.owners(cache_model)
-            slots = {node.slots.get("gpu"): node.name for node in serving if node.model == cache_model}
-            for length, mask in index.match(request.hashes).items():
-                for slot in index.slots(mask):
-                    if owners[slot] is not None and slot in slots:
-                        matches[slots[slot]] = length
+            lengths = self.state.caches.index(cache_model).match(request.hashes)
+            for node in serving:
+                if node.model == cache_model and "gpu" in node.slots:
+                    matches[node.name] = lengths[node.slots["gpu"]]
         blocks = len(unpack_hashes(request.hashes))
         return {"model": request.model, "blocks": blocks, "matches": matches, "sequence": self.state.sequence}
 

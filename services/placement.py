@@ -139,7 +139,7 @@ def _room(state: FleetState, node: Node, wanted: set[int]) -> _Room:
     used = len(order)
     new = sum(block not in order for block in wanted)
     free = node.registered.capacity_blocks["gpu"] - used
-    return _Room(node, new, free, state.load.active[state.load.ordinal[node.name]], used)
+    return _Room(node, new, free, int(state.load.active[state.load.ordinal[node.name]]), used)
 
 
 def _least_loaded(room: _Room) -> tuple[float, ...]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from typing import TYPE_CHECKING
-from uuid import uuid4
 
 import anyio
 import structlog
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
 
 BUFFER_EVENTS = 100_000
 """Decisions that may wait for the log; each holds its hashes, so this bounds memory to a few hundred megabytes."""
-LINGER_SECONDS = 0.002
+LINGER_SECONDS = 0.01
 HASHES_RECORDED = 65536
 """Longest request whose hashes are recorded, in blocks."""
 TOKENIZER_LABEL = "tokenizer"
@@ -65,6 +64,7 @@ class Router:
         )
         self._sessions: dict[str, GroupWriter] = {}
         self._new_sessions = anyio.Event()
+        self._requests = 0
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Answer until cancelled. Started means: the log is read and requests are taken."""
@@ -159,7 +159,8 @@ class Router:
             count, tokens = len(hashes) // _HASH_BYTES, len(ids or [])
         # The last token is always computed, so a match never covers the whole prompt.
         blocks = min(count, max(0, tokens - 1) // size)
-        identity = request.request or uuid4().hex
+        self._requests += 1
+        identity = request.request or f"{self.writer}.{self._requests:x}"
         return Query(identity, request.model, hashes, tokens, blocks, size, request.session, frozenset(request.exclude))
 
     def _tokenize(self, request: RouteRequest, nodes: Sequence[Node]) -> list[int]:
@@ -180,7 +181,13 @@ class Router:
             session=query.session,
             policy=decision.policy, applied=self.state.sequence, candidates=decision.candidates,
         )  # fmt: skip
-        self.overlay.decided(event, query.block_size, now, predict=not decision.node.managed)
+        self.overlay.decided(
+            event,
+            self.state.load.ordinal[node],
+            query.block_size,
+            now,
+            predict="" if decision.node.managed else decision.node.model,
+        )
         self._access.put(event)
         if decision.session in {"new", "moved"}:
             self.overlay.sessions[query.model, query.session] = node
@@ -222,8 +229,8 @@ class Router:
                 if type(event) is types.RequestRouted:
                     if own:
                         overlay.on_log(event.request)
-                    elif recent and event.hashes and event.node in self.state.nodes:
-                        overlay.predict(event.model, event.node, event.hashes, time.time_ns())
+                    elif recent and event.hashes and event.node in self.state.load.ordinal:
+                        self._predict(event)
         elif place.room == "session":
             for event in applied.commit.events:
                 key = (event.model, event.session)  # type: ignore[attr-defined]
@@ -236,6 +243,13 @@ class Router:
                     del overlay.sessions[key]
         elif place.room == "cache" and any(type(event) is types.CacheCleared for event in applied.commit.events):
             overlay.node_changed(place.name)
+
+    def _predict(self, event: types.RequestRouted) -> None:
+        """Another router sent a request to a node that will report its blocks."""
+        node = self.state.nodes[event.node]
+        if not node.managed:
+            at = self.state.load.ordinal[event.node]
+            self.overlay.predict(node.model, event.node, at, event.hashes, time.time_ns())
 
     def status(self, request: StatusRequest) -> dict[str, object]:
         """What this router is and knows."""

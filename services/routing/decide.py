@@ -17,6 +17,8 @@ from services.errors import NoNode, Overloaded, UnknownModel
 from services.routing.policies import Request, View, policy
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from projections.fleet import FleetState
     from projections.nodes import Node
     from projections.prefix import PrefixIndex
@@ -25,9 +27,6 @@ if TYPE_CHECKING:
 
 FALLBACKS = 3
 """How many further nodes a decision names, next best first."""
-
-
-MASKS_KNOWN = 4096
 
 
 class Query(NamedTuple):
@@ -61,25 +60,6 @@ class Decision(NamedTuple):
         return [candidate.node for candidate in self.candidates[1:]]
 
 
-class SlotMap:
-    """Candidates of a mask of slots. Remembered, since the same few sets of holders come again and again."""
-
-    def __init__(self, index: PrefixIndex, candidates: list[int]) -> None:
-        self._index = index
-        self._candidates = candidates
-        self._known: dict[int, list[int]] = {}
-
-    def of(self, mask: int) -> list[int]:
-        """Candidates whose fastest tier is a slot of the mask."""
-        found = self._known.get(mask)
-        if found is None:
-            found = [c for slot in self._index.slots(mask) if (c := self._candidates[slot]) >= 0]
-            if len(self._known) >= MASKS_KNOWN:
-                self._known.clear()
-            self._known[mask] = found
-        return found
-
-
 class Roster:
     """The candidates for a model as columns. Made anew when nodes change, not for each request."""
 
@@ -100,16 +80,27 @@ class Roster:
         self.limited = bool(np.isfinite(self.limits).any())
         self.tiered = [position for position, node in enumerate(self.nodes) if len(node.slots) > 1]
         self.block_size = serving[0].registered.block_size
-        self.indexes: list[tuple[PrefixIndex, SlotMap]] = []
-        self.cache_models = list(dict.fromkeys(node.model for node in serving))
-        for cache_model in self.cache_models:
-            owners = state.caches.owners(cache_model)
-            candidates = [-1] * len(owners)
-            for position, node in enumerate(self.nodes):
-                if node.model == cache_model and "gpu" in node.slots:
-                    candidates[node.slots["gpu"]] = position
+        self.indexes: list[tuple[str, PrefixIndex, NDArray[np.intp], NDArray[np.intp]]] = []
+        """For each cache model: its index, the candidates that have it, and their slots of the tier `gpu`."""
+        for cache_model in dict.fromkeys(node.model for node in self.nodes):
+            having = [at for at, node in enumerate(self.nodes) if node.model == cache_model]
+            slots = [self.nodes[at].slots["gpu"] for at in having]
             index = state.caches.index(cache_model)
-            self.indexes.append((index, SlotMap(index, candidates)))
+            self.indexes.append((cache_model, index, np.array(having, np.intp), np.array(slots, np.intp)))
+
+        everyone = np.arange(len(state.load.active))
+        self.whole = bool(np.array_equal(self.ordinals, everyone))
+        """Whether the candidates are all nodes, in the order of the fold's columns."""
+        self.aligned = (
+            self.whole
+            and len(self.indexes) == 1
+            and bool(np.array_equal(self.indexes[0][3], np.arange(len(state.caches.owners(self.indexes[0][0])))))
+        )
+        """Whether the slots are the candidates, too."""
+
+    def pick(self, column: Column) -> Column:
+        """A copy of the candidates' entries of a column of the fold."""
+        return column.copy() if self.whole else column[self.ordinals]
 
 
 class Chooser:
@@ -142,24 +133,27 @@ class Chooser:
             )
         session, former = self._session(query)
         view = self._view(roster, query, session, now)
-        costs, name = self._costs(view, Request(query.id, query.tokens, query.blocks, query.block_size))
-        if roster.limited:
-            costs[view.active >= roster.limits] = math.inf
-        for excluded in query.exclude:
-            if excluded in roster.position:
-                costs[roster.position[excluded]] = math.inf
-        ranked = costs.argsort(kind="stable")[: FALLBACKS + 1]
-        order, values = ranked.tolist(), costs[ranked].tolist()
+        request = Request(query.id, query.tokens, query.blocks, query.block_size)
+        costs, name = self._costs(view, request)
+        ranked = self._rank(roster, query, view, costs)
+        if math.isnan(costs[ranked[-1]]):
+            # NaN is sorted to the end.
+            self.policy_failures += 1
+            costs, name = view.active.copy(), "least_loaded"
+            ranked = self._rank(roster, query, view, costs)
+        top = ranked[: FALLBACKS + 1]
+        order, values, matches = top.tolist(), costs[top].tolist(), view.match[top].tolist()
         best = values[0]
         if best == math.inf:
             self._refuse(roster, query)
         if len(values) > 1 and values[1] == best:
-            ties = np.flatnonzero(costs == best)
+            ties = (costs == best).nonzero()[0]
             chosen = int(ties[derive_hash(query.id.encode()) % len(ties)])
             order = [chosen, *(at for at in order if at != chosen)][: len(order)]
+            matches = view.match[order].tolist()
         candidates = [
             Candidate(roster.names[at], match, cost)
-            for at, match, cost in zip(order, view.match[order].tolist(), values, strict=True)
+            for at, match, cost in zip(order, matches, values, strict=True)
             if cost != math.inf
         ]
         node, found = roster.nodes[order[0]], candidates[0].match
@@ -169,19 +163,26 @@ class Chooser:
             outcome = "kept" if session == node.name else "moved" if session or former else "new"
         return Decision(node, kind, found, outcome, session or former, name, best, candidates)
 
+    @staticmethod
+    def _rank(roster: Roster, query: Query, view: View, costs: Column) -> NDArray[np.intp]:
+        """Candidates by cost, after those that must not be chosen were given an infinite one."""
+        if roster.limited:
+            costs[view.active >= roster.limits] = math.inf
+        for excluded in query.exclude:
+            if excluded in roster.position:
+                costs[roster.position[excluded]] = math.inf
+        return costs.argsort(kind="stable")
+
     def _view(self, roster: Roster, query: Query, session: str, now: int) -> View:
-        load, overlay, position_of = self._state.load, self._overlay, roster.position
+        load, overlay = self._state.load, self._overlay
         match, slow = self._matches(roster, query)
-        # Columns of the fold are read in place; picking the candidates makes copies.
-        active = np.frombuffer(load.active, np.int64)[roster.ordinals]
-        queue = np.maximum(np.frombuffer(load.prefill_done, np.int64)[roster.ordinals] - now, 0) * 1e-9
-        if overlay.extra:
-            extra = [(position_of[n], e.active, e.tokens) for n, e in overlay.extra.items() if n in position_of]
-            if extra:
-                positions, requests, tokens = np.array(extra).T
-                active[positions] += requests
-                queue[positions] += tokens / roster.speed[positions]
-        return View(roster.names, match, slow, active, queue, roster.speed, position_of.get(session, -1))
+        active = roster.pick(np.frombuffer(load.active))
+        queue = np.maximum(roster.pick(np.frombuffer(load.prefill_done)) - now * 1e-9, 0)
+        if overlay.pending:
+            overlay.fit(len(load.active))
+            active += roster.pick(np.frombuffer(overlay.active))
+            queue += roster.pick(np.frombuffer(overlay.tokens)) / roster.speed
+        return View(roster.names, match, slow, active, queue, roster.speed, roster.position.get(session, -1))
 
     def _costs(self, view: View, request: Request) -> tuple[Column, str]:
         state = self._state
@@ -190,11 +191,11 @@ class Chooser:
             if self._policy is None or self._policy[0] != name:
                 self._policy = (name, policy(name))
             costs = np.array(self._policy[1](view, request, state.parameters), dtype=np.float64)
-            if costs.shape != (len(view.names),) or np.isnan(costs).any():
-                raise ValueError("a cost a candidate is needed, and none may be NaN")  # noqa: TRY301
+            if costs.shape != view.active.shape:
+                raise ValueError("one cost a candidate is needed")  # noqa: TRY301
         except Exception:  # noqa: BLE001 - a policy may be anybody's code; routing goes on
             self.policy_failures += 1
-            return view.active.astype(np.float64), "least_loaded"
+            return view.active.copy(), "least_loaded"
         return costs, name
 
     @staticmethod
@@ -220,29 +221,35 @@ class Chooser:
 
     def _matches(self, roster: Roster, query: Query) -> tuple[Column, Column | None]:
         """Match of every candidate, and the part of it that lies in slower tiers."""
-        match = [0] * len(roster.nodes)
-        slow: dict[int, int] = {}
+        match = np.zeros(len(roster.nodes), np.int64)
+        slow: Column | None = None
         hashes, blocks = query.hashes, query.blocks
         if not blocks:
-            return np.array(match), None
-        for index, slot_map in roster.indexes:
-            for length, mask in index.match(hashes, blocks).items():
-                for position in slot_map.of(mask):
-                    match[position] = length
-        for position in roster.tiered:
-            total, below = self._through_tiers(roster.nodes[position], query, match[position])
-            match[position] = total
-            if below:
-                slow[position] = below
-        for model in roster.cache_models:
-            for predictions in self._overlay.predictions(model):
-                for length, mask in predictions.index.match(hashes, blocks).items():
-                    for slot in predictions.index.slots(mask):
-                        position = roster.position.get(predictions.nodes[slot], -1)
-                        if position >= 0 and match[position] < length:
-                            match[position] = length
-                            slow.pop(position, None)
-        return np.array(match), np.array([slow.get(at, 0) for at in range(len(match))]) if slow else None
+            return match, slow
+        for _, index, having, slots in roster.indexes:
+            found = np.array(index.match(hashes, blocks))
+            if roster.aligned:
+                match = found
+            else:
+                match[having] = found[slots]
+        if roster.tiered:
+            slow = np.zeros(len(roster.nodes), np.int64)
+            for position in roster.tiered:
+                match[position], slow[position] = self._through_tiers(
+                    roster.nodes[position], query, int(match[position])
+                )
+        for cache_model, _, having, _ in roster.indexes:
+            for predicted in self._overlay.predictions(cache_model):
+                predicted.add_slot(len(self._state.load.active) - 1)
+                soon = np.array(predicted.match(hashes, blocks))
+                if slow is None and roster.aligned:
+                    match = np.maximum(match, soon)
+                    continue
+                soon = soon[roster.ordinals[having]]
+                if slow is not None:
+                    slow[having] *= soon <= match[having]
+                match[having] = np.maximum(match[having], soon)
+        return match, slow
 
     def _through_tiers(self, node: Node, query: Query, match: int) -> tuple[int, int]:
         """Match of a node whose blocks lie in several tiers, going from tier to tier; and how many are not on `gpu`."""

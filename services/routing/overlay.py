@@ -9,6 +9,7 @@ one and two periods. What the node reported meanwhile is in the fold.
 
 from __future__ import annotations
 
+from array import array
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
@@ -25,98 +26,73 @@ PENDING_SECONDS = 120.0
 _NS = 1_000_000_000
 
 
-class Extra(Struct):
-    """Load of a node that the fold does not count yet."""
-
-    active: int = 0
-    tokens: int = 0
-
-
 class Pending(Struct, frozen=True):
-    """A decision that was not seen on the log yet. `tokens` are those left to prefill."""
+    """A decision that was not seen on the log yet. `at` is the node's ordinal, `tokens` are those left to prefill."""
 
     node: str
+    at: int
     tokens: int
     time: int
 
 
-class Predictions:
-    """One generation of predicted blocks of one model."""
-
-    def __init__(self) -> None:
-        self.index = PrefixIndex()
-        self.nodes: list[str] = []
-        self._slots: dict[str, int] = {}
-
-    def store(self, node: str, hashes: bytes) -> None:
-        """The node will hold these blocks, from the root of their chain on."""
-        slot = self._slots.get(node)
-        if slot is None:
-            slot = self._slots[node] = len(self.nodes)
-            self.nodes.append(node)
-        self.index.store(slot, hashes)
-
-    def clear(self, node: str) -> None:
-        """The node's cache is gone."""
-        slot = self._slots.get(node)
-        if slot is not None:
-            self.index.clear(slot)
-
-
 class Overlay:
-    """Pending decisions and predicted blocks of one router. Time is unix nanoseconds and comes with each call."""
+    """Pending decisions and predicted blocks of one router. Time is unix nanoseconds and comes with each call.
+
+    Columns and slots go by the ordinals of `projections.load.Load`; when an ordinal passes to another node,
+    `node_changed` was called for the one that had it.
+    """
 
     def __init__(self) -> None:
         self.pending: dict[str, Pending] = {}
-        self.extra: dict[str, Extra] = {}
+        self.active = array("d")
+        """Requests that are on their way to each node."""
+        self.tokens = array("d")
+        """Uncached tokens of those."""
         self.sessions: dict[tuple[str, str], str] = {}
         """Assignments made here that are not on the log yet."""
-        self._young: dict[str, Predictions] = {}
-        self._old: dict[str, Predictions] = {}
+        self._young: dict[str, PrefixIndex] = {}
+        self._old: dict[str, PrefixIndex] = {}
+        self._ordinals: dict[str, int] = {}
         self._turned = 0
 
-    def decided(self, event: RequestRouted, block_size: int, now: int, *, predict: bool) -> None:
-        """A decision was made here."""
+    def fit(self, count: int) -> None:
+        """Make the columns as long as those of the fold."""
+        missing = count - len(self.active)
+        if missing > 0:
+            self.active.extend([0] * missing)
+            self.tokens.extend([0] * missing)
+
+    def decided(self, event: RequestRouted, at: int, block_size: int, now: int, *, predict: str = "") -> None:
+        """A decision was made here, for the node with ordinal `at`; with `predict`, its blocks in this model's cache."""
+        self.on_log(event.request)
+        self.fit(at + 1)
         tokens = max(0, event.tokens - event.match * block_size)
-        before = self.pending.pop(event.request, None)
-        if before is not None:
-            self._take_back(before)
-        self.pending[event.request] = Pending(event.node, tokens, now)
-        extra = self.extra.get(event.node)
-        if extra is None:
-            extra = self.extra[event.node] = Extra()
-        extra.active += 1
-        extra.tokens += tokens
+        self.pending[event.request] = Pending(event.node, at, tokens, now)
+        self.active[at] += 1
+        self.tokens[at] += tokens
         if predict and event.hashes:
-            self.predict(event.model, event.node, event.hashes, now)
+            self.predict(predict, event.node, at, event.hashes, now)
 
     def on_log(self, request: str) -> bool:
         """A decision is on the log; whether it was made here."""
         pending = self.pending.pop(request, None)
         if pending is None:
             return False
-        self._take_back(pending)
+        self.active[pending.at] -= 1
+        self.tokens[pending.at] -= pending.tokens
         return True
 
-    def _take_back(self, pending: Pending) -> None:
-        extra = self.extra.get(pending.node)
-        if extra is None:
-            return
-        extra.active -= 1
-        extra.tokens -= pending.tokens
-        if extra.active <= 0:
-            del self.extra[pending.node]
-
-    def predict(self, model: str, node: str, hashes: bytes, now: int) -> None:
-        """The node will hold these blocks soon."""
+    def predict(self, model: str, node: str, at: int, hashes: bytes, now: int) -> None:
+        """The node with ordinal `at` will hold these blocks soon, from the root of their chain on."""
         self.turn(now)
         young = self._young.get(model)
         if young is None:
-            young = self._young[model] = Predictions()
-        young.store(node, hashes)
+            young = self._young[model] = PrefixIndex()
+        self._ordinals[node] = at
+        young.store(at, hashes)
 
-    def predictions(self, model: str) -> list[Predictions]:
-        """Generations to be asked for a model."""
+    def predictions(self, model: str) -> list[PrefixIndex]:
+        """Generations to be asked for a model. Their slots are ordinals."""
         return [generation[model] for generation in (self._young, self._old) if model in generation]
 
     def turn(self, now: int) -> None:
@@ -132,7 +108,11 @@ class Overlay:
             self.on_log(request)
 
     def node_changed(self, node: str) -> None:
-        """The node's cache is gone, or is another one now."""
-        for generation in (self._young, self._old):
-            for predictions in generation.values():
-                predictions.clear(node)
+        """The node is gone, or its cache is another one now: nothing is on its way to it, nothing predicted there."""
+        for request in [request for request, pending in self.pending.items() if pending.node == node]:
+            self.on_log(request)
+        at = self._ordinals.pop(node, None)
+        if at is not None:
+            for generation in (self._young, self._old):
+                for index in generation.values():
+                    index.clear(at)
