@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 BUFFER_EVENTS = 100_000
 """Decisions that may wait for the log; each holds its hashes, so this bounds memory to a few hundred megabytes."""
-LINGER_SECONDS = 0.01
+LINGER_SECONDS = 0.005
 HASHES_RECORDED = 65536
 """Longest request whose hashes are recorded, in blocks."""
 TOKENIZER_LABEL = "tokenizer"

@@ -35,6 +35,8 @@ ACK_SECONDS = 2.0
 """How long one try waits for its acknowledgement."""
 RETRY_SECONDS = 0.05
 """First pause between tries; doubled up to a second."""
+ENOUGH_EVENTS = 256
+"""So many waiting events are sent without lingering."""
 HEADERS_BYTES = 512
 """Room for headers, kept free below the server's message limit."""
 
@@ -183,7 +185,7 @@ class Appender:
 class GroupWriter:
     """Gathers events for one subject and appends them in groups, in the order in which they were given.
 
-    A group is sent as soon as the one before it is acknowledged and `linger` seconds have passed, or when it is full. At
+    A group is sent when the one before it is acknowledged and `linger` seconds have passed or enough events wait. At
     most `limit` events wait; `put` drops the oldest beyond that and counts it, `send` waits for room instead.
     """
 
@@ -195,6 +197,7 @@ class GroupWriter:
         self._waiting: deque[bytes] = deque()
         self._in_flight = 0
         self._wake = anyio.Event()
+        self._enough = anyio.Event()
         self._progress = anyio.Event()
         self.acknowledged = 0
         """Events on disk."""
@@ -217,6 +220,8 @@ class GroupWriter:
             self.dropped += 1
         if not self._wake.is_set():
             self._wake.set()
+        if len(self._waiting) >= ENOUGH_EVENTS and not self._enough.is_set():
+            self._enough.set()
 
     async def send(self, event: Event) -> None:
         """Hand over an event; wait while too many are waiting."""
@@ -236,8 +241,11 @@ class GroupWriter:
             if not self._waiting:
                 self._wake = anyio.Event()
                 await self._wake.wait()
-                if self._linger:
-                    await anyio.sleep(self._linger)
+            # Small commits cost as much as large ones: a group waits even when the one before it took long.
+            if self._linger and len(self._waiting) < ENOUGH_EVENTS:
+                self._enough = anyio.Event()
+                with anyio.move_on_after(self._linger):
+                    await self._enough.wait()
             group = self._take()
             if group:
                 await self._append(group)
