@@ -13,7 +13,7 @@ import anyio
 from events import types
 from events.hashing import block_hashes, pack_hashes, unpack_hashes
 from services import api
-from services.demo.stage import brief, check
+from services.demo.stage import SETTLE_SECONDS, brief, check
 from services.errors import Refused
 from services.trace import Work
 
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from services.demo.stage import Stage
-
-SETTLE_SECONDS = 0.1
-"""Time for both routers to read what was just seen on the log."""
 
 _rng = random.Random(11)  # noqa: S311 - repeatable prompts, no secrets
 
@@ -43,7 +40,7 @@ async def exact_hit(stage: Stage) -> str:
     """The same prompt again finds all its blocks."""
     work = _prompt(stage, 32)
     first, _ = await stage.traffic.send(work)
-    await anyio.sleep(SETTLE_SECONDS)
+    await stage.settled(first.request)
     again, served = await stage.traffic.send(work)
     check(first.kind == "miss", f"a new prompt was {first.kind}")
     check(again.kind == "exact" and again.node == first.node, f"the same prompt again was {again.kind} on {again.node}")
@@ -55,7 +52,7 @@ async def longest_prefix(stage: Stage) -> str:
     """A prompt that shares a beginning goes where the longest part of it lies."""
     base = _prompt(stage, 24)
     first, _ = await stage.traffic.send(base)
-    await anyio.sleep(SETTLE_SECONDS)
+    await stage.settled(first.request)
     longer = _prompt(stage, 8, base=base)
     answer, served = await stage.traffic.send(longer)
     check(
@@ -109,7 +106,7 @@ async def session_affinity(stage: Stage) -> str:
     """A session stays on its node, and moves when that is cordoned; the move is an event."""
     session = "demo conversation"
     first, _ = await stage.traffic.send(_prompt(stage, 4, session=session))
-    await anyio.sleep(SETTLE_SECONDS)
+    await stage.settled(first.request)
     second, _ = await stage.traffic.send(_prompt(stage, 4, session=session))
     check(first.session == "new", f"the session was {first.session} at first")
     check(second.session == "kept" and second.node == first.node, f"the session was {second.session} on {second.node}")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 
-from events import codec
+from events import codec, types
 from events.log.follow import Follower, replay
 from events.types import Event
 from projections.digest import digest
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from projections.fleet import Applied
     from services.demo.fleet import Fleet
     from services.demo.traffic import Traffic
+
+SETTLE_SECONDS = 0.1
+"""Time for both routers to read what was just seen on the log."""
 
 E = TypeVar("E", bound=Event)
 T = TypeVar("T")
@@ -64,6 +67,11 @@ class Stage:
                         return sequence, event
                 await self._advanced.wait()
         raise StepFailed(f"no {kind.__name__} came on the log in {seconds:g} s")
+
+    async def settled(self, request: str) -> None:
+        """Wait until a request's end is on the log, and every router has had the time to read it."""
+        await self.seen(types.RequestCompleted, lambda event: event.request == request)
+        await anyio.sleep(SETTLE_SECONDS)
 
     async def ask(self, subject: str, request: msgspec.Struct, form: type[T] | None = None) -> T:
         """Ask any endpoint."""
