@@ -18,6 +18,8 @@ HASHES_LIMIT = 1 << 18
 Name = Annotated[str, Meta(min_length=1, max_length=128)]
 Text = Annotated[str, Meta(max_length=512)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 53))]
+Length = Annotated[int, Meta(ge=0, le=(1 << 31))]
+"""Length of one request, in tokens or blocks."""
 Hash = Annotated[int, Meta(ge=0)]
 Packed = Annotated[bytes, Meta(max_length=HASHES_LIMIT * 8)]
 Seconds = Annotated[float, Meta(ge=0)]
@@ -157,9 +159,9 @@ class RequestRouted(Event, frozen=True, tag=_tag):
     request: Name
     model: Name
     node: Name
-    match: Count
-    blocks: Count
-    tokens: Count
+    match: Length
+    blocks: Length
+    tokens: Length
     hashes: Packed = b""
     session: Annotated[str, Meta(max_length=128)] = ""
     policy: Text = ""

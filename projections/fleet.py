@@ -48,6 +48,7 @@ REASONS = {
     "not_held": "a block to be evicted is not held, named twice, or stored by the same commit",
     "protected": "a block to be evicted is used by a running request",
     "capacity": "the node would hold more blocks than its capacity",
+    "defect": "kvplane failed on it, alike everywhere; report it with the commit",
 }
 """Why a valid commit is skipped, beside `codec.REASONS`."""
 
@@ -123,11 +124,14 @@ class FleetState:
                 for event in commit.events:
                     self._on_event[type(event)](event)
         except (BadCommit, Skip) as error:
-            reason = error.code if isinstance(error, BadCommit) else str(error)
-            self.skipped[reason] = self.skipped.get(reason, 0) + 1
-            return Applied(None, reason, str(error))
-        self.commits += 1
-        return Applied(commit, None)
+            reason, detail = error.code if isinstance(error, BadCommit) else str(error), str(error)
+        except Exception as error:  # noqa: BLE001 - a poisoned commit must not keep every replica from starting
+            reason, detail = "defect", repr(error)
+        else:
+            self.commits += 1
+            return Applied(commit, None)
+        self.skipped[reason] = self.skipped.get(reason, 0) + 1
+        return Applied(None, reason, detail)
 
     def _check_writer(self, subject: str, commit: Commit) -> None:
         if not commit.writer or not commit.writer_seq:
@@ -254,8 +258,9 @@ class FleetState:
                 index.remove(slot(node, event.tier), event.hashes)  # type: ignore[attr-defined]
             elif kind is types.CacheCleared:
                 caches.clear(node)
-                if managed:
-                    self.recency[node.name].clear()
+                recency = self.recency.get(node.name)
+                if recency is not None:
+                    recency.clear()
             else:
                 self._on_event[kind](event)
 

@@ -59,7 +59,8 @@ class Replica:
             self._order.append(message.sequence)
             if len(self._order) > SKIPS_KNOWN:
                 del self._skips[self._order.popleft()]
-            _log.warning(
+            level = _log.error if applied.skipped == "defect" else _log.warning
+            level(
                 "commit_skipped", sequence=message.sequence, subject=message.subject, reason=applied.skipped,
                 detail=applied.detail,
             )  # fmt: skip

@@ -20,7 +20,7 @@ from services.server import Server, free_port, start_server
 from services.simnode import NodeConfig, run_nodes
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Callable
 
     import msgspec
     from nats.aio.client import Client
@@ -44,10 +44,10 @@ def anyio_backend() -> tuple[str, dict[str, bool]]:
 
 
 @pytest.fixture
-def trace() -> Iterator[Path]:
+def trace() -> Path:
     if not TRACE.exists():
         pytest.skip("the published trace is not on this machine")
-    yield TRACE
+    return TRACE
 
 
 @pytest.fixture

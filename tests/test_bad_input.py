@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import pytest
@@ -15,9 +15,6 @@ from events.hashing import MOST_TOKENS, pack_hashes
 from services import api
 from services.micro import fault
 from tests.conftest import Fleet, until
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
 
 pytestmark = pytest.mark.anyio
 
@@ -42,13 +39,13 @@ NODE = {"node": "a", "address": "x", "models": ["m"], "block_size": 16, "capacit
 
 
 @pytest.fixture
-async def small(fleet: Fleet) -> AsyncIterator[Fleet]:
+async def small(fleet: Fleet) -> Fleet:
     """One managed node `a` of model `m`, four blocks."""
     await fleet.coordinator()
     router = await fleet.router()
     await fleet.ask("coordinator.node.register", msgspec.convert(NODE | {"cache_mode": "managed"}, api.RegisterRequest))
     await until(lambda: "a" in router.state.nodes)
-    yield fleet
+    return fleet
 
 
 async def sent(fleet: Fleet, endpoint: str, body: bytes) -> tuple[str | None, dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import anyio
+import anyio.lowlevel
 import pytest
 from nats.aio.msg import Msg
 from nats.js.api import StorageType, StreamConfig
@@ -194,7 +195,7 @@ async def test_groups_keep_the_order_and_hold_everything(client: Client) -> None
         for batch in range(5000):
             await writer.send(removed(batch))
             if batch % 97 == 0:
-                await anyio.sleep(0)
+                await anyio.lowlevel.checkpoint()
         await writer.flush()
         group.cancel_scope.cancel()
     messages = await read(client)
