@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 import pytest
+from hypothesis import settings
 
 from events.log.connection import connected
 from services import logs
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from nats.aio.client import Client
 
 T = TypeVar("T")
+
+# A failure must be repeatable by whoever reads it.
+settings.register_profile("kvplane", print_blob=True, deadline=None)
+settings.load_profile("kvplane")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TRACE = SHARED / "traces" / "conversation_trace.jsonl"

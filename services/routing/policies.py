@@ -20,6 +20,7 @@ from services.errors import BadRequest
 Column = NDArray[Any]
 Parameters = dict[str, float]
 
+UNCACHED_WEIGHT = 1.5
 SESSION_SECONDS = 0.5
 DECODE_SECONDS = 0.002
 SLOW_SHARE = 0.15
@@ -77,14 +78,19 @@ def ttft(view: View, request: Request, parameters: Parameters) -> Column:
     """Least expected time to first token, in seconds.
 
     Queued prefill, plus the request's own uncached prefill, plus the slow-down by what decodes there. Parameters:
-    `session_seconds` (0.5): how much sooner another node must be before a session moves; `decode_seconds` (0.002): how
-    much each running request slows a prefill down; `slow_share` (0.15): time to load a token from a slower tier, as a
-    share of the time to compute it.
+    `uncached_weight` (1.5): how much more a second of own prefill counts than a second of waiting, since computing
+    somewhere what another node has, or is about to have, takes that time from other requests; `session_seconds` (0.5):
+    how much sooner another node must be before a session moves; `decode_seconds` (0.002): how much each running request
+    slows a prefill down; `slow_share` (0.15): time to load a token from a slower tier, as a share of the time to
+    compute it.
     """
     uncached = request.tokens - view.match * request.block_size
     if view.slow is not None:
         uncached = uncached + view.slow * (request.block_size * parameters.get("slow_share", SLOW_SHARE))
-    costs: Column = uncached / view.speed + view.queue + view.active * parameters.get("decode_seconds", DECODE_SECONDS)
+    weight = parameters.get("uncached_weight", UNCACHED_WEIGHT)
+    costs: Column = (
+        uncached * weight / view.speed + view.queue + view.active * parameters.get("decode_seconds", DECODE_SECONDS)
+    )
     if view.session >= 0:
         costs[view.session] -= parameters.get("session_seconds", SESSION_SECONDS)
     return costs

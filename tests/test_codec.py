@@ -1,0 +1,239 @@
+"""The door from the log into the folds: every event comes back as it went, and no bytes raise anything but `BadCommit`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from events import codec, types
+from events.codec import Message, decode
+from events.errors import BadCommit
+
+names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter(str.isprintable)
+counts = st.integers(0, 1 << 53)
+lengths = st.integers(0, 1 << 20)
+packed = st.binary(max_size=64).map(lambda data: data[: len(data) // 8 * 8])
+hashes = st.integers(0, (1 << 64) - 1)
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+tiers = st.sampled_from(types.TIERS)
+seconds = st.floats(0, 1e6)
+
+
+def events_of(node: str, model: str) -> dict[str, st.SearchStrategy[list[types.Event]]]:
+    """Commits that may lie in each room, for this node or model."""
+    registered = st.builds(
+        types.NodeRegistered, node=st.just(node), address=texts, models=st.lists(names, min_size=1, max_size=3, unique=True),
+        block_size=st.integers(1, 65536), capacity_blocks=st.dictionaries(tiers, counts).map(lambda d: {"gpu": 5, **d}),
+        cache_mode=st.sampled_from(["managed", "reported"]), engine=texts, max_active=counts, pulse_seconds=seconds,
+        labels=st.dictionaries(names, texts, max_size=3),
+    )  # fmt: skip
+    others = st.sampled_from(
+        [types.NodeCordoned(node, "why"), types.NodeUncordoned(node), types.NodeLost(node), types.NodeRecovered(node),
+         types.NodeRemoved(node)]
+    )  # fmt: skip
+    stored = st.builds(types.BlocksStored, st.just(node), counts, counts, packed, st.none() | hashes, tiers)
+    engine = packed.map(
+        lambda data: types.BlocksStored(
+            node, 1, 1, data, engine_hashes=[b"\x01\x02", 1 << 63, -5, *range(9)][: len(data) // 8]
+        )
+    )
+    removed = st.builds(types.BlocksRemoved, st.just(node), counts, counts, packed, tiers)
+    cleared = st.builds(types.CacheCleared, st.just(node), counts, counts, texts)
+    placed = st.builds(types.BlocksPlaced, st.just(node), counts, packed, packed, st.none() | hashes, texts)
+    session = st.builds(types.SessionAssigned, names, st.just(model), names, texts)
+    ended = st.builds(types.SessionEnded, names, st.just(model), texts)
+    routed = packed.flatmap(
+        lambda data: st.builds(
+            types.RequestRouted, request=names, model=names, node=names, match=st.just(0), blocks=st.just(len(data) // 8),
+            tokens=lengths, hashes=st.just(data), session=texts, policy=texts, applied=counts,
+            candidates=st.lists(st.builds(types.Candidate, names, counts, st.floats(allow_nan=False)), max_size=3),
+        )
+    )  # fmt: skip
+    completed = st.builds(types.RequestCompleted, names, names, texts, counts, counts, counts, seconds, seconds)
+    policy = st.builds(
+        types.PolicyChanged, names, st.dictionaries(names, st.floats(allow_nan=False, allow_infinity=False), max_size=3)
+    )
+
+    def some(*kinds: st.SearchStrategy[Any]) -> st.SearchStrategy[list[types.Event]]:
+        return st.lists(st.one_of(*kinds), min_size=1, max_size=4)
+
+    return {
+        f"node.{node}": (registered | others).map(lambda event: [event]),
+        f"cache.{node}": some(stored, removed, cleared, engine) | placed.map(lambda event: [event]),
+        f"session.{model}": some(session, ended),
+        "access.w": some(routed, completed),
+        "control": some(policy),
+    }
+
+
+ROOMS = events_of("n", "m")
+commits = st.sampled_from(sorted(ROOMS)).flatmap(lambda place: st.tuples(st.just(place), ROOMS[place]))
+
+
+def message(subject: str, body: bytes, headers: dict[str, str] | None = None) -> Message:
+    return Message(1, subject, 1, headers, body)
+
+
+@given(commits)
+def test_messagepack_comes_back(commit: tuple[str, list[types.Event]]) -> None:
+    place, events = commit
+    assert decode("f", message(f"kv.f.{place}", codec.encode(events))).events == events
+    assert codec.join([codec.encode_one(event) for event in events]) == codec.encode(events)
+
+
+@given(commits)
+def test_json_comes_back(commit: tuple[str, list[types.Event]]) -> None:
+    place, events = commit
+    plain = [event for event in events if getattr(event, "engine_hashes", None) is None]
+    if any(
+        isinstance(event, types.RequestRouted) and any(abs(c.cost) == float("inf") for c in event.candidates)
+        for event in plain
+    ):
+        return
+    if plain:
+        assert decode("f", message(f"kv.f.{place}", codec.encode_json(plain))).events == plain
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 300, 16384])
+def test_groups_of_any_size_are_joined_as_one_array(count: int) -> None:
+    events: list[types.Event] = [types.CacheCleared("n", 1, batch) for batch in range(count)]
+    body = codec.join([codec.encode_one(event) for event in events])
+    assert decode("f", message("kv.f.cache.n", body)).events == events
+
+
+def test_fields_from_the_future_are_ignored() -> None:
+    event = codec.to_builtins(types.CacheCleared("n", 1)) | {"colour": {"deep": [1, {"x": None}]}}
+    for body in (msgspec.msgpack.encode([event]), msgspec.json.encode([event])):
+        assert decode("f", message("kv.f.cache.n", body)).events == [types.CacheCleared("n", 1)]
+
+
+CLEARED = codec.encode([types.CacheCleared("n", 1)])
+ROUTED = types.RequestRouted("q", "m", "n", 0, 1, 20, bytes(8))
+
+
+def mutated(event: types.Event, **fields: Any) -> bytes:
+    data = msgspec.to_builtins(event, builtin_types=(bytes,)) | fields
+    return msgspec.msgpack.encode([data])
+
+
+@pytest.mark.parametrize(
+    ("reason", "subject", "body", "headers"),
+    [
+        ("foreign_subject", "kv.other.cache.n", CLEARED, None),
+        ("foreign_subject", "kv.f.cache.%6e", CLEARED, None),
+        ("foreign_subject", "kv.f.cache.n.x", CLEARED, None),
+        ("checksum", "kv.f.cache.n", CLEARED, {codec.CRC32: "deadbeef"}),
+        ("bad_header", "kv.f.cache.n", CLEARED, {codec.WRITER: "w", codec.WRITER_SEQ: "x"}),
+        ("bad_header", "kv.f.cache.n", CLEARED, {codec.BASED_ON: "-1"}),
+        ("bad_header", "kv.f.cache.n", CLEARED, {codec.BASED_ON: "9" * 30}),
+        ("bad_header", "kv.f.cache.n", CLEARED, {codec.BASED_ON: "\u0661"}),
+        ("bad_header", "kv.f.cache.n", CLEARED, {codec.WRITER: "w" * 129}),
+        ("undecodable", "kv.f.cache.n", b"", None),
+        ("undecodable", "kv.f.cache.n", CLEARED[:-1], None),
+        ("undecodable", "kv.f.cache.n", CLEARED + b"\x00", None),
+        ("undecodable", "kv.f.cache.n", b"[", None),
+        ("undecodable", "kv.f.cache.n", b"[" * 100_000, None),
+        ("undecodable", "kv.f.cache.n", b"[1]", None),
+        ("invalid", "kv.f.cache.n", b"[]", None),
+        ("invalid", "kv.f.cache.n", b"\x90", None),
+        ("invalid", "kv.f.cache.n", b'{"stream":"KV_f","seq":1}', None),
+        ("unknown_type", "kv.f.cache.n", b"[{}]", None),
+        ("unknown_type", "kv.f.cache.n", b'[{"type":"BlocksStored.2"}]', None),
+        ("unknown_type", "kv.f.node.n", CLEARED, None),
+        ("unknown_type", "kv.f.cache.n", codec.encode([types.NodeLost("n")]), None),
+        ("wrong_subject", "kv.f.cache.x", CLEARED, None),
+        ("wrong_subject", "kv.f.session.x", codec.encode([types.SessionEnded("s", "m")]), None),
+        ("wrong_subject", "kv.f.access.me", codec.encode([types.RequestCompleted("q", "n")]), {codec.WRITER: "you"}),
+        ("invalid", "kv.f.node.n", codec.encode([types.NodeLost("n"), types.NodeRecovered("n")]), None),
+        ("invalid", "kv.f.cache.n", codec.encode([types.BlocksPlaced("n", 1), types.CacheCleared("n", 1)]), None),
+        ("invalid", "kv.f.cache.n", codec.encode([types.BlocksRemoved("n", 1, 1, b"1234567")]), None),
+        ("invalid", "kv.f.cache.n", codec.encode([types.BlocksStored("n", 1, 1, bytes(16), engine_hashes=[1])]), None),
+        ("invalid", "kv.f.cache.n", mutated(types.CacheCleared("n", 1), epoch=-1), None),
+        ("invalid", "kv.f.cache.n", mutated(types.BlocksStored("n", 1, 1, b""), parent=-1), None),
+        ("invalid", "kv.f.cache.n", mutated(types.BlocksStored("n", 1, 1, b""), tier="tape"), None),
+        ("invalid", "kv.f.access.w", mutated(ROUTED, match=2), None),
+        ("invalid", "kv.f.access.w", mutated(ROUTED, blocks=3), None),
+        ("invalid", "kv.f.access.w", mutated(ROUTED, tokens=1 << 40), None),
+        ("invalid", "kv.f.session.m", codec.encode([types.SessionEnded("a\nb", "m")]), None),
+        ("invalid", "kv.f.cache.n", b'[{"type":"CacheCleared.1","node":"n","epoch":1e400}]', None),
+        ("invalid", "kv.f.cache.n", b'[{"type":"BlocksRemoved.1","node":"n","epoch":1,"batch":1,"hashes":[-1]}]', None),
+        ("invalid", "kv.f.cache.n", b'[{"type":"BlocksRemoved.1","node":"n","epoch":1,"batch":1,"hashes":"AAA="}]', None),
+    ],
+)  # fmt: skip
+def test_each_reason(reason: str, subject: str, body: bytes, headers: dict[str, str] | None) -> None:
+    with pytest.raises(BadCommit) as caught:
+        decode("f", message(subject, body, headers))
+    assert caught.value.code == reason
+    assert reason in codec.REASONS
+    assert str(caught.value)
+
+
+subjects = st.sampled_from([f"kv.f.{place}" for place in ROOMS] + ["kv.f.node.*", "", "x"]) | st.text(max_size=30)
+header_values = st.text(max_size=20) | st.integers().map(str)
+headers = st.none() | st.dictionaries(
+    st.sampled_from([codec.WRITER, codec.WRITER_SEQ, codec.BASED_ON, codec.CRC32, codec.CONTENT_TYPE]), header_values
+)
+
+
+changed = st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=6)
+
+
+def attempt(subject: str, body: bytes, given_headers: dict[str, str] | None) -> None:
+    try:
+        commit = decode("f", message(subject, body, given_headers))
+    except BadCommit as error:
+        assert error.code in codec.REASONS  # noqa: PT017 - any other error fails the test by itself
+    else:
+        assert commit.events
+
+
+@settings(max_examples=1000, deadline=None, print_blob=True)
+@given(subjects, st.binary(max_size=200), headers)
+def test_any_bytes(subject: str, body: bytes, given_headers: dict[str, str] | None) -> None:
+    attempt(subject, body, given_headers)
+
+
+@settings(max_examples=1000, deadline=None, print_blob=True)
+@given(
+    commits,
+    st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=6),
+    st.booleans(),
+    st.integers(0, 9),
+    headers,
+)
+def test_valid_commits_with_a_few_bytes_changed(
+    commit: tuple[str, list[types.Event]],
+    changes: list[tuple[int, int]],
+    as_json: bool,
+    cut: int,
+    given_headers: dict[str, str] | None,
+) -> None:
+    place, events = commit
+    try:
+        body = bytearray(codec.encode_json(events) if as_json else codec.encode(events))
+    except UnicodeDecodeError:
+        return
+    for at, value in changes:
+        body[at % len(body)] = value
+    attempt(f"kv.f.{place}", bytes(body[: len(body) - cut]), given_headers)
+
+
+scalars = st.none() | st.booleans() | st.integers(-(1 << 63), (1 << 64) - 1) | st.floats()
+plain = st.recursive(
+    scalars | st.text(max_size=9) | st.binary(max_size=16),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+UNIONS = (types.NodeEvent, types.CacheEvent, types.AccessEvent)
+FIELDS = sorted({field for union in UNIONS for kind in union.__args__ for field in kind.__struct_fields__})
+
+
+@settings(max_examples=1000, deadline=None, print_blob=True)
+@given(commits, st.dictionaries(st.sampled_from(FIELDS), plain, max_size=3))
+def test_valid_commits_with_fields_of_any_type(commit: tuple[str, list[types.Event]], fields: dict[str, Any]) -> None:
+    place, events = commit
+    attempt(f"kv.f.{place}", mutated(events[0], **fields), None)

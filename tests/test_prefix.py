@@ -1,0 +1,159 @@
+"""The prefix index against a dictionary of sets, over whatever runs may come: honest chains or not."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from events.hashing import pack_hashes, unpack_hashes
+from projections.prefix import SEGMENT_BLOCKS, PrefixIndex
+
+SLOTS = 4
+CHAINS = [
+    [*range(100, 112)],
+    [*range(100, 105), *range(200, 206)],
+    [*range(300, 312)],
+    # Hashes that occur twice, and a chain that runs backwards through another: no honest engine says so.
+    [1, 2, 1, 3, 2],
+    [111, 110, 109, 305, 304],
+]
+LONG = [*range(1000, 1000 + 3 * SEGMENT_BLOCKS // 2)]
+
+pieces = st.builds(
+    lambda chain, start, length: (chain, start % len(chain), length),
+    st.sampled_from(CHAINS),
+    st.integers(0, 11),
+    st.integers(1, 12),
+)
+slots = st.integers(0, SLOTS - 1)
+
+
+class IndexMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.index = PrefixIndex()
+        self.index.add_slot(SLOTS - 1)
+        self.held: list[set[int]] = [set() for _ in range(SLOTS)]
+
+    @rule(slot=slots, piece=pieces, parent=st.sampled_from(["true", "none", "wrong"]))
+    def store(self, slot: int, piece: tuple[list[int], int, int], parent: str) -> None:
+        chain, start, length = piece
+        run = chain[start : start + length]
+        before = {"true": chain[start - 1] if start else None, "none": None, "wrong": 302}[parent]
+        assert self.index.store(slot, pack_hashes(run), before) == len(set(run) - self.held[slot])
+        self.held[slot] |= set(run)
+
+    @rule(slot=slots, piece=pieces, seed=st.none() | st.integers(0, 5))
+    def remove(self, slot: int, piece: tuple[list[int], int, int], seed: int | None) -> None:
+        chain, start, length = piece
+        run = chain[start : start + length][::-1]
+        if seed is not None:
+            random.Random(seed).shuffle(run)
+        assert self.index.remove(slot, pack_hashes(run)) == len(set(run) & self.held[slot])
+        self.held[slot] -= set(run)
+
+    @rule(slot=slots, start=st.integers(0, len(LONG)), length=st.integers(1, len(LONG)))
+    def store_long(self, slot: int, start: int, length: int) -> None:
+        run = LONG[start : start + length]
+        if run:
+            assert self.index.store(slot, pack_hashes(run), start - 1 or None) == len(set(run) - self.held[slot])
+            self.held[slot] |= set(run)
+
+    @rule(slot=slots)
+    def clear(self, slot: int) -> None:
+        assert self.index.clear(slot) == len(self.held[slot])
+        self.held[slot] = set()
+
+    @invariant()
+    def holds_the_same(self) -> None:
+        for slot, held in enumerate(self.held):
+            assert set(self.index.held(slot)) == held
+            assert self.index.count(slot) == len(held)
+        assert len(self.index) == len(set().union(*self.held))
+        assert self.index.memberships == sum(map(len, self.held))
+
+    @invariant()
+    def matches_the_same(self) -> None:
+        for chain in [*CHAINS, LONG]:
+            packed = pack_hashes(chain)
+            for limit in (None, 3):
+                bounded = chain[:limit]
+                expected = [
+                    next((at for at, block in enumerate(bounded) if block not in held), len(bounded))
+                    for held in self.held
+                ]
+                assert self.index.match(packed, limit) == expected
+            assert [self.index.extent(slot, packed, 1, len(chain)) for slot in range(SLOTS)] == [
+                next((at for at, block in enumerate(chain[1:]) if block not in held), len(chain) - 1)
+                for held in self.held
+            ]
+
+    @invariant()
+    def every_position_has_a_holder(self) -> None:
+        seen: set[int] = set()
+        for block, segment in self.index._where.items():
+            blocks = unpack_hashes(segment.packed)
+            assert blocks.count(block) == 1
+            assert segment.last == blocks[-1]
+            full = (1 << len(blocks)) - 1
+            masks = (segment.part or {}).values()
+            assert all(0 < mask < full for mask in masks)
+            assert segment.part is None or segment.part
+            covered = full if segment.full else 0
+            for mask in masks:
+                covered |= mask
+            assert covered == full
+            seen.add(id(segment))
+        assert sum(len(s.packed) // 8 for s in {id(s): s for s in self.index._where.values()}.values()) == len(
+            self.index
+        )
+
+
+TestIndex = IndexMachine.TestCase
+TestIndex.settings = settings(max_examples=60, stateful_step_count=50, deadline=None, print_blob=True)
+
+
+def index_of(*runs: tuple[int, list[int]]) -> PrefixIndex:
+    index = PrefixIndex()
+    for slot, run in runs:
+        index.store(slot, pack_hashes(run))
+    return index
+
+
+def test_a_parent_that_left_before_its_child_ends_the_match() -> None:
+    index = index_of((0, [1, 2, 3, 4]), (1, [1, 2, 3, 4]))
+    index.remove(0, pack_hashes([2]))
+    assert index.match(pack_hashes([1, 2, 3, 4])) == [1, 4]
+    index.store(0, pack_hashes([2]), 1)
+    assert index.match(pack_hashes([1, 2, 3, 4])) == [4, 4]
+
+
+def test_a_block_that_nobody_holds_is_forgotten() -> None:
+    index = index_of((0, [1, 2, 3]), (1, [1, 2]))
+    index.remove(0, pack_hashes([3, 2, 1]))
+    assert len(index) == 2
+    index.clear(1)
+    assert len(index) == 0
+    assert index.match(pack_hashes([1, 2, 3])) == [0, 0]
+
+
+def test_clearing_one_slot_leaves_the_others() -> None:
+    index = index_of((0, [1, 2, 3]), (1, [1, 2]), (2, [9]))
+    assert index.clear(0) == 3
+    assert index.match(pack_hashes([1, 2, 3])) == [0, 2, 0]
+    assert set(index.held(2)) == {9}
+
+
+@pytest.mark.parametrize("size", [1, 16, 64, 256])
+def test_runs_of_any_size_make_one_segment_a_chain(size: int) -> None:
+    """Decoding stores block by block; the index must not pay for a segment each time."""
+    chain = [*range(1, 257)]
+    index = PrefixIndex()
+    for at in range(0, 256, size):
+        index.store(0, pack_hashes(chain[at : at + size]), chain[at - 1] if at else None)
+    assert len({id(segment) for segment in index._where.values()}) == 1
+    assert index.match(pack_hashes(chain)) == [256]
