@@ -45,6 +45,9 @@ REASONS = {
 }
 """Why a commit is skipped before any state is looked at."""
 
+DEPTH_LIMIT = 32
+"""Deepest nesting of a body. How deep a decoder can go differs between versions of Python, and replicas must agree."""
+
 _PACKED_FIELDS = ("hashes", "stored", "evicted")
 _HASH_BYTES = 8
 
@@ -80,6 +83,10 @@ _DECODERS: dict[Room, tuple[msgspec.msgpack.Decoder[list[types.Event]], Any]] = 
     "session": _decoder(types.SessionEvent),
     "access": _decoder(types.AccessEvent),
     "control": _decoder(types.ControlEvent),
+}
+# The decoders refuse unknown fields, so that they never walk into data whose nesting they don't know.
+_FIELDS: dict[object, set[str]] = {
+    kind.__struct_config__.tag: {"type", *kind.__struct_fields__} for kind in types.Event.__subclasses__()
 }
 _ENCODER = msgspec.msgpack.Encoder()
 
@@ -129,20 +136,49 @@ def encode_json(events: Sequence[types.Event]) -> bytes:
     return msgspec.json.encode([to_builtins(event) for event in events])
 
 
-def _from_json(body: bytes, form: Any) -> list[types.Event]:  # noqa: ANN401 - a type form
-    raw = msgspec.json.decode(body)
+def _from_plain(raw: Any, form: Any) -> list[types.Event]:  # noqa: ANN401 - whatever was decoded
+    """Events of plain data, without the fields that are unknown here."""
     if not isinstance(raw, list):
-        raise BadCommit("undecodable", "the body must be an array of events")
+        raise BadCommit("invalid", "the body must be an array of events")
+    if _depth(raw) > DEPTH_LIMIT:
+        raise BadCommit("undecodable", f"the body is nested more than {DEPTH_LIMIT} deep")
     for event in raw:
         if not isinstance(event, dict):
             raise BadCommit("undecodable", "each event must be an object with a type")
-        for field in _PACKED_FIELDS:
-            if isinstance(event.get(field), list):
-                event[field] = pack_hashes(_json_hash(value) for value in event[field])
-        if event.get("parent") is not None:
-            event["parent"] = _json_hash(event["parent"])
+        known = _FIELDS.get(event.get("type"))
+        if known is not None:
+            for field in event.keys() - known:
+                del event[field]
     events: list[types.Event] = msgspec.convert(raw, form, builtin_types=(bytes,))
     return events
+
+
+def _depth(data: object) -> int:
+    """How deep lists and dictionaries are nested; stops counting beyond the limit."""
+    level: list[object] = [data]
+    depth = 0
+    while level and depth <= DEPTH_LIMIT:
+        depth += 1
+        inner: list[object] = []
+        for part in level:
+            if isinstance(part, dict):
+                inner += part.values()
+            elif isinstance(part, list):
+                inner += part
+        level = [part for part in inner if isinstance(part, dict | list)]
+    return depth
+
+
+def _from_json(body: bytes, form: Any) -> list[types.Event]:  # noqa: ANN401 - a type form
+    raw = msgspec.json.decode(body)
+    for event in raw if isinstance(raw, list) else ():
+        if isinstance(event, dict):
+            for field in _PACKED_FIELDS:
+                if isinstance(event.get(field), list):
+                    event[field] = pack_hashes(_json_hash(value) for value in event[field])
+            if event.get("parent") is not None:
+                event["parent"] = _json_hash(event["parent"])
+    return _from_plain(raw, form)
 
 
 def _json_hash(value: object) -> int:
@@ -157,7 +193,12 @@ def decode_body(room: Room, body: bytes) -> Sequence[types.Event]:
     try:
         if body[:1] in b"[ \n\r\t" and body:
             return _from_json(body, form)
-        return decoder.decode(body)
+        try:
+            return decoder.decode(body)
+        except msgspec.ValidationError as error:
+            if "unknown field" not in str(error):
+                raise
+        return _from_plain(msgspec.msgpack.decode(body), form)
     except msgspec.ValidationError as error:
         detail = str(error)
         unknown = "type`" in detail and detail.startswith(("Invalid value", "Object missing required field `type`"))

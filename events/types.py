@@ -31,8 +31,11 @@ def _tag(name: str) -> str:
     return f"{name}.1"
 
 
-class Event(Struct, frozen=True, tag=_tag, tag_field="type", omit_defaults=True, gc=False):
-    """Base of all events. The tag is the name and the version of its shape."""
+class Event(Struct, frozen=True, tag=_tag, tag_field="type", omit_defaults=True, gc=False, forbid_unknown_fields=True):
+    """Base of all events. The tag is the name and the version of its shape.
+
+    Fields that are unknown here are ignored all the same: `codec` takes them out, see there.
+    """
 
 
 class NodeRegistered(Event, frozen=True, tag=_tag):
@@ -145,7 +148,7 @@ class SessionEnded(Event, frozen=True, tag=_tag):
     reason: Text = ""
 
 
-class Candidate(Struct, frozen=True, array_like=True, omit_defaults=True, gc=False):
+class Candidate(Struct, frozen=True, array_like=True, omit_defaults=True, gc=False, forbid_unknown_fields=True):
     """One node that a decision weighed: its match in blocks and its cost in the policy's unit."""
 
     node: Name

@@ -111,6 +111,23 @@ def test_fields_from_the_future_are_ignored() -> None:
         assert decode("f", message("kv.f.cache.n", body)).events == [types.CacheCleared("n", 1)]
 
 
+@pytest.mark.parametrize("encode", [msgspec.msgpack.encode, msgspec.json.encode])
+def test_nesting_is_bounded_by_a_number_and_not_by_the_interpreter(encode: Any) -> None:
+    """Replicas on two versions of Python can recurse to different depths."""
+
+    def nested(depth: int) -> bytes:
+        inner: Any = 1
+        for _ in range(depth - 2):
+            inner = [inner]
+        return bytes(encode([codec.to_builtins(types.CacheCleared("n", 1)) | {"colour": inner}]))
+
+    assert decode("f", message("kv.f.cache.n", nested(codec.DEPTH_LIMIT))).events
+    for depth in (codec.DEPTH_LIMIT + 1, 900):
+        with pytest.raises(BadCommit) as caught:
+            decode("f", message("kv.f.cache.n", nested(depth)))
+        assert caught.value.code == "undecodable"
+
+
 CLEARED = codec.encode([types.CacheCleared("n", 1)])
 ROUTED = types.RequestRouted("q", "m", "n", 0, 1, 20, bytes(8))
 
