@@ -30,7 +30,9 @@ class Liveness:
         self._listening_since = now
 
     def heard(self, pulse: Pulse, now: float) -> None:
-        """A pulse arrived."""
+        """A pulse arrived. One of an earlier life than is known of is a zombie's and proves nothing."""
+        if pulse.epoch < self._heard.get(pulse.node, (0, 0.0))[0]:
+            return
         self.pulses[pulse.node] = pulse
         self._heard[pulse.node] = (pulse.epoch, now)
 

@@ -1,0 +1,89 @@
+"""Who is lost and who is back, with time as an argument."""
+
+from __future__ import annotations
+
+from events import codec, types
+from events.codec import Message
+from projections.fleet import FleetState
+from services.api import Pulse
+from services.liveness import LEAST_SECONDS, MISSED_PULSES, Liveness
+
+PULSE = 1.0
+PATIENCE = max(LEAST_SECONDS, MISSED_PULSES * PULSE)
+
+
+def fleet(*nodes: str, pulse: float = PULSE) -> FleetState:
+    state = FleetState("f")
+    for node in nodes:
+        put(state, types.NodeRegistered(node, "x", ["m"], 16, {"gpu": 4}, pulse_seconds=pulse))
+    return state
+
+
+def put(state: FleetState, event: types.NodeEvent) -> None:
+    body = codec.encode([event])
+    assert state.apply(Message(state.sequence + 1, f"kv.f.node.{event.node}", 1, None, body)).skipped is None
+
+
+def lost(liveness: Liveness, state: FleetState, now: float) -> list[str]:
+    return [name for name, _ in liveness.silent(state, now)]
+
+
+def test_a_node_that_falls_silent_is_lost_after_its_missed_pulses() -> None:
+    state, liveness = fleet("a", "b"), Liveness()
+    for now in range(3):
+        for name, epoch in (("a", 1), ("b", 2)):
+            liveness.heard(Pulse(node=name, epoch=epoch), now)
+    for now in range(3, 7):
+        liveness.heard(Pulse(node="b", epoch=2), now)
+        assert lost(liveness, state, now) == []
+    assert lost(liveness, state, 2 + PATIENCE + 0.1) == ["a"]
+
+
+def test_a_node_that_promised_nothing_is_never_lost() -> None:
+    assert lost(Liveness(), fleet("a", pulse=0), 1e6) == []
+
+
+def test_a_node_never_heard_is_lost_only_once_it_could_have_been_heard() -> None:
+    state, liveness = fleet("a"), Liveness()
+    assert lost(liveness, state, 1000) == []
+    assert lost(liveness, state, 1000 + PATIENCE) == []
+    assert lost(liveness, state, 1000 + PATIENCE + 0.1) == ["a"]
+
+
+def test_silence_while_the_coordinator_was_deaf_proves_nothing() -> None:
+    state, liveness = fleet("a"), Liveness()
+    liveness.heard(Pulse(node="a", epoch=1), 0)
+    assert lost(liveness, state, 0) == []
+    liveness.listen(100)
+    assert lost(liveness, state, 100 + PATIENCE - 0.1) == []
+    assert lost(liveness, state, 100 + PATIENCE + 0.1) == ["a"]
+
+
+def test_pulses_of_an_earlier_life_do_not_count() -> None:
+    state, liveness = fleet("a"), Liveness()
+    put(state, types.NodeRegistered("a", "x", ["m"], 16, {"gpu": 4}, pulse_seconds=PULSE))
+    found = []
+    for now in range(int(PATIENCE) + 2):
+        liveness.heard(Pulse(node="a", epoch=1), now)
+        found.append(lost(liveness, state, now))
+    # A zombie of the first life pulses on; it must not keep the second alive, nor get it killed at once.
+    assert found == [[]] * (int(PATIENCE) + 1) + [["a"]]
+
+
+def test_a_lost_node_that_pulses_again_is_back() -> None:
+    state, liveness = fleet("a"), Liveness()
+    liveness.heard(Pulse(node="a", epoch=1), 0)
+    put(state, types.NodeLost("a"))
+    assert liveness.back(state, 10) == []
+    liveness.heard(Pulse(node="a", epoch=99), 10)
+    assert liveness.back(state, 10) == []
+    liveness.heard(Pulse(node="a", epoch=1), 11)
+    assert liveness.back(state, 11) == ["a"]
+
+
+def test_strangers_are_not_remembered() -> None:
+    state, liveness = fleet("a"), Liveness()
+    for number in range(100):
+        liveness.heard(Pulse(node=f"stranger {number}", epoch=1), 0)
+    liveness.forget(set(state.nodes))
+    assert liveness.pulses == {}
