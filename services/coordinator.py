@@ -14,7 +14,7 @@ import anyio
 import msgspec
 import structlog
 
-from events.errors import LogUnavailable, LostRace
+from events.errors import BadName, LogUnavailable, LostRace
 from events.hashing import unpack_hashes
 from events.log.append import Appender, new_writer
 from events.log.stream import open_stream
@@ -230,8 +230,12 @@ class Coordinator:
         except msgspec.DecodeError as error:
             _log.warning("bad_pulse", subject=message.subject, error=str(error))
             return
-        if pulse.node in self.state.nodes and message.subject == pulse_subject(self.fleet, pulse.node):
-            self.liveness.heard(pulse, time.monotonic())
+        try:
+            spoken_for = pulse_subject(self.fleet, pulse.node)
+        except BadName:
+            return
+        if message.subject == spoken_for:
+            self.liveness.heard(self.state, pulse, time.monotonic())
 
     async def _watch(self) -> None:
         """Conclude who is lost and who is back."""
@@ -246,7 +250,7 @@ class Coordinator:
                 await self._conclude(placement.lost, name, f"no pulse for {quiet:.1f} s")
             for name in self.liveness.back(self.state, now):
                 await self._conclude(placement.recovered, name, "")
-            self.liveness.forget(set(self.state.nodes))
+            self.liveness.forget(self.state)
             await anyio.sleep(LOOK_SECONDS)
 
     async def _conclude(self, decide: Decide, name: str, reason: str) -> None:

@@ -29,12 +29,12 @@ class Liveness:
         """Pulses can be heard from now on; whatever was missed before does not count."""
         self._listening_since = now
 
-    def heard(self, pulse: Pulse, now: float) -> None:
-        """A pulse arrived. One of an earlier life than is known of is a zombie's and proves nothing."""
-        if pulse.epoch < self._heard.get(pulse.node, (0, 0.0))[0]:
-            return
-        self.pulses[pulse.node] = pulse
-        self._heard[pulse.node] = (pulse.epoch, now)
+    def heard(self, state: FleetState, pulse: Pulse, now: float) -> None:
+        """A pulse arrived. It counts only for the life that the fold knows: zombies and strangers prove nothing."""
+        node = state.nodes.get(pulse.node)
+        if node is not None and pulse.epoch == node.epoch:
+            self.pulses[pulse.node] = pulse
+            self._heard[pulse.node] = (pulse.epoch, now)
 
     def silent(self, state: FleetState, now: float) -> list[tuple[str, float]]:
         """Nodes to be concluded lost, and for how many seconds they were silent."""
@@ -60,12 +60,12 @@ class Liveness:
             if node.lost is None or name not in self.pulses:
                 continue
             epoch, last = self._heard.get(name, (0, 0.0))
-            if epoch == node.epoch and self.pulses[name].epoch == epoch and now - last < LEAST_SECONDS:
+            if epoch == node.epoch and now - last < LEAST_SECONDS:
                 found.append(name)
         return found
 
-    def forget(self, names: set[str]) -> None:
-        """Keep nothing of nodes that are not in the fleet, which also bounds what strangers can make us remember."""
+    def forget(self, state: FleetState) -> None:
+        """Keep nothing of nodes that have left the fleet."""
         for known in (self.pulses, self._heard):
-            for name in [name for name in known if name not in names]:
+            for name in [name for name in known if name not in state.nodes]:
                 del known[name]

@@ -32,9 +32,9 @@ def test_a_node_that_falls_silent_is_lost_after_its_missed_pulses() -> None:
     state, liveness = fleet("a", "b"), Liveness()
     for now in range(3):
         for name, epoch in (("a", 1), ("b", 2)):
-            liveness.heard(Pulse(node=name, epoch=epoch), now)
+            liveness.heard(state, Pulse(node=name, epoch=epoch), now)
     for now in range(3, 7):
-        liveness.heard(Pulse(node="b", epoch=2), now)
+        liveness.heard(state, Pulse(node="b", epoch=2), now)
         assert lost(liveness, state, now) == []
     assert lost(liveness, state, 2 + PATIENCE + 0.1) == ["a"]
 
@@ -52,7 +52,7 @@ def test_a_node_never_heard_is_lost_only_once_it_could_have_been_heard() -> None
 
 def test_silence_while_the_coordinator_was_deaf_proves_nothing() -> None:
     state, liveness = fleet("a"), Liveness()
-    liveness.heard(Pulse(node="a", epoch=1), 0)
+    liveness.heard(state, Pulse(node="a", epoch=1), 0)
     assert lost(liveness, state, 0) == []
     liveness.listen(100)
     assert lost(liveness, state, 100 + PATIENCE - 0.1) == []
@@ -64,7 +64,7 @@ def test_pulses_of_an_earlier_life_do_not_count() -> None:
     put(state, types.NodeRegistered("a", "x", ["m"], 16, {"gpu": 4}, pulse_seconds=PULSE))
     found = []
     for now in range(int(PATIENCE) + 2):
-        liveness.heard(Pulse(node="a", epoch=1), now)
+        liveness.heard(state, Pulse(node="a", epoch=1), now)
         found.append(lost(liveness, state, now))
     # A zombie of the first life pulses on; it must not keep the second alive, nor get it killed at once.
     assert found == [[]] * (int(PATIENCE) + 1) + [["a"]]
@@ -72,18 +72,26 @@ def test_pulses_of_an_earlier_life_do_not_count() -> None:
 
 def test_a_lost_node_that_pulses_again_is_back() -> None:
     state, liveness = fleet("a"), Liveness()
-    liveness.heard(Pulse(node="a", epoch=1), 0)
+    liveness.heard(state, Pulse(node="a", epoch=1), 0)
     put(state, types.NodeLost("a"))
     assert liveness.back(state, 10) == []
-    liveness.heard(Pulse(node="a", epoch=99), 10)
+    liveness.heard(state, Pulse(node="a", epoch=99), 10)
     assert liveness.back(state, 10) == []
-    liveness.heard(Pulse(node="a", epoch=1), 11)
+    # A forged life does not silence the true one.
+    liveness.heard(state, Pulse(node="a", epoch=1), 11)
     assert liveness.back(state, 11) == ["a"]
 
 
 def test_strangers_are_not_remembered() -> None:
     state, liveness = fleet("a"), Liveness()
     for number in range(100):
-        liveness.heard(Pulse(node=f"stranger {number}", epoch=1), 0)
-    liveness.forget(set(state.nodes))
+        liveness.heard(state, Pulse(node=f"stranger {number}", epoch=1), 0)
+    assert liveness.pulses == {}
+
+
+def test_a_node_that_left_is_forgotten() -> None:
+    state, liveness = fleet("a"), Liveness()
+    liveness.heard(state, Pulse(node="a", epoch=1), 0)
+    put(state, types.NodeRemoved("a"))
+    liveness.forget(state)
     assert liveness.pulses == {}
