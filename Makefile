@@ -32,7 +32,7 @@ check: $(READY) ## style, types, imports, purity
 	$(BIN)/pytest -q tests/test_tidy.py
 
 bench: $(READY) ## measure, as a table and build/bench.json
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python -m benchmarks.run
 
 lock: ## pin all dependencies again
 	uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate --python-version 3.11 \
