@@ -31,7 +31,7 @@ SEGMENT_BYTES = SEGMENT_BLOCKS * HASH_BYTES
 
 _UNPACK = [struct.Struct(f"<{n}Q").unpack for n in range(SEGMENT_BLOCKS + 1)]
 _ALL = [(1 << n) - 1 for n in range(SEGMENT_BLOCKS + 1)]
-_SLOTS_CACHED = 4096
+_BITS = [tuple(offset for offset in range(8) if byte >> offset & 1) for byte in range(256)]
 
 
 def unpack_hashes(packed: bytes) -> tuple[int, ...]:
@@ -76,6 +76,18 @@ def _common(left: bytes, at_left: int, right: bytes, at_right: int, most: int) -
     return low
 
 
+def _fill(lengths: list[int], mask: int, length: int) -> None:
+    """Set the entries of a mask's slots. Masks are as many as there are sets of holders, so none is remembered."""
+    if mask.bit_count() == len(lengths):
+        lengths[:] = [length] * len(lengths)
+        return
+    base = 0
+    for byte in mask.to_bytes((mask.bit_length() + 7) >> 3, "little"):
+        for offset in _BITS[byte]:
+            lengths[base + offset] = length
+        base += 8
+
+
 class PrefixIndex:
     """Block memberships of one model: `store`, `remove` and `clear` for a slot, `match` for a request."""
 
@@ -84,7 +96,6 @@ class PrefixIndex:
         self._bits: list[int] = []
         self._held: list[set[Segment]] = []
         self._counts: list[int] = []
-        self._slots_of: dict[int, tuple[int, ...]] = {}
 
     def __len__(self) -> int:
         """Distinct blocks that at least one slot holds."""
@@ -357,26 +368,30 @@ class PrefixIndex:
                 position = 0 if run.startswith(here) else segment.position(here)
                 length = _common(run, position, packed, at, min((len(run) >> 3) - position, total - at))
             on = alive & segment.full
-            if segment.part is not None:
-                for slot, mask in segment.part.items():
+            part = segment.part
+            if part is None:
+                if at and on != alive:
+                    _fill(lengths, alive & ~on, at)
+            else:
+                ended = []
+                for slot, mask in part.items():
                     if alive >> slot & 1:
                         held = mask >> position
                         reach = (~held & held + 1).bit_length() - 1
                         if reach >= length:
                             on |= bits[slot]
                         else:
-                            lengths[slot] = at + reach
-            if at and on != alive:
-                for slot in self.slots(alive & ~on):
-                    if not lengths[slot]:
-                        lengths[slot] = at
+                            ended.append((slot, at + reach))
+                if at:
+                    _fill(lengths, alive & ~on, at)
+                for slot, end in ended:
+                    lengths[slot] = end
             at += length
             alive = on
             if not on:
                 return lengths
         if at:
-            for slot in self.slots(alive):
-                lengths[slot] = at
+            _fill(lengths, alive, at)
         return lengths
 
     def extent(self, slot: int, packed: bytes, start: int, limit: int) -> int:
@@ -385,6 +400,10 @@ class PrefixIndex:
         while at < limit and self.holds(slot, int.from_bytes(packed[at << 3 : (at << 3) + 8], "little")):
             at += 1
         return at - start
+
+    def knows(self, packed: bytes) -> bool:
+        """Whether any slot holds the first block of a request."""
+        return int.from_bytes(packed[:8], "little") in self._where
 
     def holds(self, slot: int, block: int) -> bool:
         """Whether the slot holds this block."""
@@ -409,13 +428,3 @@ class PrefixIndex:
             else:
                 mask = (segment.part or {}).get(slot, 0)
                 yield from (block for position, block in enumerate(blocks) if mask >> position & 1)
-
-    def slots(self, mask: int) -> tuple[int, ...]:
-        """Slots of a mask, ascending. Remembered, since the same few sets of holders come again and again."""
-        found = self._slots_of.get(mask)
-        if found is None:
-            found = tuple(slot for slot in range(mask.bit_length()) if mask >> slot & 1)
-            if len(self._slots_of) >= _SLOTS_CACHED:
-                self._slots_of.clear()
-            self._slots_of[mask] = found
-        return found

@@ -240,6 +240,8 @@ class Chooser:
                 )
         for cache_model, _, having, _ in roster.indexes:
             for predicted in self._overlay.predictions(cache_model):
+                if not predicted.knows(hashes):
+                    continue
                 predicted.add_slot(len(self._state.load.active) - 1)
                 soon = np.array(predicted.match(hashes, blocks))
                 if slow is None and roster.aligned:
