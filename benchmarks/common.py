@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import anyio
 import structlog
@@ -143,7 +143,7 @@ class Worker:
             raise RuntimeError(f"benchmarks.{self._name} ended with status {self._process.wait()}")
         return json.loads(line)
 
-    def __enter__(self) -> Worker:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -102,7 +102,7 @@ class Decisions:
         ]
         for query in queries[:20]:
             chooser.decide(query, 2 * _SECOND)
-        taken = microseconds(lambda query: chooser.decide(query, 2 * _SECOND), queries)  # type: ignore[arg-type]
+        taken = microseconds(lambda query: chooser.decide(query, 2 * _SECOND), queries)
         if chooser.policy_failures:
             raise RuntimeError("the policy failed")
         return taken

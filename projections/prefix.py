@@ -2,9 +2,10 @@
 
 Theory. Block hashes are chained, so blocks that were stored together are asked for, shared and evicted together.
 The index keeps them as *segments*: a run of consecutive block hashes, packed as little-endian u64, in which every
-position is held by at least one holder. A segment knows its holders in two forms: `full`, a bit mask of the holders
-that have every block of it, and `part`, for the few that have some, a bit mask of positions each. One dictionary
-leads from a block hash to its segment, and no hash is ever in two segments.
+position is held by at least one holder. A segment knows its holders in three forms: `full`, a bit mask of those that
+have every block of it; `heads`, for those that have its first blocks, how many; and `parts`, for the few that have
+others, a bit mask of positions each. One dictionary leads from a block hash to its segment, and no hash is ever in two
+segments.
 
 A second node that stores a known run costs one comparison of bytes and one bit, whatever the length of the run; a
 request is compared with a segment by one `memcmp`, and all full holders go on with one `&`. A block whose parent has
@@ -17,63 +18,16 @@ A holder is a small integer (a *slot*): one tier of one node. Slots are dense, s
 
 from __future__ import annotations
 
-import struct
 from itertools import repeat
 from typing import TYPE_CHECKING
+
+from events.hashing import unpack_hashes
+from projections.segment import ALL, SEGMENT_BYTES, UNPACK, Segment, common
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-HASH_BYTES = 8
-# Longer runs are cut: positions are bits of one int, and appending to a run copies it.
-SEGMENT_BLOCKS = 512
-SEGMENT_BYTES = SEGMENT_BLOCKS * HASH_BYTES
-
-_UNPACK = [struct.Struct(f"<{n}Q").unpack for n in range(SEGMENT_BLOCKS + 1)]
-_ALL = [(1 << n) - 1 for n in range(SEGMENT_BLOCKS + 1)]
 _BITS = [tuple(offset for offset in range(8) if byte >> offset & 1) for byte in range(256)]
-
-
-def unpack_hashes(packed: bytes) -> tuple[int, ...]:
-    """Block hashes of a packed little-endian u64 string."""
-    count = len(packed) >> 3
-    return _UNPACK[count](packed) if count <= SEGMENT_BLOCKS else struct.unpack(f"<{count}Q", packed)
-
-
-class Segment:
-    """A run of consecutive block hashes and who holds it. Each position has at least one holder."""
-
-    __slots__ = ("full", "last", "packed", "part")
-
-    def __init__(self, packed: bytes, last: int, full: int) -> None:
-        self.packed = packed
-        self.last = last
-        self.full = full
-        self.part: dict[int, int] | None = None
-
-    def cut(self, packed: bytes) -> None:
-        """Become another run."""
-        self.packed = packed
-        self.last = int.from_bytes(packed[-8:], "little")
-
-    def position(self, key: bytes) -> int:
-        """Position of a hash (as 8 bytes) that is known to be in this run."""
-        at = self.packed.find(key)
-        while at & 7:
-            at = self.packed.find(key, at + 1)
-        return at >> 3
-
-
-def _common(left: bytes, at_left: int, right: bytes, at_right: int, most: int) -> int:
-    """How many blocks agree from these positions on, `most` at the most; the first is known to agree."""
-    low, high = 1, most
-    while low < high:
-        middle = (low + high + 1) >> 1
-        if left[at_left << 3 : (at_left + middle) << 3] == right[at_right << 3 : (at_right + middle) << 3]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 def _fill(lengths: list[int], mask: int, length: int) -> None:
@@ -131,10 +85,10 @@ class PrefixIndex:
         where = self._where
         bit = self._bits[slot]
         count = size >> 3
-        hashes = _UNPACK[count](packed)
+        hashes = UNPACK[count](packed)
         known = where.get(hashes[0])
         if known is not None:
-            if known.packed == packed and known.part is None:
+            if known.packed == packed and known.heads is None and known.parts is None:
                 if known.full & bit:
                     return 0
                 known.full |= bit
@@ -148,7 +102,8 @@ class PrefixIndex:
             segment is None
             or segment.full != bit
             or segment.last != parent
-            or segment.part is not None
+            or segment.heads is not None
+            or segment.parts is not None
             or len(segment.packed) + size > SEGMENT_BYTES
         ):
             segment = Segment(b"", 0, bit)
@@ -184,7 +139,7 @@ class PrefixIndex:
     def _store_known(self, slot: int, packed: bytes) -> int:
         """Add a run of which some blocks are in segments already."""
         where = self._where
-        hashes = _UNPACK[len(packed) >> 3](packed)
+        hashes = UNPACK[len(packed) >> 3](packed)
         count = len(hashes)
         added = 0
         at = 0
@@ -203,29 +158,18 @@ class PrefixIndex:
             run = segment.packed
             here = packed[at << 3 : (at << 3) + 8]
             position = 0 if run.startswith(here) else segment.position(here)
-            length = _common(run, position, packed, at, min((len(run) >> 3) - position, count - at))
+            length = common(run, position, packed, at, min((len(run) >> 3) - position, count - at))
             added += self._hold(segment, slot, position, length)
             at += length
         self._counts[slot] += added
         return added
 
     def _hold(self, segment: Segment, slot: int, position: int, length: int) -> int:
-        bit = self._bits[slot]
-        if segment.full & bit:
+        before = segment.get(slot)
+        now = before | ALL[length] << position
+        if now == before:
             return 0
-        part = segment.part
-        before = part.get(slot, 0) if part else 0
-        now = before | _ALL[length] << position
-        if now == _ALL[len(segment.packed) >> 3]:
-            segment.full |= bit
-            if part is not None:
-                part.pop(slot, None)
-                if not part:
-                    segment.part = None
-        elif part is None:
-            segment.part = {slot: now}
-        else:
-            part[slot] = now
+        segment.put(slot, now)
         if not before:
             self._held[slot].add(segment)
         return now.bit_count() - before.bit_count()
@@ -246,32 +190,20 @@ class PrefixIndex:
             run = segment.packed
             last = (len(run) >> 3) - 1
             position = last if run.endswith(key) else segment.position(key)
-            part = segment.part
-            if segment.full & bit:
-                if segment.full == bit and not part and position == last and last:
-                    segment.cut(run[:-8])
-                    del where[block]
-                    removed += 1
-                    continue
-                held = _ALL[last + 1]
-                segment.full ^= bit
-            else:
-                held = part.get(slot, 0) if part else 0
-                if not held >> position & 1:
-                    continue
+            if segment.full == bit and position == last and last and segment.heads is None and segment.parts is None:
+                segment.cut(run[:-8])
+                del where[block]
+                removed += 1
+                continue
+            held = segment.get(slot)
+            if not held >> position & 1:
+                continue
             removed += 1
             held &= ~(1 << position)
-            if held:
-                if part is None:
-                    part = segment.part = {}
-                part[slot] = held
-            else:
+            segment.put(slot, held)
+            if not held:
                 self._held[slot].discard(segment)
-                if part is not None:
-                    part.pop(slot, None)
-                    if not part:
-                        part = segment.part = None
-            if not segment.full and not (part and any(mask >> position & 1 for mask in part.values())):
+            if not segment.covered() >> position & 1:
                 self._drop(segment, position)
         self._counts[slot] -= removed
         return removed
@@ -281,60 +213,44 @@ class PrefixIndex:
         run = segment.packed
         del self._where[int.from_bytes(run[position << 3 : (position << 3) + 8], "little")]
         left, right = run[: position << 3], run[(position + 1) << 3 :]
-        if right and left:
-            tail = Segment(right, 0, 0)
+        if not left and not right:
+            segment.packed = b""
+            return
+        masks = segment.partial()
+        if left and right:
+            tail = Segment(b"", 0, 0)
             for block in unpack_hashes(right):
                 self._where[block] = tail
-            part = segment.part or {}
-            self._reform(segment, left, {slot: mask & _ALL[position] for slot, mask in part.items()})
-            self._reform(tail, right, {slot: mask >> (position + 1) for slot, mask in part.items()})
-        elif left or right:
-            part = segment.part or {}
-            self._reform(segment, left or right, part if left else {slot: mask >> 1 for slot, mask in part.items()})
+            self._reform(tail, right, {slot: mask >> (position + 1) for slot, mask in masks.items()})
+        if left:
+            self._reform(segment, left, {slot: mask & ALL[position] for slot, mask in masks.items()})
         else:
-            segment.packed = b""
+            self._reform(segment, right, {slot: mask >> 1 for slot, mask in masks.items()})
 
     def _reform(self, segment: Segment, run: bytes, holders: dict[int, int]) -> None:
         """Set a segment's run and its holders from masks of positions; only for segments without full holders."""
-        every = _ALL[len(run) >> 3]
         segment.cut(run)
-        segment.full = 0
-        part = {}
         for slot, mask in holders.items():
-            if mask == every:
-                segment.full |= self._bits[slot]
-            elif mask:
-                part[slot] = mask
+            segment.put(slot, mask)
             if mask:
                 self._held[slot].add(segment)
             else:
                 self._held[slot].discard(segment)
-        segment.part = part or None
 
     def clear(self, slot: int) -> int:
         """Take every block from a slot; return how many it held."""
         if slot >= len(self._bits):
             return 0
         where = self._where
-        bit = self._bits[slot]
         held, self._held[slot] = self._held[slot], set()
         for segment in held:
-            segment.full &= ~bit
-            part = segment.part
-            if part is not None:
-                part.pop(slot, None)
-                if not part:
-                    part = segment.part = None
-            if segment.full:
-                continue
-            if part is None:
+            segment.put(slot, 0)
+            alive = segment.covered()
+            if not alive:
                 for block in unpack_hashes(segment.packed):
                     del where[block]
                 segment.packed = b""
                 continue
-            alive = 0
-            for mask in part.values():
-                alive |= mask
             for position in range((len(segment.packed) >> 3) - 1, -1, -1):
                 if not alive >> position & 1:
                     self._drop(segment, position)
@@ -366,21 +282,27 @@ class PrefixIndex:
                 length = min(len(run) >> 3, total - at)
             else:
                 position = 0 if run.startswith(here) else segment.position(here)
-                length = _common(run, position, packed, at, min((len(run) >> 3) - position, total - at))
+                length = common(run, position, packed, at, min((len(run) >> 3) - position, total - at))
             on = alive & segment.full
-            part = segment.part
-            if part is None:
+            heads, parts = segment.heads, segment.parts
+            if heads is None and parts is None:
                 if at and on != alive:
                     _fill(lengths, alive & ~on, at)
             else:
                 ended = []
-                for slot, mask in part.items():
-                    if alive >> slot & 1:
+                for slot, count in heads.items() if heads is not None else ():
+                    if not at or alive >> slot & 1:
+                        if count - position >= length:
+                            on |= bits[slot]
+                        elif count > position:
+                            ended.append((slot, at + count - position))
+                for slot, mask in parts.items() if parts is not None else ():
+                    if not at or alive >> slot & 1:
                         held = mask >> position
                         reach = (~held & held + 1).bit_length() - 1
                         if reach >= length:
                             on |= bits[slot]
-                        else:
+                        elif reach:
                             ended.append((slot, at + reach))
                 if at:
                     _fill(lengths, alive & ~on, at)
@@ -412,9 +334,7 @@ class PrefixIndex:
             return False
         if segment.full & self._bits[slot]:
             return True
-        if segment.part is None or slot not in segment.part:
-            return False
-        return bool(segment.part[slot] >> segment.position(block.to_bytes(8, "little")) & 1)
+        return bool(segment.get(slot) >> segment.position(block.to_bytes(8, "little")) & 1)
 
     def held(self, slot: int) -> Iterator[int]:
         """Block hashes that the slot holds, in no particular order."""
@@ -426,5 +346,5 @@ class PrefixIndex:
             if segment.full & bit:
                 yield from blocks
             else:
-                mask = (segment.part or {}).get(slot, 0)
+                mask = segment.get(slot)
                 yield from (block for position, block in enumerate(blocks) if mask >> position & 1)

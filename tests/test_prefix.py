@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from events.hashing import pack_hashes, unpack_hashes
-from projections.prefix import SEGMENT_BLOCKS, PrefixIndex
+from projections.prefix import PrefixIndex
+from projections.segment import SEGMENT_BLOCKS
 
 SLOTS = 4
 CHAINS = [
@@ -100,12 +101,13 @@ class IndexMachine(RuleBasedStateMachine):
             assert blocks.count(block) == 1
             assert segment.last == blocks[-1]
             full = (1 << len(blocks)) - 1
-            masks = (segment.part or {}).values()
-            assert all(0 < mask < full for mask in masks)
-            assert segment.part is None or segment.part
+            assert segment.heads is None or all(0 < count < len(blocks) for count in segment.heads.values())
+            assert segment.parts is None or all(mask & (mask + 1) and mask < full for mask in segment.parts.values())
+            assert segment.heads != {}
+            assert segment.parts != {}
             covered = full if segment.full else 0
-            for mask in masks:
-                covered |= mask
+            for slot in range(SLOTS):
+                covered |= segment.get(slot)
             assert covered == full
             seen.add(id(segment))
         assert sum(len(s.packed) // 8 for s in {id(s): s for s in self.index._where.values()}.values()) == len(

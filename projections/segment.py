@@ -1,0 +1,91 @@
+"""A run of consecutive block hashes and who holds it: the building stone of the prefix index."""
+
+from __future__ import annotations
+
+import struct
+
+HASH_BYTES = 8
+# Longer runs are cut: positions are bits of one int, and appending to a run copies it.
+SEGMENT_BLOCKS = 512
+SEGMENT_BYTES = SEGMENT_BLOCKS * HASH_BYTES
+
+UNPACK = [struct.Struct(f"<{n}Q").unpack for n in range(SEGMENT_BLOCKS + 1)]
+ALL = [(1 << n) - 1 for n in range(SEGMENT_BLOCKS + 1)]
+
+
+class Segment:
+    """A run of consecutive block hashes and who holds it. Each position has at least one holder."""
+
+    __slots__ = ("full", "heads", "last", "packed", "parts")
+
+    def __init__(self, packed: bytes, last: int, full: int) -> None:
+        self.packed = packed
+        self.last = last
+        self.full = full
+        self.heads: dict[int, int] | None = None
+        self.parts: dict[int, int] | None = None
+
+    def cut(self, packed: bytes) -> None:
+        """Become another run."""
+        self.packed = packed
+        self.last = int.from_bytes(packed[-8:], "little")
+
+    def position(self, key: bytes) -> int:
+        """Position of a hash (as 8 bytes) that is known to be in this run."""
+        at = self.packed.find(key)
+        while at & 7:
+            at = self.packed.find(key, at + 1)
+        return at >> 3
+
+    def get(self, slot: int) -> int:
+        """Positions that a slot holds, as a bit mask."""
+        if self.full >> slot & 1:
+            return ALL[len(self.packed) >> 3]
+        if self.heads is not None and slot in self.heads:
+            return ALL[self.heads[slot]]
+        return self.parts.get(slot, 0) if self.parts is not None else 0
+
+    def put(self, slot: int, mask: int) -> None:
+        """Set the positions that a slot holds, in the form that fits them."""
+        bit = 1 << slot
+        self.full &= ~bit
+        if self.heads is not None and self.heads.pop(slot, None) is not None and not self.heads:
+            self.heads = None
+        if self.parts is not None and self.parts.pop(slot, None) is not None and not self.parts:
+            self.parts = None
+        if mask == ALL[len(self.packed) >> 3]:
+            self.full |= bit
+        elif mask & (mask + 1):
+            if self.parts is None:
+                self.parts = {}
+            self.parts[slot] = mask
+        elif mask:
+            if self.heads is None:
+                self.heads = {}
+            self.heads[slot] = mask.bit_length()
+
+    def covered(self) -> int:
+        """Positions that have a holder, as a bit mask."""
+        if self.full:
+            return ALL[len(self.packed) >> 3]
+        mask = ALL[max(self.heads.values())] if self.heads is not None else 0
+        for part in self.parts.values() if self.parts is not None else ():
+            mask |= part
+        return mask
+
+    def partial(self) -> dict[int, int]:
+        """Masks of the slots that hold some of it."""
+        found = {slot: ALL[count] for slot, count in self.heads.items()} if self.heads is not None else {}
+        return found | self.parts if self.parts is not None else found
+
+
+def common(left: bytes, at_left: int, right: bytes, at_right: int, most: int) -> int:
+    """How many blocks agree from these positions on, `most` at the most; the first is known to agree."""
+    low, high = 1, most
+    while low < high:
+        middle = (low + high + 1) >> 1
+        if left[at_left << 3 : (at_left + middle) << 3] == right[at_right << 3 : (at_right + middle) << 3]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
