@@ -36,10 +36,10 @@ A large index is slower to grow: every new block is a cache miss or two. 2^20 bl
 MATCHES = {"same": (Limit(most=10), Limit(most_ratio=0.5)), "differ": (Limit(most=80), Limit(most_ratio=2.5))}
 """Kinds of holdings, with the targets in microseconds as the index answers, and for a dictionary beside the peer's."""
 MEMORY = {
-    "unique blocks, 64-block events": ("unique", 64, Limit(most=100)),
-    "unique blocks, 1-block events": ("unique", 1, Limit(most=100)),
-    "blocks on 4 nodes, lengths differ": ("shared", 64, None),
-    "unique blocks that come alone, without parents": ("orphans", 1, None),
+    "unique, 64-block events": ("unique", 64, Limit(most=100)),
+    "unique, 1-block events": ("unique", 1, Limit(most=100)),
+    "on 4 nodes, lengths differ": ("shared", 64, None),
+    "unique, alone, no parents": ("orphans", 1, None),
 }
 COMMITS = (256, 4096)
 """Blocks of a commit; the first is what `store` decodes."""
@@ -229,7 +229,7 @@ def _stores(
         for blocks in COMMITS:
             times[f"fold {blocks}"].append(ours.ask("fold", size=size, blocks=blocks))
     speed = {what: count * CHAIN / statistics.median(seconds) / 1e6 for what, seconds in times.items() if seconds}
-    title = f"{size}-block events, {count * CHAIN:,} blocks"
+    title = f"{size}-block events, {count * CHAIN >> 10}k blocks"
     return [
         row(
             f"decode and store, {title}", speed["ours"], "M/s", limit=limit, beside="peer", other=speed.get("peer"),

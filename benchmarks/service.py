@@ -6,8 +6,6 @@ bytes, in turn. Every decision is committed behind its reply; the benchmark fail
 
 from __future__ import annotations
 
-import functools
-import operator
 import statistics
 import sys
 import tempfile
@@ -163,7 +161,9 @@ async def measure(*, quick: bool) -> list[Row]:
 
 def _rows(times: dict[str, list[list[float]]], rates: dict[str, list[float]], routed: int) -> list[Row]:
     medians = {to: statistics.median(map(statistics.median, taken)) for to, taken in times.items()}
-    tails = {to: statistics.quantiles(functools.reduce(operator.iadd, taken, []), n=100)[98] for to, taken in times.items()}
+    tails = {
+        to: statistics.quantiles([one for part in taken for one in part], n=100)[98] for to, taken in times.items()
+    }
     title = "route 256 blocks, 64 nodes"
     return [
         row(

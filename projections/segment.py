@@ -80,12 +80,21 @@ class Segment:
 
 
 def common(left: bytes, at_left: int, right: bytes, at_right: int, most: int) -> int:
-    """How many blocks agree from these positions on, `most` at the most; the first is known to agree."""
-    low, high = 1, most
-    while low < high:
-        middle = (low + high + 1) >> 1
-        if left[at_left << 3 : (at_left + middle) << 3] == right[at_right << 3 : (at_right + middle) << 3]:
+    """How many blocks agree from these positions on, `most` at the most."""
+    low, high = 0, most
+    while high - low > 8:
+        middle = (low + high) >> 1
+        if (
+            left[(at_left + low) << 3 : (at_left + middle) << 3]
+            == right[(at_right + low) << 3 : (at_right + middle) << 3]
+        ):
             low = middle
         else:
-            high = middle - 1
-    return low
+            high = middle
+    ours = left[(at_left + low) << 3 : (at_left + high) << 3]
+    theirs = right[(at_right + low) << 3 : (at_right + high) << 3]
+    if ours == theirs:
+        return high
+    # The lowest bit in which they differ is in the first block that does.
+    differ = int.from_bytes(ours, "little") ^ int.from_bytes(theirs, "little")
+    return low + (((differ & -differ).bit_length() - 1) >> 6)

@@ -70,7 +70,7 @@ class Overlay:
         self.pending[event.request] = Pending(event.node, at, tokens, now)
         self.active[at] += 1
         self.tokens[at] += tokens
-        if predict and event.hashes:
+        if predict and event.match < event.blocks and event.hashes:
             self.predict(predict, event.node, at, event.hashes, now)
 
     def on_log(self, request: str) -> bool:
