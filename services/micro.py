@@ -5,6 +5,7 @@ Every error is answered, with `Nats-Service-Error-Code`, a sentence, and a body 
 
 from __future__ import annotations
 
+import asyncio
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,6 +33,7 @@ class Endpoint(NamedTuple):
     """One endpoint: its name, its subject, the form of its requests, and what answers them.
 
     `answer` gives the answer at once, or waits for it when it is a coroutine function; then `concurrent` must be set.
+    `after` is called when the answer is on its way; with several requests waiting it may be called once for all.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Endpoint(NamedTuple):
     form: type[msgspec.Struct]
     answer: Callable[[Any], Any]
     concurrent: bool = False
+    after: Callable[[], None] | None = None
 
 
 def package_version() -> str:
@@ -77,7 +80,7 @@ async def serve(
 
 
 def _in_turn(endpoint: Endpoint) -> Callable[[Request], Awaitable[None]]:
-    answer, form = endpoint.answer, endpoint.form
+    answer, form, after = endpoint.answer, endpoint.form, endpoint.after
 
     async def handle(request: Request) -> None:
         try:
@@ -87,6 +90,9 @@ def _in_turn(endpoint: Endpoint) -> Callable[[Request], Awaitable[None]]:
             await _refuse(request, error)
         else:
             await _respond(request, reply)
+            if after is not None:
+                # The client's flusher was scheduled by the answer and comes first.
+                asyncio.get_running_loop().call_soon(after)
 
     return handle
 

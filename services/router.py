@@ -65,6 +65,7 @@ class Router:
         self._sessions: dict[str, GroupWriter] = {}
         self._new_sessions = anyio.Event()
         self._requests = 0
+        self._unsettled: tuple[Query, Decision, int, int] | None = None
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Answer until cancelled. Started means: the log is read and requests are taken."""
@@ -77,7 +78,7 @@ class Router:
             await serve(
                 self.client, group, "kvplane-router", f"routes requests of fleet {self.fleet}",
                 [
-                    Endpoint("route", f"{base}.route", RouteRequest, self.route),
+                    Endpoint("route", f"{base}.route", RouteRequest, self.route, after=self.settle),
                     Endpoint("complete", f"{base}.complete", CompleteRequest, self.complete),
                     Endpoint("status", f"{base}.router.{self.writer}.status", StatusRequest, self.status),
                     Endpoint("flush", f"{base}.router.{self.writer}.flush", StatusRequest, self.flush, concurrent=True),
@@ -100,7 +101,8 @@ class Router:
                 self._new_sessions = anyio.Event()
 
     def route(self, request: RouteRequest) -> RouteAnswer:
-        """Decide, record, answer. Raises the faults of `services.errors`."""
+        """Decide and answer; `settle` records. Raises the faults of `services.errors`."""
+        self.settle()
         now = time.time_ns()
         query = self._query(request)
         try:
@@ -110,7 +112,7 @@ class Router:
             raise
         if not request.dry_run:
             self.decisions[decision.kind] += 1
-            self._record(query, decision, now)
+            self._unsettled = (query, decision, now, self.state.sequence)
         return RouteAnswer(
             request=query.id,
             node=decision.node.name,
@@ -128,6 +130,12 @@ class Router:
             fallbacks=decision.fallbacks,
             degraded=self.degraded,
         )
+
+    def settle(self) -> None:
+        """Record the last decision: behind its answer, and before anything else is decided."""
+        if self._unsettled is not None:
+            unsettled, self._unsettled = self._unsettled, None
+            self._record(*unsettled)
 
     @property
     def degraded(self) -> bool:
@@ -172,22 +180,20 @@ class Router:
             )
         return list((request.prompt or "").encode())
 
-    def _record(self, query: Query, decision: Decision, now: int) -> None:
+    def _record(self, query: Query, decision: Decision, now: int, applied: int) -> None:
         node = decision.node.name
         blocks = len(query.hashes) // _HASH_BYTES
         event = types.RequestRouted(
             request=query.id, model=query.model, node=node, match=decision.match,
             blocks=blocks, tokens=query.tokens, hashes=query.hashes if blocks <= HASHES_RECORDED else b"",
             session=query.session,
-            policy=decision.policy, applied=self.state.sequence, candidates=decision.candidates,
+            policy=decision.policy, applied=applied, candidates=decision.candidates,
         )  # fmt: skip
-        self.overlay.decided(
-            event,
-            self.state.load.ordinal[node],
-            query.block_size,
-            now,
-            predict="" if decision.node.managed else decision.node.model,
-        )
+        at = self.state.load.ordinal.get(node)
+        if at is not None:
+            # Otherwise the node was lost since the decision; the fold will ignore the event.
+            predict = "" if decision.node.managed else decision.node.model
+            self.overlay.decided(event, at, query.block_size, now, predict=predict)
         self._access.put(event)
         if decision.session in {"new", "moved"}:
             self.overlay.sessions[query.model, query.session] = node
@@ -253,6 +259,7 @@ class Router:
 
     def status(self, request: StatusRequest) -> dict[str, object]:
         """What this router is and knows."""
+        self.settle()
         writers = [self._access, *self._sessions.values()]
         return {
             "writer": self.writer,
@@ -268,6 +275,7 @@ class Router:
 
     async def flush(self, request: StatusRequest) -> dict[str, object]:
         """Wait until everything decided so far is on disk and read back."""
+        self.settle()
         for writer in [self._access, *self._sessions.values()]:
             await writer.flush()
             await self.replica.reached(writer.last_sequence)
