@@ -239,18 +239,18 @@ class Chooser:
                     roster.nodes[position], query, int(match[position])
                 )
         for cache_model, _, having, _ in roster.indexes:
-            for predicted in self._overlay.predictions(cache_model):
-                if not predicted.knows(hashes):
-                    continue
-                predicted.add_slot(len(self._state.load.active) - 1)
-                soon = np.array(predicted.match(hashes, blocks))
-                if slow is None and roster.aligned:
-                    match = np.maximum(match, soon)
-                    continue
-                soon = soon[roster.ordinals[having]]
-                if slow is not None:
-                    slow[having] *= soon <= match[having]
-                match[having] = np.maximum(match[having], soon)
+            predicted = self._overlay.predicted(cache_model, hashes)
+            if predicted is None:
+                continue
+            predicted.add_slot(len(self._state.load.active) - 1)
+            soon = np.array(predicted.match(hashes, blocks))
+            if slow is None and roster.aligned:
+                match = np.maximum(match, soon)
+                continue
+            soon = soon[roster.ordinals[having]]
+            if slow is not None:
+                slow[having] *= soon <= match[having]
+            match[having] = np.maximum(match[having], soon)
         return match, slow
 
     def _through_tiers(self, node: Node, query: Query, match: int) -> tuple[int, int]:

@@ -91,9 +91,17 @@ class Overlay:
         self._ordinals[node] = at
         young.store(at, hashes)
 
-    def predictions(self, model: str) -> list[PrefixIndex]:
-        """Generations to be asked for a model. Their slots are ordinals."""
-        return [generation[model] for generation in (self._young, self._old) if model in generation]
+    def predicted(self, model: str, hashes: bytes) -> PrefixIndex | None:
+        """The generation to be asked for a request; its slots are ordinals.
+
+        The old one is asked only for what the young one has never seen: of a prefix that is in use, the old one knows
+        what nodes have long reported.
+        """
+        for generation in (self._young, self._old):
+            index = generation.get(model)
+            if index is not None and index.knows(hashes):
+                return index
+        return None
 
     def turn(self, now: int) -> None:
         """Forget what is too old."""
