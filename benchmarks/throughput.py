@@ -20,9 +20,10 @@ import msgspec
 from benchmarks.common import Limit, Row, Worker, quiet, row, serve_until_told
 from benchmarks.service import FLEET, register
 from benchmarks.workload import CHAIN, chains, pieces
-from events.log.append import Appender, GroupWriter, new_writer
+from events.log.append import Appender, new_writer
 from events.log.connection import connected
 from events.log.follow import replay
+from events.log.group import GroupWriter
 from events.log.stream import open_stream
 from events.subjects import subject
 from events.types import BlocksStored

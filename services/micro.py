@@ -6,9 +6,11 @@ Every error is answered, with `Nats-Service-Error-Code`, a sentence, and a body 
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import anyio
 import msgspec
 import structlog
 from nats.errors import Error as NatsError
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from nats.aio.client import Client
     from nats.micro.request import Request
     from nats.micro.service import Service
+
+STOP_SECONDS = 1.0
 
 _log = structlog.get_logger("kvplane.micro")
 
@@ -77,6 +81,12 @@ async def serve(
         await service.add_endpoint(name=endpoint.name, subject=endpoint.subject, handler=handler)
     await client.flush()
     return service
+
+
+async def stop(service: Service) -> None:
+    """Take no more requests; those that arrived are answered."""
+    with anyio.CancelScope(shield=True), anyio.move_on_after(STOP_SECONDS), suppress(NatsError, OSError):
+        await service.stop()
 
 
 def _in_turn(endpoint: Endpoint) -> Callable[[Request], Awaitable[None]]:

@@ -15,11 +15,12 @@ import structlog
 from events import types
 from events.errors import BadHashes
 from events.hashing import block_hashes
-from events.log.append import Appender, GroupWriter, new_writer
+from events.log.append import Appender, new_writer
+from events.log.group import GroupWriter, Writers
 from events.subjects import subject
 from services.api import CompleteRequest, RouteAnswer, RouteRequest, StatusRequest, names, one_of
 from services.errors import BadRequest, NoTokenizer
-from services.micro import Endpoint, serve
+from services.micro import Endpoint, serve, stop
 from services.replica import Replica
 from services.routing.decide import Chooser, Query
 from services.routing.overlay import Overlay
@@ -27,8 +28,9 @@ from services.routing.overlay import Overlay
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from anyio.abc import TaskStatus
+    from anyio.abc import TaskGroup, TaskStatus
     from nats.aio.client import Client
+    from nats.micro.service import Service
 
     from events.codec import Message
     from projections.fleet import Applied
@@ -59,11 +61,9 @@ class Router:
         self.chooser = Chooser(self.state, self.overlay)
         self.decisions = {"exact": 0, "prefix": 0, "miss": 0, "refused": 0}
         self._appender = Appender(client, fleet, self.writer)
-        self._access = GroupWriter(
-            self._appender, subject(fleet, "access", self.writer), linger=LINGER_SECONDS, limit=BUFFER_EVENTS
-        )
+        self._writers = Writers()
+        self._access = self._writer(subject(fleet, "access", self.writer))
         self._sessions: dict[str, GroupWriter] = {}
-        self._new_sessions = anyio.Event()
         self._requests = 0
         self._unsettled: tuple[Query, Decision, int, int] | None = None
 
@@ -71,34 +71,34 @@ class Router:
         """Answer until cancelled. Started means: the log is read and requests are taken."""
         async with anyio.create_task_group() as group:
             group.start_soon(self.replica.run)
-            group.start_soon(self._access.run)
-            group.start_soon(self._run_session_writers)
-            await self.replica.follower.caught_up.wait()
-            base = f"kv.{self.fleet}"
-            await serve(
-                self.client, group, "kvplane-router", f"routes requests of fleet {self.fleet}",
-                [
-                    Endpoint("route", f"{base}.route", RouteRequest, self.route, after=self.settle),
-                    Endpoint("complete", f"{base}.complete", CompleteRequest, self.complete),
-                    Endpoint("status", f"{base}.router.{self.writer}.status", StatusRequest, self.status),
-                    Endpoint("flush", f"{base}.router.{self.writer}.flush", StatusRequest, self.flush, concurrent=True),
-                ],
-                {"fleet": self.fleet, "writer": self.writer},
-            )  # fmt: skip
-            _log.info("router_ready", fleet=self.fleet, writer=self.writer, applied=self.state.sequence)
-            task_status.started()
+            group.start_soon(self._writers.run)
+            try:
+                service = await self._serve(group)
+                task_status.started()
+                try:
+                    await anyio.sleep_forever()
+                finally:
+                    # Nothing may be answered any more that could not be recorded.
+                    await stop(service)
+            finally:
+                self.settle()
+                await self._writers.close()
 
-    async def _run_session_writers(self) -> None:
-        """A writer a model, started when the model's first session is assigned."""
-        running: set[str] = set()
-        async with anyio.create_task_group() as group:
-            while True:
-                for model, writer in list(self._sessions.items()):
-                    if model not in running:
-                        running.add(model)
-                        group.start_soon(writer.run)
-                await self._new_sessions.wait()
-                self._new_sessions = anyio.Event()
+    async def _serve(self, group: TaskGroup) -> Service:
+        await self.replica.follower.caught_up.wait()
+        base = f"kv.{self.fleet}"
+        service = await serve(
+            self.client, group, "kvplane-router", f"routes requests of fleet {self.fleet}",
+            [
+                Endpoint("route", f"{base}.route", RouteRequest, self.route, after=self.settle),
+                Endpoint("complete", f"{base}.complete", CompleteRequest, self.complete),
+                Endpoint("status", f"{base}.router.{self.writer}.status", StatusRequest, self.status),
+                Endpoint("flush", f"{base}.router.{self.writer}.flush", StatusRequest, self.flush, concurrent=True),
+            ],
+            {"fleet": self.fleet, "writer": self.writer},
+        )  # fmt: skip
+        _log.info("router_ready", fleet=self.fleet, writer=self.writer, applied=self.state.sequence)
+        return service
 
     def route(self, request: RouteRequest) -> RouteAnswer:
         """Decide and answer; `settle` records. Raises the faults of `services.errors`."""
@@ -205,11 +205,11 @@ class Router:
     def _session_writer(self, model: str) -> GroupWriter:
         writer = self._sessions.get(model)
         if writer is None:
-            writer = self._sessions[model] = GroupWriter(
-                self._appender, subject(self.fleet, "session", model), linger=LINGER_SECONDS, limit=BUFFER_EVENTS
-            )
-            self._new_sessions.set()
+            writer = self._sessions[model] = self._writer(subject(self.fleet, "session", model))
         return writer
+
+    def _writer(self, target: str) -> GroupWriter:
+        return self._writers.add(GroupWriter(self._appender, target, linger=LINGER_SECONDS, limit=BUFFER_EVENTS))
 
     def complete(self, request: CompleteRequest) -> dict[str, object]:
         """Record how a request ended, for clients that can't write to the log."""
@@ -260,23 +260,22 @@ class Router:
     def status(self, request: StatusRequest) -> dict[str, object]:
         """What this router is and knows."""
         self.settle()
-        writers = [self._access, *self._sessions.values()]
         return {
             "writer": self.writer,
             "healthy": self.replica.follower.healthy,
             "degraded": self.degraded,
             "decisions": self.decisions,
             "policy_failures": self.chooser.policy_failures,
-            "recorded": sum(writer.acknowledged for writer in writers),
-            "waiting": sum(writer.waiting for writer in writers),
-            "unrecorded": sum(writer.dropped for writer in writers),
+            "recorded": sum(writer.acknowledged for writer in self._writers),
+            "waiting": sum(writer.waiting for writer in self._writers),
+            "unrecorded": sum(writer.dropped for writer in self._writers),
             **self.replica.summary(digests=request.digest),
         }
 
     async def flush(self, request: StatusRequest) -> dict[str, object]:
         """Wait until everything decided so far is on disk and read back."""
         self.settle()
-        for writer in [self._access, *self._sessions.values()]:
-            await writer.flush()
+        await self._writers.flush()
+        for writer in self._writers:
             await self.replica.reached(writer.last_sequence)
         return self.status(request)

@@ -18,7 +18,8 @@ from nats.errors import Error as NatsError
 from events import codec, types
 from events.errors import BadCommit
 from events.hashing import pack_hashes, unpack_hashes
-from events.log.append import Appender, GroupWriter, new_writer
+from events.log.append import Appender, new_writer
+from events.log.group import GroupWriter, Writers
 from events.subjects import pulse_subject, subject, token
 from projections.load import PREFILL_LABEL
 from services import api
@@ -74,8 +75,11 @@ class SimNode:
         self.address = f"kv.{fleet}.serve.{token(config.name)}"
         writer = new_writer(f"node-{config.name}"[:100])
         appender = Appender(client, fleet, writer)
-        self._cache_log = GroupWriter(appender, subject(fleet, "cache", config.name), linger=LINGER_SECONDS)
-        self._access_log = GroupWriter(appender, subject(fleet, "access", writer), linger=LINGER_SECONDS)
+        self._writers = Writers()
+        self._cache_log, self._access_log = (
+            self._writers.add(GroupWriter(appender, target, linger=LINGER_SECONDS))
+            for target in (subject(fleet, "cache", config.name), subject(fleet, "access", writer))
+        )
         self._prefill = anyio.Lock()
         self._batch = 0
         self._register_again = anyio.Event()
@@ -90,8 +94,7 @@ class SimNode:
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled. Started means: registered and taking requests."""
         async with anyio.create_task_group() as group:
-            group.start_soon(self._cache_log.run)
-            group.start_soon(self._access_log.run)
+            group.start_soon(self._writers.run)
             await self.client.subscribe(subject(self.fleet, "node", self.config.name), cb=self._concluded)
             endpoint = Endpoint("serve", self.address, api.ServeRequest, self.serve, concurrent=True)
             await serve(
@@ -101,9 +104,12 @@ class SimNode:
             await self._register()
             group.start_soon(self._pulse)
             task_status.started()
-            while True:
-                await self._register_again.wait()
-                await self._register()
+            try:
+                while True:
+                    await self._register_again.wait()
+                    await self._register()
+            finally:
+                await self._writers.close()
 
     async def _register(self) -> None:
         """Register until it succeeds, and report what the cache holds."""

@@ -17,9 +17,10 @@ import pytest
 from events import codec, types
 from events.errors import KvplaneError, LostRace
 from events.hashing import pack_hashes
-from events.log.append import Appender, GroupWriter, new_writer
+from events.log.append import Appender, new_writer
 from events.log.connection import connected
 from events.log.follow import replay
+from events.log.group import GroupWriter
 from projections.digest import digest
 from projections.fleet import FleetState
 from services import api

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 
 import anyio
 import msgspec
 import pytest
 
-from events import types
+from events import codec, types
 from events.hashing import pack_hashes
+from events.log.follow import replay
 from projections.digest import digest
 from services import api, placement
 from services.demo.features import FEATURES
@@ -17,6 +19,8 @@ from services.demo.fleet import Fleet as DemoFleet
 from services.demo.stage import Stage
 from services.demo.traffic import Traffic
 from services.demo.workload import conversations, round_robin_hit_rate
+from services.errors import NoAnswer
+from services.router import Router
 from services.simnode import NodeConfig, run_nodes
 from tests.conftest import Fleet, until
 
@@ -158,3 +162,33 @@ async def test_the_router_goes_on_while_the_log_is_away(fleet: Fleet, client: Cl
     status = router.status(api.StatusRequest())
     assert status["waiting"] == 2
     assert status["unrecorded"] == 0
+
+
+async def test_a_router_that_is_stopped_leaves_nothing_unrecorded(fleet: Fleet, client: Client) -> None:
+    await fleet.coordinator()
+    register = api.RegisterRequest(node="a", address="x", models=["m"], block_size=16, capacity_blocks={"gpu": 8})
+    await fleet.ask("coordinator.node.register", register)
+    answered: list[str] = []
+
+    async def ask_on() -> None:
+        with suppress(NoAnswer):
+            while True:
+                answer = await fleet.ask("route", api.RouteRequest(model="m", hashes=pack_hashes([1]), session="s"))
+                answered.append(answer["request"])
+
+    router = Router(await fleet.connect("router"), fleet.name)
+    async with anyio.create_task_group() as group:
+        await group.start(router.run)
+        async with anyio.create_task_group() as askers:
+            for _ in range(16):
+                askers.start_soon(ask_on)
+            await until(lambda: len(answered) > 300)
+            group.cancel_scope.cancel()
+    recorded = set()
+
+    def collect(message: codec.Message) -> None:
+        for event in codec.decode(fleet.name, message).events:
+            recorded.add(getattr(event, "request", ""))
+
+    await replay(client, fleet.name, collect)
+    assert set(answered) <= recorded

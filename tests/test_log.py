@@ -12,9 +12,10 @@ from nats.js.api import StorageType, StreamConfig
 
 from events import codec, types
 from events.errors import CommitTooLarge, LogCorrupt, LogError, LogMissing, LogUnavailable, LostRace
-from events.log.append import Appender, GroupWriter, new_writer
+from events.log.append import Appender, new_writer
 from events.log.connection import connected
 from events.log.follow import Follower, replay
+from events.log.group import GroupWriter
 from events.log.stream import open_stream, stream_config
 from services.server import free_port, start_server
 from tests.conftest import until

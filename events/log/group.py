@@ -1,0 +1,174 @@
+"""Writing at high rates: events gather while a commit is in flight, and go out together.
+
+`GroupWriter` writes one subject. `Writers` runs several and, when its service is stopped, sees to it that what was handed
+over is on disk before it leaves.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+import anyio
+import structlog
+
+from events import codec
+from events.log.append import HEADERS_BYTES
+from events.types import EVENTS_LIMIT
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from anyio.abc import TaskGroup
+
+    from events.log.append import Appender
+    from events.types import Event
+
+ENOUGH_EVENTS = 256
+"""So many waiting events are sent without lingering."""
+CLOSE_SECONDS = 3.0
+"""How long a service that is stopped waits for the log to take what it still has."""
+
+_log = structlog.get_logger("kvplane.log")
+
+
+class GroupWriter:
+    """Gathers events for one subject and appends them in groups, in the order in which they were given.
+
+    A group is sent when the one before it is acknowledged and `linger` seconds have passed or enough events wait. At
+    most `limit` events wait; `put` drops the oldest beyond that and counts it, `send` waits for room instead.
+    """
+
+    def __init__(self, appender: Appender, subject: str, *, linger: float = 0.002, limit: int = 100_000) -> None:
+        self._appender = appender
+        self._subject = subject
+        self._linger = linger
+        self._limit = limit
+        self._waiting: deque[bytes] = deque()
+        self._in_flight = 0
+        self._wake = anyio.Event()
+        self._enough = anyio.Event()
+        self._progress = anyio.Event()
+        self.acknowledged = 0
+        """Events on disk."""
+        self.dropped = 0
+        """Events that could not wait any longer for the log."""
+        self.available = True
+        """Whether the log acknowledged the last try."""
+        self.last_sequence = 0
+
+    @property
+    def waiting(self) -> int:
+        """Events that are not yet acknowledged."""
+        return len(self._waiting) + self._in_flight
+
+    def put(self, event: Event) -> None:
+        """Hand over an event without waiting."""
+        self._waiting.append(codec.encode_one(event))
+        if len(self._waiting) > self._limit:
+            self._waiting.popleft()
+            self.dropped += 1
+        if not self._wake.is_set():
+            self._wake.set()
+        if len(self._waiting) >= ENOUGH_EVENTS and not self._enough.is_set():
+            self._enough.set()
+
+    async def send(self, event: Event) -> None:
+        """Hand over an event; wait while too many are waiting."""
+        while len(self._waiting) >= self._limit:
+            await self._progress.wait()
+        self.put(event)
+
+    async def flush(self) -> None:
+        """Wait until everything handed over so far is on disk or dropped."""
+        goal = self.acknowledged + self.dropped + self.waiting
+        while self.acknowledged + self.dropped < goal:
+            await self._progress.wait()
+
+    async def run(self) -> None:
+        """Append groups until cancelled."""
+        while True:
+            if not self._waiting:
+                self._wake = anyio.Event()
+                await self._wake.wait()
+            # Small commits cost as much as large ones: a group waits even when the one before it took long.
+            if self._linger and len(self._waiting) < ENOUGH_EVENTS:
+                self._enough = anyio.Event()
+                with anyio.move_on_after(self._linger):
+                    await self._enough.wait()
+            group = self._take()
+            if group:
+                await self._append(group)
+                self.acknowledged += len(group)
+            self._in_flight = 0
+            self._progress.set()
+            self._progress = anyio.Event()
+
+    def _take(self) -> list[bytes]:
+        room = self._appender.client.max_payload - HEADERS_BYTES - 8
+        group: list[bytes] = []
+        waiting = self._waiting
+        while waiting and len(group) < EVENTS_LIMIT:
+            size = len(waiting[0])
+            if size > room:
+                if group:
+                    break
+                waiting.popleft()
+                self.dropped += 1
+                _log.error("event_too_large", subject=self._subject, bytes=size)
+                room = self._appender.client.max_payload - HEADERS_BYTES - 8
+                continue
+            room -= size
+            group.append(waiting.popleft())
+        self._in_flight = len(group)
+        return group
+
+    async def _append(self, group: list[bytes]) -> None:
+        """Append until acknowledged: the writer's counter stays the same, however long the log is away."""
+        self.last_sequence = await self._appender.append_forever(self._subject, codec.join(group), self._set_available)
+
+    def _set_available(self, *, available: bool) -> None:
+        if available is not self.available:
+            self.available = available
+            event = "log_is_back" if available else "log_is_away"
+            _log.warning(event, subject=self._subject, waiting=self.waiting, dropped=self.dropped)
+
+
+class Writers:
+    """Runs group writers of one service. `run` in a task of it, `close` when the service ends."""
+
+    def __init__(self) -> None:
+        self._writers: list[GroupWriter] = []
+        self._group: TaskGroup | None = None
+        self._scope = anyio.CancelScope(shield=True)
+
+    def __iter__(self) -> Iterator[GroupWriter]:
+        return iter(self._writers)
+
+    def add(self, writer: GroupWriter) -> GroupWriter:
+        """Run this writer, too, now or as soon as `run` is called."""
+        self._writers.append(writer)
+        if self._group is not None:
+            self._group.start_soon(writer.run)
+        return writer
+
+    async def run(self) -> None:
+        """Run the writers until `close`: cancelling the service does not reach them."""
+        with self._scope:
+            async with anyio.create_task_group() as self._group:
+                for writer in self._writers:
+                    self._group.start_soon(writer.run)
+                await anyio.sleep_forever()
+
+    async def flush(self) -> None:
+        """Wait until everything handed over so far is on disk or dropped."""
+        for writer in self._writers:
+            await writer.flush()
+
+    async def close(self) -> None:
+        """Flush for `CLOSE_SECONDS` at the most, and stop."""
+        with anyio.CancelScope(shield=True), anyio.move_on_after(CLOSE_SECONDS) as scope:
+            await self.flush()
+        if scope.cancelled_caught:
+            _log.error("events_not_recorded", events=sum(writer.waiting for writer in self._writers))
+        self._scope.cancel()
