@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import anyio
 import msgspec
@@ -58,7 +59,8 @@ class Coordinator:
         self.races_lost = 0
         self._replicas = replicas
         self._appender = Appender(client, fleet, self.writer)
-        self._turns: dict[str, anyio.Lock] = {}
+        # A lock lives as long as someone holds it or waits for it.
+        self._turns: WeakValueDictionary[str, anyio.Lock] = WeakValueDictionary()
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Answer until cancelled; creates the fleet's log when there is none."""
@@ -99,7 +101,8 @@ class Coordinator:
 
         One decision at a time a turn: deciding side by side on one node would only lose races.
         """
-        async with self._turns.setdefault(turn, anyio.Lock()):
+        lock = self._turns.setdefault(turn, anyio.Lock())
+        async with lock:
             for _ in range(TRIES):
                 based_on = self.state.sequence
                 proposal = decide(self.state, request)

@@ -285,3 +285,16 @@ async def test_other_streams_of_the_server_do_not_matter(client: Client) -> None
     await client.jetstream().publish("other.x", b"not ours")
     assert await appender.append(NODE, [cordoned()]) == 1
     assert len(await read(client)) == 1
+
+
+async def test_a_log_that_was_replaced_while_followed_is_an_alarm(client: Client) -> None:
+    appender = await opened(client)
+    await appender.append(NODE, [cordoned()])
+    follower = Follower(client, "default", lambda _: None)
+    with pytest.raises(ExceptionGroup) as caught:
+        async with anyio.create_task_group() as group:
+            group.start_soon(follower.run)
+            await until(lambda: follower.applied == 1)
+            await client.jetstream().delete_stream("KV_default")
+            await open_stream(client.jetstream(), "default", create=True)
+    assert caught.group_contains(LogCorrupt, match="ends at 0, but 1 was applied")

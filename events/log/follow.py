@@ -18,7 +18,7 @@ from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 from nats.js.errors import APIError
 
 from events.codec import Message
-from events.errors import KvplaneError, LogCorrupt, LogUnavailable
+from events.errors import KvplaneError, LogCorrupt, LogMissing, LogUnavailable
 from events.log.stream import open_stream
 from events.subjects import stream_name
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from nats.aio.client import Client
     from nats.aio.msg import Msg
     from nats.aio.subscription import Subscription
+    from nats.js.api import StreamState
 
 HEARTBEAT_SECONDS = 1.0
 LOOK_SECONDS = 0.1
@@ -80,16 +81,7 @@ class Follower:
     async def run(self) -> None:
         """Follow until cancelled. Raises `LogCorrupt`, `LogMissing`, or what `handle` raised."""
         state = await open_stream(self._client.jetstream(), self._fleet)
-        if self.applied + 1 < state.first_seq and state.first_seq > 1:
-            raise LogCorrupt(
-                f"the log of fleet {self._fleet!r} begins at {state.first_seq}, but {self.applied + 1} is needed next; "
-                "start from a snapshot"
-            )
-        if self.applied > state.last_seq:
-            raise LogCorrupt(
-                f"the log of fleet {self._fleet!r} ends at {state.last_seq}, but {self.applied} was applied already; "
-                "it was replaced or has lost messages"
-            )
+        self._check(state)
         self.target = state.last_seq
         if self.applied >= self.target:
             self.caught_up.set()
@@ -102,11 +94,27 @@ class Follower:
             with anyio.CancelScope(shield=True), contextlib.suppress(NatsError, OSError):
                 await self._stop()
 
+    def _check(self, state: StreamState) -> None:
+        """Raise `LogCorrupt` when the stream can't go on where this follower is."""
+        if self.applied + 1 < state.first_seq and state.first_seq > 1:
+            raise LogCorrupt(
+                f"the log of fleet {self._fleet!r} begins at {state.first_seq}, but {self.applied + 1} is needed next; "
+                "start from a snapshot"
+            )
+        if self.applied > state.last_seq:
+            raise LogCorrupt(
+                f"the log of fleet {self._fleet!r} ends at {state.last_seq}, but {self.applied} was applied already; "
+                "it was replaced or has lost messages"
+            )
+
     async def _start(self) -> None:
         self._restart = anyio.Event()
         while True:
             try:
                 await self._stop()
+                if self.restarts:
+                    # What came back may not be what went away.
+                    self._check(await open_stream(self._client.jetstream(), self._fleet))
                 self._delivered = 0
                 # What an earlier consumer still delivers is not for this one.
                 self._generation += 1
@@ -133,7 +141,7 @@ class Follower:
                     ),
                     timeout=2,
                 )
-            except (NatsError, APIError, OSError, TimeoutError) as error:
+            except (NatsError, APIError, OSError, TimeoutError, LogUnavailable, LogMissing) as error:
                 self.healthy = False
                 _log.debug("follower_waits", fleet=self._fleet, error=repr(error))
                 await anyio.sleep(0.1)
