@@ -4,8 +4,9 @@ Theory. Block hashes are chained, so blocks that were stored together are asked 
 The index keeps them as *segments*: a run of consecutive block hashes, packed as little-endian u64, in which every
 position is held by at least one holder. A segment knows its holders in three forms: `full`, a bit mask of those that
 have every block of it; `heads`, for those that have its first blocks, how many; and `parts`, for the few that have
-others, a bit mask of positions each. One dictionary leads from a block hash to its segment, and no hash is ever in two
-segments.
+others, a bit mask of positions each. One dictionary leads from a block to its segment, and no block is ever in two
+segments. Its key is 60 bits of the hash, to save memory; the segment holds all 64, and what shares a key with another
+block (one pair is expected among a billion) has an entry of its own in `_twins`.
 
 A second node that stores a known run costs one comparison of bytes and one bit, whatever the length of the run; a
 request is compared with a segment by one `memcmp`, and all full holders go on with one `&`. A block whose parent has
@@ -22,7 +23,7 @@ from itertools import repeat
 from typing import TYPE_CHECKING
 
 from events.hashing import unpack_hashes
-from projections.segment import ALL, SEGMENT_BYTES, UNPACK, Segment, common
+from projections.segment import ALL, KEY, SEGMENT_BYTES, Segment, common, keys_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,13 +48,15 @@ class PrefixIndex:
 
     def __init__(self) -> None:
         self._where: dict[int, Segment] = {}
+        self._twins: dict[int, Segment] = {}
+        """Blocks, by their whole hash, whose key was taken when they came."""
         self._bits: list[int] = []
         self._held: list[set[Segment]] = []
         self._counts: list[int] = []
 
     def __len__(self) -> int:
         """Distinct blocks that at least one slot holds."""
-        return len(self._where)
+        return len(self._where) + len(self._twins)
 
     @property
     def memberships(self) -> int:
@@ -66,6 +69,30 @@ class PrefixIndex:
             self._bits.append(1 << len(self._bits))
             self._held.append(set())
             self._counts.append(0)
+
+    def _find(self, here: bytes) -> tuple[Segment, int] | None:
+        """Segment of a hash (as 8 bytes), and its position there."""
+        block = int.from_bytes(here, "little")
+        segment = self._where.get(block & KEY)
+        if segment is not None:
+            position = 0 if segment.packed.startswith(here) else segment.position(here)
+            if position >= 0:
+                return segment, position
+        twin = self._twins.get(block) if self._twins else None
+        return None if twin is None else (twin, twin.position(here))
+
+    def _bind(self, block: int, segment: Segment) -> None:
+        """Lead from a block that is in no segment to this one."""
+        if block & KEY in self._where:
+            self._twins[block] = segment
+        else:
+            self._where[block & KEY] = segment
+
+    def _unbind(self, run: bytes) -> None:
+        """Forget the blocks of a run."""
+        for block in unpack_hashes(run):
+            if self._twins.pop(block, None) is None:
+                del self._where[block & KEY]
 
     def count(self, slot: int) -> int:
         """Blocks that the slot holds."""
@@ -85,10 +112,10 @@ class PrefixIndex:
         where = self._where
         bit = self._bits[slot]
         count = size >> 3
-        hashes = UNPACK[count](packed)
-        known = where.get(hashes[0])
-        if known is not None:
-            if known.packed == packed and known.heads is None and known.parts is None:
+        keys = keys_of(packed)
+        known = where.get(keys[0])
+        if known is not None or self._twins:
+            if known is not None and known.packed == packed and known.heads is None and known.parts is None:
                 if known.full & bit:
                     return 0
                 known.full |= bit
@@ -97,7 +124,7 @@ class PrefixIndex:
                 return count
             return self._store_known(slot, packed)
         # A run that goes on where a segment of this slot alone ends makes that one longer: decoding stores block by block.
-        segment = where.get(parent) if parent is not None else None
+        segment = where.get(parent & KEY) if parent is not None else None
         if (
             segment is None
             or segment.full != bit
@@ -108,10 +135,10 @@ class PrefixIndex:
         ):
             segment = Segment(b"", 0, bit)
         if count == 1:
-            where[hashes[0]] = segment
+            where[keys[0]] = segment
         else:
             before = len(where)
-            for _ in map(where.setdefault, hashes, repeat(segment)):
+            for _ in map(where.setdefault, keys, repeat(segment)):
                 pass
             fresh = len(where) - before
             if fresh != count:
@@ -124,7 +151,7 @@ class PrefixIndex:
         else:
             segment.packed = packed
             self._held[slot].add(segment)
-        segment.last = hashes[-1]
+        segment.last = int.from_bytes(packed[-8:], "little")
         self._counts[slot] += count
         return count
 
@@ -138,31 +165,38 @@ class PrefixIndex:
 
     def _store_known(self, slot: int, packed: bytes) -> int:
         """Add a run of which some blocks are in segments already."""
-        where = self._where
-        hashes = UNPACK[len(packed) >> 3](packed)
-        count = len(hashes)
+        count = len(packed) >> 3
         added = 0
         at = 0
         while at < count:
-            segment = where.get(hashes[at])
-            if segment is None:
-                start = at
-                segment = Segment(b"", 0, self._bits[slot])
-                while at < count and hashes[at] not in where:
-                    where[hashes[at]] = segment
-                    at += 1
-                segment.cut(packed[start << 3 : at << 3])
-                self._held[slot].add(segment)
-                added += at - start
-                continue
-            run = segment.packed
-            here = packed[at << 3 : (at << 3) + 8]
-            position = 0 if run.startswith(here) else segment.position(here)
-            length = common(run, position, packed, at, min((len(run) >> 3) - position, count - at))
-            added += self._hold(segment, slot, position, length)
+            found = self._find(packed[at << 3 : (at << 3) + 8])
+            if found is None:
+                length = self._store_new(slot, packed, at)
+                added += length
+            else:
+                segment, position = found
+                run = segment.packed
+                length = common(run, position, packed, at, min((len(run) >> 3) - position, count - at))
+                added += self._hold(segment, slot, position, length)
             at += length
         self._counts[slot] += added
         return added
+
+    def _store_new(self, slot: int, packed: bytes, start: int) -> int:
+        """Add the blocks from `start` on that are in no segment, as a new one; how many there are, at least one."""
+        segment = Segment(b"", 0, self._bits[slot])
+        new: set[int] = set()
+        for at in range(start, len(packed) >> 3):
+            here = packed[at << 3 : (at << 3) + 8]
+            block = int.from_bytes(here, "little")
+            if block in new or self._find(here) is not None:
+                break
+            new.add(block)
+        segment.cut(packed[start << 3 : (start + len(new)) << 3])
+        for block in new:
+            self._bind(block, segment)
+        self._held[slot].add(segment)
+        return len(new)
 
     def _hold(self, segment: Segment, slot: int, position: int, length: int) -> int:
         before = segment.get(slot)
@@ -178,21 +212,19 @@ class PrefixIndex:
         """Take blocks from a slot, in any order; return how many it held."""
         if slot >= len(self._bits):
             return 0
-        where = self._where
         bit = self._bits[slot]
         removed = 0
         for at in range(0, len(packed), 8):
-            key = packed[at : at + 8]
-            block = int.from_bytes(key, "little")
-            segment = where.get(block)
-            if segment is None:
+            here = packed[at : at + 8]
+            found = self._find(here)
+            if found is None:
                 continue
+            segment, position = found
             run = segment.packed
             last = (len(run) >> 3) - 1
-            position = last if run.endswith(key) else segment.position(key)
             if segment.full == bit and position == last and last and segment.heads is None and segment.parts is None:
                 segment.cut(run[:-8])
-                del where[block]
+                self._unbind(here)
                 removed += 1
                 continue
             held = segment.get(slot)
@@ -211,7 +243,7 @@ class PrefixIndex:
     def _drop(self, segment: Segment, position: int) -> None:
         """Take a position that nobody holds out of its segment, so that every position keeps a holder."""
         run = segment.packed
-        del self._where[int.from_bytes(run[position << 3 : (position << 3) + 8], "little")]
+        self._unbind(run[position << 3 : (position << 3) + 8])
         left, right = run[: position << 3], run[(position + 1) << 3 :]
         if not left and not right:
             segment.packed = b""
@@ -220,7 +252,10 @@ class PrefixIndex:
         if left and right:
             tail = Segment(b"", 0, 0)
             for block in unpack_hashes(right):
-                self._where[block] = tail
+                if block in self._twins:
+                    self._twins[block] = tail
+                else:
+                    self._where[block & KEY] = tail
             self._reform(tail, right, {slot: mask >> (position + 1) for slot, mask in masks.items()})
         if left:
             self._reform(segment, left, {slot: mask & ALL[position] for slot, mask in masks.items()})
@@ -241,14 +276,12 @@ class PrefixIndex:
         """Take every block from a slot; return how many it held."""
         if slot >= len(self._bits):
             return 0
-        where = self._where
         held, self._held[slot] = self._held[slot], set()
         for segment in held:
             segment.put(slot, 0)
             alive = segment.covered()
             if not alive:
-                for block in unpack_hashes(segment.packed):
-                    del where[block]
+                self._unbind(segment.packed)
                 segment.packed = b""
                 continue
             for position in range((len(segment.packed) >> 3) - 1, -1, -1):
@@ -273,15 +306,16 @@ class PrefixIndex:
         while at < total:
             offset = at << 3
             here = packed[offset : offset + 8]
-            segment = where.get(int.from_bytes(here, "little"))
-            if segment is None:
-                break
-            run = segment.packed
-            position = 0
-            if packed.startswith(run, offset):
-                length = min(len(run) >> 3, total - at)
+            segment = where.get(int.from_bytes(here, "little") & KEY)
+            if segment is not None and packed.startswith(segment.packed, offset):
+                position = 0
+                length = min(len(segment.packed) >> 3, total - at)
             else:
-                position = 0 if run.startswith(here) else segment.position(here)
+                found = self._find(here)
+                if found is None:
+                    break
+                segment, position = found
+                run = segment.packed
                 length = common(run, position, packed, at, min((len(run) >> 3) - position, total - at))
             on = alive & segment.full
             heads, parts = segment.heads, segment.parts
@@ -325,16 +359,15 @@ class PrefixIndex:
 
     def knows(self, packed: bytes) -> bool:
         """Whether any slot holds the first block of a request."""
-        return int.from_bytes(packed[:8], "little") in self._where
+        return self._find(packed[:8]) is not None
 
     def holds(self, slot: int, block: int) -> bool:
         """Whether the slot holds this block."""
-        segment = self._where.get(block)
-        if segment is None or slot >= len(self._bits):
+        found = self._find(block.to_bytes(8, "little"))
+        if found is None or slot >= len(self._bits):
             return False
-        if segment.full & self._bits[slot]:
-            return True
-        return bool(segment.get(slot) >> segment.position(block.to_bytes(8, "little")) & 1)
+        segment, position = found
+        return bool(segment.get(slot) >> position & 1)
 
     def held(self, slot: int) -> Iterator[int]:
         """Block hashes that the slot holds, in no particular order."""

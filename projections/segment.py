@@ -10,7 +10,18 @@ SEGMENT_BLOCKS = 512
 SEGMENT_BYTES = SEGMENT_BLOCKS * HASH_BYTES
 
 UNPACK = [struct.Struct(f"<{n}Q").unpack for n in range(SEGMENT_BLOCKS + 1)]
+# Keys are 60 bits of a hash: a Python int of up to 60 bits takes 32 bytes, a larger one 48.
+KEY = (1 << 60) - 1
+_KEYS = [int.from_bytes(KEY.to_bytes(8, "little") * n, "little") for n in range(SEGMENT_BLOCKS + 1)]
 ALL = [(1 << n) - 1 for n in range(SEGMENT_BLOCKS + 1)]
+
+
+def keys_of(packed: bytes) -> tuple[int, ...]:
+    """Keys of a run of at most `SEGMENT_BLOCKS` hashes."""
+    count = len(packed) >> 3
+    if count == 1:
+        return (int.from_bytes(packed, "little") & KEY,)
+    return UNPACK[count]((int.from_bytes(packed, "little") & _KEYS[count]).to_bytes(len(packed), "little"))
 
 
 class Segment:
@@ -30,11 +41,11 @@ class Segment:
         self.packed = packed
         self.last = int.from_bytes(packed[-8:], "little")
 
-    def position(self, key: bytes) -> int:
-        """Position of a hash (as 8 bytes) that is known to be in this run."""
-        at = self.packed.find(key)
-        while at & 7:
-            at = self.packed.find(key, at + 1)
+    def position(self, here: bytes) -> int:
+        """Position of a hash (as 8 bytes) in this run, -1 when it isn't there."""
+        at = self.packed.find(here)
+        while at & 7 and at > 0:
+            at = self.packed.find(here, at + 1)
         return at >> 3
 
     def get(self, slot: int) -> int:
