@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from events import codec, types
 from events.codec import Message
 from events.hashing import pack_hashes
+from projections.digest import digest
 from projections.fleet import FleetState
 from services.errors import NoNode, Overloaded, ServiceFault, UnknownModel
 from services.routing import policies
@@ -303,3 +304,80 @@ def test_a_policy_can_not_change_the_fold() -> None:
     assert load is not None
     assert load.active == 3
     assert np.frombuffer(given_.state.load.active)[0] == 3
+
+
+def test_a_policy_can_not_change_its_parameters_on_the_fold() -> None:
+    """They are part of the digest: a replica that routes would fork from one that does not."""
+    given_ = Given()
+    given_.node("a")
+
+    def forgetful(view: View, _request: Request, parameters: Parameters) -> Any:
+        return view.active * parameters.pop("weight", 1.0)
+
+    policies.POLICIES["forgetful"] = forgetful
+    try:
+        given_.policy("forgetful", weight=2.0)
+        before = digest(given_.state)
+        given_.decide()
+    finally:
+        del policies.POLICIES["forgetful"]
+    assert given_.state.parameters == {"weight": 2.0}
+    assert digest(given_.state) == before
+
+
+@given(st.lists(st.tuples(st.sampled_from(["gpu", "cpu", "disk"]), st.integers(0, 9), st.integers(1, 9)), max_size=6),
+       st.integers(0, 10))  # fmt: skip
+def test_a_match_is_what_lies_in_any_tier_without_a_gap_up_to_its_bound(
+    parts: list[tuple[types.Tier, int, int]], bound: int
+) -> None:
+    given_ = Given()
+    given_.node("a")
+    held: set[int] = set()
+    for tier, start, length in parts:
+        given_.holds("a", start + length, start=start, tier=tier)
+        held |= set(CHAIN[start : start + length])
+    query = Query("q", "m", pack_hashes(CHAIN[:10]), 161, bound, 16)
+    expected = next((at for at, block in enumerate(CHAIN[:bound]) if block not in held), bound)
+    decision = given_.chooser.decide(query, NOW)
+    assert decision.match == expected
+    assert decision.kind == ("miss" if not expected else "exact" if expected == bound else "prefix")
+
+
+changes = st.sampled_from(
+    ["node", "node", "holds", "slow", "cordon", "uncordon", "lose", "recover", "remove", "runs", "policy"]
+)
+KINDS = {
+    "cordon": types.NodeCordoned, "uncordon": types.NodeUncordoned, "lose": types.NodeLost,
+    "recover": types.NodeRecovered, "remove": types.NodeRemoved,
+}  # fmt: skip
+
+
+@given(st.lists(st.tuples(changes, st.sampled_from("abcd"), st.integers(0, 32)), max_size=25))
+def test_a_router_that_saw_all_changes_decides_like_one_that_has_just_started(
+    steps: list[tuple[str, str, int]],
+) -> None:
+    """What a chooser keeps between decisions must follow every change of nodes, slots and policy."""
+    given_ = Given()
+    for number, (what, name, value) in enumerate(steps):
+        known = given_.state.nodes.get(name)
+        if what == "node":
+            mode = "managed" if value % 5 == 0 else "reported"
+            given_.node(name, model="other" if value % 7 == 0 else "m", most=value % 3, mode=mode)
+        elif known is None:
+            continue
+        elif what in KINDS:
+            body = codec.encode([KINDS[what](name)])
+            given_.state.apply(Message(given_.state.sequence + 1, f"kv.f.node.{name}", NOW, None, body))
+        elif what == "policy":
+            given_.policy(sorted(POLICIES)[value % len(POLICIES)])
+        elif what == "runs" and known.lost is None:
+            given_.put("access.w", types.RequestRouted(f"{number}", "m", name, 0, 0, value * 100))
+        elif not known.managed and value:
+            given_.holds(name, value, tier="cpu" if what == "slow" else "gpu")
+        answers: list[Any] = []
+        for chooser in (given_.chooser, Chooser(given_.state, Overlay())):
+            try:
+                answers.append(chooser.decide(Query("q", "m", pack_hashes(CHAIN), 513, 32, 16), NOW))
+            except ServiceFault as error:
+                answers.append((type(error), str(error)))
+        assert answers[0] == answers[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,9 +13,12 @@ from events.codec import Message
 from events.hashing import pack_hashes, unpack_hashes
 from projections.fleet import FleetState
 from services import placement
-from services.api import AdmitRequest, BlocksRequest, NodeRequest, RegisterRequest
-from services.errors import Conflict, NodeExists, NoRoom, ServiceFault, UnknownModel
+from services.api import AdmitRequest, BlocksRequest, NodeRequest, PolicyRequest, RegisterRequest, SessionRequest
+from services.errors import BadRequest, Conflict, NodeExists, NoRoom, ServiceFault, UnknownModel
 from services.placement import Proposal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class Given:
@@ -48,11 +53,9 @@ class Given:
         return set(self.state.caches.index("m").held(found.slots["gpu"]))
 
 
-def registration(node: str, capacity: int = 4, **fields: object) -> RegisterRequest:
-    return RegisterRequest(
-        node=node, address="x", models=["m"], block_size=16, capacity_blocks={"gpu": capacity},
-        **({"cache_mode": "managed"} | fields),  # type: ignore[arg-type]
-    )  # fmt: skip
+def registration(node: str, capacity: int = 4, **fields: Any) -> RegisterRequest:
+    given_ = {"address": "x", "models": ["m"], "block_size": 16, "capacity_blocks": {"gpu": capacity}}
+    return RegisterRequest(node=node, **(given_ | {"cache_mode": "managed"} | fields))
 
 
 def evicted(proposal: Proposal) -> list[int]:
@@ -211,3 +214,75 @@ def test_what_is_proposed_is_accepted_and_never_exceeds_capacity(
         for name in ("a", "b"):
             assert len(given_.held(name)) <= capacity
             assert given_.held(name) == set(given_.state.recency[name].order)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"block_size": 65537},
+        {"address": "x" * 513},
+        {"engine": "x" * 513},
+        {"max_active": (1 << 53) + 1},
+        {"capacity_blocks": {"gpu": (1 << 53) + 1}},
+        {"labels": {"": "x"}},
+        {"models": [f"m{number}" for number in range(65)]},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_a_registration_that_the_log_would_not_take_is_refused_before_it_is_written(fields: dict[str, Any]) -> None:
+    """Otherwise it is committed, skipped by every replica, committed again, and the caller told of a conflict."""
+    with pytest.raises(BadRequest):
+        placement.register(FleetState("f"), registration("a", **fields))
+
+
+def test_reasons_and_parameters_of_any_length_are_refused_or_accepted_by_the_fold() -> None:
+    long = "x" * 600
+    given_ = Given("a")
+    given_.accept(Proposal("session", "m", types.SessionAssigned("s", "m", "a")))
+    proposals: list[Callable[[], Proposal | None]] = [
+        lambda: placement.cordon(given_.state, NodeRequest(node="a", reason=long)),
+        lambda: placement.lost(given_.state, NodeRequest(node="a", reason=long)),
+        lambda: placement.remove(given_.state, NodeRequest(node="a", reason=long)),
+        lambda: placement.end_session(given_.state, SessionRequest(model="m", session="s", reason=long)),
+        lambda: placement.set_policy(PolicyRequest(policy="ttft", parameters={"x" * 129: 1.0})),
+    ]
+    skipped = []
+    for propose in proposals:
+        try:
+            proposal = propose()
+        except ServiceFault:
+            continue
+        assert proposal is not None
+        message = Message(given_.state.sequence + 1, proposal.subject("f"), 1, None, codec.encode([proposal.event]))
+        skipped.append((type(proposal.event).__name__, given_.state.apply(message).skipped))
+    assert [name for name, reason in skipped if reason is not None] == []
+
+
+def test_what_is_malformed_is_refused_with_a_sentence() -> None:
+    given_ = Given("a")
+    refusals: list[tuple[dict[str, Any], str]] = [
+        ({"cache_mode": "shared"}, "must be managed or reported"),
+        ({"block_size": 0}, "at least 1 token"),
+        ({"max_active": -1}, "must not be negative"),
+        ({"pulse_seconds": 4000}, "from 0 to 3600"),
+        ({"models": []}, "at least one model"),
+        ({"models": ["m", "m"]}, "twice"),
+        ({"models": ["a\nb"]}, "can't be printed"),
+        ({"capacity_blocks": {"cpu": 1}}, "tier gpu"),
+    ]
+    for fields, sentence in refusals:
+        with pytest.raises(BadRequest, match=sentence):
+            placement.register(given_.state, registration("b", **fields))
+    with pytest.raises(BadRequest, match="node is empty"):
+        placement.register(given_.state, registration(""))
+    with pytest.raises(Conflict, match="must have one block size"):
+        placement.register(given_.state, registration("b", block_size=32))
+    with pytest.raises(BadRequest, match="names a block twice"):
+        given_.admit(1, 1)
+    with pytest.raises(BadRequest, match="hashes is empty"):
+        given_.admit()
+    with pytest.raises(BadRequest, match="strategy 'worst'"):
+        given_.admit(1, strategy="worst")
+    for both in (BlocksRequest(node="a"), BlocksRequest(node="a", hashes=bytes(8), count=1)):
+        with pytest.raises(BadRequest, match="either hashes or count"):
+            placement.evict(given_.state, both)

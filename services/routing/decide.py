@@ -190,7 +190,7 @@ class Chooser:
         try:
             if self._policy is None or self._policy[0] != name:
                 self._policy = (name, policy(name))
-            costs = np.array(self._policy[1](view, request, state.parameters), dtype=np.float64)
+            costs = np.array(self._policy[1](view, request, dict(state.parameters)), dtype=np.float64)
             if costs.shape != view.active.shape:
                 raise ValueError("one cost a candidate is needed")  # noqa: TRY301
         except Exception:  # noqa: BLE001 - a policy may be anybody's code; routing goes on

@@ -64,6 +64,8 @@ class Overlay:
 
     def decided(self, event: RequestRouted, at: int, block_size: int, now: int, *, predict: str = "") -> None:
         """A decision was made here, for the node with ordinal `at`; with `predict`, its blocks in this model's cache."""
+        # Not only predictions turn: what only hits, or is managed, must age as well.
+        self.turn(now)
         self.on_log(event.request)
         self.fit(at + 1)
         tokens = max(0, event.tokens - event.match * block_size)
