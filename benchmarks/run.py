@@ -34,8 +34,8 @@ app = App(name="bench", help="Measure kvplane.", result_action="return_value")
 
 
 def number(value: float) -> str:
-    """Three digits that matter."""
-    if abs(value) >= 100:
+    """As many digits as matter, and enough to see on which side of a target it is."""
+    if abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 

@@ -145,7 +145,8 @@ def _from_plain(raw: Any, form: Any) -> list[types.Event]:  # noqa: ANN401 - wha
     for event in raw:
         if not isinstance(event, dict):
             raise BadCommit("undecodable", "each event must be an object with a type")
-        known = _FIELDS.get(event.get("type"))
+        kind = event.get("type")
+        known = _FIELDS.get(kind) if isinstance(kind, str) else None
         if known is not None:
             for field in event.keys() - known:
                 del event[field]
@@ -183,7 +184,7 @@ def _from_json(body: bytes, form: Any) -> list[types.Event]:  # noqa: ANN401 - a
 
 def _json_hash(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise BadHashes(f"{str(value)[:40]!r} is no block hash; write it in decimal or as 0x and hex digits")
+        raise BadHashes(f"a block hash is {type(value).__name__}; write it in decimal or as 0x and hex digits")
     return parse_hash(value)
 
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from projections.fleet import FleetState
 
 
+MALFORMED = ("undecodable", "unknown_type", "invalid")
+
+
 def digest(state: FleetState) -> str:
     """Digest of the state, as 32 hex digits. Time is linear in the number of memberships, with a sort."""
     hasher = xxh3_128()
@@ -27,7 +30,10 @@ def digest(state: FleetState) -> str:
         hasher.update(encoder.encode(part))
 
     add([state.fleet, state.sequence, state.time, state.commits, state.policy, state.parameters])
-    add([state.skipped, state.ignored, list(state.writers.items()), list(state.removed.items())])
+    # How deep a decoder gets into malformed bytes, and so which of these reasons it gives, depends on the interpreter.
+    skipped = {reason: count for reason, count in state.skipped.items() if reason not in MALFORMED}
+    malformed = sum(state.skipped.get(reason, 0) for reason in MALFORMED)
+    add([skipped, malformed, state.ignored, list(state.writers.items()), list(state.removed.items())])
     for name, node in sorted(state.nodes.items()):
         add([name, node.registered, node.epoch, node.changed, node.lost, node.cordoned])
         index = state.caches.index(node.model)

@@ -166,9 +166,10 @@ class FleetState:
         return node
 
     def _registered(self, event: types.NodeRegistered) -> None:
-        model = event.models[0]
+        models = set(event.models)
         for other in self.nodes.values():
-            if other.name != event.node and other.model == model and other.registered.block_size != event.block_size:
+            shared = other.name != event.node and not models.isdisjoint(other.registered.models)
+            if shared and other.registered.block_size != event.block_size:
                 raise Skip("block_size")
         before = self.nodes.get(event.node)
         node = Node(name=event.node, registered=event, epoch=self.sequence, changed=self.sequence, slots={})

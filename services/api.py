@@ -13,7 +13,7 @@ from msgspec import Meta, Struct
 from events.errors import BadHashes, BadName
 from events.hashing import MOST_TOKENS, format_hash, pack_hashes, parse_hash, unpack_hashes
 from events.subjects import check_name
-from events.types import HASHES_LIMIT, Count, Seconds, Tier
+from events.types import HASHES_LIMIT, Count, Length, Seconds, Tier
 from services.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class RouteRequest(Struct, frozen=True, kw_only=True):
     hashes: Packed | None = None
     tokens: Annotated[list[int], Meta(max_length=MOST_TOKENS)] | None = None
     prompt: Annotated[str, Meta(max_length=_PROMPT_LIMIT)] | None = None
-    tokens_count: Count | None = None
+    tokens_count: Length | None = None
     session: str = ""
     adapter: Annotated[str, Meta(max_length=512)] = ""
     salt: Annotated[str, Meta(max_length=512)] = ""
@@ -226,7 +226,7 @@ def decode_request(body: bytes, form: type[T]) -> T:
 
 def _hash(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int | str):
-        raise BadHashes(f"{str(value)[:40]!r} is no block hash; write it in decimal or as 0x and hex digits")
+        raise BadHashes(f"a block hash is {type(value).__name__}; write it in decimal or as 0x and hex digits")
     return parse_hash(value)
 
 

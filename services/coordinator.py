@@ -15,13 +15,13 @@ import anyio
 import msgspec
 import structlog
 
-from events.errors import BadName, LogUnavailable, LostRace
+from events.errors import BadName, KvplaneError, LogUnavailable, LostRace
 from events.hashing import unpack_hashes
 from events.log.append import Appender, new_writer
 from events.log.stream import open_stream
 from events.subjects import pulse_subject
 from services import api, placement
-from services.errors import Conflict, LogAway, ServiceFault, UnknownModel
+from services.errors import Conflict, LogAway, UnknownModel
 from services.liveness import Liveness
 from services.micro import Endpoint, serve
 from services.replica import Replica
@@ -243,23 +243,29 @@ class Coordinator:
     async def _watch(self) -> None:
         """Conclude who is lost and who is back."""
         reconnects = -1
+        looked = time.monotonic()
         while True:
             now = time.monotonic()
-            deaf = not (self.client.is_connected and self.replica.follower.healthy)
+            # A process that was stopped wakes up with the pulses of that time still unread.
+            deaf = now - looked > 4 * LOOK_SECONDS or not (self.client.is_connected and self.replica.follower.healthy)
             if deaf or self.client.stats["reconnects"] != reconnects:
                 reconnects = self.client.stats["reconnects"]
                 self.liveness.listen(now)
-            for name, quiet in self.liveness.silent(self.state, now):
+            silent = self.liveness.silent(self.state, now)
+            if silent:
+                # One a turn: the next is judged anew, with what was heard meanwhile.
+                name, quiet = silent[0]
                 await self._conclude(placement.lost, name, f"no pulse for {quiet:.1f} s")
             for name in self.liveness.back(self.state, now):
                 await self._conclude(placement.recovered, name, "")
             self.liveness.forget(self.state)
+            looked = time.monotonic()
             await anyio.sleep(LOOK_SECONDS)
 
     async def _conclude(self, decide: Decide, name: str, reason: str) -> None:
         try:
             proposal, sequence = await self.commit(decide, api.NodeRequest(node=name, reason=reason), name)
-        except ServiceFault as error:
+        except KvplaneError as error:
             _log.warning("conclusion_failed", node=name, error=str(error))
         else:
             if proposal is not None:

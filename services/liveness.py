@@ -24,6 +24,7 @@ class Liveness:
         """Last pulse of every node, for its gauges."""
         self._heard: dict[str, tuple[int, float]] = {}
         self._listening_since = 0.0
+        self._lost: set[str] = set()
 
     def listen(self, now: float) -> None:
         """Pulses can be heard from now on; whatever was missed before does not count."""
@@ -41,11 +42,14 @@ class Liveness:
         found = []
         for name, node in state.nodes.items():
             promise = node.registered.pulse_seconds
+            if node.lost is not None:
+                self._lost.add(name)
             if not promise or node.lost is not None:
                 continue
             epoch, last = self._heard.get(name, (0, 0.0))
-            if epoch != node.epoch:
-                # A new life: its time starts when this coordinator sees it.
+            if epoch != node.epoch or name in self._lost:
+                # A new life, or back by another coordinator's word: its time starts when this one sees it.
+                self._lost.discard(name)
                 last = now
                 self._heard[name] = (node.epoch, now)
             quiet = now - max(last, self._listening_since)

@@ -6,10 +6,11 @@ fold's sequence, and the fold of every replica judges it again.
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import TYPE_CHECKING, NamedTuple
 
 from events import types
-from events.codec import validate
+from events.codec import decode_body, encode, validate
 from events.errors import BadCommit, BadName
 from events.hashing import derive_hash, pack_hashes, unpack_hashes
 from events.subjects import Place, Room, check_name, subject
@@ -33,6 +34,15 @@ class Proposal(NamedTuple):
     def subject(self, fleet: str) -> str:
         """Subject of the commit."""
         return subject(fleet, self.room, self.name)
+
+
+def propose(room: Room, name: str, event: types.Event) -> Proposal:
+    """A proposal that every reader will take as valid. Raises `BadRequest` for one that none would."""
+    try:
+        validate(Place(room, name), decode_body(room, encode([event])))
+    except BadCommit as error:
+        raise BadRequest(str(error)) from None
+    return Proposal(room, name, event)
 
 
 def _known(state: FleetState, name: str) -> Node:
@@ -65,10 +75,7 @@ def register(state: FleetState, request: RegisterRequest) -> Proposal:
     )  # fmt: skip
     if not request.models:
         raise BadRequest("models is empty; name at least one model")
-    try:
-        validate(Place("node", request.node), [event])
-    except BadCommit as error:
-        raise BadRequest(str(error)) from None
+    proposal = propose("node", request.node, event)
     before = state.nodes.get(request.node)
     if before is not None and before.lost is None and not request.replace:
         raise NodeExists(
@@ -77,42 +84,43 @@ def register(state: FleetState, request: RegisterRequest) -> Proposal:
         )
     for other in state.nodes.values():
         size = other.registered.block_size
-        if other.name != request.node and other.model == request.models[0] and size != request.block_size:
+        shared = [model for model in other.registered.models if model in request.models]
+        if other.name != request.node and shared and size != request.block_size:
             raise Conflict(
-                f"node {other.name!r} serves {other.model!r} with blocks of {size} tokens; all nodes of a model must "
+                f"node {other.name!r} serves {shared[0]!r} with blocks of {size} tokens; all nodes of a model must "
                 "have one block size"
             )
-    return Proposal("node", request.node, event)
+    return proposal
 
 
 def cordon(state: FleetState, request: NodeRequest) -> Proposal | None:
     """Keep new requests from a node; none when it is so already."""
     node = _known(state, request.node)
-    return None if node.cordoned else Proposal("node", node.name, types.NodeCordoned(node.name, request.reason))
+    return None if node.cordoned else propose("node", node.name, types.NodeCordoned(node.name, request.reason))
 
 
 def uncordon(state: FleetState, request: NodeRequest) -> Proposal | None:
     """Let a node take requests again; none when it does already."""
     node = _known(state, request.node)
-    return Proposal("node", node.name, types.NodeUncordoned(node.name)) if node.cordoned else None
+    return propose("node", node.name, types.NodeUncordoned(node.name)) if node.cordoned else None
 
 
 def remove(state: FleetState, request: NodeRequest) -> Proposal:
     """Take a node out of the fleet."""
     node = _known(state, request.node)
-    return Proposal("node", node.name, types.NodeRemoved(node.name, request.reason))
+    return propose("node", node.name, types.NodeRemoved(node.name, request.reason))
 
 
 def lost(state: FleetState, request: NodeRequest) -> Proposal | None:
     """Conclude that a node is lost; none when that is known."""
     node = _known(state, request.node)
-    return None if node.lost is not None else Proposal("node", node.name, types.NodeLost(node.name, request.reason))
+    return None if node.lost is not None else propose("node", node.name, types.NodeLost(node.name, request.reason))
 
 
 def recovered(state: FleetState, request: NodeRequest) -> Proposal | None:
     """Conclude that a lost node is back; none when it is not lost."""
     node = _known(state, request.node)
-    return None if node.lost is None else Proposal("node", node.name, types.NodeRecovered(node.name))
+    return None if node.lost is None else propose("node", node.name, types.NodeRecovered(node.name))
 
 
 class _Room(NamedTuple):
@@ -199,7 +207,7 @@ def _place(node: Node, request: AdmitRequest, evicted: bytes) -> Proposal:
     event = types.BlocksPlaced(
         node=node.name, epoch=node.epoch, stored=request.hashes, evicted=evicted, request=request.request[:128]
     )
-    return Proposal("cache", node.name, event)
+    return propose("cache", node.name, event)
 
 
 def _why_no_room(state: FleetState, rooms: list[_Room]) -> str:
@@ -220,7 +228,7 @@ def touch(state: FleetState, request: BlocksRequest) -> Proposal | None:
     held = [block for block in unpack_hashes(request.hashes) if block in order]
     if not held:
         return None
-    return Proposal("cache", node.name, types.BlocksPlaced(node.name, node.epoch, stored=pack_hashes(held)))
+    return propose("cache", node.name, types.BlocksPlaced(node.name, node.epoch, stored=pack_hashes(held)))
 
 
 def evict(state: FleetState, request: BlocksRequest) -> Proposal | None:
@@ -239,7 +247,7 @@ def evict(state: FleetState, request: BlocksRequest) -> Proposal | None:
             raise NoRoom(f"some of these blocks on node {node.name!r} are used by running requests")
     if not victims:
         return None
-    return Proposal("cache", node.name, types.BlocksPlaced(node.name, node.epoch, evicted=pack_hashes(victims)))
+    return propose("cache", node.name, types.BlocksPlaced(node.name, node.epoch, evicted=pack_hashes(victims)))
 
 
 def end_session(state: FleetState, request: SessionRequest) -> Proposal | None:
@@ -247,9 +255,12 @@ def end_session(state: FleetState, request: SessionRequest) -> Proposal | None:
     if state.sessions.get(request.model, request.session) is None:
         return None
     event = types.SessionEnded(request.session, request.model, request.reason)
-    return Proposal("session", request.model, event)
+    return propose("session", request.model, event)
 
 
 def set_policy(request: PolicyRequest) -> Proposal:
     """Change the policy of all routers."""
-    return Proposal("control", "", types.PolicyChanged(request.policy, request.parameters))
+    for name, value in request.parameters.items():
+        if not isfinite(value):
+            raise BadRequest(f"parameter {name[:80]!r} is {value}; it must be a finite number")
+    return propose("control", "", types.PolicyChanged(request.policy, request.parameters))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 START_SECONDS = 20.0
 MAX_PAYLOAD = 8 << 20
-"""Largest message, in bytes; a request of a million block hashes fits."""
+"""Largest message, in bytes; the 262,144 hashes of the longest request fit."""
 
 _log = structlog.get_logger("kvplane.server")
 

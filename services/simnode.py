@@ -82,6 +82,7 @@ class SimNode:
         )
         self._prefill = anyio.Lock()
         self._batch = 0
+        self._reporting = False
         self._register_again = anyio.Event()
         self._finished = anyio.Event()
         """Set when blocks come out of use."""
@@ -114,6 +115,9 @@ class SimNode:
     async def _register(self) -> None:
         """Register until it succeeds, and report what the cache holds."""
         self._register_again = anyio.Event()
+        # A commit must not hold events of two epochs: what is on its way goes first, what comes meanwhile is told anew.
+        await self._cache_log.flush()
+        self._reporting = False
         config = self.config
         request = api.RegisterRequest(
             node=config.name, address=self.address, models=[config.model], block_size=config.block_size,
@@ -131,6 +135,7 @@ class SimNode:
                 break
         self.epoch = answer.epoch
         self._batch = 0
+        self._reporting = True
         if self.managed:
             self.cache = BlockCache(config.capacity_blocks)
         elif self.cache.blocks:
@@ -211,7 +216,8 @@ class SimNode:
         return allocation.cached
 
     def _report(self, event: types.Event) -> None:
-        self._cache_log.put(event)
+        if self._reporting:
+            self._cache_log.put(event)
 
     def _next_batch(self) -> int:
         self._batch += 1

@@ -258,7 +258,7 @@ class Reference:
 
     def lifecycle(self, name: str, node: Facts | None, event: Any) -> str | None:
         if isinstance(event, types.NodeRegistered):
-            peers = [n for other, n in self.nodes.items() if other != name and n.told.models[0] == event.models[0]]
+            peers = [n for other, n in self.nodes.items() if other != name and set(n.told.models) & set(event.models)]
             if any(peer.told.block_size != event.block_size for peer in peers):
                 return "block_size"
             self.empty(name)

@@ -100,7 +100,7 @@ class Naive:
         node = self.nodes.get(name)
         if isinstance(event, types.NodeRegistered):
             for other, each in self.nodes.items():
-                same = each.registered.models[0] == event.models[0]
+                same = bool(set(each.registered.models) & set(event.models))
                 if other != name and same and each.registered.block_size != event.block_size:
                     return "block_size"
             self._stop_all(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import anyio
 import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -239,3 +240,81 @@ def test_no_fields_make_a_decoder_raise_anything_but_ours(data: st.DataObject, f
             api.decode_request(body, form)
         except KvplaneError as error:
             assert error.code == "bad_request"  # noqa: PT017 - any other error fails the test by itself
+
+
+def header_block(block: bytes, subject: str, body: bytes, reply: bytes = b"") -> bytes:
+    """A message with headers as they are, valid or not: no client library would send these."""
+    return b"HPUB %s %s%d %d\r\n%s%s\r\n" % (subject.encode(), reply, len(block), len(block) + len(body), block, body)
+
+
+BLOCKS = [
+    b"X",
+    b"NATS/1.0",
+    b"XXXX\r\n\r\n",
+    b"\n",
+    b"NATS/1.0\r\nStatus: 100\r\n\r\n",
+    b"NATS/1.0 100 Idle\r\n\r\n",
+    b"\xff" * 30,
+]
+
+
+async def test_headers_of_any_bytes_stop_no_replica_and_no_service(small: Fleet) -> None:
+    """On the log they would stop every replica that ever reads it; on an endpoint, the service."""
+    before = await small.ask("coordinator.status", api.StatusRequest())
+    host, port = small.url.removeprefix("nats://").split(":")
+    async with await anyio.connect_tcp(host, int(port)) as stream:
+        await stream.send(b'CONNECT {"verbose":false,"headers":true}\r\n')
+        for block in BLOCKS:
+            await stream.send(header_block(block, "kv.default.control", b"junk"))
+            for endpoint in ("route", "coordinator.status", "pulse.a"):
+                await stream.send(header_block(block, f"kv.default.{endpoint}", b"junk", b"nowhere "))
+        await stream.send(b"PING\r\n")
+        await anyio.sleep(0.2)
+    late = await small.router()
+    await small.ask("coordinator.node.cordon", api.NodeRequest(node="a"))
+    after = await small.ask("coordinator.status", api.StatusRequest())
+    assert after["sequence"] == before["sequence"] + len(BLOCKS) + 1
+    assert sum(after["skipped"].values()) == len(BLOCKS)
+    await until(lambda: late.state.sequence == after["sequence"])
+    assert await small.refused("route", api.RouteRequest(model="m", hashes=pack_hashes([1]))) == "no_node"
+
+
+async def test_what_the_log_names_as_policy_is_not_imported(small: Fleet) -> None:
+    """`unittest.__main__` exits the process that imports it."""
+    policy = api.PolicyRequest(policy="unittest.__main__:x")
+    assert await small.refused("coordinator.policy.set", policy) == "bad_request"
+    event = b'[{"type":"PolicyChanged.1","policy":"unittest.__main__:x"}]'
+    await small.client.jetstream().publish("kv.default.control", event)
+    for _ in range(100):
+        answer = await small.ask("route", api.RouteRequest(model="m", hashes=pack_hashes([1]), dry_run=True))
+        if answer["policy"] == "least_loaded":
+            break
+        await anyio.sleep(0.02)
+    assert answer["policy"] == "least_loaded"
+
+
+async def test_one_bad_request_does_not_cost_the_decisions_of_others(small: Fleet) -> None:
+    """They share a commit, and a commit is taken whole or not at all."""
+    honest = await small.ask("route", api.RouteRequest(model="m", hashes=pack_hashes([1])))
+    body = json.dumps({"model": "m", "hashes": [], "tokens_count": 1 << 40}).encode()
+    assert (await sent(small, "route", body))[0] == "400"
+    await small.ask("complete", api.CompleteRequest(request=honest["request"], node="a", ttft=float("inf")))
+    await anyio.sleep(0.2)
+    status = await small.ask("coordinator.status", api.StatusRequest())
+    assert (status["skipped"], status["ignored"]) == ({}, {})
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "request_"),
+    [
+        ("coordinator.node.register", NODE | {"node": "b", "block_size": 70_000}),
+        ("coordinator.node.register", NODE | {"node": "b", "address": "x" * 600}),
+        ("coordinator.node.register", NODE | {"node": "b", "labels": {str(n): "" for n in range(65)}}),
+        ("coordinator.node.cordon", {"node": "a", "reason": "x" * 600}),
+        ("coordinator.policy.set", {"policy": "ttft", "parameters": {"": 1}}),
+    ],
+)
+async def test_what_no_reader_would_take_is_not_written(small: Fleet, endpoint: str, request_: dict[str, Any]) -> None:
+    before = (await small.ask("coordinator.status", api.StatusRequest()))["sequence"]
+    assert (await sent(small, endpoint, json.dumps(request_).encode()))[1]["code"] == "bad_request"
+    assert (await small.ask("coordinator.status", api.StatusRequest()))["sequence"] == before

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from events import codec, types
 from events.codec import Message, decode
 from events.errors import BadCommit
+from events.hashing import pack_hashes
 
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter(str.isprintable)
 counts = st.integers(0, 1 << 53)
@@ -137,9 +138,7 @@ def mutated(event: types.Event, **fields: Any) -> bytes:
     return msgspec.msgpack.encode([data])
 
 
-@pytest.mark.parametrize(
-    ("reason", "subject", "body", "headers"),
-    [
+REFUSED: list[tuple[str, str, bytes, dict[str, str] | None]] = [
         ("foreign_subject", "kv.other.cache.n", CLEARED, None),
         ("foreign_subject", "kv.f.cache.%6e", CLEARED, None),
         ("foreign_subject", "kv.f.cache.n.x", CLEARED, None),
@@ -179,8 +178,14 @@ def mutated(event: types.Event, **fields: Any) -> bytes:
         ("invalid", "kv.f.cache.n", b'[{"type":"CacheCleared.1","node":"n","epoch":1e400}]', None),
         ("invalid", "kv.f.cache.n", b'[{"type":"BlocksRemoved.1","node":"n","epoch":1,"batch":1,"hashes":[-1]}]', None),
         ("invalid", "kv.f.cache.n", b'[{"type":"BlocksRemoved.1","node":"n","epoch":1,"batch":1,"hashes":"AAA="}]', None),
-    ],
-)  # fmt: skip
+]  # fmt: skip
+
+
+def test_the_examples_are_of_every_reason() -> None:
+    assert {reason for reason, *_ in REFUSED} == set(codec.REASONS)
+
+
+@pytest.mark.parametrize(("reason", "subject", "body", "headers"), REFUSED)
 def test_each_reason(reason: str, subject: str, body: bytes, headers: dict[str, str] | None) -> None:
     with pytest.raises(BadCommit) as caught:
         decode("f", message(subject, body, headers))
@@ -206,6 +211,105 @@ def attempt(subject: str, body: bytes, given_headers: dict[str, str] | None) -> 
         assert error.code in codec.REASONS  # noqa: PT017 - any other error fails the test by itself
     else:
         assert commit.events
+
+
+EVENTS = set(types.Event.__subclasses__())
+EXAMPLES: list[tuple[str, types.Event]] = [
+    ("node.n", types.NodeRegistered("n", "h:1", ["m"], 16, {"gpu": 1, "disk": 0}, "managed", "v", 3, 1.5, {"a": ""})),
+    ("node.n", types.NodeCordoned("n", "why")),
+    ("node.n", types.NodeUncordoned("n")),
+    ("node.n", types.NodeLost("n", "fire")),
+    ("node.n", types.NodeRecovered("n")),
+    ("node.n", types.NodeRemoved("n", "sold")),
+    ("cache.n", types.BlocksStored("n", 3, 4, b"\xff" * 16, (1 << 64) - 1, "cpu", [5, -6])),
+    ("cache.n", types.BlocksRemoved("n", 3, 4, bytes(8), "disk")),
+    ("cache.n", types.BlocksPlaced("n", 3, bytes(8), b"\xff" * 8, 7, "q")),
+    ("cache.n", types.CacheCleared("n", 3, 4, "gap")),
+    ("session.m", types.SessionAssigned("s", "m", "n", "new")),
+    ("session.m", types.SessionEnded("s", "m", "bye")),
+    (
+        "access.w",
+        types.RequestRouted("q", "m", "n", 1, 2, 33, bytes(16), "s", "ttft", 9, [types.Candidate("n", 1, 0.5)]),
+    ),
+    ("access.w", types.RequestCompleted("q", "n", "ok", 33, 16, 7, 0.25, 1.5)),
+    ("control", types.PolicyChanged("ttft", {"x": -1.5})),
+]
+
+
+def test_the_examples_are_of_every_event() -> None:
+    assert {type(event) for _, event in EXAMPLES} == EVENTS
+
+
+@pytest.mark.parametrize("encode", [codec.encode, codec.encode_json])
+@pytest.mark.parametrize(("place", "event"), EXAMPLES, ids=lambda part: type(part).__name__)
+def test_each_event_comes_back_with_all_that_it_says(place: str, event: types.Event, encode: Any) -> None:
+    assert decode("f", message(f"kv.f.{place}", encode([event]))).events == [event]
+    for other in ROOMS:
+        if other.split(".")[0] != place.split(".", maxsplit=1)[0]:
+            with pytest.raises(BadCommit):
+                decode("f", message(f"kv.f.{other}", encode([event])))
+
+
+def test_hashes_in_json_may_be_decimal_or_hexadecimal_numbers_or_text() -> None:
+    body = (
+        b'[{"type":"BlocksStored.1","node":"n","epoch":1,"batch":1,"parent":"0x10","hashes":'
+        b'[18446744073709551615,"18446744073709551614","0xfffffffffffffffd","fffffffffffffffc"]}]'
+    )
+    (event,) = decode("f", message("kv.f.cache.n", body)).events
+    expected = [(1 << 64) - 1 - at for at in range(4)]
+    assert event == types.BlocksStored("n", 1, 1, pack_hashes(expected), 16)
+
+
+HOSTILE = [
+    b"\xdd\xff\xff\xff\xff",
+    b"\xdf\xff\xff\xff\xff" * 9,
+    b"\x91" * 200_000,
+    b"\x91\x81" + b"\xa1a\x81" * 100_000,
+    b"[" + b'{"a":' * 100_000,
+    b'[{"type":"CacheCleared.1","node":"n","epoch":' + b"9" * 100_000 + b"}]",
+    b'[{"type":"BlocksRemoved.1","node":"n","epoch":1,"batch":1,"hashes":["' + b"9" * 100_000 + b'"]}]',
+    b'[{"type":"BlocksRemoved.1","node":"n","epoch":1,"batch":1,"hashes":[1e999,-0.0,NaN]}]',
+    b'[{"type":"BlocksRemoved.1","node":"n","epoch":1,"batch":1,"hashes":[{"a":[]}]}]',
+    b'[{"type":"CacheCleared.1","node":"\xff\xfe","epoch":1}]',
+    b'[{"type":"CacheCleared.1","node":"\\ud800","epoch":1}]',
+    b"\x91\x83\xa4type\xaeCacheCleared.1\xa4node\xa3\xed\xa0\x80\xa5epoch\x01",
+    b'[{"type":["CacheCleared.1"],"node":"n","epoch":1}]',
+    b'[{"type":{"a":1}}]',
+    b"\x91\x81\xa4type\x90",
+    b"\x91\x81\x90\x90",
+    b"\xef\xbb\xbf[]",
+    b"[]\x00",
+    b"\x91\xc7\x08\x01" + bytes(8),
+    b"\x91\xd6\xff\xff\xff\xff\xff",
+]
+
+
+@pytest.mark.parametrize("body", HOSTILE, ids=lambda body: repr(body[:24]))
+def test_bodies_made_to_hurt_are_refused(body: bytes) -> None:
+    with pytest.raises(BadCommit) as caught:
+        decode("f", message("kv.f.cache.n", body))
+    assert caught.value.code in {"undecodable", "invalid", "unknown_type"}
+
+
+@pytest.mark.parametrize(("count", "fits"), [(types.EVENTS_LIMIT, True), (types.EVENTS_LIMIT + 1, False)])
+def test_a_commit_holds_a_bounded_number_of_events(count: int, fits: bool) -> None:
+    body = codec.join([codec.encode_one(types.CacheCleared("n", 1))] * count)
+    if fits:
+        assert len(decode("f", message("kv.f.cache.n", body)).events) == count
+    else:
+        with pytest.raises(BadCommit, match="length"):
+            decode("f", message("kv.f.cache.n", body))
+
+
+def test_headers_are_read() -> None:
+    given_headers = {
+        codec.WRITER: "w",
+        codec.WRITER_SEQ: "7",
+        codec.BASED_ON: "0",
+        codec.CRC32: codec.checksum(CLEARED),
+    }
+    assert decode("f", message("kv.f.cache.n", CLEARED, given_headers))[2:] == ("w", 7, 0)
+    assert decode("f", message("kv.f.cache.n", CLEARED))[2:] == ("", 0, None)
 
 
 @settings(max_examples=1000, deadline=None, print_blob=True)
@@ -246,11 +350,30 @@ plain = st.recursive(
     max_leaves=6,
 )
 UNIONS = (types.NodeEvent, types.CacheEvent, types.AccessEvent)
-FIELDS = sorted({field for union in UNIONS for kind in union.__args__ for field in kind.__struct_fields__})
+FIELDS = sorted(
+    {"type", "colour"} | {field for union in UNIONS for kind in union.__args__ for field in kind.__struct_fields__}
+)
 
 
 @settings(max_examples=1000, deadline=None, print_blob=True)
-@given(commits, st.dictionaries(st.sampled_from(FIELDS), plain, max_size=3))
-def test_valid_commits_with_fields_of_any_type(commit: tuple[str, list[types.Event]], fields: dict[str, Any]) -> None:
+@given(commits, st.dictionaries(st.sampled_from(FIELDS), plain, max_size=3), st.booleans())
+def test_valid_commits_with_fields_of_any_type(
+    commit: tuple[str, list[types.Event]], fields: dict[str, Any], as_json: bool
+) -> None:
     place, events = commit
-    attempt(f"kv.f.{place}", mutated(events[0], **fields), None)
+    body = mutated(events[0], **fields)
+    if as_json:
+        body = msgspec.json.encode(codec.to_builtins(events[0]) | msgspec.to_builtins(fields))
+    attempt(f"kv.f.{place}", b"[" + body + b"]" if as_json else body, None)
+
+
+@settings(max_examples=300, deadline=None, print_blob=True)
+@given(
+    st.dictionaries(scalars | st.binary(max_size=4) | st.tuples(st.integers(0, 9)), plain, max_size=3),
+    st.binary(max_size=12),
+)
+def test_unknown_fields_whose_names_are_no_text(strange: dict[Any, Any], junk: bytes) -> None:
+    """MessagePack allows anything as a key; a known event in front of it makes sure that it is walked into."""
+    head = b"\x91\x85" + msgspec.msgpack.encode(codec.to_builtins(types.CacheCleared("n", 1)))[1:] + b"\xa6colour\x01"
+    attempt("kv.f.cache.n", head + msgspec.msgpack.encode(strange) + b"\x01", None)
+    attempt("kv.f.cache.n", head + junk, None)

@@ -87,10 +87,12 @@ def test_a_change_to_what_already_is_is_refused(two: Given) -> None:
         refused_without_a_trace(two, "no_change", lambda again=again: two.change(again, "a"))  # type: ignore[misc]
 
 
-def test_a_model_has_one_block_size(two: Given) -> None:
+def test_a_name_of_a_model_has_one_block_size(two: Given) -> None:
     other = registered("c", size=32)
     refused_without_a_trace(two, "block_size", lambda: two.put("node", "c", other))
-    assert two.put("node", "c", registered("c", models=["n", "m"], size=32)) is None
+    alias = registered("c", models=["n", "m"], size=32)
+    refused_without_a_trace(two, "block_size", lambda: two.put("node", "c", alias))
+    assert two.put("node", "c", registered("c", models=["n"], size=32)) is None
 
 
 def test_the_last_node_of_a_model_may_come_back_with_another_block_size(two: Given) -> None:

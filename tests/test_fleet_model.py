@@ -40,6 +40,7 @@ late = st.sampled_from([0, 0, 0, 0, 0, 1, 3])
 pauses = st.sampled_from([1, 1, 1, 1, 1, 0, -30, 200, 900])
 """Seconds to the next commit; a server's clock can go back."""
 retries = st.sampled_from([None, None, "next", "next", "same", "older"])
+models = st.sampled_from([["m", "alias"], ["m"], ["n"], ["n", "alias"]])
 rarely = st.sampled_from([False] * 7 + [True])
 modes = st.sampled_from(["managed", "reported"])
 
@@ -78,12 +79,12 @@ class FleetMachine(RuleBasedStateMachine):
         for name, mode in zip(NAMES, kinds, strict=True):
             self.put("node", name, [registered(name, mode=mode, capacity=capacity)])
 
-    @rule(name=names, model=st.sampled_from(["m", "m", "n"]), mode=modes, size=st.sampled_from([16] * 6 + [32]),
+    @rule(name=names, models=models, mode=modes, size=st.sampled_from([16] * 6 + [32]),
           capacity=st.integers(0, 9), speed=st.sampled_from([1, 1000]), based=st.none() | late)  # fmt: skip
     def register(
-        self, name: str, model: str, mode: Any, size: int, capacity: int, speed: int, based: int | None
+        self, name: str, models: list[str], mode: Any, size: int, capacity: int, speed: int, based: int | None
     ) -> None:
-        event = registered(name, models=[model, "alias"], mode=mode, size=size, capacity=capacity, speed=speed)
+        event = registered(name, models=models, mode=mode, size=size, capacity=capacity, speed=speed)
         self.put("node", name, [event], based=based)
 
     @rule(name=names, kind=st.sampled_from(KINDS), based=st.none() | late, retry=retries)

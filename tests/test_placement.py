@@ -54,8 +54,8 @@ class Given:
 
 
 def registration(node: str, capacity: int = 4, **fields: Any) -> RegisterRequest:
-    given_ = {"address": "x", "models": ["m"], "block_size": 16, "capacity_blocks": {"gpu": capacity}}
-    return RegisterRequest(node=node, **(given_ | {"cache_mode": "managed"} | fields))
+    usual: dict[str, Any] = {"address": "x", "models": ["m"], "block_size": 16, "capacity_blocks": {"gpu": capacity}}
+    return RegisterRequest(node=node, **(usual | {"cache_mode": "managed"} | fields))
 
 
 def evicted(proposal: Proposal) -> list[int]:

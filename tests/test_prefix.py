@@ -25,6 +25,9 @@ CHAINS = [
     [100 + (1 << 60), 101, 102 + (1 << 61), 103 + (1 << 63), 100 + (1 << 62), 105],
 ]
 LONG = [*range(1000, 1000 + 3 * SEGMENT_BLOCKS // 2)]
+# It leaves the first one in the middle of a segment, and comes back to it.
+FORKED = [*LONG[: SEGMENT_BLOCKS - 100], *range(5000, 5300), *LONG[-50:]]
+ALL = [*CHAINS, LONG, FORKED]
 
 pieces = st.builds(
     lambda chain, start, length: (chain, start % len(chain), length),
@@ -59,12 +62,32 @@ class IndexMachine(RuleBasedStateMachine):
         assert self.index.remove(slot, pack_hashes(run)) == len(set(run) & self.held[slot])
         self.held[slot] -= set(run)
 
-    @rule(slot=slots, start=st.integers(0, len(LONG)), length=st.integers(1, len(LONG)))
-    def store_long(self, slot: int, start: int, length: int) -> None:
-        run = LONG[start : start + length]
+    @rule(slot=slots, chain=st.sampled_from([LONG, FORKED]), start=st.integers(0, 767), length=st.integers(1, 768))
+    def store_long(self, slot: int, chain: list[int], start: int, length: int) -> None:
+        run = chain[start : start + length]
         if run:
-            assert self.index.store(slot, pack_hashes(run), start - 1 or None) == len(set(run) - self.held[slot])
+            before = chain[start - 1] if start else None
+            assert self.index.store(slot, pack_hashes(run), before) == len(set(run) - self.held[slot])
             self.held[slot] |= set(run)
+
+    @rule(
+        slot=slots, chain=st.sampled_from([LONG, FORKED]), start=st.integers(0, 767), step=st.sampled_from([1, 3, 90])
+    )
+    def remove_long(self, slot: int, chain: list[int], start: int, step: int) -> None:
+        run = chain[start::step][:200]
+        assert self.index.remove(slot, pack_hashes(run)) == len(set(run) & self.held[slot])
+        self.held[slot] -= set(run)
+
+    @rule(left=st.sampled_from(ALL), right=st.sampled_from(ALL), cut=st.integers(0, 12), start=st.integers(0, 12),
+          limit=st.none() | st.integers(0, 30))  # fmt: skip
+    def match_a_mixture(self, left: list[int], right: list[int], cut: int, start: int, limit: int | None) -> None:
+        """A request that goes from the middle of one run into the middle of another."""
+        chain = left[cut:][:cut] + right[start:]
+        packed, bounded = pack_hashes(chain), chain[:limit]
+        assert self.index.match(packed, limit) == [
+            next((at for at, block in enumerate(bounded) if block not in held), len(bounded)) for held in self.held
+        ]
+        assert self.index.knows(packed) == (bool(chain) and any(chain[0] in held for held in self.held))
 
     @rule(slot=slots)
     def clear(self, slot: int) -> None:
@@ -76,12 +99,14 @@ class IndexMachine(RuleBasedStateMachine):
         for slot, held in enumerate(self.held):
             assert set(self.index.held(slot)) == held
             assert self.index.count(slot) == len(held)
+            for block in (1, 3, 100, 104, 202, 111, 305, 1000, 1411, 1412, 1511, 1512, 5000, 9999):
+                assert self.index.holds(slot, block) == (block in held)
         assert len(self.index) == len(set().union(*self.held))
         assert self.index.memberships == sum(map(len, self.held))
 
     @invariant()
     def matches_the_same(self) -> None:
-        for chain in [*CHAINS, LONG]:
+        for chain in ALL:
             packed = pack_hashes(chain)
             for limit in (None, 3):
                 bounded = chain[:limit]
@@ -118,7 +143,7 @@ class IndexMachine(RuleBasedStateMachine):
 
 
 TestIndex = IndexMachine.TestCase
-TestIndex.settings = settings(max_examples=60, stateful_step_count=50, deadline=None, print_blob=True)
+TestIndex.settings = settings(max_examples=55, stateful_step_count=50, deadline=None, print_blob=True)
 
 
 def index_of(*runs: tuple[int, list[int]]) -> PrefixIndex:
@@ -175,3 +200,21 @@ def test_runs_of_any_size_make_one_segment_a_chain(size: int) -> None:
         index.store(0, pack_hashes(chain[at : at + size]), chain[at - 1] if at else None)
     assert len({id(segment) for segment in index._where.values()}) == 1
     assert index.match(pack_hashes(chain)) == [256]
+
+
+def test_a_slot_that_was_never_seen_holds_nothing() -> None:
+    index = index_of((0, [1, 2]))
+    assert (index.count(7), index.clear(7), index.remove(7, pack_hashes([1])), list(index.held(7))) == (0, 0, 0, [])
+    assert not index.holds(7, 1)
+    assert index.match(pack_hashes([1, 2])) == [2]
+
+
+def test_a_block_keeps_its_holders_when_its_neighbours_leave_everyone() -> None:
+    index = index_of((0, [*range(1, 10)]), (1, [*range(1, 10)]), (2, [4, 5, 6]))
+    for slot in (0, 1):
+        index.remove(slot, pack_hashes([5, 3, 1]))
+    index.clear(2)
+    assert sorted(index.held(0)) == sorted(index.held(1)) == [2, 4, 6, 7, 8, 9]
+    assert index.match(pack_hashes([6, 7, 8, 9, 10])) == [4, 4, 0]
+    assert index.match(pack_hashes([4, 5, 6])) == [1, 1, 0]
+    assert index.extent(0, pack_hashes([1, 2, 3, 4]), 1, 4) == 1

@@ -16,6 +16,7 @@ from uuid import uuid4
 
 import anyio
 from nats.errors import Error as NatsError
+from nats.js.errors import NotFoundError
 
 from events import codec
 from events.errors import CommitTooLarge, LogError, LogUnavailable, LostRace
@@ -34,6 +35,9 @@ RETRY_SECONDS = 0.05
 """First pause between tries; doubled up to a second."""
 HEADERS_BYTES = 512
 """Room for headers, kept free below the server's message limit."""
+
+LOOK_BACK = 1000
+"""Among how many later messages of the subject a retried commit is looked for."""
 
 _WRONG_LAST_SEQUENCE = {10071, 10164}
 
@@ -151,15 +155,24 @@ class Appender:
                 return sequence
 
     async def _publish(self, subject: str, body: bytes, headers: dict[str, str], *, retried: bool) -> int:
-        answer = json.loads((await self.client.request(subject, body, timeout=ACK_SECONDS, headers=headers)).data)
-        error = answer.get("error")
-        if error is None:
-            sequence: int = answer["seq"]
-            return sequence
+        reply = (await self.client.request(subject, body, timeout=ACK_SECONDS, headers=headers)).data
+        try:
+            answer = json.loads(reply)
+            error = answer.get("error")
+            if error is None:
+                if answer["stream"] != self._stream or type(answer["seq"]) is not int:
+                    raise ValueError(answer)  # noqa: TRY301
+                sequence: int = answer["seq"]
+                return sequence
+        except (ValueError, KeyError, AttributeError, RecursionError):
+            raise LogUnavailable(
+                f"something else than the log answered a commit on {subject}: {reply[:80]!r}"
+            ) from None
         if error.get("err_code") in _WRONG_LAST_SEQUENCE:
             if retried:
                 # With one replica the server looks at the expectation before the id: it may be our own first try.
-                stored = await self._stored(subject, headers["Nats-Msg-Id"])
+                expected = int(headers["Nats-Expected-Last-Subject-Sequence"])
+                stored = await self._stored(subject, headers["Nats-Msg-Id"], expected)
                 if stored is not None:
                     return stored
             raise LostRace(f"another writer changed {subject} first")
@@ -167,9 +180,16 @@ class Appender:
             raise LogUnavailable(error.get("description", "JetStream is not available"))
         raise LogError(f"the log refused a commit on {subject}: {error.get('description')} ({error.get('err_code')})")
 
-    async def _stored(self, subject: str, message_id: str) -> int | None:
-        """Sequence of the subject's last message if it has this id."""
-        last = await self.client.jetstream().get_last_msg(self._stream, subject)
-        if last.headers and last.headers.get("Nats-Msg-Id") == message_id:
-            return last.seq
+    async def _stored(self, subject: str, message_id: str, expected: int) -> int | None:
+        """Sequence of the message with this id among those that came on the subject after the one expected."""
+        js = self.client.jetstream()
+        after = expected
+        for _ in range(LOOK_BACK):
+            try:
+                message = await js.get_msg(self._stream, seq=after + 1, subject=subject, next=True)
+            except NotFoundError:
+                return None
+            if message.headers and message.headers.get("Nats-Msg-Id") == message_id:
+                return message.seq
+            after = message.seq or after + 1
         return None

@@ -26,6 +26,21 @@ LEAVE_SECONDS = 3.0
 _log = structlog.get_logger("kvplane.nats")
 
 
+def _survive_headers(client: Client, name: str) -> None:
+    """Make malformed headers harmless: the client's read loop would end on them, and `is_connected` stay true."""
+    parse = client._process_headers  # noqa: SLF001 - there is no other way in
+
+    async def process(headers: bytes) -> dict[str, str] | None:
+        try:
+            parsed: dict[str, str] | None = await parse(headers)
+        except Exception as error:  # noqa: BLE001 - whatever a stranger's bytes cause
+            _log.warning("malformed_headers", client=name, error=repr(error))
+            return None
+        return parsed
+
+    client._process_headers = process  # type: ignore[method-assign]  # noqa: SLF001
+
+
 @asynccontextmanager
 async def connected(
     servers: Sequence[str], name: str, *, connect_seconds: float = CONNECT_SECONDS
@@ -77,6 +92,7 @@ async def connected(
             f"KVPLANE_SERVER ({type(error).__name__})"
         ) from None
     client.options["max_reconnect_attempts"] = -1
+    _survive_headers(client, name)
     try:
         yield client
     finally:

@@ -183,8 +183,9 @@ class Follower:
             return
         self._heard = True
         headers = message.headers
-        if headers is not None and headers.get("Status") == "100":
-            await self._control(message, headers)
+        if not message.reply.startswith("$JS.ACK."):
+            # Told by the reply, not by the headers: those of a message on the log are its writer's.
+            await self._control(message, headers or {})
             return
         if self._stopped is not None or self._restart.is_set():
             return

@@ -15,6 +15,7 @@ from services.cli.common import COMMON, Common, run_until_signal, start
 from services.coordinator import Coordinator
 from services.errors import BadRequest
 from services.router import Router
+from services.routing.policies import allow
 from services.server import embedded_server
 from services.simnode import NodeConfig, run_nodes
 
@@ -74,9 +75,19 @@ async def _up(data: Path, host: str, port: int, simulate: int, bare: bool, commo
         await anyio.sleep_forever()
 
 
-def router(*, common: Common = COMMON) -> None:
-    """Run a router. Start as many as you like; they share the requests."""
+PolicyModules = Annotated[tuple[str, ...], Parameter(name="--policy-module", consume_multiple=True)]
+
+
+def router(*, policy_module: PolicyModules = (), common: Common = COMMON) -> None:
+    """Run a router. Start as many as you like; they share the requests.
+
+    Parameters
+    ----------
+    policy_module
+        Modules from which policies of the form module:attr may be taken.
+    """
     start(common)
+    allow(policy_module)
     run_until_signal(_run_router, common)
 
 
@@ -85,15 +96,18 @@ async def _run_router(common: Common) -> None:
         await Router(client, common.fleet).run()
 
 
-def coordinator(*, replicas: int = 1, common: Common = COMMON) -> None:
+def coordinator(*, replicas: int = 1, policy_module: PolicyModules = (), common: Common = COMMON) -> None:
     """Run a coordinator. Start as many as you like; there is no leader.
 
     Parameters
     ----------
     replicas
         Copies of the log, if this coordinator creates it: 1, or 3 on a cluster.
+    policy_module
+        Modules from which policies of the form module:attr may be taken.
     """
     start(common)
+    allow(policy_module)
     if replicas not in {1, 3, 5}:
         raise BadRequest(f"--replicas is {replicas}; it must be 1, 3 or 5")
     run_until_signal(_run_coordinator, replicas, common)

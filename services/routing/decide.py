@@ -126,6 +126,7 @@ class Chooser:
     def decide(self, query: Query, now: int) -> Decision:
         """Choose a node. Raises `UnknownModel`, `NoNode` or `Overloaded`."""
         roster = self.roster(query.model)
+        self._overlay.turn(now)
         if not roster.nodes:
             raise NoNode(
                 f"none of the {roster.serving} nodes of model {query.model[:80]!r} is available (lost or cordoned); "
@@ -136,11 +137,6 @@ class Chooser:
         request = Request(query.id, query.tokens, query.blocks, query.block_size)
         costs, name = self._costs(view, request)
         ranked = self._rank(roster, query, view, costs)
-        if math.isnan(costs[ranked[-1]]):
-            # NaN is sorted to the end.
-            self.policy_failures += 1
-            costs, name = view.active.copy(), "least_loaded"
-            ranked = self._rank(roster, query, view, costs)
         top = ranked[: FALLBACKS + 1]
         order, values, matches = top.tolist(), costs[top].tolist(), view.match[top].tolist()
         best = values[0]
@@ -191,9 +187,9 @@ class Chooser:
             if self._policy is None or self._policy[0] != name:
                 self._policy = (name, policy(name))
             costs = np.array(self._policy[1](view, request, dict(state.parameters)), dtype=np.float64)
-            if costs.shape != view.active.shape:
-                raise ValueError("one cost a candidate is needed")  # noqa: TRY301
-        except Exception:  # noqa: BLE001 - a policy may be anybody's code; routing goes on
+            if costs.shape != view.active.shape or not np.isfinite(costs).all():
+                raise ValueError("one finite cost a candidate is needed")  # noqa: TRY301
+        except (Exception, SystemExit):  # noqa: BLE001 - a policy may be anybody's code; routing goes on
             self.policy_failures += 1
             return view.active.copy(), "least_loaded"
         return costs, name
