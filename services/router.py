@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from services.routing.decide import Decision
 
 BUFFER_EVENTS = 100_000
-"""Decisions that may wait for the log; each holds its hashes, so this bounds memory to a few hundred megabytes."""
+"""Decisions that may wait for the log; `group.LIMIT_BYTES` bounds their size as well."""
 LINGER_SECONDS = 0.005
 HASHES_RECORDED = 65536
 """Longest request whose hashes are recorded, in blocks."""

@@ -10,15 +10,15 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from services.server import free_port
+from services.server import free_port, server_binary
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -214,3 +214,10 @@ def test_what_up_held_is_there_again_after_a_stop_and_after_a_kill(tmp_path: Pat
                 subprocess.run(["pkill", "-9", "-f", str(tmp_path)], check=False)
                 time.sleep(0.2)
     assert len(set(digests)) == 1
+
+
+def test_the_configuration_for_servers_of_ones_own_is_valid() -> None:
+    config = Path(__file__).resolve().parents[1] / "compose" / "nats-server.conf"
+    done = subprocess.run([server_binary(), "-t", "-c", str(config)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "sync_interval: always" in config.read_text()

@@ -298,3 +298,51 @@ async def test_a_log_that_was_replaced_while_followed_is_an_alarm(client: Client
             await client.jetstream().delete_stream("KV_default")
             await open_stream(client.jetstream(), "default", create=True)
     assert caught.group_contains(LogCorrupt, match="ends at 0, but 1 was applied")
+
+
+async def test_a_buffer_is_bounded_in_bytes_as_well(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("events.log.group.LIMIT_BYTES", 100_000)
+    writer = GroupWriter(await opened(client), CACHE)
+    for batch in range(10):
+        writer.put(removed(batch, 30_000))
+    assert (writer.waiting, writer.dropped) == (3, 7)
+    async with anyio.create_task_group() as group:
+        group.start_soon(writer.run)
+        await writer.flush()
+        writer.put(removed(10, 90_000))
+        await writer.flush()
+        group.cancel_scope.cancel()
+    assert (writer.acknowledged, writer.dropped) == (4, 7)
+
+
+async def test_an_answer_that_is_not_the_logs_is_no_acknowledgement(client: Client) -> None:
+    """Whoever listens on a subject of the log can answer its commits before the log does."""
+    appender = await opened(client)
+    answers = [
+        b"hello",
+        b"{}",
+        b"[]",
+        b'{"seq":1}',
+        b'{"stream":"KV_other","seq":1}',
+        b'{"stream":"KV_default","seq":"1"}',
+    ]
+
+    async def meddle(message: Msg) -> None:
+        if answers:
+            await client.publish(message.reply, answers.pop())
+
+    await client.subscribe(NODE, cb=meddle)
+    for number in range(len(answers)):
+        await appender.append(NODE, [cordoned(number)])
+    messages = await read(client)
+    reasons = [event.reason for m in messages for event in codec.decode("default", m).events]  # type: ignore[attr-defined]
+    assert reasons == [f"number {number}" for number in range(6)]
+
+
+async def test_a_retried_commit_is_found_behind_those_of_others(client: Client) -> None:
+    appender = await opened(client)
+    body = codec.encode([cordoned()])
+    headers = appender._headers(NODE, body) | {"Nats-Expected-Last-Subject-Sequence": "0"}
+    await appender._publish(NODE, body, headers, retried=False)
+    await Appender(client, "default", new_writer("other")).append(NODE, [cordoned(1)])
+    assert await appender._publish(NODE, body, headers, retried=True) == 1

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 ENOUGH_EVENTS = 256
 """So many waiting events are sent without lingering."""
+LIMIT_BYTES = 256 << 20
+"""So many bytes of events wait at the most, for each subject."""
 CLOSE_SECONDS = 3.0
 """How long a service that is stopped waits for the log to take what it still has."""
 
@@ -36,7 +38,7 @@ class GroupWriter:
     """Gathers events for one subject and appends them in groups, in the order in which they were given.
 
     A group is sent when the one before it is acknowledged and `linger` seconds have passed or enough events wait. At
-    most `limit` events wait; `put` drops the oldest beyond that and counts it, `send` waits for room instead.
+    most `limit` events and `LIMIT_BYTES` wait; `put` drops the oldest beyond that and counts it, `send` waits for room instead.
     """
 
     def __init__(self, appender: Appender, subject: str, *, linger: float = 0.002, limit: int = 100_000) -> None:
@@ -45,6 +47,7 @@ class GroupWriter:
         self._linger = linger
         self._limit = limit
         self._waiting: deque[bytes] = deque()
+        self._bytes = 0
         self._in_flight = 0
         self._wake = anyio.Event()
         self._enough = anyio.Event()
@@ -64,9 +67,11 @@ class GroupWriter:
 
     def put(self, event: Event) -> None:
         """Hand over an event without waiting."""
-        self._waiting.append(codec.encode_one(event))
-        if len(self._waiting) > self._limit:
-            self._waiting.popleft()
+        encoded = codec.encode_one(event)
+        self._waiting.append(encoded)
+        self._bytes += len(encoded)
+        while len(self._waiting) > self._limit or (self._bytes > LIMIT_BYTES and len(self._waiting) > 1):
+            self._bytes -= len(self._waiting.popleft())
             self.dropped += 1
         if not self._wake.is_set():
             self._wake.set()
@@ -75,7 +80,7 @@ class GroupWriter:
 
     async def send(self, event: Event) -> None:
         """Hand over an event; wait while too many are waiting."""
-        while len(self._waiting) >= self._limit:
+        while len(self._waiting) >= self._limit or self._bytes > LIMIT_BYTES // 2:
             await self._progress.wait()
         self.put(event)
 
@@ -113,12 +118,13 @@ class GroupWriter:
             if size > room:
                 if group:
                     break
-                waiting.popleft()
+                self._bytes -= len(waiting.popleft())
                 self.dropped += 1
                 _log.error("event_too_large", subject=self._subject, bytes=size)
                 room = self._appender.client.max_payload - HEADERS_BYTES - 8
                 continue
             room -= size
+            self._bytes -= size
             group.append(waiting.popleft())
         self._in_flight = len(group)
         return group
