@@ -59,11 +59,15 @@ class Replica:
             self._order.append(message.sequence)
             if len(self._order) > SKIPS_KNOWN:
                 del self._skips[self._order.popleft()]
-            level = _log.error if applied.skipped == "defect" else _log.warning
-            level(
-                "commit_skipped", sequence=message.sequence, subject=message.subject, reason=applied.skipped,
+            # Of the past the counts are enough.
+            say = _log.error if applied.skipped == "defect" else _log.warning if self.ready else _log.debug
+            say(
+                "commit_skipped",
+                sequence=message.sequence,
+                subject=message.subject,
+                reason=applied.skipped,
                 detail=applied.detail,
-            )  # fmt: skip
+            )
         if self._observe is not None:
             self._observe(message, applied)
         if self._waiting:
@@ -78,7 +82,7 @@ class Replica:
             # Millions of long-lived segments: keep the collector from walking them again and again.
             gc.collect()
             gc.freeze()
-            _log.info("replica_ready", fleet=self.state.fleet, sequence=self.state.sequence)
+            _log.info("replica_ready", fleet=self.state.fleet, sequence=self.state.sequence, skipped=self.state.skipped)
 
     async def reached(self, sequence: int, *, seconds: float = 10.0) -> None:
         """Wait until this sequence is applied. Raises `LogAway` after `seconds`."""

@@ -153,6 +153,7 @@ async def one_round(fleet: Fleet, client: Client, ledger: Ledger, seed: int) -> 
             await anyio.sleep(rng.choice((0, 0, 0.02)))
         await fleet.start_server()
         await start_services(fleet)
+        await fleet.coordinators(client, 1)
         await fleet.routers(client, 2)
         await anyio.sleep(rng.uniform(0.05, 0.2))
         stop.set()
