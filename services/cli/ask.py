@@ -259,7 +259,7 @@ def route(
     ]
     if answer.get("degraded"):
         rows.append(("degraded", "the log is away; this decision waits to be recorded"))
-    _grid(rows)
+    grid(rows)
 
 
 def _numbers(text: str | None) -> list[int] | None:
@@ -280,7 +280,8 @@ def _hashes(text: str | None) -> bytes | None:
         raise BadRequest(str(error)) from None
 
 
-def _grid(rows: Sequence[tuple[str, str]]) -> None:
+def grid(rows: Sequence[tuple[str, str]]) -> None:
+    """Print pairs of a name and a value."""
     grid = Table.grid(padding=(0, 2))
     for name, value in rows:
         grid.add_row(f"[bold]{name}[/]", value)
@@ -293,4 +294,4 @@ def _tell(answer: dict[str, Any], *, json: bool) -> None:
     elif answer.get("changed") is False:
         Console().print("nothing to change")
     else:
-        _grid([(key, str(value)) for key, value in answer.items() if key != "changed"])
+        grid([(key, str(value)) for key, value in answer.items() if key != "changed"])

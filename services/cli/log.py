@@ -18,7 +18,7 @@ from events.errors import BadCommit
 from events.log.connection import connected
 from events.log.follow import Follower, single
 from events.log.stream import open_stream
-from services.cli.ask import CONNECT_SECONDS, Json, _grid, show_json
+from services.cli.ask import CONNECT_SECONDS, Json, grid, show_json
 from services.cli.common import COMMON, Common, run_async, run_until_signal, start
 from services.replica import Replica
 
@@ -41,7 +41,7 @@ def state(*, json: Json = False, common: Common = COMMON) -> None:
     if json:
         show_json(summary)
         return
-    _grid([(key, escape(f"{value:,}" if isinstance(value, int) else str(value))) for key, value in summary.items()])
+    grid([(key, escape(f"{value:,}" if isinstance(value, int) else str(value))) for key, value in summary.items()])
 
 
 async def _rebuild(common: Common) -> dict[str, object]:
