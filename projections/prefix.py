@@ -168,10 +168,13 @@ class PrefixIndex:
         count = len(packed) >> 3
         added = 0
         at = 0
+        untried = not self._twins
         while at < count:
             found = self._find(packed[at << 3 : (at << 3) + 8])
             if found is None:
-                length = self._store_new(slot, packed, at)
+                # Mostly all that follows is new: a conversation that went on. Tried once, so that work stays linear.
+                length = (untried and self._store_tail(slot, packed[at << 3 :])) or self._store_new(slot, packed, at)
+                untried = False
                 added += length
             else:
                 segment, position = found
@@ -181,6 +184,22 @@ class PrefixIndex:
             at += length
         self._counts[slot] += added
         return added
+
+    def _store_tail(self, slot: int, packed: bytes) -> int:
+        """Add a run as a new segment if none of its keys is taken, all or nothing; only while there are no twins."""
+        where = self._where
+        segment = Segment(b"", 0, self._bits[slot])
+        before = len(where)
+        for _ in map(where.setdefault, keys_of(packed), repeat(segment)):
+            pass
+        fresh = len(where) - before
+        if fresh << 3 != len(packed):
+            for _ in range(fresh):
+                where.popitem()
+            return 0
+        segment.cut(packed)
+        self._held[slot].add(segment)
+        return fresh
 
     def _store_new(self, slot: int, packed: bytes, start: int) -> int:
         """Add the blocks from `start` on that are in no segment, as a new one; how many there are, at least one."""

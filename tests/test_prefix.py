@@ -117,8 +117,8 @@ class IndexMachine(RuleBasedStateMachine):
                 assert self.index.match(packed, limit) == expected
             if chain is LONG:
                 continue
-            assert [self.index.extent(slot, packed, 1, len(chain)) for slot in range(SLOTS)] == [
-                next((at for at, block in enumerate(chain[1:]) if block not in held), len(chain) - 1)
+            assert [self.index.extent(slot, packed, 1, len(chain[:40])) for slot in range(SLOTS)] == [
+                next((at for at, block in enumerate(chain[1:40]) if block not in held), len(chain[:40]) - 1)
                 for held in self.held
             ]
 
@@ -143,7 +143,7 @@ class IndexMachine(RuleBasedStateMachine):
 
 
 TestIndex = IndexMachine.TestCase
-TestIndex.settings = settings(max_examples=55, stateful_step_count=50, deadline=None, print_blob=True)
+TestIndex.settings = settings(max_examples=40, stateful_step_count=50, deadline=None, print_blob=True)
 
 
 def index_of(*runs: tuple[int, list[int]]) -> PrefixIndex:

@@ -7,6 +7,7 @@ hash of request and node. Only nodes that are available, serve the model and hav
 from __future__ import annotations
 
 import math
+from array import array
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from services.routing.overlay import Overlay
     from services.routing.policies import Column, Score
 
+SORTED_NODES = 64
+"""Up to so many candidates are simply sorted."""
 FALLBACKS = 3
 """How many further nodes a decision names, next best first."""
 
@@ -167,6 +170,11 @@ class Chooser:
         for excluded in query.exclude:
             if excluded in roster.position:
                 costs[roster.position[excluded]] = math.inf
+        if len(costs) > SORTED_NODES:
+            # Only the first few are needed. Selected by value, not by argpartition: its order differs between machines.
+            few = (costs <= np.partition(costs, FALLBACKS)[FALLBACKS]).nonzero()[0]
+            first: NDArray[np.intp] = few[costs[few].argsort(kind="stable")]
+            return first
         return costs.argsort(kind="stable")
 
     def _view(self, roster: Roster, query: Query, session: str, now: int) -> View:
@@ -223,7 +231,7 @@ class Chooser:
         if not blocks:
             return match, slow
         for _, index, having, slots in roster.indexes:
-            found = np.array(index.match(hashes, blocks))
+            found = np.frombuffer(array("q", index.match(hashes, blocks)), np.int64)
             if roster.aligned:
                 match = found
             else:
@@ -239,7 +247,7 @@ class Chooser:
             if predicted is None:
                 continue
             predicted.add_slot(len(self._state.load.active) - 1)
-            soon = np.array(predicted.match(hashes, blocks))
+            soon = np.frombuffer(array("q", predicted.match(hashes, blocks)), np.int64)
             if slow is None and roster.aligned:
                 match = np.maximum(match, soon)
                 continue
