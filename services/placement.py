@@ -163,8 +163,8 @@ def _best_fit(room: _Room) -> tuple[float, ...]:
 STRATEGIES: dict[str, Callable[[_Room], tuple[float, ...]]] = {"least_loaded": _least_loaded, "best_fit": _best_fit}
 
 
-def admit(state: FleetState, request: AdmitRequest) -> Proposal | None:
-    """Place blocks on a managed node, evicting the least recently used for them; none when all are there already.
+def admit(state: FleetState, request: AdmitRequest) -> Proposal:
+    """Place blocks on a managed node, evicting the least recently used for them; those that are there are used anew.
 
     A node with room goes before one that must evict. Raises `NoRoom` when eviction can't make room anywhere.
     """

@@ -78,6 +78,8 @@ class Roster:
         self.names = [node.name for node in self.nodes]
         self.ordinals = np.array([state.load.ordinal[node.name] for node in self.nodes], dtype=np.intp)
         self.speed = np.array(state.load.speed)[self.ordinals]
+        # Policies see this very array, decision after decision.
+        self.speed.setflags(write=False)
         self.position = {node.name: position for position, node in enumerate(self.nodes)}
         self.limits = np.array([node.registered.max_active or math.inf for node in self.nodes])
         self.limited = bool(np.isfinite(self.limits).any())
