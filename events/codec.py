@@ -176,16 +176,10 @@ def _from_json(body: bytes, form: Any) -> list[types.Event]:  # noqa: ANN401 - a
         if isinstance(event, dict):
             for field in _PACKED_FIELDS:
                 if isinstance(event.get(field), list):
-                    event[field] = pack_hashes(_json_hash(value) for value in event[field])
+                    event[field] = pack_hashes(parse_hash(value) for value in event[field])
             if event.get("parent") is not None:
-                event["parent"] = _json_hash(event["parent"])
+                event["parent"] = parse_hash(event["parent"])
     return _from_plain(raw, form)
-
-
-def _json_hash(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise BadHashes(f"a block hash is {type(value).__name__}; write it in decimal or as 0x and hex digits")
-    return parse_hash(value)
 
 
 def decode_body(room: Room, body: bytes) -> Sequence[types.Event]:

@@ -98,7 +98,7 @@ def unpack_hashes(packed: bytes) -> tuple[int, ...]:
     return struct.unpack(f"<{len(packed) // 8}Q", packed)
 
 
-def parse_hash(text: str | int) -> int:
+def parse_hash(text: object) -> int:
     """A hash written as a number, a decimal string or a hex string (with `0x`, or 16 digits). Raises `BadHashes`."""
     if isinstance(text, str):
         digits = text.strip().lower()
@@ -109,8 +109,10 @@ def parse_hash(text: str | int) -> int:
             value = int(digits, 16 if hexadecimal else 10)
         except ValueError:
             raise BadHashes(f"{text[:40]!r} is no block hash; write it in decimal or as 0x and hex digits") from None
-    else:
+    elif isinstance(text, int) and not isinstance(text, bool):
         value = text
+    else:
+        raise BadHashes(f"a block hash is {type(text).__name__}; write it in decimal or as 0x and hex digits")
     if not 0 <= value < 1 << 64:
         raise BadHashes("block hashes must be whole numbers from 0 to 18446744073709551615")
     return value

@@ -12,13 +12,15 @@ from msgspec import Meta, Struct
 
 EVENTS_LIMIT = 16384
 """Most events in one commit."""
+LENGTH_LIMIT = 1 << 31
+"""Longest request, in tokens or blocks."""
 HASHES_LIMIT = 1 << 18
 """Most block hashes in one event."""
 
 Name = Annotated[str, Meta(min_length=1, max_length=128)]
 Text = Annotated[str, Meta(max_length=512)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 53))]
-Length = Annotated[int, Meta(ge=0, le=(1 << 31))]
+Length = Annotated[int, Meta(ge=0, le=LENGTH_LIMIT)]
 """Length of one request, in tokens or blocks."""
 Hash = Annotated[int, Meta(ge=0)]
 Packed = Annotated[bytes, Meta(max_length=HASHES_LIMIT * 8)]

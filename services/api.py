@@ -148,10 +148,6 @@ class PolicyRequest(Struct, frozen=True, kw_only=True):
     parameters: dict[str, float] = {}
 
 
-class Nothing(Struct, frozen=True):
-    """A request without content."""
-
-
 class StatusRequest(Struct, frozen=True, kw_only=True):
     """Ask what a service is and knows; with `digest`, also the digest of its state (slow on large fleets)."""
 
@@ -210,7 +206,7 @@ def decode_request(body: bytes, form: type[T]) -> T:
             raw = msgspec.json.decode(body or b"{}")
             for field in _PACKED_FIELDS & raw.keys():
                 if isinstance(raw[field], list):
-                    raw[field] = pack_hashes(_hash(value) for value in raw[field])
+                    raw[field] = pack_hashes(parse_hash(value) for value in raw[field])
             request = msgspec.convert(raw, form, builtin_types=(bytes,))
     except msgspec.ValidationError as error:
         raise BadRequest(f"the request does not fit: {error}") from None
@@ -222,12 +218,6 @@ def decode_request(body: bytes, form: type[T]) -> T:
     if packed is not None and len(packed) % _HASH_BYTES:
         raise BadRequest(f"hashes has {len(packed)} bytes; 8 bytes a block are needed")
     return request
-
-
-def _hash(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise BadHashes(f"a block hash is {type(value).__name__}; write it in decimal or as 0x and hex digits")
-    return parse_hash(value)
 
 
 def encode_answer(answer: object, *, as_json: bool) -> bytes:

@@ -73,3 +73,4 @@ class Liveness:
         for known in (self.pulses, self._heard):
             for name in [name for name in known if name not in state.nodes]:
                 del known[name]
+        self._lost &= state.nodes.keys()

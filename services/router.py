@@ -42,7 +42,6 @@ BUFFER_EVENTS = 100_000
 LINGER_SECONDS = 0.005
 HASHES_RECORDED = 65536
 """Longest request whose hashes are recorded, in blocks."""
-TOKENS_LIMIT = 1 << 31
 TOKENIZER_LABEL = "tokenizer"
 
 _log = structlog.get_logger("kvplane.router")
@@ -166,8 +165,8 @@ class Router:
             except BadHashes as error:
                 raise BadRequest(str(error)) from None
             count, tokens = len(hashes) // _HASH_BYTES, len(ids or [])
-        if tokens > TOKENS_LIMIT:
-            raise BadRequest(f"the prompt has {tokens} tokens; the limit is {TOKENS_LIMIT}")
+        if tokens > types.LENGTH_LIMIT:
+            raise BadRequest(f"the prompt has {tokens} tokens; the limit is {types.LENGTH_LIMIT}")
         # The last token is always computed, so a match never covers the whole prompt.
         blocks = min(count, max(0, tokens - 1) // size)
         self._requests += 1

@@ -54,7 +54,6 @@ class Traffic:
         self.fleet = fleet
         self.model = model
         self.totals = Totals()
-        self.last_success = 0.0
 
     async def route(self, work: Work, **options: object) -> api.RouteAnswer:
         """Ask a router once."""
@@ -103,7 +102,6 @@ class Traffic:
         totals.prompt_tokens += work.tokens
         totals.cached_tokens += served.cached_tokens
         totals.predicted_tokens += answer.matched_tokens
-        self.last_success = time.monotonic()
 
     async def run(self, work: list[Work], *, concurrency: int, progress: Callable[[], None]) -> None:
         """Send all, in order, a bounded number at once. The turns of a session never overlap."""
