@@ -255,6 +255,7 @@ class FleetState:
             if kind is types.BlocksStored:
                 if event.hashes:  # type: ignore[attr-defined]
                     index.store(slot(node, event.tier), event.hashes, event.parent)  # type: ignore[attr-defined]
+                    self.load.stored(node.name, event.hashes[-8:], self.time)  # type: ignore[attr-defined]
             elif kind is types.BlocksRemoved:
                 index.remove(slot(node, event.tier), event.hashes)  # type: ignore[attr-defined]
             elif kind is types.CacheCleared:
@@ -285,6 +286,7 @@ class FleetState:
         index.remove(slot, event.evicted)
         if event.stored:
             index.store(slot, event.stored, event.parent)
+            self.load.stored(node.name, event.stored[-8:], self.time)
         node.changed = self.sequence
 
     def _assigned(self, event: types.SessionAssigned) -> None:
@@ -313,11 +315,11 @@ class FleetState:
             recency.use(event.hashes)
 
     def _completed(self, event: types.RequestCompleted) -> None:
-        if not self._over(event.request):
+        if not self._over(event.request, served=event.status == "ok"):
             self._ignore("unknown_request")
 
-    def _over(self, request: str) -> bool:
-        active = self.load.completed(request, self.time)
+    def _over(self, request: str, *, served: bool = False) -> bool:
+        active = self.load.completed(request, self.time, served=served)
         if active is None:
             return False
         recency = self.recency.get(active.node)

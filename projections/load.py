@@ -1,8 +1,13 @@
 """Load: the requests that run on each node, and the prefill work that is queued there.
 
 Known from the log alone: a request runs from its `RequestRouted` to its `RequestCompleted`, its node's loss, or, when
-nobody ever reports its end, for `ACTIVE_SECONDS` of log time. Queued prefill is a virtual clock a node: each routed
-request adds its uncached tokens divided by the node's prefill speed, starting now or when the queue before it is done.
+nobody ever reports its end, for `ACTIVE_SECONDS` of log time. Its uncached tokens are pending until the node says that it
+holds the prompt's last full block, or that a request which came later is computed: engines prefill in order of arrival.
+Each such word sets the node's queue right again (`prefill_done`) and measures how fast it really prefills (`pace`),
+decoding beside it included; between two words the queue drains at that pace.
+
+What was routed of late is summed over `WINDOW_SECONDS` in two halves, so that no clock and no power function is needed
+and every replica has the same numbers to the last bit.
 """
 
 from __future__ import annotations
@@ -23,6 +28,13 @@ PREFILL_LABEL = "prefill_tokens_per_s"
 PREFILL_SPEED = 8000.0
 """Prefill speed of a node that does not say, in tokens per second (an 8B model on one data-centre GPU)."""
 
+WINDOW_SECONDS = 120
+"""How long what was routed counts as recent, in seconds of log time; between this and half of it is looked at."""
+MEASURED_DECAY = 0.9
+"""Share of what was measured before that is kept at each new measurement of a node's pace."""
+TRUSTED_TOKENS = 20_000.0
+"""How many measured tokens weigh as much as the speed that a node says of itself."""
+
 _NS = 1_000_000_000
 
 
@@ -42,6 +54,7 @@ class Active(Struct, frozen=True):
     model: str
     tokens: int
     blocks: int
+    uncached: int
     time: int
     hashes: bytes
 
@@ -54,6 +67,23 @@ class NodeLoad(NamedTuple):
     blocks: int
     tokens: int
     prefill_done: float
+    pace: float
+    pending: int
+    recent: tuple[float, ...]
+
+
+class Prefills:
+    """The prompts of one node that are not known to be computed, oldest first."""
+
+    __slots__ = ("ends", "since", "waiting")
+
+    def __init__(self) -> None:
+        self.waiting: dict[str, int] = {}
+        """Uncached tokens of each request."""
+        self.ends: dict[bytes, str] = {}
+        """The request that computes a block which ends a prompt; the first one, when several do."""
+        self.since = 0.0
+        """Since when the node has been at the first of them, in unix seconds."""
 
 
 class Load:
@@ -69,10 +99,21 @@ class Load:
         self.blocks = array("q")
         self.tokens = array("q")
         self.prefill_done = array("d")
+        self.pace = array("d")
+        """Tokens per second that the node is measured to prefill."""
+        self.pending = array("q")
+        """Uncached tokens of prompts that are not known to be computed."""
+        self.measured = (array("d"), array("d"))
+        """Tokens and seconds that `pace` is made of."""
+        self.recent = Recent()
         self.running: dict[str, Active] = {}
         """Requests that run, oldest first."""
+        self.prefills: list[Prefills] = []
         self._free: list[int] = []
-        self._columns: tuple[array[Any], ...] = (self.speed, self.active, self.blocks, self.tokens, self.prefill_done)
+        self._columns: tuple[array[Any], ...] = (
+            self.speed, self.active, self.blocks, self.tokens, self.prefill_done, self.pace, self.pending,
+            *self.measured, *self.recent.columns,
+        )  # fmt: skip
 
     def add_node(self, node: str, speed: float) -> None:
         """Start counting for a node, from nothing."""
@@ -83,40 +124,100 @@ class Load:
             at = len(self.speed)
             for column in self._columns:
                 column.append(0)
+            self.prefills.append(Prefills())
         self.ordinal[node] = at
         for column in self._columns:
             column[at] = 0
-        self.speed[at] = speed
+        self.prefills[at] = Prefills()
+        self.speed[at] = self.pace[at] = speed
 
     def of(self, node: str) -> NodeLoad | None:
         """Load of a node that is known here."""
         at = self.ordinal.get(node)
         if at is None:
             return None
-        return NodeLoad(self.speed[at], int(self.active[at]), self.blocks[at], self.tokens[at], self.prefill_done[at])
+        return NodeLoad(
+            self.speed[at], int(self.active[at]), self.blocks[at], self.tokens[at], self.prefill_done[at], self.pace[at],
+            self.pending[at], tuple(column[at] for column in (*self.measured, *self.recent.columns)),
+        )  # fmt: skip
 
     def routed(self, event: RequestRouted, block_size: int, time: int) -> None:
         """A request goes to a node that is known here."""
         if event.request in self.running:
             self.completed(event.request, time)
-        self.running[event.request] = Active(event.node, event.model, event.tokens, event.blocks, time, event.hashes)
+        uncached = max(0, event.tokens - event.match * block_size)
+        self.running[event.request] = Active(
+            event.node, event.model, event.tokens, event.blocks, uncached, time, event.hashes
+        )
         at = self.ordinal[event.node]
         self.active[at] += 1
         self.blocks[at] += event.blocks
         self.tokens[at] += event.tokens
-        uncached = max(0, event.tokens - event.match * block_size)
-        self.prefill_done[at] = max(self.prefill_done[at], time / _NS) + uncached / self.speed[at]
+        self.pending[at] += uncached
+        now = time / _NS
+        prefills = self.prefills[at]
+        if not prefills.waiting:
+            prefills.since = now
+        prefills.waiting[event.request] = uncached
+        if event.hashes and event.match < event.blocks:
+            prefills.ends.setdefault(event.hashes[-8:], event.request)
+        self.prefill_done[at] = max(self.prefill_done[at], now) + uncached / self.pace[at]
+        self.recent.routed(at, event.tokens, uncached, time)
 
-    def completed(self, request: str, time: int) -> Active | None:
-        """A request is over; what it was, or none when it was not running."""
-        active = self.running.pop(request, None)
-        if active is not None:
-            at = self.ordinal[active.node]
-            self.active[at] -= 1
-            self.blocks[at] -= active.blocks
-            self.tokens[at] -= active.tokens
-            if not self.active[at]:
-                self.prefill_done[at] = min(self.prefill_done[at], time / _NS)
+    def stored(self, node: str, last: bytes, time: int) -> None:
+        """The node holds a block, of these 8 bytes, behind which a prompt may end."""
+        at = self.ordinal.get(node)
+        if at is not None:
+            request = self.prefills[at].ends.get(last)
+            if request is not None:
+                self._prefilled(at, request, time)
+
+    def _prefilled(self, at: int, request: str, time: int) -> None:
+        """A request's prompt is computed, and so are those that the node got before it."""
+        prefills = self.prefills[at]
+        computed = 0
+        for other in list(prefills.waiting):
+            computed += self._forget_prefill(at, other)
+            if other == request:
+                break
+        now = time / _NS
+        tokens, seconds = self.measured
+        if computed and now > prefills.since:
+            tokens[at] = tokens[at] * MEASURED_DECAY + computed
+            seconds[at] = seconds[at] * MEASURED_DECAY + (now - prefills.since)
+            trusted = TRUSTED_TOKENS / self.speed[at]
+            self.pace[at] = (tokens[at] + TRUSTED_TOKENS) / (seconds[at] + trusted)
+        prefills.since = now
+        self.prefill_done[at] = now + self.pending[at] / self.pace[at]
+
+    def _forget_prefill(self, at: int, request: str) -> int:
+        """A request's prompt is pending no longer; its uncached tokens."""
+        prefills = self.prefills[at]
+        uncached = prefills.waiting.pop(request, 0)
+        self.pending[at] -= uncached
+        hashes = self.running[request].hashes if request in self.running else b""
+        if prefills.ends.get(hashes[-8:]) == request:
+            del prefills.ends[hashes[-8:]]
+        return uncached
+
+    def completed(self, request: str, time: int, *, served: bool = False) -> Active | None:
+        """A request is over; what it was, or none when it was not running. `served` ones were surely computed."""
+        active = self.running.get(request)
+        if active is None:
+            return None
+        at = self.ordinal[active.node]
+        if request in self.prefills[at].waiting:
+            if served:
+                self._prefilled(at, request, time)
+            else:
+                uncached = self._forget_prefill(at, request)
+                self.prefill_done[at] -= uncached / self.pace[at]
+        del self.running[request]
+        self.active[at] -= 1
+        self.blocks[at] -= active.blocks
+        self.tokens[at] -= active.tokens
+        if not self.active[at]:
+            self.prefill_done[at] = min(self.prefill_done[at], time / _NS)
         return active
 
     def expired(self, time: int) -> list[str]:
@@ -137,3 +238,31 @@ class Load:
         self._free.append(at)
         for request in [request for request, active in self.running.items() if active.node == node]:
             del self.running[request]
+
+
+class Recent:
+    """What was routed to each node of late: requests, their tokens, and the uncached ones of those."""
+
+    def __init__(self) -> None:
+        self.columns = tuple(array("d") for _ in range(6))
+        """Requests, tokens and uncached tokens of this half of the window, and of the one before."""
+        self._turned = 0
+
+    def routed(self, at: int, tokens: int, uncached: int, time: int) -> None:
+        """A request goes to the node with this ordinal."""
+        half = WINDOW_SECONDS * _NS // 2
+        if time - self._turned >= half:
+            young, old = self.columns[:3], self.columns[3:]
+            # After a long pause the half that ends now is too old as well.
+            for new, past in zip(young, old, strict=True):
+                for index, value in enumerate(new):
+                    past[index] = value if time - self._turned < 2 * half else 0
+                    new[index] = 0
+            self._turned = time - time % half
+        for column, value in zip(self.columns, (1, tokens, uncached), strict=False):
+            column[at] += value
+
+    def seconds(self, time: int) -> float:
+        """How many seconds the columns speak of at this time."""
+        half = WINDOW_SECONDS // 2
+        return half + min(max((time - self._turned) / _NS, 0.0), half)

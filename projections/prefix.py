@@ -98,6 +98,10 @@ class PrefixIndex:
         """Blocks that the slot holds."""
         return self._counts[slot] if slot < len(self._counts) else 0
 
+    def counts(self) -> list[int]:
+        """Blocks that each slot holds, by slot."""
+        return self._counts
+
     def store(self, slot: int, packed: bytes, parent: int | None = None) -> int:
         """Add a run of blocks to a slot and return how many it did not hold before.
 

@@ -15,12 +15,16 @@ class Allocation(NamedTuple):
 
 
 class BlockCache:
-    """Blocks of one node, up to `capacity`."""
+    """Blocks of one node, up to `capacity`. A block is either used by requests that run, or idle and may be evicted."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.blocks: OrderedDict[int, int] = OrderedDict()
-        """Users of each block, least recently used first."""
+        self.blocks: dict[int, int] = {}
+        """Users of each block."""
+        self.private = 0
+        """Blocks in use that nobody else can find: of answers, and of the unfinished ends of prompts."""
+        self._idle: OrderedDict[int, None] = OrderedDict()
+        """Blocks without users, least recently used first."""
 
     def leading(self, hashes: tuple[int, ...]) -> int:
         """How many leading blocks are here."""
@@ -31,32 +35,31 @@ class BlockCache:
             count += 1
         return count
 
-    def start(self, hashes: tuple[int, ...]) -> Allocation | None:
+    def start(self, hashes: tuple[int, ...], private: int = 0) -> Allocation | None:
         """Take a request's blocks into use, evicting for those that are new; none when there is no room now."""
+        blocks, idle = self.blocks, self._idle
         cached = self.leading(hashes)
         # A later block may be here although one before it is not: it is used again, not stored twice.
-        stored = tuple(block for block in dict.fromkeys(hashes[cached:]) if block not in self.blocks)
-        need = len(self.blocks) + len(stored) - self.capacity
-        evicted: list[int] = []
-        if need > 0:
-            wanted = set(hashes)
-            for block, users in self.blocks.items():
-                if not users and block not in wanted:
-                    evicted.append(block)
-                    if len(evicted) == need:
-                        break
-            if len(evicted) < need:
-                return None
+        stored = tuple(block for block in dict.fromkeys(hashes[cached:]) if block not in blocks)
+        wanted = dict.fromkeys(hashes)
+        need = len(blocks) + len(stored) + self.private + private - self.capacity
+        if need > 0 and need > len(idle) - sum(block in idle for block in wanted):
+            return None
+        for block in wanted:
+            users = blocks.get(block, 0)
+            if not users:
+                idle.pop(block, None)
+            blocks[block] = users + 1
+        evicted = tuple(idle.popitem(last=False)[0] for _ in range(need))
         for block in evicted:
-            del self.blocks[block]
-        for block in stored:
-            self.blocks[block] = 0
-        for block in dict.fromkeys(hashes):
-            self.blocks[block] += 1
-        return Allocation(cached, stored, tuple(evicted))
+            del blocks[block]
+        self.private += private
+        return Allocation(cached, stored, evicted)
 
-    def finish(self, hashes: tuple[int, ...]) -> None:
+    def finish(self, hashes: tuple[int, ...], private: int = 0) -> None:
         """A request is over. Its deepest block becomes the least recently used of its chain."""
+        self.private -= private
         for block in dict.fromkeys(reversed(hashes)):
             self.blocks[block] -= 1
-            self.blocks.move_to_end(block)
+            if not self.blocks[block]:
+                self._idle[block] = None

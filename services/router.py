@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 BUFFER_EVENTS = 100_000
 """Decisions that may wait for the log; `group.LIMIT_BYTES` bounds their size as well."""
 LINGER_SECONDS = 0.005
-HASHES_RECORDED = 65536
-"""Longest request whose hashes are recorded, in blocks."""
 TOKENIZER_LABEL = "tokenizer"
 
 _log = structlog.get_logger("kvplane.router")
@@ -183,26 +181,10 @@ class Router:
         return list((request.prompt or "").encode())
 
     def _record(self, query: Query, decision: Decision, now: int, applied: int) -> None:
-        node = decision.node.name
-        blocks = len(query.hashes) // _HASH_BYTES
-        event = types.RequestRouted(
-            request=query.id, model=query.model, node=node, match=decision.match,
-            blocks=blocks, tokens=query.tokens, hashes=query.hashes if blocks <= HASHES_RECORDED else b"",
-            session=query.session,
-            policy=decision.policy, applied=applied, candidates=decision.candidates,
-        )  # fmt: skip
-        at = self.state.load.ordinal.get(node)
-        if at is not None:
-            # Otherwise the node was lost since the decision; the fold will ignore the event.
-            predict = "" if decision.node.managed else decision.node.model
-            self.overlay.decided(event, at, query.block_size, now, predict=predict)
-        self._access.put(event)
-        if decision.session in {"new", "moved"}:
-            self.overlay.sessions[query.model, query.session] = node
-            reason = f"from {decision.moved_from}" if decision.session == "moved" else "new"
-            self._session_writer(query.model).put(
-                types.SessionAssigned(session=query.session, model=query.model, node=node, reason=reason)
-            )
+        routed, assigned = self.chooser.settle(query, decision, now, applied)
+        self._access.put(routed)
+        if assigned is not None:
+            self._session_writer(query.model).put(assigned)
 
     def _session_writer(self, model: str) -> GroupWriter:
         writer = self._sessions.get(model)
@@ -226,38 +208,8 @@ class Router:
         return {"request": request.request, "degraded": self.degraded}
 
     def _observe(self, message: Message, applied: Applied) -> None:
-        """Bring the overlay in line with what is on the log now."""
-        if applied.commit is None:
-            return
-        place, overlay = applied.commit.place, self.overlay
-        if place.room == "access":
-            own = applied.commit.writer == self.writer
-            recent = own or message.time > time.time_ns() - 60 * 10**9
-            for event in applied.commit.events:
-                if type(event) is types.RequestRouted:
-                    if own:
-                        overlay.on_log(event.request)
-                    elif recent and event.hashes and event.node in self.state.load.ordinal:
-                        self._predict(event)
-        elif place.room == "session":
-            for event in applied.commit.events:
-                key = (event.model, event.session)  # type: ignore[attr-defined]
-                if overlay.sessions.get(key) == getattr(event, "node", None):
-                    overlay.sessions.pop(key, None)
-        elif place.room == "node":
-            if type(applied.commit.events[0]) in {types.NodeRegistered, types.NodeLost, types.NodeRemoved}:
-                overlay.node_changed(place.name)
-                for key in [key for key, node in overlay.sessions.items() if node == place.name]:
-                    del overlay.sessions[key]
-        elif place.room == "cache" and any(type(event) is types.CacheCleared for event in applied.commit.events):
-            overlay.node_changed(place.name)
-
-    def _predict(self, event: types.RequestRouted) -> None:
-        """Another router sent a request to a node that will report its blocks."""
-        node = self.state.nodes[event.node]
-        if not node.managed:
-            at = self.state.load.ordinal[event.node]
-            self.overlay.predict(node.model, event.node, at, event.hashes, time.time_ns())
+        if applied.commit is not None:
+            self.overlay.observe(applied.commit, message.time, self.state, self.writer, time.time_ns())
 
     def status(self, request: StatusRequest) -> dict[str, object]:
         """What this router is and knows."""

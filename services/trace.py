@@ -1,6 +1,6 @@
 """Traces of requests: JSON lines with `timestamp` (ms), `input_length`, `output_length` (tokens) and `hash_ids`.
 
-This is the format of the published Mooncake traces: `hash_ids` are chained, so an equal id means an equal block and an
+A line may also name a `session`. This is the format of the published Mooncake traces: `hash_ids` are chained, so an equal id means an equal block and an
 equal prefix, and they can be used as block hashes as they are.
 """
 
@@ -30,19 +30,29 @@ class TraceRequest(Struct, frozen=True):
     input_length: Annotated[int, Meta(ge=0)]
     output_length: Annotated[int, Meta(ge=0)]
     hash_ids: Annotated[list[Annotated[int, Meta(ge=0)]], Meta(max_length=1 << 18)]
+    session: Annotated[str, Meta(max_length=128)] = ""
 
 
 class Work(Struct, frozen=True):
-    """One request to be sent: packed block hashes, sizes in tokens, and the session it belongs to, if any."""
+    """One request to be sent: packed block hashes, sizes in tokens, its session, if any, and when, in seconds."""
 
     hashes: bytes
     tokens: int
     output_tokens: int
     session: str = ""
+    arrival: float = 0.0
+
+
+def work_of(request: TraceRequest, block_size: int) -> Work:
+    """A line of a trace as a request to be sent. Only full blocks have a hash. Raises `BadHashes`."""
+    full = request.hash_ids[: request.input_length // block_size]
+    return Work(
+        pack_hashes(full), request.input_length, request.output_length, request.session, request.timestamp / 1000
+    )
 
 
 def read_trace(path: Path, *, block_size: int = TRACE_BLOCK_SIZE, limit: int | None = None) -> list[Work]:
-    """Requests of a trace, in order. Only full blocks have a hash. Raises `BadTrace` with the line that is wrong."""
+    """Requests of a trace, in order. Raises `BadTrace` with the line that is wrong."""
     decoder = msgspec.json.Decoder(TraceRequest)
     found = []
     try:
@@ -52,8 +62,7 @@ def read_trace(path: Path, *, block_size: int = TRACE_BLOCK_SIZE, limit: int | N
                     continue
                 try:
                     request = decoder.decode(line)
-                    full = request.hash_ids[: request.input_length // block_size]
-                    found.append(Work(pack_hashes(full), request.input_length, request.output_length))
+                    found.append(work_of(request, block_size))
                 except (msgspec.DecodeError, BadHashes, UnicodeError, RecursionError) as error:
                     raise BadTrace(
                         f"{path.name}, line {number}: {error}; a line must be a JSON object with timestamp, input_length, "

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from events.hashing import derive_hash
-from events.types import Candidate
+from events.types import Candidate, RequestRouted, SessionAssigned
 from services.errors import NoNode, Overloaded, UnknownModel
-from services.routing.policies import Request, View, policy
+from services.routing.policies import policy
+from services.routing.view import Request, View
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,10 +25,13 @@ if TYPE_CHECKING:
     from projections.nodes import Node
     from projections.prefix import PrefixIndex
     from services.routing.overlay import Overlay
-    from services.routing.policies import Column, Score
+    from services.routing.policies import Policy
+    from services.routing.view import Column
 
 SORTED_NODES = 64
 """Up to so many candidates are simply sorted."""
+HASHES_RECORDED = 65536
+"""Longest request whose hashes are recorded, in blocks."""
 FALLBACKS = 3
 """How many further nodes a decision names, next best first."""
 
@@ -77,9 +81,9 @@ class Roster:
         self.serving = len(serving)
         self.names = [node.name for node in self.nodes]
         self.ordinals = np.array([state.load.ordinal[node.name] for node in self.nodes], dtype=np.intp)
-        self.speed = np.array(state.load.speed)[self.ordinals]
+        self.capacity = np.array([node.registered.capacity_blocks["gpu"] for node in self.nodes], dtype=np.float64)
         # Policies see this very array, decision after decision.
-        self.speed.setflags(write=False)
+        self.capacity.setflags(write=False)
         self.position = {node.name: position for position, node in enumerate(self.nodes)}
         self.limits = np.array([node.registered.max_active or math.inf for node in self.nodes])
         self.limited = bool(np.isfinite(self.limits).any())
@@ -115,7 +119,10 @@ class Chooser:
         self._state = state
         self._overlay = overlay
         self._rosters: dict[str, Roster] = {}
-        self._policy: tuple[str, Score] | None = None
+        self._policy: Policy | None = None
+        self._parameters: dict[str, float] = {}
+        self._made = ("", -1)
+        """Policy and changes of the fold for which these were made."""
         self.policy_failures = 0
         """Decisions for which the policy failed and the least loaded node was taken."""
 
@@ -164,6 +171,28 @@ class Chooser:
             outcome = "kept" if session == node.name else "moved" if session or former else "new"
         return Decision(node, kind, found, outcome, session or former, name, best, candidates)
 
+    def settle(
+        self, query: Query, decision: Decision, now: int, applied: int
+    ) -> tuple[RequestRouted, SessionAssigned | None]:
+        """Count a decision that was made at sequence `applied` in the overlay; what the log must be told of it."""
+        node = decision.node.name
+        blocks = len(query.hashes) >> 3
+        routed = RequestRouted(
+            request=query.id, model=query.model, node=node, match=decision.match, blocks=blocks, tokens=query.tokens,
+            hashes=query.hashes if blocks <= HASHES_RECORDED else b"", session=query.session, policy=decision.policy,
+            applied=applied, candidates=decision.candidates,
+        )  # fmt: skip
+        at = self._state.load.ordinal.get(node)
+        if at is not None:
+            # Otherwise the node was lost since the decision; the fold will ignore the event.
+            predict = "" if decision.node.managed else decision.node.model
+            self._overlay.decided(routed, at, query.block_size, now, predict=predict)
+        if decision.session not in {"new", "moved"}:
+            return routed, None
+        self._overlay.sessions[query.model, query.session] = node
+        reason = f"from {decision.moved_from}" if decision.session == "moved" else "new"
+        return routed, SessionAssigned(session=query.session, model=query.model, node=node, reason=reason)
+
     @staticmethod
     def _rank(roster: Roster, query: Query, view: View, costs: Column) -> NDArray[np.intp]:
         """Candidates by cost, after those that must not be chosen were given an infinite one."""
@@ -180,23 +209,19 @@ class Chooser:
         return costs.argsort(kind="stable")
 
     def _view(self, roster: Roster, query: Query, session: str, now: int) -> View:
-        load, overlay = self._state.load, self._overlay
         match, slow = self._matches(roster, query)
-        active = roster.pick(np.frombuffer(load.active))
-        queue = np.maximum(roster.pick(np.frombuffer(load.prefill_done)) - now * 1e-9, 0)
-        if overlay.pending:
-            overlay.fit(len(load.active))
-            active += roster.pick(np.frombuffer(overlay.active))
-            queue += roster.pick(np.frombuffer(overlay.tokens)) / roster.speed
-        return View(roster.names, match, slow, active, queue, roster.speed, roster.position.get(session, -1))
+        at = roster.position.get(session, -1) if session else -1
+        return View(roster, self._state, self._overlay, match, slow, at, now)
 
     def _costs(self, view: View, request: Request) -> tuple[Column, str]:
         state = self._state
         name = state.policy
         try:
-            if self._policy is None or self._policy[0] != name:
-                self._policy = (name, policy(name))
-            costs = np.array(self._policy[1](view, request, dict(state.parameters)), dtype=np.float64)
+            if self._policy is None or self._made != (name, state.changes):
+                self._policy = policy(name)
+                self._parameters = self._policy.complete(state.parameters)
+                self._made = (name, state.changes)
+            costs = np.array(self._policy.score(view, request, dict(self._parameters)), dtype=np.float64)
             if costs.shape != view.active.shape or not np.isfinite(costs).all():
                 raise ValueError("one finite cost a candidate is needed")  # noqa: TRY301
         except (Exception, SystemExit):  # noqa: BLE001 - a policy may be anybody's code; routing goes on

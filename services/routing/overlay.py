@@ -14,14 +14,19 @@ from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
+from events import types
 from projections.prefix import PrefixIndex
 
 if TYPE_CHECKING:
+    from events.codec import Commit
     from events.types import RequestRouted
+    from projections.fleet import FleetState
 
 PREDICTION_SECONDS = 15.0
 PENDING_SECONDS = 120.0
 """A decision that was not seen on the log for this long no longer counts as load."""
+RECENT_SECONDS = 60.0
+"""What another router decided longer ago than this predicts nothing any more."""
 
 _NS = 1_000_000_000
 
@@ -32,6 +37,7 @@ class Pending(Struct, frozen=True):
     node: str
     at: int
     tokens: int
+    blocks: int
     time: int
 
 
@@ -48,6 +54,8 @@ class Overlay:
         """Requests that are on their way to each node."""
         self.tokens = array("d")
         """Uncached tokens of those."""
+        self.blocks = array("d")
+        """Blocks of those."""
         self.sessions: dict[tuple[str, str], str] = {}
         """Assignments made here that are not on the log yet."""
         self._young: dict[str, PrefixIndex] = {}
@@ -61,6 +69,7 @@ class Overlay:
         if missing > 0:
             self.active.extend([0] * missing)
             self.tokens.extend([0] * missing)
+            self.blocks.extend([0] * missing)
 
     def decided(self, event: RequestRouted, at: int, block_size: int, now: int, *, predict: str = "") -> None:
         """A decision was made here, for the node with ordinal `at`; with `predict`, its blocks in this model's cache."""
@@ -69,9 +78,10 @@ class Overlay:
         self.on_log(event.request)
         self.fit(at + 1)
         tokens = max(0, event.tokens - event.match * block_size)
-        self.pending[event.request] = Pending(event.node, at, tokens, now)
+        self.pending[event.request] = Pending(event.node, at, tokens, event.blocks, now)
         self.active[at] += 1
         self.tokens[at] += tokens
+        self.blocks[at] += event.blocks
         if predict and event.match < event.blocks and event.hashes:
             self.predict(predict, event.node, at, event.hashes, now)
 
@@ -82,6 +92,7 @@ class Overlay:
             return False
         self.active[pending.at] -= 1
         self.tokens[pending.at] -= pending.tokens
+        self.blocks[pending.at] -= pending.blocks
         return True
 
     def predict(self, model: str, node: str, at: int, hashes: bytes, now: int) -> None:
@@ -116,6 +127,35 @@ class Overlay:
         before = now - int(PENDING_SECONDS * _NS)
         for request in [request for request, pending in self.pending.items() if pending.time < before]:
             self.on_log(request)
+
+    def observe(self, commit: Commit, time: int, state: FleetState, writer: str, now: int) -> None:
+        """Come in line with a commit of this log time that the fold has just applied; `writer` is this router's name."""
+        room = commit.place.room
+        if room == "access":
+            own = commit.writer == writer
+            recent = time > now - RECENT_SECONDS * _NS
+            for event in commit.events:
+                if type(event) is not types.RequestRouted:
+                    continue
+                if own:
+                    self.on_log(event.request)
+                elif recent and event.hashes and event.node in state.load.ordinal:
+                    # Another router sent a request to a node that will report its blocks.
+                    node = state.nodes[event.node]
+                    if not node.managed:
+                        self.predict(node.model, event.node, state.load.ordinal[event.node], event.hashes, now)
+        elif room == "session":
+            for event in commit.events:
+                key = (event.model, event.session)  # type: ignore[attr-defined]
+                if self.sessions.get(key) == getattr(event, "node", None):
+                    self.sessions.pop(key, None)
+        elif room == "node":
+            if type(commit.events[0]) in {types.NodeRegistered, types.NodeLost, types.NodeRemoved}:
+                self.node_changed(commit.place.name)
+                for key in [key for key, node in self.sessions.items() if node == commit.place.name]:
+                    del self.sessions[key]
+        elif room == "cache" and any(type(event) is types.CacheCleared for event in commit.events):
+            self.node_changed(commit.place.name)
 
     def node_changed(self, node: str) -> None:
         """The node is gone, or its cache is another one now: nothing is on its way to it, nothing predicted there."""

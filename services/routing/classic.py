@@ -1,0 +1,100 @@
+"""The policies that others use, to be chosen and to be compared with. `ttft` has kvplane's own."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from events.hashing import derive_hash
+from services.routing.parameters import Parameter
+from services.routing.view import Column, Request, View
+
+Parameters = dict[str, float]
+
+
+def round_robin(view: View, request: Request, parameters: Parameters) -> Column:  # noqa: ARG001
+    """Each node in turn, whatever it holds: by a hash of the request's id, so that replicas need no shared counter."""
+    count = len(view.names)
+    turn = derive_hash(request.id.encode()) % count
+    costs: Column = np.roll(np.arange(count), turn)
+    return costs
+
+
+def least_loaded(view: View, request: Request, parameters: Parameters) -> Column:  # noqa: ARG001
+    """The node on which the fewest requests run."""
+    return view.active
+
+
+def session(view: View, request: Request, parameters: Parameters) -> Column:  # noqa: ARG001
+    """The node of the request's session; the least loaded when it has none yet."""
+    costs = view.active.copy()
+    if view.session >= 0:
+        costs[view.session] = -1
+    return costs
+
+
+def cascade(view: View, request: Request, parameters: Parameters) -> Column:  # noqa: ARG001
+    """The classic order: the session's node, else the longest match, else the least loaded."""
+    costs: Column = view.active / (view.active.max() + 1) - view.match
+    if view.session >= 0:
+        costs[view.session] -= request.blocks + 1
+    return costs
+
+
+THRESHOLD = {
+    "imbalance": Parameter(32, "requests", "balance when the busiest node runs so many more than the idlest, and ..."),
+    "ratio": Parameter(1.1, "times", "... so many times as many"),
+    "least_match": Parameter(0.5, "share", "follow the best match when it is more than this share of the prompt", most=1),
+}
+
+
+def threshold(view: View, request: Request, parameters: Parameters) -> Column:
+    """The longest match while load is even and the match is long, else the least loaded.
+
+    As the cache-aware mode of the SGLang gateway, with its defaults.
+    """
+    active = view.active
+    least, most = active.min(), active.max()
+    if most - least > parameters["imbalance"] and most > parameters["ratio"] * least:
+        return active
+    matched = view.match.max() * request.block_size
+    if matched > parameters["least_match"] * request.tokens:
+        costs: Column = active / (most + 1) - view.match
+        return costs
+    return active
+
+
+BLOCKS = {"overlap_weight": Parameter(1, "times", "how much a block to prefill counts more than a block in use")}
+
+
+def blocks(view: View, request: Request, parameters: Parameters) -> Column:
+    """Blocks left to prefill, plus blocks in use by what runs: the default cost of Dynamo's KV-aware router."""
+    prefill = (view.pending + request.tokens) / request.block_size - view.match
+    costs: Column = parameters["overlap_weight"] * prefill + view.blocks
+    return costs
+
+
+E2 = {
+    "decode_seconds": Parameter(0.2, "s", "seconds of a node that the answer of one recent request counts for"),
+    "window": Parameter(120, "s", "how long recent load counts for"),
+}
+
+
+def e2(view: View, request: Request, parameters: Parameters) -> Column:
+    """Exploit or explore, as Preble does (Srivatsa et al., 2024, "Preble: Efficient Distributed Prompt Scheduling").
+
+    When more of the prompt is cached somewhere than is not, the least loaded of the nodes with that match; else the node
+    with the least sum of its recent work, of what an eviction for this prompt would cost, and of this prompt's own work.
+    """
+    match, size = view.match, request.block_size
+    speed = view.speed
+    work = parameters["window"] * (view.recent_uncached / speed + view.recent_requests * parameters["decode_seconds"])
+    longest = match.max()
+    if longest * size > request.tokens - longest * size:
+        costs: Column = work / (work.max() + 1) + (longest - match) * 2.0
+        return costs
+    missing = request.blocks - match
+    evicted = np.maximum(view.held + missing - view.capacity, 0)
+    reused = 1 - view.recent_uncached / np.maximum(view.recent_tokens, 1e-9)
+    lost = np.minimum(evicted, missing) * size * np.clip(reused, 0, 1)
+    explored: Column = work + (lost + request.tokens - match * size) / speed
+    return explored

@@ -1,0 +1,128 @@
+"""What a policy sees of the fleet: columns, one entry a candidate.
+
+A column is made when a policy asks for it, so that a policy pays for what it looks at. All of it comes from the fold and
+the router's overlay, and so from the log: any decision can be made again from there.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from projections.load import WINDOW_SECONDS
+
+if TYPE_CHECKING:
+    from projections.fleet import FleetState
+    from services.routing.decide import Roster
+    from services.routing.overlay import Overlay
+
+Column = NDArray[Any]
+
+
+class Request(NamedTuple):
+    """What a policy may know of a request. `blocks` is the most that a match could be."""
+
+    id: str
+    tokens: int
+    blocks: int
+    block_size: int
+
+
+class View:
+    """Candidates as columns: entry i of each is candidate i. A policy must not change them."""
+
+    __slots__ = ("_now", "_overlay", "_roster", "_state", "active", "match", "session", "slow")
+
+    def __init__(
+        self, roster: Roster, state: FleetState, overlay: Overlay, match: Column, slow: Column | None, session: int,
+        now: int,
+    ) -> None:  # fmt: skip
+        self._roster = roster
+        self._state = state
+        self._overlay = overlay
+        self._now = now
+        self.match = match
+        """Leading blocks of the request that the node holds or will hold, in any tier."""
+        self.slow = slow
+        """Of the match, blocks that lie in a slower tier than `gpu`; none when no candidate has any."""
+        self.session = session
+        """Candidate where the request's session belongs, -1 when there is none."""
+        self.active: Column = roster.pick(np.frombuffer(state.load.active))
+        """Requests that run, those on their way included."""
+        if overlay.pending:
+            overlay.fit(len(state.load.active))
+            self.active += roster.pick(np.frombuffer(overlay.active))
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the candidates."""
+        return self._roster.names
+
+    @property
+    def speed(self) -> Column:
+        """Tokens per second that the node is measured to prefill."""
+        return self._roster.pick(np.frombuffer(self._state.load.pace))
+
+    @property
+    def queue(self) -> Column:
+        """Seconds until the node has computed the prompts that it has, those on their way included."""
+        queue: Column = self._roster.pick(np.frombuffer(self._state.load.prefill_done))
+        queue -= self._now * 1e-9
+        np.maximum(queue, 0, queue)
+        if self._overlay.pending:
+            queue += self._roster.pick(np.frombuffer(self._overlay.tokens)) / self.speed
+        return queue
+
+    @property
+    def pending(self) -> Column:
+        """Uncached tokens of prompts that are not known to be computed."""
+        return self._with(np.frombuffer(self._state.load.pending, np.int64), self._overlay.tokens)
+
+    @property
+    def blocks(self) -> Column:
+        """Blocks of the requests that run."""
+        return self._with(np.frombuffer(self._state.load.blocks, np.int64), self._overlay.blocks)
+
+    @property
+    def capacity(self) -> Column:
+        """Blocks that the node's tier `gpu` can hold."""
+        return self._roster.capacity
+
+    @property
+    def held(self) -> Column:
+        """Blocks that the node's tier `gpu` holds."""
+        roster = self._roster
+        held = np.zeros(len(roster.nodes))
+        for _, index, having, slots in roster.indexes:
+            held[having] = np.array(index.counts())[slots]
+        return held
+
+    @property
+    def recent_requests(self) -> Column:
+        """Requests per second that were routed here in the last `WINDOW_SECONDS`."""
+        return self._recent(0)
+
+    @property
+    def recent_tokens(self) -> Column:
+        """Tokens of those, per second."""
+        return self._recent(1)
+
+    @property
+    def recent_uncached(self) -> Column:
+        """Uncached tokens of those, per second."""
+        return self._recent(2)
+
+    def _with(self, column: Column, own: Any) -> Column:  # noqa: ANN401 - an array of the overlay
+        found: Column = self._roster.pick(column).astype(np.float64)
+        if self._overlay.pending:
+            found += self._roster.pick(np.frombuffer(own))
+        return found
+
+    def _recent(self, which: int) -> Column:
+        columns = self._state.load.recent.columns
+        young, old = (self._roster.pick(np.frombuffer(columns[at])) for at in (which, which + 3))
+        seconds = self._state.load.recent.seconds(self._now)
+        rate: Column = (young + old) / seconds
+        return rate

@@ -1,0 +1,318 @@
+"""The loop that joins simulated nodes, the log and routers, in virtual time.
+
+Nothing here decides: requests go through the fold, the overlay and the policies that a router uses, and what nodes and
+routers say travels as encoded commits. A commit is visible to routers `delay` seconds after it was made. All routers
+see one log, so one fold serves them; each has an overlay of its own and is asked for its share of the requests.
+
+A node that fails takes its requests with it; their clients ask again at once, as they do when a connection breaks. The
+log says that the node is lost `detection` seconds later; until then a router may still name it, and the client excludes
+it and asks again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from heapq import heappop, heappush
+from typing import TYPE_CHECKING, Protocol
+
+from msgspec import Struct
+
+from events import types
+from events.codec import WRITER, Message, encode
+from events.hashing import derive_hash, pack_hashes, unpack_hashes
+from projections.fleet import FleetState
+from projections.load import PREFILL_LABEL
+from services.errors import ServiceFault
+from services.routing.decide import Chooser, Query
+from services.routing.overlay import Overlay
+from services.simulator.engine import Engine, Job
+from services.simulator.hardware import Hardware
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from events.codec import Commit
+    from services.routing.decide import Decision
+    from services.trace import Work
+
+FLEET = "sim"
+MODEL = "sim"
+START = 1_000_000
+"""Virtual time of the first moment, in unix seconds: before it nothing has happened."""
+_NS = 1_000_000_000
+
+
+class Change(Struct, frozen=True):
+    """A node fails or joins at a time, in seconds from the beginning."""
+
+    time: float
+    node: str
+    joins: bool
+
+
+class Settings(Struct, frozen=True, kw_only=True):
+    """One simulated fleet."""
+
+    nodes: int = 8
+    capacity: int = 10_000
+    """Blocks that each node can hold."""
+    block_size: int = 512
+    policy: str = "ttft"
+    parameters: dict[str, float] = {}
+    speed: float = 1.0
+    """How much faster than recorded the requests arrive."""
+    seed: int = 0
+    """Decides ties, and which router gets which request."""
+    delay: float = 0.002
+    """Seconds until what is committed is seen by routers."""
+    routers: int = 1
+    most_active: int = 0
+    """Most requests at once on a node; 0 is no limit."""
+    changes: tuple[Change, ...] = ()
+    detection: float = 3.0
+    """Seconds until a failed node is concluded to be lost."""
+    hardware: Hardware = Hardware()
+
+
+class Served(Struct, gc=False):
+    """One request as it went: node, times in seconds from the beginning, lengths and hits in tokens."""
+
+    node: int
+    arrival: float
+    first: float
+    end: float
+    tokens: int
+    cached: int
+    predicted: int
+    """Tokens that the router expected to be cached."""
+
+
+class Outcome(Struct):
+    """What a simulated fleet did. `names` are its nodes, `busy` their seconds of prefill."""
+
+    settings: Settings
+    names: list[str]
+    served: list[Served]
+    rejected: int
+    retried: int
+    busy: list[float]
+    policy_failures: int
+
+
+class Desk(Protocol):
+    """What stands for one router: a `Chooser` with its overlay, or a peer's selector."""
+
+    @property
+    def policy_failures(self) -> int:
+        """Decisions that fell back to least loaded."""
+
+    def decide(self, query: Query, now: int) -> Decision:
+        """Choose a node."""
+
+    def settle(
+        self, query: Query, decision: Decision, now: int, applied: int
+    ) -> tuple[types.RequestRouted, types.SessionAssigned | None]:
+        """Count the decision, and say what goes on the log."""
+
+    def observe(self, commit: Commit, time: int, now: int) -> None:
+        """The fold has applied a commit."""
+
+
+class Router(Chooser):
+    """A router without a network."""
+
+    def __init__(self, state: FleetState, name: str) -> None:
+        self._own = Overlay()
+        super().__init__(state, self._own)
+        self._seen = state
+        self._name = name
+
+    def observe(self, commit: Commit, time: int, now: int) -> None:
+        """The fold has applied a commit."""
+        self._own.observe(commit, time, self._seen, self._name, now)
+
+
+class World:
+    """One run."""
+
+    def __init__(
+        self, settings: Settings, work: Sequence[Work], desk: Callable[[FleetState, str], Desk] = Router
+    ) -> None:
+        self.settings = settings
+        self.state = FleetState(FLEET)
+        self._work = sorted(work, key=lambda request: request.arrival)
+        self._names: list[str] = []
+        self._engines: list[Engine] = []
+        self._alive: dict[str, int] = {}
+        self._epochs: list[int] = []
+        self._due: list[tuple[float, int]] = []
+        """Ends of steps, with the engine's number; stale when the engine's own `ends` differs."""
+        self._log: deque[tuple[float, str, types.Event, str]] = deque()
+        self._late: list[tuple[float, str, types.Event]] = []
+        self._sequence = 0
+        self._writers = [f"router-{number}" for number in range(settings.routers)]
+        self._headers = {name: {WRITER: name} for name in self._writers}
+        self._desks = [desk(self.state, name) for name in self._writers]
+        self._predicted: dict[str, int] = {}
+        self._queries: dict[str, tuple[Query, Desk]] = {}
+        self._served: list[Served] = []
+        self._batch = 0
+        self.rejected = 0
+        self.retried = 0
+        self._put(0.0, "control", types.PolicyChanged(settings.policy, settings.parameters))
+        for number in range(settings.nodes):
+            self._join(f"node-{number + 1}", 0.0)
+        self._see(settings.delay)
+
+    def run(self, progress: Callable[[int], None] = lambda _: None) -> Outcome:
+        """Serve all requests. `progress` is told how many have arrived, now and then."""
+        settings = self.settings
+        changes = deque(sorted(settings.changes, key=lambda change: change.time))
+        self._late.clear()
+        for number, request in enumerate(self._work):
+            now = settings.delay + request.arrival / settings.speed
+            while changes and changes[0].time <= now:
+                change = changes.popleft()
+                self._until(change.time)
+                self._change(change)
+            self._until(now)
+            self._arrive(number, request, now)
+            if not number % 256:
+                progress(number)
+        self._until(math.inf)
+        progress(len(self._work))
+        return Outcome(
+            settings, self._names, self._served, self.rejected, self.retried, [engine.busy for engine in self._engines],
+            sum(desk.policy_failures for desk in self._desks),
+        )  # fmt: skip
+
+    def _put(self, now: float, room: str, event: types.Event, writer: str = "") -> None:
+        self._log.append((now + self.settings.delay, f"kv.{FLEET}.{room}", event, writer))
+
+    def _see(self, now: float) -> None:
+        """Apply what has become visible."""
+        log = self._log
+        while (log and log[0][0] <= now) or (self._late and self._late[0][0] <= now):
+            if self._late and (not log or self._late[0][0] <= log[0][0]):
+                visible, subject, event = self._late.pop(0)
+                writer = ""
+            else:
+                visible, subject, event, writer = log.popleft()
+            self._sequence += 1
+            time = int((START + visible - self.settings.delay) * _NS)
+            headers = self._headers[writer] if writer else None
+            applied = self.state.apply(Message(self._sequence, subject, time, headers, encode([event])))
+            if applied.commit is None:
+                continue
+            for desk in self._desks:
+                desk.observe(applied.commit, time, int((START + visible) * _NS))
+
+    def _join(self, name: str, now: float) -> None:
+        settings = self.settings
+        self._alive[name] = len(self._engines)
+        self._names.append(name)
+        self._engines.append(Engine(settings.hardware, settings.capacity, settings.block_size))
+        # Its epoch is the sequence that the registration is going to have.
+        self._epochs.append(self._sequence + len(self._log) + len(self._late) + 1)
+        registered = types.NodeRegistered(
+            node=name, address=f"sim.{name}", models=[MODEL], block_size=settings.block_size,
+            capacity_blocks={"gpu": settings.capacity}, cache_mode="reported", engine="simulated",
+            max_active=settings.most_active, labels={PREFILL_LABEL: f"{settings.hardware.prefill_speed:.0f}"},
+        )  # fmt: skip
+        self._put(now, f"node.{name}", registered)
+
+    def _change(self, change: Change) -> None:
+        if change.joins:
+            self._join(change.node, change.time)
+            return
+        engine = self._alive.pop(change.node, None)
+        if engine is None:
+            return
+        jobs = sorted(self._engines[engine].jobs(), key=lambda job: job.arrival)
+        self._engines[engine].ends = math.inf
+        lost = types.NodeLost(change.node, "failed")
+        self._late.append((change.time + self.settings.detection, f"kv.{FLEET}.node.{change.node}", lost))
+        for job in jobs:
+            query, desk = self._queries[job.request]
+            self.retried += 1
+            query = query._replace(exclude=query.exclude | {change.node})
+            self._route(query, desk, job.hashes, job.output, job.arrival, change.time)
+
+    def _arrive(self, number: int, request: Work, now: float) -> None:
+        settings = self.settings
+        identity = f"{settings.seed}.{number}"
+        hashes = request.hashes
+        blocks = min(len(hashes) >> 3, max(0, request.tokens - 1) // settings.block_size)
+        query = Query(identity, MODEL, hashes, request.tokens, blocks, settings.block_size, request.session)
+        desk = self._desks[derive_hash(f"{identity} router".encode()) % len(self._desks)]
+        self._route(query, desk, unpack_hashes(hashes), request.output_tokens, now, now)
+
+    def _route(
+        self, query: Query, desk: Desk, hashes: tuple[int, ...], output: int, arrival: float, now: float
+    ) -> None:
+        self._see(now)
+        clock = int((START + now) * _NS)
+        while True:
+            try:
+                decision = desk.decide(query, clock)
+            except ServiceFault:
+                self.rejected += 1
+                return
+            name = decision.node.name
+            engine = self._alive.get(name)
+            if engine is not None:
+                break
+            query = query._replace(exclude=query.exclude | {name})
+        job = Job(query.id, hashes, query.tokens, output, arrival)
+        if not self._engines[engine].fits(job):
+            self.rejected += 1
+            return
+        writer = self._writers[self._desks.index(desk)]
+        routed, assigned = desk.settle(query, decision, clock, self.state.sequence)
+        self._put(now, f"access.{writer}", routed, writer)
+        if assigned is not None:
+            self._put(now, f"session.{MODEL}", assigned, writer)
+        self._queries[query.id] = query, desk
+        self._predicted[query.id] = decision.match * query.block_size
+        self._engines[engine].arrive(job, now)
+        heappush(self._due, (self._engines[engine].ends, engine))
+        if not self.settings.delay:
+            self._see(now)
+
+    def _until(self, time: float) -> None:
+        """Let engines run up to a time."""
+        due = self._due
+        while due and due[0][0] <= time:
+            ends, number = heappop(due)
+            engine = self._engines[number]
+            if engine.ends != ends:
+                continue
+            report = engine.run()
+            name, epoch = self._names[number], self._epochs[number]
+            if report.evicted:
+                self._batch += 1
+                removed = types.BlocksRemoved(name, epoch, self._batch, pack_hashes(report.evicted))
+                self._put(ends, f"cache.{name}", removed)
+            for job in report.prefilled:
+                if job.stored:
+                    self._batch += 1
+                    stored = types.BlocksStored(name, epoch, self._batch, pack_hashes(job.stored), job.parent)
+                    self._put(ends, f"cache.{name}", stored)
+            for job in report.finished:
+                self._finish(job, number, ends)
+            if engine.ends < math.inf:
+                heappush(due, (engine.ends, number))
+
+    def _finish(self, job: Job, number: int, now: float) -> None:
+        self._served.append(
+            Served(
+                number, job.arrival, job.first, now, job.tokens, job.cached, self._predicted.pop(job.request)
+            )
+        )  # fmt: skip
+        del self._queries[job.request]
+        completed = types.RequestCompleted(
+            request=job.request, node=self._names[number], prompt_tokens=job.tokens, cached_tokens=job.cached,
+            output_tokens=job.output, ttft=job.first - job.started, duration=now - job.started,
+        )  # fmt: skip
+        self._put(now, f"access.{self._names[number]}", completed)
