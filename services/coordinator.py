@@ -25,7 +25,7 @@ from services.errors import Conflict, LogAway, UnknownModel
 from services.liveness import Liveness
 from services.micro import Endpoint, serve
 from services.replica import Replica
-from services.routing.policies import policy
+from services.routing.policies import check
 
 if TYPE_CHECKING:
     from anyio.abc import TaskStatus
@@ -169,7 +169,7 @@ class Coordinator:
     async def set_policy(self, request: api.PolicyRequest) -> dict[str, object]:
         """Change the policy of all routers."""
         api.names((request.policy, "policy"))
-        policy(request.policy)
+        check(request.policy, request.parameters)
         _, sequence = await self.commit(lambda _, r: placement.set_policy(r), request, "policy")
         return {"policy": request.policy, "sequence": sequence}
 

@@ -116,6 +116,12 @@ class NoAnswer(ServiceFault):
     code = "no_answer"
 
 
+class NotServed(KvplaneError):
+    """A simulated fleet could serve no request at all."""
+
+    code = "not_served"
+
+
 class StepFailed(KvplaneError):
     """A step of the demonstration did not hold."""
 

@@ -44,6 +44,8 @@ TOKENIZER_LABEL = "tokenizer"
 
 _log = structlog.get_logger("kvplane.router")
 _HASH_BYTES = 8
+_WARN_NS = 60 * 10**9
+"""Between two warnings that the policy fails."""
 
 
 class Router:
@@ -63,6 +65,7 @@ class Router:
         self._access = self._writer(subject(fleet, "access", self.writer))
         self._sessions: dict[str, GroupWriter] = {}
         self._requests = 0
+        self._warned = 0
         self._unsettled: tuple[Query, Decision, int, int] | None = None
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
@@ -103,11 +106,18 @@ class Router:
         self.settle()
         now = time.time_ns()
         query = self._query(request)
+        failures = self.chooser.policy_failures
         try:
             decision = self.chooser.decide(query, now)
         except Exception:
             self.decisions["refused"] += 1
             raise
+        if self.chooser.policy_failures > failures and now - self._warned > _WARN_NS:
+            self._warned = now
+            _log.warning(
+                "policy_failed", policy=self.state.policy, error=self.chooser.last_failure,
+                failures=self.chooser.policy_failures, instead=decision.policy,
+            )  # fmt: skip
         if not request.dry_run:
             self.decisions[decision.kind] += 1
             self._unsettled = (query, decision, now, self.state.sequence)
@@ -220,6 +230,7 @@ class Router:
             "degraded": self.degraded,
             "decisions": self.decisions,
             "policy_failures": self.chooser.policy_failures,
+            "policy_failure": self.chooser.last_failure,
             "recorded": sum(writer.acknowledged for writer in self._writers),
             "waiting": sum(writer.waiting for writer in self._writers),
             "unrecorded": sum(writer.dropped for writer in self._writers),

@@ -1,7 +1,7 @@
 """Traces of requests: JSON lines with `timestamp` (ms), `input_length`, `output_length` (tokens) and `hash_ids`.
 
-A line may also name a `session`. This is the format of the published Mooncake traces: `hash_ids` are chained, so an equal id means an equal block and an
-equal prefix, and they can be used as block hashes as they are.
+A line may also name a `session`. This is the format of the published Mooncake traces: `hash_ids` are chained, so an
+equal id means an equal block and an equal prefix, and they can be used as block hashes as they are.
 """
 
 from __future__ import annotations

@@ -19,9 +19,12 @@ from services.errors import NoNode, Overloaded, ServiceFault, UnknownModel
 from services.routing import policies
 from services.routing.decide import Chooser, Decision, Query
 from services.routing.overlay import PREDICTION_SECONDS, Overlay
-from services.routing.policies import POLICIES, Parameters, Request, View
+from services.routing.policies import POLICIES, Policy
+from services.routing.view import Request, View
 
 policies.allow(["tests.test_decide"])
+
+Parameters = dict[str, float]
 
 NOW = 1_700_000_000 * 10**9
 CHAIN = [*range(1, 33)]
@@ -296,7 +299,7 @@ def test_a_policy_can_not_change_the_fold() -> None:
         view.active[:] = 0
         return view.active
 
-    policies.POLICIES["greedy"] = greedy
+    policies.POLICIES["greedy"] = Policy(greedy, None)
     try:
         given_.policy("greedy")
         given_.decide()
@@ -316,7 +319,7 @@ def test_a_policy_can_not_change_its_parameters_on_the_fold() -> None:
     def forgetful(view: View, _request: Request, parameters: Parameters) -> Any:
         return view.active * parameters.pop("weight", 1.0)
 
-    policies.POLICIES["forgetful"] = forgetful
+    policies.POLICIES["forgetful"] = Policy(forgetful, None)
     try:
         given_.policy("forgetful", weight=2.0)
         before = digest(given_.state)

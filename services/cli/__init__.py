@@ -9,7 +9,7 @@ from cyclopts import App, Parameter
 from cyclopts.config import Env
 
 from events.errors import KvplaneError
-from services.cli import ask, demo, log, run
+from services.cli import ask, demo, log, run, simulate
 from services.micro import package_version
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ app.command(ask.route)
 app.command(log.state)
 app.command(log.events)
 app.command(demo.demo)
+app.command(simulate.simulate)
+app.command(simulate.workload)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -17,6 +17,7 @@ from services import api
 from services.cli.common import COMMON, Common, run_async, start
 from services.client import ask
 from services.errors import BadRequest
+from services.routing.policies import POLICIES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -173,6 +174,37 @@ def remove(name: str, *, reason: str = "", json: Json = False, common: Common = 
     _tell(question(common, "coordinator.node.remove", api.NodeRequest(node=name, reason=reason)), json=json)
 
 
+@policy.command(name="list")
+def list_policies(*, json: Json = False) -> None:
+    """Show the built-in policies and their parameters.
+
+    Parameters
+    ----------
+    json
+        Print JSON.
+    """
+    if json:
+        show_json(
+            {
+                name: {
+                    "summary": known.summary,
+                    "parameters": {key: value._asdict() for key, value in (known.parameters or {}).items()},
+                }
+                for name, known in POLICIES.items()
+            }
+        )
+        return
+    table = Table(show_lines=True)
+    for column in ("policy", "what it does, and its parameters"):
+        table.add_column(column)
+    for name, known in POLICIES.items():
+        lines = [known.summary]
+        for key, value in (known.parameters or {}).items():
+            lines.append(f"[bold]{key}[/]={value.default:g} ({value.unit}): {value.meaning}")
+        table.add_row(name, "\n".join(lines))
+    Console().print(table)
+
+
 @policy.command(name="set")
 def set_policy(name: str, *parameter: str, json: Json = False, common: Common = COMMON) -> None:
     """Change the policy of all routers, from the same commit on.
@@ -180,7 +212,7 @@ def set_policy(name: str, *parameter: str, json: Json = False, common: Common = 
     Parameters
     ----------
     name
-        round_robin, least_loaded, cascade, ttft, or module:attr.
+        A policy that `kvplane policy list` shows, or module:attr.
     parameter
         Parameters as key=number, such as session_seconds=0.5.
     json

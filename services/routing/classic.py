@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from events.hashing import derive_hash
 from services.routing.parameters import Parameter
-from services.routing.view import Column, Request, View
+
+if TYPE_CHECKING:
+    from services.routing.view import Column, Request, View
 
 Parameters = dict[str, float]
 
@@ -43,7 +47,9 @@ def cascade(view: View, request: Request, parameters: Parameters) -> Column:  # 
 THRESHOLD = {
     "imbalance": Parameter(32, "requests", "balance when the busiest node runs so many more than the idlest, and ..."),
     "ratio": Parameter(1.1, "times", "... so many times as many"),
-    "least_match": Parameter(0.5, "share", "follow the best match when it is more than this share of the prompt", most=1),
+    "least_match": Parameter(
+        0.5, "share", "follow the best match when it is more than this share of the prompt", most=1
+    ),
 }
 
 

@@ -125,6 +125,8 @@ class Chooser:
         """Policy and changes of the fold for which these were made."""
         self.policy_failures = 0
         """Decisions for which the policy failed and the least loaded node was taken."""
+        self.last_failure = ""
+        """What the policy's last failure was."""
 
     def roster(self, model: str) -> Roster:
         """Candidates for a model. Raises `UnknownModel`."""
@@ -224,8 +226,9 @@ class Chooser:
             costs = np.array(self._policy.score(view, request, dict(self._parameters)), dtype=np.float64)
             if costs.shape != view.active.shape or not np.isfinite(costs).all():
                 raise ValueError("one finite cost a candidate is needed")  # noqa: TRY301
-        except (Exception, SystemExit):  # noqa: BLE001 - a policy may be anybody's code; routing goes on
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a policy may be anybody's code; routing goes on
             self.policy_failures += 1
+            self.last_failure = f"{type(error).__name__}: {error}"[:200]
             return view.active.copy(), "least_loaded"
         return costs, name
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from services.errors import BadRequest
 from services.routing import classic
-from services.routing.parameters import Parameter
 from services.routing.ttft import TTFT, ttft
 from services.routing.view import Column, Request, View
+
+if TYPE_CHECKING:
+    from services.routing.parameters import Parameter
 
 Score = Callable[[View, Request, dict[str, float]], "Column | Sequence[float]"]
 """A policy: one cost a candidate; less is better."""
@@ -27,6 +29,11 @@ class Policy(NamedTuple):
 
     score: Score
     parameters: Mapping[str, Parameter] | None
+
+    @property
+    def summary(self) -> str:
+        """The policy in a sentence."""
+        return (self.score.__doc__ or "").strip().partition("\n\n")[0].replace("\n    ", " ")
 
     def complete(self, given: Mapping[str, float]) -> dict[str, float]:
         """All parameters: those given, and the defaults of the others."""

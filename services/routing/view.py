@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from projections.load import WINDOW_SECONDS
-
 if TYPE_CHECKING:
     from projections.fleet import FleetState
     from services.routing.decide import Roster
@@ -70,7 +68,7 @@ class View:
         """Seconds until the node has computed the prompts that it has, those on their way included."""
         queue: Column = self._roster.pick(np.frombuffer(self._state.load.prefill_done))
         queue -= self._now * 1e-9
-        np.maximum(queue, 0, queue)
+        np.maximum(queue, 0, out=queue)
         if self._overlay.pending:
             queue += self._roster.pick(np.frombuffer(self._overlay.tokens)) / self.speed
         return queue

@@ -9,7 +9,7 @@ once and the keys and values of all contexts, and does 2 operations per paramete
 
 `bandwidth` and `operations` are the data sheet's, times an efficiency. Efficiencies and the two constants were fitted to
 what TensorRT-LLM's performance overview publishes for this model and GPU (`PUBLISHED`, release 1.0, table "Llama 3.3
-70B", column H100 TP2 FP8): output tokens per second under full load. `tests/test_engine.py` holds the model to it.
+70B", column B200 TP1 FP4): output tokens per second under full load. `tests/test_engine.py` holds the model to it.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from __future__ import annotations
 from msgspec import Struct
 
 PUBLISHED = {
-    (128, 128): 6_378, (128, 2048): 6_651, (128, 4096): 4_199, (500, 2000): 5_222, (1000, 1000): 4_205,
-    (1000, 2000): 4_146, (2048, 128): 762, (2048, 2048): 3_082, (5000, 500): 898, (20000, 2000): 437,
+    (128, 128): 11_147, (128, 2048): 9_922, (128, 4096): 6_831, (500, 2000): 7_762, (1000, 1000): 7_007,
+    (1000, 2000): 6_271, (2048, 128): 1_339, (2048, 2048): 4_783, (5000, 500): 1_459, (20000, 2000): 665,
 }  # fmt: skip
-"""Output tokens per second of Llama 3.3 70B (FP8) on two H100 SXM, by prompt and answer length in tokens."""
+"""Output tokens per second of Llama 3.3 70B (FP4) on one B200, by prompt and answer length in tokens."""
 
 
 class Hardware(Struct, frozen=True, kw_only=True):
-    """One model on one node. Defaults: Llama 3.3 70B in FP8 on two H100 SXM."""
+    """One model on one node. Defaults: Llama 3.3 70B in FP4 on one B200."""
 
-    name: str = "Llama 3.3 70B FP8, 2 x H100 SXM"
+    name: str = "Llama 3.3 70B FP4, B200"
     parameters: float = 70.6e9
-    weight_bytes: float = 70.6e9
+    weight_bytes: float = 40e9
     attention_operations: float = 4 * 80 * 8192
     """Operations per pair of tokens."""
     kv_bytes: float = 2 * 80 * 8 * 128
-    """Bytes of keys and values per token."""
-    operations: float = 2 * 1979e12 * 0.50
+    """Bytes of keys and values per token (FP8)."""
+    operations: float = 9e15 * 0.395
     """Operations per second that are reached."""
-    bandwidth: float = 2 * 3.35e12 * 0.635
+    bandwidth: float = 8e12 * 0.54
     """Bytes per second that are reached."""
-    fixed: float = 0.0012
+    fixed: float = 0.0011
     """Seconds of a step beside all work."""
-    per_request: float = 2.7e-6
+    per_request: float = 3e-6
     """Seconds that each decoding request adds to a step."""
     step_tokens: int = 8192
     """Most tokens in a step (vLLM: `max_num_batched_tokens`)."""

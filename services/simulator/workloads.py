@@ -51,20 +51,20 @@ class Kind(Struct, frozen=True, kw_only=True):
 
 KINDS = {
     "multi-turn": Kind(
-        summary="people who chat: a few system prompts, about 6 turns, half a minute between them",
-        rate=20, shared=8, shared_tokens=1200, question=250, answer=250, turns=6, pause=30,
+        summary="people who work on their texts: a few system prompts, about 6 turns, half a minute between them",
+        rate=40, shared=8, shared_tokens=2000, question=2000, answer=250, turns=6, pause=30,
     ),
     "shared-prefix": Kind(
         summary="questions about long documents, some of them popular",
-        rate=20, shared=200, shared_tokens=8000, question=150, answer=120, spread=0.5, sessions=False,
+        rate=50, shared=300, shared_tokens=8000, question=1500, answer=150, spread=0.6, sessions=False,
     ),
     "agent": Kind(
         summary="agents with tools: a long beginning, some 20 quick turns, some of which branch",
-        rate=20, shared=6, shared_tokens=6000, question=700, answer=80, turns=20, pause=3, fork=0.03,
+        rate=40, shared=6, shared_tokens=6000, question=700, answer=80, turns=20, pause=3, fork=0.03,
     ),
     "single-turn": Kind(
         summary="prompts that share nothing but a short system prompt",
-        rate=30, shared=4, shared_tokens=200, question=1500, answer=250, spread=0.9, sessions=False,
+        rate=40, shared=4, shared_tokens=200, question=2500, answer=250, spread=0.9, sessions=False,
     ),
 }  # fmt: skip
 
@@ -105,7 +105,7 @@ def generate(kind: str, requests: int, *, seed: int = 0, rate: float | None = No
     waiting: list[tuple[float, int, _Text]] = []
     names = count(1)
     begin = 0.0
-    made = []
+    made: list[TraceRequest] = []
     while len(made) < requests:
         while not waiting or begin <= waiting[0][0]:
             begin += rng.expovariate(started)

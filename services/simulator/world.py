@@ -115,6 +115,9 @@ class Desk(Protocol):
     ) -> tuple[types.RequestRouted, types.SessionAssigned | None]:
         """Count the decision, and say what goes on the log."""
 
+    def computed(self, request: str, now: int) -> None:
+        """The first token of a request came; what passes on its answer sees that at once."""
+
     def observe(self, commit: Commit, time: int, now: int) -> None:
         """The fold has applied a commit."""
 
@@ -127,6 +130,9 @@ class Router(Chooser):
         super().__init__(state, self._own)
         self._seen = state
         self._name = name
+
+    def computed(self, request: str, now: int) -> None:
+        """Nothing: this router passes on no answers, and hears of them from the log."""
 
     def observe(self, commit: Commit, time: int, now: int) -> None:
         """The fold has applied a commit."""
@@ -167,6 +173,16 @@ class World:
 
     def run(self, progress: Callable[[int], None] = lambda _: None) -> Outcome:
         """Serve all requests. `progress` is told how many have arrived, now and then."""
+        try:
+            return self._run(progress)
+        finally:
+            for desk in self._desks:
+                # A peer's selector holds threads and sockets.
+                close = getattr(desk, "close", None)
+                if close is not None:
+                    close()
+
+    def _run(self, progress: Callable[[int], None]) -> Outcome:
         settings = self.settings
         changes = deque(sorted(settings.changes, key=lambda change: change.time))
         self._late.clear()
@@ -290,15 +306,17 @@ class World:
                 continue
             report = engine.run()
             name, epoch = self._names[number], self._epochs[number]
-            if report.evicted:
-                self._batch += 1
-                removed = types.BlocksRemoved(name, epoch, self._batch, pack_hashes(report.evicted))
-                self._put(ends, f"cache.{name}", removed)
             for job in report.prefilled:
+                self._queries[job.request][1].computed(job.request, int((START + ends) * _NS))
                 if job.stored:
                     self._batch += 1
                     stored = types.BlocksStored(name, epoch, self._batch, pack_hashes(job.stored), job.parent)
                     self._put(ends, f"cache.{name}", stored)
+            # What is evicted makes room for what begins now: it may have been stored in this very step.
+            if report.evicted:
+                self._batch += 1
+                removed = types.BlocksRemoved(name, epoch, self._batch, pack_hashes(report.evicted))
+                self._put(ends, f"cache.{name}", removed)
             for job in report.finished:
                 self._finish(job, number, ends)
             if engine.ends < math.inf:

@@ -1,0 +1,126 @@
+"""Several runs side by side, in processes of their own, with progress."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
+
+from services.errors import BadRequest, NotServed
+from services.routing.policies import allow, check
+from services.simulator.peer import POLICY, PeerDesk
+from services.simulator.results import ideal_hit_rate, summarize
+from services.simulator.world import Router, World
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from services.simulator.results import Summary
+    from services.simulator.world import Outcome, Settings
+    from services.trace import Work
+
+POLL_SECONDS = 0.2
+"""How often progress is looked at."""
+
+
+class Choice(Struct, frozen=True):
+    """A policy with parameters, as it was written."""
+
+    text: str
+    policy: str
+    parameters: dict[str, float]
+
+
+def parse_choice(text: str) -> Choice:
+    """Read `policy`, `policy:name=value,name=value` or the same with `module:attr`. Raises `BadRequest`."""
+    policy, _, last = text.rpartition(":")
+    if "=" not in last:
+        policy, last = text, ""
+    parameters = {}
+    for pair in last.split(",") if last else ():
+        name, equals, value = pair.partition("=")
+        try:
+            if not equals:
+                raise ValueError(pair)  # noqa: TRY301
+            parameters[name] = float(value)
+        except ValueError:
+            raise BadRequest(f"{pair!r} in {text!r} is no parameter; write name=number") from None
+    if policy == POLICY:
+        return Choice(text, policy, parameters)
+    if ":" in policy:
+        # Whoever names a module on the command line means it to be imported.
+        if "" not in sys.path:
+            sys.path.insert(0, "")
+        allow([policy.partition(":")[0]])
+    check(policy, parameters)
+    return Choice(text, policy, parameters)
+
+
+def run(settings: Settings, work: Sequence[Work], progress: Callable[[int], None] = lambda _: None) -> Outcome:
+    """One run, by a policy of kvplane or by the peer's selector."""
+    desk = partial(PeerDesk, parameters=settings.parameters) if settings.policy == POLICY else Router
+    return World(settings, work, desk).run(progress)
+
+
+_shared: tuple[Sequence[Work], float, Any] | None = None
+
+
+def _begin(work: Sequence[Work], ideal: float, counts: Any) -> None:  # noqa: ANN401 - an array shared by processes
+    global _shared  # noqa: PLW0603 - what a worker process is given once
+    _shared = work, ideal, counts
+
+
+def _one(number: int, choice: Choice, settings: Settings, keep: bool) -> tuple[Summary, Outcome | None]:  # noqa: FBT001
+    if _shared is None:
+        raise RuntimeError("the process was not begun")
+    work, ideal, counts = _shared
+    if ":" in choice.policy:
+        parse_choice(choice.text)
+
+    def progress(done: int) -> None:
+        counts[number] = done
+
+    outcome = run(settings, work, progress)
+    if not outcome.served:
+        raise NotServed(f"with {choice.text}, none of {len(work)} requests could be served; is the capacity too small?")
+    return summarize(outcome, choice.text, ideal), outcome if keep else None
+
+
+def compare(
+    runs: Sequence[tuple[Choice, Settings]], work: Sequence[Work], *, processes: int, keep: bool = False,
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[tuple[Summary, Outcome | None]]:  # fmt: skip
+    """Make all runs over the same requests. `progress` is told the sum of requests that have arrived in them.
+
+    With `keep`, the outcomes are given as well. Results do not depend on the number of processes.
+    """
+    ideal = ideal_hit_rate(work, runs[0][1].block_size)
+    with pool(work, ideal, len(runs), processes) as (submit, counts):
+        jobs = [submit(_one, number, choice, settings, keep) for number, (choice, settings) in enumerate(runs)]
+        waiting = list(jobs)
+        while waiting:
+            for job in list(waiting):
+                try:
+                    job.result(timeout=POLL_SECONDS)
+                except TimeoutError:
+                    break
+                waiting.remove(job)
+            progress(sum(counts))
+        return [job.result() for job in jobs]
+
+
+@contextmanager
+def pool(work: Sequence[Work], ideal: float, runs: int, processes: int) -> Iterator[tuple[Callable[..., Any], Any]]:
+    """Worker processes that have the requests."""
+    context = multiprocessing.get_context("spawn")
+    counts = context.Array("q", runs)
+    executor = ProcessPoolExecutor(min(processes, runs), context, _begin, (work, ideal, counts))
+    try:
+        yield executor.submit, counts
+    finally:
+        executor.shutdown(cancel_futures=True)
