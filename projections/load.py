@@ -3,8 +3,10 @@
 Known from the log alone: a request runs from its `RequestRouted` to its `RequestCompleted`, its node's loss, or, when
 nobody ever reports its end, for `ACTIVE_SECONDS` of log time. Its uncached tokens are pending until the node says that it
 holds the prompt's last full block, or that a request which came later is computed: engines prefill in order of arrival.
-Each such word sets the node's queue right again (`prefill_done`) and measures how fast it really prefills (`pace`),
-decoding beside it included; between two words the queue drains at that pace.
+Each such word sets the node's queue right again (`prefill_done`) and measures how fast it really prefills, decoding
+beside it and long contexts included; between two words the queue drains at that pace. A single node's measurements are
+too noisy to send requests by: it is first of all taken to be as much slower than it says (`speed`) as all nodes are
+(`ratio`), and what it is beyond that (`pace`) is learned slowly.
 
 What was routed of late is summed over `WINDOW_SECONDS` in two halves, so that no clock and no power function is needed
 and every replica has the same numbers to the last bit.
@@ -30,10 +32,12 @@ PREFILL_SPEED = 8000.0
 
 WINDOW_SECONDS = 120
 """How long what was routed counts as recent, in seconds of log time; between this and half of it is looked at."""
-MEASURED_DECAY = 0.9
-"""Share of what was measured before that is kept at each new measurement of a node's pace."""
-TRUSTED_TOKENS = 20_000.0
-"""How many measured tokens weigh as much as the speed that a node says of itself."""
+MEASURED_DECAY = 0.99
+"""Share of what was measured before that is kept at each new measurement of a pace."""
+TRUSTED_SECONDS = 2.0
+"""How many measured seconds of prefill weigh as much as the speeds that nodes say of themselves."""
+TRUSTED_ALIKE_SECONDS = 100.0
+"""How many measured seconds of one node weigh as much as what was measured of all."""
 
 _NS = 1_000_000_000
 
@@ -100,11 +104,15 @@ class Load:
         self.tokens = array("q")
         self.prefill_done = array("d")
         self.pace = array("d")
-        """Tokens per second that the node is measured to prefill."""
+        """Tokens per second that the node is measured to prefill, beside what slows all nodes down."""
+        self.ratio = 1.0
+        """How fast nodes really are, of what they say."""
+        self.measured_all = (0.0, 0.0)
+        """Seconds of prefill that `ratio` is made of: as the nodes' speeds would have it, and as it was."""
         self.pending = array("q")
         """Uncached tokens of prompts that are not known to be computed."""
         self.measured = (array("d"), array("d"))
-        """Tokens and seconds that `pace` is made of."""
+        """The same for `pace`; here the first takes `ratio` into account."""
         self.recent = Recent()
         self.running: dict[str, Active] = {}
         """Requests that run, oldest first."""
@@ -161,7 +169,7 @@ class Load:
         prefills.waiting[event.request] = uncached
         if event.hashes and event.match < event.blocks:
             prefills.ends.setdefault(event.hashes[-8:], event.request)
-        self.prefill_done[at] = max(self.prefill_done[at], now) + uncached / self.pace[at]
+        self.prefill_done[at] = max(self.prefill_done[at], now) + uncached / (self.pace[at] * self.ratio)
         self.recent.routed(at, event.tokens, uncached, time)
 
     def stored(self, node: str, last: bytes, time: int) -> None:
@@ -181,14 +189,24 @@ class Load:
             if other == request:
                 break
         now = time / _NS
-        tokens, seconds = self.measured
         if computed and now > prefills.since:
-            tokens[at] = tokens[at] * MEASURED_DECAY + computed
-            seconds[at] = seconds[at] * MEASURED_DECAY + (now - prefills.since)
-            trusted = TRUSTED_TOKENS / self.speed[at]
-            self.pace[at] = (tokens[at] + TRUSTED_TOKENS) / (seconds[at] + trusted)
+            self._measured(at, computed / self.speed[at], now - prefills.since)
         prefills.since = now
-        self.prefill_done[at] = now + self.pending[at] / self.pace[at]
+        self.prefill_done[at] = now + self.pending[at] / (self.pace[at] * self.ratio)
+
+    def _measured(self, at: int, said: float, took: float) -> None:
+        """Prefill of a node that by its speed takes `said` seconds took that many."""
+        all_said, all_took = self.measured_all
+        all_said = all_said * MEASURED_DECAY + said
+        all_took = all_took * MEASURED_DECAY + took
+        self.measured_all = (all_said, all_took)
+        self.ratio = (all_said + TRUSTED_SECONDS) / (all_took + TRUSTED_SECONDS)
+        expected, actual = self.measured
+        expected[at] = expected[at] * MEASURED_DECAY + said / self.ratio
+        actual[at] = actual[at] * MEASURED_DECAY + took
+        self.pace[at] = (
+            self.speed[at] * (expected[at] + TRUSTED_ALIKE_SECONDS) / (actual[at] + TRUSTED_ALIKE_SECONDS)
+        )
 
     def _forget_prefill(self, at: int, request: str) -> int:
         """A request's prompt is pending no longer; its uncached tokens."""
@@ -211,7 +229,7 @@ class Load:
                 self._prefilled(at, request, time)
             else:
                 uncached = self._forget_prefill(at, request)
-                self.prefill_done[at] -= uncached / self.pace[at]
+                self.prefill_done[at] -= uncached / (self.pace[at] * self.ratio)
         del self.running[request]
         self.active[at] -= 1
         self.blocks[at] -= active.blocks
@@ -246,6 +264,9 @@ class Recent:
     def __init__(self) -> None:
         self.columns = tuple(array("d") for _ in range(6))
         """Requests, tokens and uncached tokens of this half of the window, and of the one before."""
+        self.total = 0.0
+        """Requests in all, nodes that are gone included."""
+        self._half = 0.0
         self._turned = 0
 
     def routed(self, at: int, tokens: int, uncached: int, time: int) -> None:
@@ -258,7 +279,11 @@ class Recent:
                 for index, value in enumerate(new):
                     past[index] = value if time - self._turned < 2 * half else 0
                     new[index] = 0
+            self.total = self._half if time - self._turned < 2 * half else 0.0
+            self._half = 0.0
             self._turned = time - time % half
+        self.total += 1
+        self._half += 1
         for column, value in zip(self.columns, (1, tokens, uncached), strict=False):
             column[at] += value
 

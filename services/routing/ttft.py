@@ -1,4 +1,21 @@
-"""kvplane's own policy."""
+"""kvplane's own policy: least expected time to first token, of this request and of those that come after it.
+
+    cost = queue + weight * own + load_seconds * load + decode_seconds * active - session_seconds (where the session is)
+
+`own` is the time that the node needs for the uncached part of the prompt, `queue` the time until it gets there; both go by
+what the log says of nodes: what they have computed, and how fast (`projections.load`). The other terms are about others:
+
+- A second of prefill here makes everybody wait who comes before the queues are empty again: about as many requests as
+  arrive at a node while its queue drains. So `weight = uncached_weight + crowd_weight * queue * arrivals`, both averaged
+  over nodes. An idle fleet spreads, a crowded one keeps to what is cached.
+- `load` is the share of its time that a node was given prefill for of late. It tells apart nodes that are idle at the
+  moment, it keeps requests from running together to where it just became empty, and since new blocks push out old ones,
+  it is also how fast a full cache forgets.
+- Requests that decode slow a prefill down and hold blocks.
+
+All terms are seconds, so each parameter can be set without knowing the others. Defaults were chosen on generated
+workloads and a conversation trace, at light load, at the knee and beyond it; see docs/policies.md.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +27,26 @@ if TYPE_CHECKING:
     from services.routing.view import Column, Request, View
 
 TTFT = {
-    "uncached_weight": Parameter(1.5, "times", "how much a second of own prefill counts more than one of waiting"),
-    "session_seconds": Parameter(0.5, "s", "how much sooner another node must be before a session moves"),
-    "decode_seconds": Parameter(0.002, "s", "how much each running request slows a prefill down"),
-    "slow_share": Parameter(0.15, "share", "time to load a token from a slower tier, of the time to compute it"),
+    "uncached_weight": Parameter(0.8, "s/s", "how much a second of own prefill counts when nobody waits"),
+    "crowd_weight": Parameter(2.0, "s/s", "how much more it counts for each request that arrives while queues drain"),
+    "load_seconds": Parameter(3.0, "s", "how much a node counts that was given prefill for all of its time of late"),
+    "decode_seconds": Parameter(0.01, "s", "how much each running request counts"),
+    "session_seconds": Parameter(0.1, "s", "how much sooner another node must be before a session moves"),
+    "slow_share": Parameter(0.15, "share", "time to load a token from a slower tier, of the time to compute it", most=1),
 }
 
 
 def ttft(view: View, request: Request, parameters: dict[str, float]) -> Column:
-    """Least expected time to first token, in seconds."""
+    """The least expected time to first token, of this request and of those that come after it."""
     uncached = request.tokens - view.match * request.block_size
     if view.slow is not None:
         uncached = uncached + view.slow * (request.block_size * parameters["slow_share"])
-    costs: Column = (
-        uncached * parameters["uncached_weight"] / view.speed + view.queue + view.active * parameters["decode_seconds"]
-    )
+    speed, queue = view.speed, view.queue
+    crowd = queue.sum() / len(queue) * view.arrivals
+    weight = parameters["uncached_weight"] + parameters["crowd_weight"] * crowd
+    costs: Column = (uncached * weight + view.recent_uncached * parameters["load_seconds"]) / speed
+    costs += queue
+    costs += view.active * parameters["decode_seconds"]
     if view.session >= 0:
         costs[view.session] -= parameters["session_seconds"]
     return costs

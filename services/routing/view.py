@@ -61,7 +61,9 @@ class View:
     @property
     def speed(self) -> Column:
         """Tokens per second that the node is measured to prefill."""
-        return self._roster.pick(np.frombuffer(self._state.load.pace))
+        speed: Column = self._roster.pick(np.frombuffer(self._state.load.pace))
+        speed *= self._state.load.ratio
+        return speed
 
     @property
     def queue(self) -> Column:
@@ -98,8 +100,14 @@ class View:
         return held
 
     @property
+    def arrivals(self) -> float:
+        """Requests per second and node that were routed of late, in the whole fleet."""
+        load = self._state.load
+        return load.recent.total / load.recent.seconds(self._now) / max(1, len(load.ordinal))
+
+    @property
     def recent_requests(self) -> Column:
-        """Requests per second that were routed here in the last `WINDOW_SECONDS`."""
+        """Requests per second that were routed here of late (`projections.load.WINDOW_SECONDS`)."""
         return self._recent(0)
 
     @property
@@ -119,8 +127,8 @@ class View:
         return found
 
     def _recent(self, which: int) -> Column:
-        columns = self._state.load.recent.columns
-        young, old = (self._roster.pick(np.frombuffer(columns[at])) for at in (which, which + 3))
-        seconds = self._state.load.recent.seconds(self._now)
-        rate: Column = (young + old) / seconds
+        recent = self._state.load.recent
+        rate: Column = self._roster.pick(np.frombuffer(recent.columns[which]))
+        rate += self._roster.pick(np.frombuffer(recent.columns[which + 3]))
+        rate /= recent.seconds(self._now)
         return rate
