@@ -42,9 +42,12 @@ def digest(state: FleetState) -> str:
                 add(tier)
                 hasher.update(pack_hashes(sorted(index.held(slot))))
     add([(key, session) for key, session in state.sessions.items()])
-    add([(request, active) for request, active in state.load.running.items()])
-    for name in sorted(state.load.ordinal):
-        add([name, state.load.of(name)])
+    load = state.load
+    add([(request, active) for request, active in load.running.items()])
+    add([load.ratio, load.all_said, load.all_took, load.routed_recently, load.routed_half, load.turned])
+    for name in sorted(load.ordinal):
+        prefills = load.prefills[load.ordinal[name]]
+        add([name, load.of(name), prefills.since, list(prefills.waiting.items()), sorted(prefills.ends.items())])
     for name, recency in sorted(state.recency.items()):
         add(name)
         hasher.update(pack_hashes(recency.order))

@@ -15,7 +15,7 @@ and every replica has the same numbers to the last bit.
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from msgspec import Struct
 
@@ -64,16 +64,26 @@ class Active(Struct, frozen=True):
 
 
 class NodeLoad(NamedTuple):
-    """Load of one node: requests, blocks and tokens that run there; when its queued prefill is done (unix seconds)."""
+    """Load of one node, as in the columns of `Load`. `prefill_done` is when its queued prefill is done, in unix seconds."""
 
     speed: float
-    active: int
+    active: float
     blocks: int
     tokens: int
     prefill_done: float
     pace: float
     pending: int
-    recent: tuple[float, ...]
+    said: float
+    took: float
+    recent_requests: float
+    recent_tokens: float
+    recent_uncached: float
+    half_requests: float
+    half_tokens: float
+    half_uncached: float
+
+
+COLUMNS = NodeLoad._fields
 
 
 class Prefills:
@@ -99,44 +109,54 @@ class Load:
     def __init__(self) -> None:
         self.ordinal: dict[str, int] = {}
         self.speed = array("d")
+        """Tokens per second that the node says it prefills."""
         self.active = array("d")
         self.blocks = array("q")
         self.tokens = array("q")
         self.prefill_done = array("d")
         self.pace = array("d")
         """Tokens per second that the node is measured to prefill, beside what slows all nodes down."""
-        self.ratio = 1.0
-        """How fast nodes really are, of what they say."""
-        self.measured_all = (0.0, 0.0)
-        """Seconds of prefill that `ratio` is made of: as the nodes' speeds would have it, and as it was."""
         self.pending = array("q")
         """Uncached tokens of prompts that are not known to be computed."""
-        self.measured = (array("d"), array("d"))
-        """The same for `pace`; here the first takes `ratio` into account."""
-        self.recent = Recent()
+        self.said = array("d")
+        self.took = array("d")
+        """Seconds of prefill that `pace` is made of: as `speed` and `ratio` would have it, and as it was."""
+        self.recent_requests = array("d")
+        self.recent_tokens = array("d")
+        self.recent_uncached = array("d")
+        """What was routed here in the window: requests, their tokens, and the uncached ones of those."""
+        self.half_requests = array("d")
+        self.half_tokens = array("d")
+        self.half_uncached = array("d")
+        """The same in the window's younger half."""
+        self.ratio = 1.0
+        """How fast nodes really are, of what they say."""
+        self.all_said = self.all_took = 0.0
+        """Seconds of prefill that `ratio` is made of: as the nodes' speeds would have it, and as it was."""
+        self.routed_recently = self.routed_half = 0
+        """Requests in the window and in its younger half, those of nodes that are gone included."""
+        self.turned = 0
+        """When the window's younger half began."""
         self.running: dict[str, Active] = {}
         """Requests that run, oldest first."""
         self.prefills: list[Prefills] = []
         self._free: list[int] = []
-        self._columns: tuple[array[Any], ...] = (
-            self.speed, self.active, self.blocks, self.tokens, self.prefill_done, self.pace, self.pending,
-            *self.measured, *self.recent.columns,
-        )  # fmt: skip
 
     def add_node(self, node: str, speed: float) -> None:
         """Start counting for a node, from nothing."""
         self.node_gone(node)
         if self._free:
             at = self._free.pop()
+            self.prefills[at] = Prefills()
         else:
             at = len(self.speed)
-            for column in self._columns:
-                column.append(0)
+            for name in COLUMNS:
+                # A new array, since decisions may look at the old one, which can't grow then.
+                setattr(self, name, getattr(self, name) + array(getattr(self, name).typecode, [0]))
             self.prefills.append(Prefills())
         self.ordinal[node] = at
-        for column in self._columns:
-            column[at] = 0
-        self.prefills[at] = Prefills()
+        for name in COLUMNS:
+            getattr(self, name)[at] = 0
         self.speed[at] = self.pace[at] = speed
 
     def of(self, node: str) -> NodeLoad | None:
@@ -144,10 +164,7 @@ class Load:
         at = self.ordinal.get(node)
         if at is None:
             return None
-        return NodeLoad(
-            self.speed[at], int(self.active[at]), self.blocks[at], self.tokens[at], self.prefill_done[at], self.pace[at],
-            self.pending[at], tuple(column[at] for column in (*self.measured, *self.recent.columns)),
-        )  # fmt: skip
+        return NodeLoad(*(getattr(self, name)[at] for name in COLUMNS))
 
     def routed(self, event: RequestRouted, block_size: int, time: int) -> None:
         """A request goes to a node that is known here."""
@@ -170,7 +187,38 @@ class Load:
         if event.hashes and event.match < event.blocks:
             prefills.ends.setdefault(event.hashes[-8:], event.request)
         self.prefill_done[at] = max(self.prefill_done[at], now) + uncached / (self.pace[at] * self.ratio)
-        self.recent.routed(at, event.tokens, uncached, time)
+        self._turn(time)
+        self.routed_recently += 1
+        self.routed_half += 1
+        self.recent_requests[at] += 1
+        self.half_requests[at] += 1
+        self.recent_tokens[at] += event.tokens
+        self.half_tokens[at] += event.tokens
+        self.recent_uncached[at] += uncached
+        self.half_uncached[at] += uncached
+
+    def _turn(self, time: int) -> None:
+        """Forget what was routed before the window."""
+        half = WINDOW_SECONDS * _NS // 2
+        if time - self.turned < half:
+            return
+        # After a long pause the half that ends now is too old as well.
+        kept = time - self.turned < 2 * half
+        for recent, young in (
+            (self.recent_requests, self.half_requests), (self.recent_tokens, self.half_tokens),
+            (self.recent_uncached, self.half_uncached),
+        ):  # fmt: skip
+            for at, value in enumerate(young):
+                recent[at] = value if kept else 0
+                young[at] = 0
+        self.routed_recently = self.routed_half if kept else 0
+        self.routed_half = 0
+        self.turned = time - time % half
+
+    def window(self, time: int) -> float:
+        """How many seconds what was routed recently speaks of at this time."""
+        half = WINDOW_SECONDS / 2
+        return half + min(max((time - self.turned) / _NS, 0.0), half)
 
     def stored(self, node: str, last: bytes, time: int) -> None:
         """The node holds a block, of these 8 bytes, behind which a prompt may end."""
@@ -196,17 +244,13 @@ class Load:
 
     def _measured(self, at: int, said: float, took: float) -> None:
         """Prefill of a node that by its speed takes `said` seconds took that many."""
-        all_said, all_took = self.measured_all
-        all_said = all_said * MEASURED_DECAY + said
-        all_took = all_took * MEASURED_DECAY + took
-        self.measured_all = (all_said, all_took)
-        self.ratio = (all_said + TRUSTED_SECONDS) / (all_took + TRUSTED_SECONDS)
-        expected, actual = self.measured
-        expected[at] = expected[at] * MEASURED_DECAY + said / self.ratio
-        actual[at] = actual[at] * MEASURED_DECAY + took
-        self.pace[at] = (
-            self.speed[at] * (expected[at] + TRUSTED_ALIKE_SECONDS) / (actual[at] + TRUSTED_ALIKE_SECONDS)
-        )
+        self.all_said = self.all_said * MEASURED_DECAY + said
+        self.all_took = self.all_took * MEASURED_DECAY + took
+        self.ratio = (self.all_said + TRUSTED_SECONDS) / (self.all_took + TRUSTED_SECONDS)
+        self.said[at] = self.said[at] * MEASURED_DECAY + said / self.ratio
+        self.took[at] = self.took[at] * MEASURED_DECAY + took
+        trusted = TRUSTED_ALIKE_SECONDS
+        self.pace[at] = self.speed[at] * (self.said[at] + trusted) / (self.took[at] + trusted)
 
     def _forget_prefill(self, at: int, request: str) -> int:
         """A request's prompt is pending no longer; its uncached tokens."""
@@ -256,38 +300,3 @@ class Load:
         self._free.append(at)
         for request in [request for request, active in self.running.items() if active.node == node]:
             del self.running[request]
-
-
-class Recent:
-    """What was routed to each node of late: requests, their tokens, and the uncached ones of those."""
-
-    def __init__(self) -> None:
-        self.columns = tuple(array("d") for _ in range(6))
-        """Requests, tokens and uncached tokens of this half of the window, and of the one before."""
-        self.total = 0.0
-        """Requests in all, nodes that are gone included."""
-        self._half = 0.0
-        self._turned = 0
-
-    def routed(self, at: int, tokens: int, uncached: int, time: int) -> None:
-        """A request goes to the node with this ordinal."""
-        half = WINDOW_SECONDS * _NS // 2
-        if time - self._turned >= half:
-            young, old = self.columns[:3], self.columns[3:]
-            # After a long pause the half that ends now is too old as well.
-            for new, past in zip(young, old, strict=True):
-                for index, value in enumerate(new):
-                    past[index] = value if time - self._turned < 2 * half else 0
-                    new[index] = 0
-            self.total = self._half if time - self._turned < 2 * half else 0.0
-            self._half = 0.0
-            self._turned = time - time % half
-        self.total += 1
-        self._half += 1
-        for column, value in zip(self.columns, (1, tokens, uncached), strict=False):
-            column[at] += value
-
-    def seconds(self, time: int) -> float:
-        """How many seconds the columns speak of at this time."""
-        half = WINDOW_SECONDS // 2
-        return half + min(max((time - self._turned) / _NS, 0.0), half)

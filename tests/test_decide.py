@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -20,7 +20,9 @@ from services.routing import policies
 from services.routing.decide import Chooser, Decision, Query
 from services.routing.overlay import PREDICTION_SECONDS, Overlay
 from services.routing.policies import POLICIES, Policy
-from services.routing.view import Request, View
+
+if TYPE_CHECKING:
+    from services.routing.view import Request, View
 
 policies.allow(["tests.test_decide"])
 

@@ -19,7 +19,8 @@ from events.hashing import pack_hashes
 from events.subjects import Room, subject
 from projections.digest import digest
 from projections.fleet import FleetState
-from tests.given import SECOND, Reference, headers_of, registered, replayed
+from tests.given import SECOND, headers_of, registered, replayed
+from tests.reference import Reference
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -231,7 +232,9 @@ class FleetMachine(RuleBasedStateMachine):
             if load is not None:
                 here = [event for event, _ in running.values() if event.node == name]
                 totals = (len(here), sum(event.blocks for event in here), sum(event.tokens for event in here))
-                assert (load.active, load.blocks, load.tokens) == totals
+                assert list(load[1:4]) == list(totals)
+                assert load.pending == self.reference.pending(name)
+                assert load.pace * self.state.load.ratio == pytest.approx(self.reference.pace(facts))
                 assert load.prefill_done == pytest.approx(facts.queue)
 
     @invariant()

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from events.subjects import check_name
 from services.cli.ask import Json, show_json
 from services.errors import BadRequest, BadTrace
 from services.simulator.compare import compare, parse_choice
@@ -31,6 +32,11 @@ if TYPE_CHECKING:
 
 DEFAULT_POLICIES = ("ttft", "blocks", "threshold", "least_loaded", "round_robin")
 GENERATED_REQUESTS = 6000
+MOST = 10**12
+MOST_NODES = 10_000
+MOST_BLOCK_SIZE = 65536
+MOST_SECONDS = 4e9
+"""Longest span of virtual time; beyond it nanoseconds are no 64-bit numbers."""
 CAPACITY_TOKENS = 3_000_000
 """Default capacity of a node: its GPU's memory and some 400 GB of its host's."""
 
@@ -98,26 +104,23 @@ def simulate(
     json
         Print JSON.
     """
-    for value, name, least in ((nodes, "nodes", 1), (routers, "routers", 1), (max_active, "max-active", 0)):
-        if value < least:
-            raise BadRequest(f"--{name} is {value}; it must be at least {least}")
-    if not 0 < speed < 1e6:
-        raise BadRequest(f"--speed is {speed:g}; it must be more than 0")
-    if not 0 <= delay < 1e4:
-        raise BadRequest(f"--delay is {delay:g}; it must not be negative")
+    for value, name, least, most in (
+        (nodes, "nodes", 1, MOST_NODES), (routers, "routers", 1, MOST_NODES), (max_active, "max-active", 0, MOST),
+        (capacity, "capacity", 1, MOST), (processes, "processes", 1, MOST), (speed, "speed", 1e-6, 1e6),
+        (delay, "delay", 0, 1e4),
+    ):  # fmt: skip
+        within(value, name, least, most)
     work, size = requests(trace, limit=limit, seed=seed, rate=rate, block_size=block_size)
+    span = max(request.arrival for request in work) / speed
+    if not span <= MOST_SECONDS:
+        raise BadRequest(f"the last request is sent after {span:g} s; the limit is {MOST_SECONDS:g}, see --speed")
     blocks = capacity if capacity is not None else CAPACITY_TOKENS // size
-    if blocks < 1:
-        raise BadRequest(f"--capacity is {blocks}; it must be at least 1 block")
     base = Settings(
         nodes=nodes, capacity=blocks, block_size=size, speed=speed, seed=seed, delay=delay, routers=routers,
         most_active=max_active,
         changes=(*changes(fail, "fail", joins=False), *changes(join, "join", joins=True)),
     )  # fmt: skip
-    known = {f"node-{number + 1}" for number in range(nodes)} | {change.node for change in base.changes if change.joins}
-    for change in base.changes:
-        if not change.joins and change.node not in known:
-            raise BadRequest(f"--fail names {change.node!r}; the nodes are node-1 to node-{nodes}")
+    check_changes(base)
     choices = [parse_choice(text) for text in dict.fromkeys(policy)]
     runs = [
         (choice, msgspec.structs.replace(base, policy=choice.policy, parameters=choice.parameters))
@@ -155,28 +158,31 @@ def requests(
     trace: str, *, limit: int | None, seed: int, rate: float | None, block_size: int | None
 ) -> tuple[list[Work], int]:
     """Requests of a trace, or of a generated workload, and their block size. Raises `BadRequest` or `BadTrace`."""
-    if limit is not None and limit < 1:
-        raise BadRequest(f"--limit is {limit}; it must be at least 1")
+    within(limit, "limit", 1, MOST)
+    within(rate, "rate", 1e-3, 1e6)
     if trace in KINDS and not Path(trace).exists():
         if block_size not in {None, GENERATED_BLOCK_SIZE}:
             raise BadRequest(
                 f"generated workloads have blocks of {GENERATED_BLOCK_SIZE} tokens; leave --block-size out"
             )
-        if rate is not None and not 0 < rate < 1e6:
-            raise BadRequest(f"--rate is {rate:g}; it must be more than 0")
         made = generate(trace, limit or GENERATED_REQUESTS, seed=seed, rate=rate)
         return [work_of(line, GENERATED_BLOCK_SIZE) for line in made], GENERATED_BLOCK_SIZE
     if rate is not None:
         raise BadRequest("--rate is for generated workloads; a trace has its own times, see --speed")
     size = TRACE_BLOCK_SIZE if block_size is None else block_size
-    if size < 1:
-        raise BadRequest(f"--block-size is {size}; it must be at least 1")
+    within(size, "block-size", 1, MOST_BLOCK_SIZE)
     try:
         return read_trace(Path(trace), block_size=size, limit=limit), size
     except BadTrace as error:
-        if Path(trace).exists():
+        if os.path.exists(trace):  # noqa: PTH110 - for a name that is too long as well
             raise
         raise BadTrace(f"{error}; without a trace, simulate one of {', '.join(KINDS)}") from None
+
+
+def within(value: float | None, option: str, least: float, most: float) -> None:
+    """Raise `BadRequest` unless an option that is given lies in its limits."""
+    if value is not None and not least <= value <= most:
+        raise BadRequest(f"--{option} is {value:g}; it must be from {least:g} to {most:g}")
 
 
 def changes(given: Sequence[str], option: str, *, joins: bool) -> list[Change]:
@@ -191,6 +197,21 @@ def changes(given: Sequence[str], option: str, *, joins: bool) -> list[Change]:
         except ValueError:
             raise BadRequest(f"--{option} is {text!r}; write a node and seconds, as in node-3@60") from None
     return found
+
+
+def check_changes(settings: Settings) -> None:
+    """Raise `BadRequest` unless only nodes that are there fail, and only nodes that are not there join."""
+    there = {f"node-{number + 1}" for number in range(settings.nodes)}
+    for change in sorted(settings.changes, key=lambda change: change.time):
+        check_name(change.node, "a node's name")
+        if change.joins and change.node in there:
+            raise BadRequest(f"--join names {change.node!r}, which is there at {change.time:g} s already")
+        if not change.joins and change.node not in there:
+            raise BadRequest(
+                f"--fail names {change.node!r}, which is not there at {change.time:g} s; the nodes are node-1 to "
+                f"node-{settings.nodes}, and those that join"
+            )
+        there ^= {change.node}
 
 
 def _progress() -> Progress:
@@ -246,10 +267,8 @@ def workload(
     out
         File to write to; standard output if not given.
     """
-    if requests < 1:
-        raise BadRequest(f"--requests is {requests}; it must be at least 1")
-    if rate is not None and not 0 < rate < 1e6:
-        raise BadRequest(f"--rate is {rate:g}; it must be more than 0")
+    within(requests, "requests", 1, MOST)
+    within(rate, "rate", 1e-3, 1e6)
     lines = b"".join(msgspec.json.encode(line) + b"\n" for line in generate(kind, requests, seed=seed, rate=rate))
     if out is None:
         sys.stdout.buffer.write(lines)

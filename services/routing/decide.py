@@ -16,7 +16,7 @@ from events.hashing import derive_hash
 from events.types import Candidate, RequestRouted, SessionAssigned
 from services.errors import NoNode, Overloaded, UnknownModel
 from services.routing.policies import policy
-from services.routing.view import Request, View
+from services.routing.view import Columns, Request, View
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -81,6 +81,7 @@ class Roster:
         self.serving = len(serving)
         self.names = [node.name for node in self.nodes]
         self.ordinals = np.array([state.load.ordinal[node.name] for node in self.nodes], dtype=np.intp)
+        self.columns = Columns.of(state.load)
         self.capacity = np.array([node.registered.capacity_blocks["gpu"] for node in self.nodes], dtype=np.float64)
         # Policies see this very array, decision after decision.
         self.capacity.setflags(write=False)

@@ -27,12 +27,14 @@ if TYPE_CHECKING:
     from services.routing.view import Column, Request, View
 
 TTFT = {
-    "uncached_weight": Parameter(0.8, "s/s", "how much a second of own prefill counts when nobody waits"),
+    "uncached_weight": Parameter(1.25, "s/s", "how much a second of own prefill counts when nobody waits"),
     "crowd_weight": Parameter(2.0, "s/s", "how much more it counts for each request that arrives while queues drain"),
     "load_seconds": Parameter(3.0, "s", "how much a node counts that was given prefill for all of its time of late"),
-    "decode_seconds": Parameter(0.01, "s", "how much each running request counts"),
+    "decode_seconds": Parameter(0.005, "s", "how much each running request counts"),
     "session_seconds": Parameter(0.1, "s", "how much sooner another node must be before a session moves"),
-    "slow_share": Parameter(0.15, "share", "time to load a token from a slower tier, of the time to compute it", most=1),
+    "slow_share": Parameter(
+        0.15, "share", "time to load a token from a slower tier, of the time to compute it", most=1
+    ),
 }
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from projections.fleet import FleetState
+    from projections.load import Load
     from services.routing.decide import Roster
     from services.routing.overlay import Overlay
 
@@ -26,6 +27,25 @@ class Request(NamedTuple):
     tokens: int
     blocks: int
     block_size: int
+
+
+class Columns(NamedTuple):
+    """Columns of the fold, as arrays that change with it; they are replaced when a node is added."""
+
+    active: Column
+    blocks: Column
+    pending: Column
+    pace: Column
+    prefill_done: Column
+    recent_requests: Column
+    recent_tokens: Column
+    recent_uncached: Column
+
+    @classmethod
+    def of(cls, load: Load) -> Columns:
+        """The columns as they are now."""
+        arrays = (getattr(load, name) for name in cls._fields)
+        return cls(*(np.frombuffer(array, np.int64 if array.typecode == "q" else np.float64) for array in arrays))
 
 
 class View:
@@ -47,7 +67,7 @@ class View:
         """Of the match, blocks that lie in a slower tier than `gpu`; none when no candidate has any."""
         self.session = session
         """Candidate where the request's session belongs, -1 when there is none."""
-        self.active: Column = roster.pick(np.frombuffer(state.load.active))
+        self.active: Column = roster.pick(roster.columns.active)
         """Requests that run, those on their way included."""
         if overlay.pending:
             overlay.fit(len(state.load.active))
@@ -61,14 +81,14 @@ class View:
     @property
     def speed(self) -> Column:
         """Tokens per second that the node is measured to prefill."""
-        speed: Column = self._roster.pick(np.frombuffer(self._state.load.pace))
+        speed: Column = self._roster.pick(self._roster.columns.pace)
         speed *= self._state.load.ratio
         return speed
 
     @property
     def queue(self) -> Column:
         """Seconds until the node has computed the prompts that it has, those on their way included."""
-        queue: Column = self._roster.pick(np.frombuffer(self._state.load.prefill_done))
+        queue: Column = self._roster.pick(self._roster.columns.prefill_done)
         queue -= self._now * 1e-9
         np.maximum(queue, 0, out=queue)
         if self._overlay.pending:
@@ -78,12 +98,12 @@ class View:
     @property
     def pending(self) -> Column:
         """Uncached tokens of prompts that are not known to be computed."""
-        return self._with(np.frombuffer(self._state.load.pending, np.int64), self._overlay.tokens)
+        return self._with(self._roster.columns.pending, self._overlay.tokens)
 
     @property
     def blocks(self) -> Column:
         """Blocks of the requests that run."""
-        return self._with(np.frombuffer(self._state.load.blocks, np.int64), self._overlay.blocks)
+        return self._with(self._roster.columns.blocks, self._overlay.blocks)
 
     @property
     def capacity(self) -> Column:
@@ -103,22 +123,22 @@ class View:
     def arrivals(self) -> float:
         """Requests per second and node that were routed of late, in the whole fleet."""
         load = self._state.load
-        return load.recent.total / load.recent.seconds(self._now) / max(1, len(load.ordinal))
+        return load.routed_recently / (load.window(self._now) * max(1, len(load.ordinal)))
 
     @property
     def recent_requests(self) -> Column:
         """Requests per second that were routed here of late (`projections.load.WINDOW_SECONDS`)."""
-        return self._recent(0)
+        return self._recent(self._roster.columns.recent_requests)
 
     @property
     def recent_tokens(self) -> Column:
         """Tokens of those, per second."""
-        return self._recent(1)
+        return self._recent(self._roster.columns.recent_tokens)
 
     @property
     def recent_uncached(self) -> Column:
         """Uncached tokens of those, per second."""
-        return self._recent(2)
+        return self._recent(self._roster.columns.recent_uncached)
 
     def _with(self, column: Column, own: Any) -> Column:  # noqa: ANN401 - an array of the overlay
         found: Column = self._roster.pick(column).astype(np.float64)
@@ -126,9 +146,7 @@ class View:
             found += self._roster.pick(np.frombuffer(own))
         return found
 
-    def _recent(self, which: int) -> Column:
-        recent = self._state.load.recent
-        rate: Column = self._roster.pick(np.frombuffer(recent.columns[which]))
-        rate += self._roster.pick(np.frombuffer(recent.columns[which + 3]))
-        rate /= recent.seconds(self._now)
+    def _recent(self, column: Column) -> Column:
+        rate: Column = self._roster.pick(column)
+        rate /= self._state.load.window(self._now)
         return rate

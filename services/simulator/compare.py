@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -48,6 +50,8 @@ def parse_choice(text: str) -> Choice:
             if not equals:
                 raise ValueError(pair)  # noqa: TRY301
             parameters[name] = float(value)
+            if not math.isfinite(parameters[name]):
+                raise ValueError(pair)  # noqa: TRY301
         except ValueError:
             raise BadRequest(f"{pair!r} in {text!r} is no parameter; write name=number") from None
     if policy == POLICY:
@@ -109,6 +113,10 @@ def compare(
                     job.result(timeout=POLL_SECONDS)
                 except TimeoutError:
                     break
+                except BrokenProcessPool:
+                    raise NotServed(
+                        "a process died before its run was done; is there memory for all of them?"
+                    ) from None
                 waiting.remove(job)
             progress(sum(counts))
         return [job.result() for job in jobs]

@@ -149,7 +149,7 @@ class Engine:
 
     def _begin(self, now: float, report: Report) -> None:
         decoding = len(self._decoding)
-        room = self.hardware.step_tokens - decoding
+        room = max(0, self.hardware.step_tokens - decoding)
         pairs = context = 0
         for job in self.prefilling:
             room, pairs, context = self._chunk(job, room, pairs, context)

@@ -17,10 +17,12 @@ from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Protocol
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from events import types
 from events.codec import WRITER, Message, encode
 from events.hashing import derive_hash, pack_hashes, unpack_hashes
+from events.subjects import token
 from projections.fleet import FleetState
 from projections.load import PREFILL_LABEL
 from services.errors import ServiceFault
@@ -151,11 +153,13 @@ class World:
         self._names: list[str] = []
         self._engines: list[Engine] = []
         self._alive: dict[str, int] = {}
-        self._epochs: list[int] = []
+        self._epochs: dict[str, int] = {}
+        """Sequence of each node's last registration that is visible."""
         self._due: list[tuple[float, int]] = []
         """Ends of steps, with the engine's number; stale when the engine's own `ends` differs."""
         self._log: deque[tuple[float, str, types.Event, str]] = deque()
-        self._late: list[tuple[float, str, types.Event]] = []
+        self._late: list[tuple[float, str, types.NodeLost]] = []
+        """Losses that are not concluded yet, with the time when that is going to be visible."""
         self._sequence = 0
         self._writers = [f"router-{number}" for number in range(settings.routers)]
         self._headers = {name: {WRITER: name} for name in self._writers}
@@ -185,7 +189,6 @@ class World:
     def _run(self, progress: Callable[[int], None]) -> Outcome:
         settings = self.settings
         changes = deque(sorted(settings.changes, key=lambda change: change.time))
-        self._late.clear()
         for number, request in enumerate(self._work):
             now = settings.delay + request.arrival / settings.speed
             while changes and changes[0].time <= now:
@@ -196,6 +199,11 @@ class World:
             self._arrive(number, request, now)
             if not number % 256:
                 progress(number)
+        while changes and self._queries:
+            change = changes.popleft()
+            self._until(change.time)
+            if self._queries:
+                self._change(change)
         self._until(math.inf)
         progress(len(self._work))
         return Outcome(
@@ -209,16 +217,22 @@ class World:
     def _see(self, now: float) -> None:
         """Apply what has become visible."""
         log = self._log
+        event: types.Event
         while (log and log[0][0] <= now) or (self._late and self._late[0][0] <= now):
             if self._late and (not log or self._late[0][0] <= log[0][0]):
-                visible, subject, event = self._late.pop(0)
+                visible, where, event = self._late.pop(0)
                 writer = ""
             else:
-                visible, subject, event, writer = log.popleft()
+                visible, where, event, writer = log.popleft()
             self._sequence += 1
+            if isinstance(event, types.NodeRegistered):
+                self._epochs[event.node] = self._sequence
+            elif isinstance(event, (types.BlocksStored, types.BlocksRemoved)):
+                # Losses come in between, so which sequence a registration gets is known only when it is visible.
+                event = replace(event, epoch=self._epochs[event.node])
             time = int((START + visible - self.settings.delay) * _NS)
             headers = self._headers[writer] if writer else None
-            applied = self.state.apply(Message(self._sequence, subject, time, headers, encode([event])))
+            applied = self.state.apply(Message(self._sequence, where, time, headers, encode([event])))
             if applied.commit is None:
                 continue
             for desk in self._desks:
@@ -229,18 +243,19 @@ class World:
         self._alive[name] = len(self._engines)
         self._names.append(name)
         self._engines.append(Engine(settings.hardware, settings.capacity, settings.block_size))
-        # Its epoch is the sequence that the registration is going to have.
-        self._epochs.append(self._sequence + len(self._log) + len(self._late) + 1)
+        # A node that is back so soon is never concluded to be lost.
+        self._late = [late for late in self._late if late[2].node != name]
         registered = types.NodeRegistered(
             node=name, address=f"sim.{name}", models=[MODEL], block_size=settings.block_size,
             capacity_blocks={"gpu": settings.capacity}, cache_mode="reported", engine="simulated",
             max_active=settings.most_active, labels={PREFILL_LABEL: f"{settings.hardware.prefill_speed:.0f}"},
         )  # fmt: skip
-        self._put(now, f"node.{name}", registered)
+        self._put(now, f"node.{token(name)}", registered)
 
     def _change(self, change: Change) -> None:
         if change.joins:
-            self._join(change.node, change.time)
+            if change.node not in self._alive:
+                self._join(change.node, change.time)
             return
         engine = self._alive.pop(change.node, None)
         if engine is None:
@@ -248,7 +263,8 @@ class World:
         jobs = sorted(self._engines[engine].jobs(), key=lambda job: job.arrival)
         self._engines[engine].ends = math.inf
         lost = types.NodeLost(change.node, "failed")
-        self._late.append((change.time + self.settings.detection, f"kv.{FLEET}.node.{change.node}", lost))
+        visible = change.time + self.settings.detection + self.settings.delay
+        self._late.append((visible, f"kv.{FLEET}.node.{token(change.node)}", lost))
         for job in jobs:
             query, desk = self._queries[job.request]
             self.retried += 1
@@ -273,7 +289,7 @@ class World:
             try:
                 decision = desk.decide(query, clock)
             except ServiceFault:
-                self.rejected += 1
+                self._reject(query)
                 return
             name = decision.node.name
             engine = self._alive.get(name)
@@ -282,7 +298,7 @@ class World:
             query = query._replace(exclude=query.exclude | {name})
         job = Job(query.id, hashes, query.tokens, output, arrival)
         if not self._engines[engine].fits(job):
-            self.rejected += 1
+            self._reject(query)
             return
         writer = self._writers[self._desks.index(desk)]
         routed, assigned = desk.settle(query, decision, clock, self.state.sequence)
@@ -296,6 +312,12 @@ class World:
         if not self.settings.delay:
             self._see(now)
 
+    def _reject(self, query: Query) -> None:
+        self.rejected += 1
+        # It may have been on a node that has failed.
+        self._queries.pop(query.id, None)
+        self._predicted.pop(query.id, None)
+
     def _until(self, time: float) -> None:
         """Let engines run up to a time."""
         due = self._due
@@ -305,18 +327,18 @@ class World:
             if engine.ends != ends:
                 continue
             report = engine.run()
-            name, epoch = self._names[number], self._epochs[number]
+            name = self._names[number]
             for job in report.prefilled:
                 self._queries[job.request][1].computed(job.request, int((START + ends) * _NS))
                 if job.stored:
                     self._batch += 1
-                    stored = types.BlocksStored(name, epoch, self._batch, pack_hashes(job.stored), job.parent)
-                    self._put(ends, f"cache.{name}", stored)
+                    stored = types.BlocksStored(name, 0, self._batch, pack_hashes(job.stored), job.parent)
+                    self._put(ends, f"cache.{token(name)}", stored)
             # What is evicted makes room for what begins now: it may have been stored in this very step.
             if report.evicted:
                 self._batch += 1
-                removed = types.BlocksRemoved(name, epoch, self._batch, pack_hashes(report.evicted))
-                self._put(ends, f"cache.{name}", removed)
+                removed = types.BlocksRemoved(name, 0, self._batch, pack_hashes(report.evicted))
+                self._put(ends, f"cache.{token(name)}", removed)
             for job in report.finished:
                 self._finish(job, number, ends)
             if engine.ends < math.inf:
@@ -333,4 +355,4 @@ class World:
             request=job.request, node=self._names[number], prompt_tokens=job.tokens, cached_tokens=job.cached,
             output_tokens=job.output, ttft=job.first - job.started, duration=now - job.started,
         )  # fmt: skip
-        self._put(now, f"access.{self._names[number]}", completed)
+        self._put(now, f"access.{token(self._names[number])}", completed)
