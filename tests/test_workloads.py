@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest
@@ -48,7 +49,7 @@ def test_a_session_only_grows_by_its_answers_and_questions(kind: str, seed: int)
             turns[request.session].append(request)
     assert bool(turns) == KINDS[kind].sessions
     for requests in turns.values():
-        for earlier, later in zip(requests, requests[1:], strict=False):
+        for earlier, later in pairwise(requests):
             assert later.hash_ids[: len(earlier.hash_ids)] == earlier.hash_ids
             assert later.input_length > earlier.input_length + earlier.output_length
             assert later.timestamp > earlier.timestamp

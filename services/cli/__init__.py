@@ -9,7 +9,7 @@ from cyclopts import App, Parameter
 from cyclopts.config import Env
 
 from events.errors import KvplaneError
-from services.cli import ask, demo, log, run, simulate
+from services.cli import ask, demo, log, report, run, simulate
 from services.micro import package_version
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ app.command(run.coordinator)
 app.command(run.simnode)
 app.command(ask.node)
 app.command(ask.policy)
+ask.policy.command(report.report_policies, name="report")
 app.command(ask.route)
 app.command(log.state)
 app.command(log.events)

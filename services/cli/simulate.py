@@ -126,7 +126,7 @@ def simulate(
         (choice, msgspec.structs.replace(base, policy=choice.policy, parameters=choice.parameters))
         for choice in choices
     ]
-    with _progress() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("simulating", total=len(work) * len(runs))
         made = compare(
             runs, work, processes=processes or os.cpu_count() or 1, keep=plot is not None,
@@ -134,12 +134,6 @@ def simulate(
         )  # fmt: skip
     summaries = [summary for summary, _ in made]
     ideal = ideal_hit_rate(work, size)
-    if plot is not None:
-        title = f"{Path(trace).name}: {len(work)} requests at speed {speed:g} on {nodes} nodes"
-        try:
-            draw(plot, title, [(summary.policy, outcome) for summary, outcome in made if outcome is not None])
-        except (OSError, ValueError) as error:
-            raise BadRequest(f"the picture can't be written: {error}") from None
     if json:
         show_json(
             {
@@ -152,6 +146,12 @@ def simulate(
         )  # fmt: skip
     else:
         _show(base, work, ideal, summaries)
+    if plot is not None:
+        title = f"{Path(trace).name}: {len(work)} requests at speed {speed:g} on {nodes} nodes"
+        try:
+            draw(plot, title, [(summary.policy, outcome) for summary, outcome in made if outcome is not None])
+        except (OSError, ValueError) as error:
+            raise BadRequest(f"the picture can't be written: {error}") from None
 
 
 def requests(
@@ -214,7 +214,8 @@ def check_changes(settings: Settings) -> None:
         there ^= {change.node}
 
 
-def _progress() -> Progress:
+def progress_bar() -> Progress:
+    """Progress on standard error, when that is a terminal."""
     return Progress(
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
         console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty(),

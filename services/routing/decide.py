@@ -225,7 +225,7 @@ class Chooser:
                 self._parameters = self._policy.complete(state.parameters)
                 self._made = (name, state.changes)
             costs = np.array(self._policy.score(view, request, dict(self._parameters)), dtype=np.float64)
-            if costs.shape != view.active.shape or not np.isfinite(costs).all():
+            if costs.shape != view.active.shape or not math.isfinite(costs.sum()):
                 raise ValueError("one finite cost a candidate is needed")  # noqa: TRY301
         except (Exception, SystemExit) as error:  # noqa: BLE001 - a policy may be anybody's code; routing goes on
             self.policy_failures += 1

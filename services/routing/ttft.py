@@ -40,13 +40,17 @@ TTFT = {
 
 def ttft(view: View, request: Request, parameters: dict[str, float]) -> Column:
     """The least expected time to first token, of this request and of those that come after it."""
-    uncached = request.tokens - view.match * request.block_size
-    if view.slow is not None:
-        uncached = uncached + view.slow * (request.block_size * parameters["slow_share"])
-    speed, queue = view.speed, view.queue
+    queue, speed = view.queue, view.speed
     crowd = queue.sum() / len(queue) * view.arrivals
     weight = parameters["uncached_weight"] + parameters["crowd_weight"] * crowd
-    costs: Column = (uncached * weight + view.recent_uncached * parameters["load_seconds"]) / speed
+    costs: Column = view.match * (-request.block_size * weight)
+    costs += request.tokens * weight
+    if view.slow is not None:
+        costs += view.slow * (request.block_size * parameters["slow_share"] * weight)
+    load = view.recent_uncached
+    load *= parameters["load_seconds"]
+    costs += load
+    costs /= speed
     costs += queue
     costs += view.active * parameters["decode_seconds"]
     if view.session >= 0:
