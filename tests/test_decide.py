@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,9 +40,11 @@ class Given:
         self.state = FleetState("f")
         self.overlay = Overlay()
         self.chooser = Chooser(self.state, self.overlay)
+        self.at = 0
+        """Nanoseconds since `NOW`."""
 
     def put(self, subject: str, event: types.Event) -> None:
-        message = Message(self.state.sequence + 1, f"kv.f.{subject}", NOW, None, codec.encode([event]))
+        message = Message(self.state.sequence + 1, f"kv.f.{subject}", NOW + self.at, None, codec.encode([event]))
         assert self.state.apply(message).skipped is None
 
     def node(self, name: str, *, model: str = "m", most: int = 0, mode: Any = "reported", **labels: str) -> None:
@@ -194,13 +197,18 @@ def test_a_session_stays_moves_and_is_new() -> None:
     assert (moved.node.name, moved.session, moved.moved_from) == ("b", "moved", "a")
 
 
-def burst(given_: Given, count: int, *, predict: bool) -> set[str]:
-    """Requests with one prefix that come faster than any node can report; the nodes that they went to."""
-    nodes = set()
+LONG = [*range(1, 501)]
+"""A prefix of 8,000 tokens."""
+
+
+def burst(given_: Given, count: int, *, predict: bool) -> Counter[str]:
+    """Requests with one prefix that come faster than any node can report; how many went to each node."""
+    nodes: Counter[str] = Counter()
     for number in range(count):
-        decision = given_.decide(f"r{number}")
-        nodes.add(decision.node.name)
-        event = types.RequestRouted(f"r{number}", "m", decision.node.name, decision.match, 32, 513, pack_hashes(CHAIN))
+        hashes = pack_hashes([*LONG, 1000 + number])
+        decision = given_.chooser.decide(Query(f"r{number}", "m", hashes, 8020, 501, 16), NOW)
+        nodes[decision.node.name] += 1
+        event = types.RequestRouted(f"r{number}", "m", decision.node.name, decision.match, 501, 8020, hashes)
         at = given_.state.load.ordinal[decision.node.name]
         given_.overlay.decided(event, at, 16, NOW, predict="m" if predict else "")
     return nodes
@@ -209,10 +217,12 @@ def burst(given_: Given, count: int, *, predict: bool) -> set[str]:
 def test_a_burst_with_one_prefix_does_not_scatter() -> None:
     predicted, blind = Given(), Given()
     for given_ in (predicted, blind):
-        for number in range(8):
+        for number in range(16):
             given_.node(f"n{number}")
-    assert len(burst(predicted, 12, predict=True)) <= 2
-    assert len(burst(blind, 12, predict=False)) == 8
+    nodes = burst(predicted, 50, predict=True)
+    assert len(nodes) <= 4
+    assert max(nodes.values()) <= 40
+    assert len(burst(blind, 50, predict=False)) == 16
 
 
 def test_predictions_end_with_their_node_and_with_time() -> None:
@@ -224,6 +234,7 @@ def test_predictions_end_with_their_node_and_with_time() -> None:
     assert given_.decide("x").match == 0
     assert not given_.overlay.pending
     burst(given_, 1, predict=True)
+    assert given_.decide("x").match == 32
     for _ in range(2):
         given_.overlay.turn(NOW + int(2.1 * PREDICTION_SECONDS * 1e9))
     assert given_.decide("x").match == 0

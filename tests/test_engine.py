@@ -225,6 +225,19 @@ def test_an_arrival_while_others_decode_waits_for_one_step_only() -> None:
     assert 0.1 <= engine.ends <= 0.1 + 1.01 * step
 
 
+def test_a_step_that_is_full_of_answers_leaves_prompts_as_they_are() -> None:
+    engine = Engine(Hardware(step_tokens=2), 100, 16)
+    for number in range(3):
+        engine.arrive(Job(f"empty {number}", (), 0, 50, 0.0), 0.0)
+    engine.arrive(job := Job("prompt", (), 10, 1, 0.0), 0.0)
+    done = []
+    while engine.ends < math.inf:
+        engine.run()
+        done.append(job.done)
+    assert done == sorted(done)
+    assert done[-1] == 10
+
+
 def test_a_node_that_is_half_as_fast_takes_twice_as_long() -> None:
     ends = []
     for pace in (1.0, 2.0):

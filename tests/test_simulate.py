@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
@@ -13,8 +18,8 @@ from services.routing import policies
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
 LINE = '{"timestamp": %d, "input_length": 1100, "output_length": 5, "hash_ids": [%d, %d, 99]}\n'
 SMALL = ["single-turn", "--limit", "40", "--nodes", "3"]
 POLICY_MODULE = """
@@ -29,6 +34,13 @@ def broken(view, request, parameters):
 def suicidal(view, request, parameters):
     import os
     os._exit(9)
+
+
+def endless(view, request, parameters):
+    import os, pathlib, time
+    pathlib.Path("writing").write_text(str(os.getpid()))
+    pathlib.Path("writing").rename("worker")
+    time.sleep(60)
 
 
 number = 3
@@ -181,6 +193,38 @@ def test_a_policy_that_ends_its_process_is_one_sentence(run: Callable[..., Done]
     done = run(*SMALL, "--policy", "mine_for_test:suicidal")
     assert (done.code, len(done.err.splitlines())) == (1, 1)
     assert "a process died before its run was done" in done.err
+
+
+def alive(process: int) -> bool:
+    status = Path(f"/proc/{process}/status")
+    return status.exists() and "\nState:\tZ" not in status.read_text()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="processes are looked up in /proc")
+@pytest.mark.usefixtures("run")
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_when_it_is_stopped_its_processes_are_gone_without_a_word(tmp_path: Path, ending: signal.Signals) -> None:
+    command = [sys.executable, "-m", "services.cli", "simulate", "trace.jsonl", "--policy", "mine_for_test:endless"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, env=environment) as process:
+        until(lambda: (tmp_path / "worker").exists() or process.poll() is not None)
+        worker = int((tmp_path / "worker").read_text())
+        # A terminal's Ctrl-C goes to all of them.
+        if ending == signal.SIGINT:
+            os.killpg(process.pid, ending)
+        else:
+            process.send_signal(ending)
+        _, said = process.communicate(timeout=20)
+    assert process.returncode == (130 if ending == signal.SIGINT else -ending)
+    assert b"Traceback" not in said
+    until(lambda: not alive(worker))
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 BAD = [

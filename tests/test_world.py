@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
@@ -18,8 +18,11 @@ from hypothesis import strategies as st
 from events.hashing import pack_hashes
 from services.routing.policies import POLICIES
 from services.simulator.workloads import GENERATED_BLOCK_SIZE, generate
-from services.simulator.world import Change, Outcome, Settings, World
+from services.simulator.world import Change, Outcome, Router, Settings, World
 from services.trace import Work, work_of
+
+if TYPE_CHECKING:
+    from services.routing.decide import Decision, Query
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = 16
@@ -187,8 +190,8 @@ def test_a_node_that_fails_after_the_last_request_came_fails_all_the_same() -> N
 
 def test_a_change_after_the_last_end_changes_nothing() -> None:
     work = [prompt(0.0), prompt(1.0)]
-    late = (Change(99.0, "node-1", joins=False), Change(99.0, "node-3", joins=True))
-    outcome = World(Settings(nodes=2, block_size=SIZE, changes=late), work).run()
+    late = Change(99.0, "node-3", joins=True)
+    outcome = World(Settings(nodes=2, block_size=SIZE, changes=(late,)), work).run()
     assert outcome.names == ["node-1", "node-2"]
 
 
@@ -251,6 +254,20 @@ def test_a_burst_with_one_new_prefix_stays_on_few_nodes_and_floods_none(routers:
     assert nodes.total() == 50
     assert len(nodes) <= most
     assert routers > 1 or max(nodes.values()) <= 50 / 3
+
+
+def test_routers_share_the_requests() -> None:
+    asked = Counter[str]()
+
+    class Counting(Router):
+        def decide(self, query: Query, now: int) -> Decision:
+            asked[self._name] += 1
+            return super().decide(query, now)
+
+    World(Settings(nodes=2, block_size=SIZE, routers=4), [prompt(at / 10) for at in range(100)], Counting).run()
+    assert sorted(asked) == ["router-0", "router-1", "router-2", "router-3"]
+    assert min(asked.values()) > 10
+    assert asked.total() == 100
 
 
 def test_requests_come_as_much_faster_as_was_asked() -> None:

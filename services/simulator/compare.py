@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
+import signal
 import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -77,6 +80,15 @@ _shared: tuple[Sequence[Work], float, Any] | None = None
 def _begin(work: Sequence[Work], ideal: float, counts: Any) -> None:  # noqa: ANN401 - an array shared by processes
     global _shared  # noqa: PLW0603 - what a worker process is given once
     _shared = work, ideal, counts
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Leave when the process that wants the results was killed; nobody else would end this one."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _one(number: int, choice: Choice, settings: Settings, keep: bool) -> tuple[Summary, Outcome | None]:  # noqa: FBT001
@@ -105,7 +117,12 @@ def compare(
     """
     ideal = ideal_hit_rate(work, runs[0][1].block_size)
     with pool(work, ideal, len(runs), processes) as (submit, counts):
-        jobs = [submit(_one, number, choice, settings, keep) for number, (choice, settings) in enumerate(runs)]
+        # What a terminal's Ctrl-C is for is this process; those that are started now inherit that they don't hear of it.
+        heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            jobs = [submit(_one, number, choice, settings, keep) for number, (choice, settings) in enumerate(runs)]
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, heard)
         waiting = list(jobs)
         while waiting:
             for job in list(waiting):
@@ -127,8 +144,15 @@ def pool(work: Sequence[Work], ideal: float, runs: int, processes: int) -> Itera
     """Worker processes that have the requests."""
     context = multiprocessing.get_context("spawn")
     counts = context.Array("q", runs)
+    others = multiprocessing.active_children()
     executor = ProcessPoolExecutor(min(processes, runs), context, _begin, (work, ideal, counts))
     try:
         yield executor.submit, counts
+    except BaseException:
+        # Nobody waits for the other runs any more.
+        for process in multiprocessing.active_children():
+            if process not in others:
+                process.terminate()
+        raise
     finally:
         executor.shutdown(cancel_futures=True)
