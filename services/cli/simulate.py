@@ -172,11 +172,14 @@ def requests(
     size = TRACE_BLOCK_SIZE if block_size is None else block_size
     within(size, "block-size", 1, MOST_BLOCK_SIZE)
     try:
-        return read_trace(Path(trace), block_size=size, limit=limit), size
+        work = read_trace(Path(trace), block_size=size, limit=limit)
     except BadTrace as error:
         if os.path.exists(trace):  # noqa: PTH110 - for a name that is too long as well
             raise
         raise BadTrace(f"{error}; without a trace, simulate one of {', '.join(KINDS)}") from None
+    # Traces may have times of the day; a simulation begins with its first request.
+    begin = min(request.arrival for request in work)
+    return [msgspec.structs.replace(request, arrival=request.arrival - begin) for request in work], size
 
 
 def within(value: float | None, option: str, least: float, most: float) -> None:

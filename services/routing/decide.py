@@ -108,6 +108,10 @@ class Roster:
         )
         """Whether the slots are the candidates, too."""
 
+    def rows(self, column: Column) -> Column:
+        """The candidates' entries of a column of the fold, to be read only: it may be the column itself."""
+        return column if self.whole else column[self.ordinals]
+
     def pick(self, column: Column) -> Column:
         """A copy of the candidates' entries of a column of the fold."""
         return column.copy() if self.whole else column[self.ordinals]

@@ -71,7 +71,7 @@ class View:
         """Requests that run, those on their way included."""
         if overlay.pending:
             overlay.fit(len(state.load.active))
-            self.active += roster.pick(np.frombuffer(overlay.active))
+            self.active += roster.rows(np.frombuffer(overlay.active))
 
     @property
     def names(self) -> list[str]:
@@ -81,18 +81,16 @@ class View:
     @property
     def speed(self) -> Column:
         """Tokens per second that the node is measured to prefill."""
-        speed: Column = self._roster.pick(self._roster.columns.pace)
-        speed *= self._state.load.ratio
+        speed: Column = self._roster.rows(self._roster.columns.pace) * self._state.load.ratio
         return speed
 
     @property
     def queue(self) -> Column:
         """Seconds until the node has computed the prompts that it has, those on their way included."""
-        queue: Column = self._roster.pick(self._roster.columns.prefill_done)
-        queue -= self._now * 1e-9
+        queue: Column = self._roster.rows(self._roster.columns.prefill_done) - self._now * 1e-9
         np.maximum(queue, 0, out=queue)
         if self._overlay.pending:
-            queue += self._roster.pick(np.frombuffer(self._overlay.tokens)) / self.speed
+            queue += self._roster.rows(np.frombuffer(self._overlay.tokens)) / self.speed
         return queue
 
     @property
@@ -141,12 +139,11 @@ class View:
         return self._recent(self._roster.columns.recent_uncached)
 
     def _with(self, column: Column, own: Any) -> Column:  # noqa: ANN401 - an array of the overlay
-        found: Column = self._roster.pick(column).astype(np.float64)
+        found: Column = self._roster.rows(column).astype(np.float64)
         if self._overlay.pending:
-            found += self._roster.pick(np.frombuffer(own))
+            found += self._roster.rows(np.frombuffer(own))
         return found
 
     def _recent(self, column: Column) -> Column:
-        rate: Column = self._roster.pick(column)
-        rate /= self._state.load.window(self._now)
+        rate: Column = self._roster.rows(column) / self._state.load.window(self._now)
         return rate
