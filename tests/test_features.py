@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, cast
 import anyio
 import msgspec
 import pytest
+from structlog.testing import capture_logs
 
 from events import codec, types
 from events.hashing import pack_hashes
 from events.log.follow import replay
 from projections.digest import digest
-from services import api, placement
+from services import api, logs, placement
 from services.demo.features import FEATURES
 from services.demo.fleet import Fleet as DemoFleet
 from services.demo.stage import Stage
@@ -21,6 +22,7 @@ from services.demo.traffic import Traffic
 from services.demo.workload import conversations, round_robin_hit_rate
 from services.errors import NoAnswer
 from services.router import Router
+from services.routing.policies import allow
 from services.simnode import NodeConfig, run_nodes
 from tests.conftest import Fleet, until
 
@@ -148,6 +150,24 @@ async def test_the_policy_changes_on_every_router_at_one_sequence(stage: Stage, 
         policies.add((await stage.traffic.route(work)).policy)
         await anyio.sleep(0.01)
     assert policies == {"least_loaded"}
+
+
+async def test_a_router_whose_policy_fails_goes_on_counts_it_and_says_so(fleet: Fleet) -> None:
+    allow(["tests.test_decide"])
+    await fleet.coordinator()
+    router = await fleet.router()
+    await fleet.nodes(NodeConfig(name="a"))
+    await fleet.ask("coordinator.policy.set", api.PolicyRequest(policy="tests.test_decide:raises"))
+    await until(lambda: router.state.policy == "tests.test_decide:raises" and "a" in router.state.nodes)
+    logs.configure("warning")
+    with capture_logs() as said:
+        for count in (1, 2):
+            answer = await fleet.ask("route", api.RouteRequest(model="sim", prompt="hello"), api.RouteAnswer)
+            assert (answer.node, answer.policy) == ("a", "least_loaded")
+            status = router.status(api.StatusRequest())
+            assert (status["policy_failures"], status["policy_failure"]) == (count, "ZeroDivisionError: ")
+    warnings = [entry for entry in said if entry["event"] == "policy_failed"]
+    assert [(entry["policy"], entry["instead"]) for entry in warnings] == [("tests.test_decide:raises", "least_loaded")]
 
 
 async def test_the_router_goes_on_while_the_log_is_away(fleet: Fleet, client: Client) -> None:
