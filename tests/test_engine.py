@@ -100,7 +100,7 @@ def test_the_step_time_gives_the_published_throughput(lengths: tuple[int, int]) 
     prompt, answer = lengths
     hardware = Hardware()
     engine = Engine(hardware, int(KV_MEMORY / hardware.kv_bytes / 16), 16)
-    count = 1200
+    count = 1024
     for number in range(count):
         engine.arrive(Job(str(number), (), prompt, answer, 0.0), 0.0)
     end = 0.0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 from cyclopts import Parameter
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -234,10 +235,13 @@ def _show(settings: Settings, work: Sequence[Work], ideal: float, summaries: Seq
         f"{settings.nodes} nodes ({Hardware().name}), {settings.capacity} blocks of {settings.block_size} tokens each",
         highlight=False,
     )
-    table = Table(caption="Time to first token in seconds; imbalance is the busiest node's prefill over the mean.")
-    table.add_column("policy")
-    for name in ("mean", "p50", "p90", "p99", "hit rate", "of ideal", "imbalance", "rejected"):
-        table.add_column(name, justify="right")
+    table = Table(
+        box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
+        caption="Time to first token in seconds; imbalance: busiest node over mean.",
+    )  # fmt: skip
+    table.add_column("policy", overflow="fold", min_width=12)
+    for name in ("mean", "p50", "p90", "p99", "hits", "of ideal", "imbalance", "rejected"):
+        table.add_column(name, justify="right", no_wrap=True)
     best = min(summary.mean for summary in summaries)
     for row in summaries:
         table.add_row(

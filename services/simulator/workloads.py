@@ -101,7 +101,8 @@ def generate(kind: str, requests: int, *, seed: int = 0, rate: float | None = No
         text.extend(length(form.shared_tokens), fresh)
         beginnings.append(text)
     weights = [1 / (rank + 1) for rank in range(form.shared)]
-    started = (rate or form.rate) / form.turns / (1 + form.fork * form.turns / 2)
+    # What branches off branches again.
+    started = (rate or form.rate) / form.turns * (1 - form.fork * form.turns)
     waiting: list[tuple[float, int, _Text]] = []
     names = count(1)
     begin = 0.0
