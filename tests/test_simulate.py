@@ -178,11 +178,15 @@ def test_a_policy_of_ones_own_is_taken_from_the_folder(run: Callable[..., Done])
 def test_a_policy_that_raises_falls_back_and_is_counted_and_said(run: Callable[..., Done]) -> None:
     own, known = figures(run, *SMALL, "--policy", "mine_for_test:broken", "least_loaded")["policies"]
     assert (own.pop("policy_failures"), known.pop("policy_failures")) == (40, 0)
+    assert (own.pop("failure").partition(":")[0], known.pop("failure")) == ("ZeroDivisionError", "")
     own.pop("policy")
     known.pop("policy")
     assert own == known
     done = run(*SMALL, "--policy", "mine_for_test:broken")
-    assert "mine_for_test:broken failed for 40 decisions: the least loaded node was taken" in done.words
+    assert (
+        "mine_for_test:broken failed for 40 decisions, and the least loaded node was taken: ZeroDivisionError"
+        in done.words
+    )
 
 
 def test_a_policy_that_ends_its_process_is_one_sentence(run: Callable[..., Done]) -> None:

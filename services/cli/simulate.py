@@ -253,7 +253,8 @@ def _show(settings: Settings, work: Sequence[Work], ideal: float, summaries: Seq
     for row in summaries:
         if row.policy_failures:
             console.print(
-                f"[yellow]{row.policy} failed for {row.policy_failures} decisions: the least loaded node was taken[/]"
+                f"[yellow]{row.policy} failed for {row.policy_failures} decisions, and the least loaded node was taken:[/] "
+                f"{row.failure}"
             )
 
 

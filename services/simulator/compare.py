@@ -3,14 +3,7 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
-import os
-import signal
 import sys
-import threading
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +13,11 @@ from services.errors import BadRequest, NotServed
 from services.routing.policies import allow, check
 from services.simulator.peer import POLICY, PeerDesk
 from services.simulator.results import ideal_hit_rate, summarize
+from services.simulator.workers import CONTEXT, workers
 from services.simulator.world import Router, World
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from services.simulator.results import Summary
     from services.simulator.world import Outcome, Settings
@@ -80,15 +74,6 @@ _shared: tuple[Sequence[Work], float, Any] | None = None
 def _begin(work: Sequence[Work], ideal: float, counts: Any) -> None:  # noqa: ANN401 - an array shared by processes
     global _shared  # noqa: PLW0603 - what a worker process is given once
     _shared = work, ideal, counts
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Leave when the process that wants the results was killed; nobody else would end this one."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _one(number: int, choice: Choice, settings: Settings, keep: bool) -> tuple[Summary, Outcome | None]:  # noqa: FBT001
@@ -116,13 +101,9 @@ def compare(
     With `keep`, the outcomes are given as well. Results do not depend on the number of processes.
     """
     ideal = ideal_hit_rate(work, runs[0][1].block_size)
-    with pool(work, ideal, len(runs), processes) as (submit, counts):
-        # What a terminal's Ctrl-C is for is this process; those that are started now inherit that they don't hear of it.
-        heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            jobs = [submit(_one, number, choice, settings, keep) for number, (choice, settings) in enumerate(runs)]
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, heard)
+    counts = CONTEXT.Array("q", len(runs))
+    with workers(min(processes, len(runs)), _begin, work, ideal, counts) as submit:
+        jobs = [submit(_one, number, choice, settings, keep) for number, (choice, settings) in enumerate(runs)]
         waiting = list(jobs)
         while waiting:
             for job in list(waiting):
@@ -130,29 +111,6 @@ def compare(
                     job.result(timeout=POLL_SECONDS)
                 except TimeoutError:
                     break
-                except BrokenProcessPool:
-                    raise NotServed(
-                        "a process died before its run was done; is there memory for all of them?"
-                    ) from None
                 waiting.remove(job)
-            progress(sum(counts))
+            progress(sum(counts[:]))
         return [job.result() for job in jobs]
-
-
-@contextmanager
-def pool(work: Sequence[Work], ideal: float, runs: int, processes: int) -> Iterator[tuple[Callable[..., Any], Any]]:
-    """Worker processes that have the requests."""
-    context = multiprocessing.get_context("spawn")
-    counts = context.Array("q", runs)
-    others = multiprocessing.active_children()
-    executor = ProcessPoolExecutor(min(processes, runs), context, _begin, (work, ideal, counts))
-    try:
-        yield executor.submit, counts
-    except BaseException:
-        # Nobody waits for the other runs any more.
-        for process in multiprocessing.active_children():
-            if process not in others:
-                process.terminate()
-        raise
-    finally:
-        executor.shutdown(cancel_futures=True)

@@ -291,6 +291,7 @@ class PeerDesk:
     """A router that asks Dynamo. Knows of nodes and blocks what the log says, and its own requests."""
 
     policy_failures = 0
+    last_failure = ""
 
     def __init__(
         self,

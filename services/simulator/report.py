@@ -6,11 +6,9 @@ it, overload a quarter more. Nothing in a report depends on the machine or on ho
 
 from __future__ import annotations
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
@@ -19,12 +17,13 @@ from services.routing.policies import POLICIES
 from services.simulator.compare import run
 from services.simulator.peer import POLICY as PEER
 from services.simulator.results import Summary, ideal_hit_rate, summarize
+from services.simulator.workers import workers
 from services.simulator.workloads import GENERATED_BLOCK_SIZE, KINDS, generate
 from services.simulator.world import Settings
 from services.trace import TRACE_BLOCK_SIZE, Work, read_trace, work_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 SEED = 1
 NODES = (4, 8, 16)
@@ -156,31 +155,29 @@ def produce(traces: list[str], *, processes: int, peer: bool, progress: Callable
     for trace in traces:
         # A trace that can't be read is to be told of before the work begins.
         load(trace, 1)
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        everywhere = cells(traces)
-        for cell, speed in zip(everywhere, pool.map(knee, everywhere), strict=True):
-            report.knees[cell] = speed
-            progress()
+    everywhere = cells(traces)
+    with workers(processes) as submit:
+
+        def results(function: Callable[[Any], Any], arguments: Sequence[Any]) -> Iterator[Any]:
+            jobs = [submit(function, argument) for argument in arguments]
+            for job in jobs:
+                yield job.result()
+                progress()
+
+        report.knees.update(zip(everywhere, results(knee, everywhere), strict=True))
         keys = [(cell, name, policy) for cell in everywhere for name in LOADS for policy in POLICIES]
         jobs = [Job(cell, policy, report.knees[cell] * LOADS[name]) for cell, name, policy in keys]
-        for key, summary in zip(keys, pool.map(make, jobs), strict=True):
-            report.runs[key] = summary
-            progress()
+        report.runs.update(zip(keys, results(make, jobs), strict=True))
         overlaid = [(trace, delay, routers) for trace in traces for delay in DELAYS for routers in ROUTERS]
         jobs = [
             Job(Cell(trace, 8, "large"), "ttft", report.knees[Cell(trace, 8, "large")], delay, routers)
             for trace, delay, routers in overlaid
         ]
-        for place, summary in zip(overlaid, pool.map(make, jobs), strict=True):
-            report.overlay[place] = summary
-            progress()
+        report.overlay.update(zip(overlaid, results(make, jobs), strict=True))
         judged = [Cell(trace, 8, cache) for trace in traces for cache in CACHES] if peer else []
-        for cell, summary in zip(
-            judged, pool.map(make, [Job(cell, PEER, report.knees[cell]) for cell in judged]), strict=True
-        ):
-            report.peer[cell] = summary
-            progress()
-        report.burst = {(delay, routers): burst(delay, routers) for delay in DELAYS for routers in ROUTERS}
+        jobs = [Job(cell, PEER, report.knees[cell]) for cell in judged]
+        report.peer.update(zip(judged, results(make, jobs), strict=True))
+    report.burst = {(delay, routers): burst(delay, routers) for delay in DELAYS for routers in ROUTERS}
     return report
 
 

@@ -45,6 +45,8 @@ class Summary(Struct, frozen=True, kw_only=True):
     """Requests that were sent again since their node failed."""
     policy_failures: int
     """Decisions for which the policy failed and the least loaded node was taken."""
+    failure: str
+    """What the last such failure was."""
 
 
 def ideal_hit_rate(work: Iterable[Work], block_size: int) -> float:
@@ -86,4 +88,5 @@ def summarize(outcome: Outcome, policy: str, ideal: float) -> Summary:
         predicted_hit_rate=rounded(sum(served.predicted for served in outcome.served) / max(1, tokens)),
         ideal_share=rounded(hit / ideal) if ideal else 1.0, imbalance=rounded(max(outcome.busy) / busy) if busy else 1.0,
         rejected=outcome.rejected, retried=outcome.retried, policy_failures=outcome.policy_failures,
+        failure=outcome.failure,
     )  # fmt: skip

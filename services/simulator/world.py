@@ -100,6 +100,8 @@ class Outcome(Struct):
     retried: int
     busy: list[float]
     policy_failures: int
+    failure: str
+    """What the policy's last failure was."""
 
 
 class Desk(Protocol):
@@ -108,6 +110,10 @@ class Desk(Protocol):
     @property
     def policy_failures(self) -> int:
         """Decisions that fell back to least loaded."""
+
+    @property
+    def last_failure(self) -> str:
+        """What the last of them was."""
 
     def decide(self, query: Query, now: int) -> Decision:
         """Choose a node."""
@@ -209,6 +215,7 @@ class World:
         return Outcome(
             settings, self._names, self._served, self.rejected, self.retried, [engine.busy for engine in self._engines],
             sum(desk.policy_failures for desk in self._desks),
+            next((desk.last_failure for desk in self._desks if desk.last_failure), ""),
         )  # fmt: skip
 
     def _put(self, now: float, room: str, event: types.Event, writer: str = "") -> None:
