@@ -51,16 +51,21 @@ def test_processes_of_a_simulation_end_with_it(tmp_path: Path, ending: signal.Si
         "--policy",
         "endless_for_test:score",
     ]
+    # Whoever started the tests in the background may have had them ignore it, and processes would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     found = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     with subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, env=found, cwd=tmp_path) as process:
-        until(lambda: (tmp_path / "worker").exists() or process.poll() is not None)
-        worker = int((tmp_path / "worker").read_text())
-        # A terminal's Ctrl-C goes to all of them.
-        if ending == signal.SIGINT:
-            os.killpg(process.pid, ending)
-        else:
-            process.send_signal(ending)
-        _, said = process.communicate(timeout=20)
+        try:
+            until(lambda: (tmp_path / "worker").exists() or process.poll() is not None)
+            worker = int((tmp_path / "worker").read_text())
+            # A terminal's Ctrl-C goes to all of them.
+            if ending == signal.SIGINT:
+                os.killpg(process.pid, ending)
+            else:
+                process.send_signal(ending)
+            _, said = process.communicate(timeout=20)
+        finally:
+            process.kill()
     assert process.returncode == (130 if ending == signal.SIGINT else -ending)
     assert b"Traceback" not in said
     until(lambda: not alive(worker))
