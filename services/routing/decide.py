@@ -66,6 +66,15 @@ class Decision(NamedTuple):
         """Nodes to try when the chosen one does not answer, next best first."""
         return [candidate.node for candidate in self.candidates[1:]]
 
+    def event(self, query: Query, applied: int) -> RequestRouted:
+        """What the log is told of a decision that was made at this sequence."""
+        blocks = len(query.hashes) >> 3
+        return RequestRouted(
+            request=query.id, model=query.model, node=self.node.name, match=self.match, blocks=blocks,
+            tokens=query.tokens, hashes=query.hashes if blocks <= HASHES_RECORDED else b"", session=query.session,
+            policy=self.policy, applied=applied, candidates=self.candidates,
+        )  # fmt: skip
+
 
 class Roster:
     """The candidates for a model as columns. Made anew when nodes change, not for each request."""
@@ -183,12 +192,7 @@ class Chooser:
     ) -> tuple[RequestRouted, SessionAssigned | None]:
         """Count a decision that was made at sequence `applied` in the overlay; what the log must be told of it."""
         node = decision.node.name
-        blocks = len(query.hashes) >> 3
-        routed = RequestRouted(
-            request=query.id, model=query.model, node=node, match=decision.match, blocks=blocks, tokens=query.tokens,
-            hashes=query.hashes if blocks <= HASHES_RECORDED else b"", session=query.session, policy=decision.policy,
-            applied=applied, candidates=decision.candidates,
-        )  # fmt: skip
+        routed = decision.event(query, applied)
         at = self._state.load.ordinal.get(node)
         if at is not None:
             # Otherwise the node was lost since the decision; the fold will ignore the event.

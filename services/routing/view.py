@@ -51,7 +51,7 @@ class Columns(NamedTuple):
 class View:
     """Candidates as columns: entry i of each is candidate i. A policy must not change them."""
 
-    __slots__ = ("_now", "_overlay", "_roster", "_state", "active", "match", "session", "slow")
+    __slots__ = ("_now", "_overlay", "_roster", "_speed", "_state", "active", "match", "session", "slow")
 
     def __init__(
         self, roster: Roster, state: FleetState, overlay: Overlay, match: Column, slow: Column | None, session: int,
@@ -61,6 +61,7 @@ class View:
         self._state = state
         self._overlay = overlay
         self._now = now
+        self._speed: Column | None = None
         self.match = match
         """Leading blocks of the request that the node holds or will hold, in any tier."""
         self.slow = slow
@@ -81,8 +82,10 @@ class View:
     @property
     def speed(self) -> Column:
         """Tokens per second that the node is measured to prefill."""
-        speed: Column = self._roster.rows(self._roster.columns.pace) * self._state.load.ratio
-        return speed
+        # The queue asks for it as well.
+        if self._speed is None:
+            self._speed = self._roster.rows(self._roster.columns.pace) * self._state.load.ratio
+        return self._speed
 
     @property
     def queue(self) -> Column:

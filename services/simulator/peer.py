@@ -46,7 +46,7 @@ from events import types
 from events.hashing import derive_hash, unpack_hashes
 from events.types import Candidate, RequestRouted, SessionAssigned
 from services.errors import BadRequest, NoNode, Overloaded, UnknownModel
-from services.routing.decide import HASHES_RECORDED, Decision
+from services.routing.decide import Decision
 from services.routing.parameters import Parameter
 
 if TYPE_CHECKING:
@@ -346,13 +346,7 @@ class PeerDesk:
         self._selector.book(query.id)
         self._booked[query.id] = node
         self._active[node] += 1
-        blocks = len(query.hashes) >> 3
-        routed = RequestRouted(
-            request=query.id, model=query.model, node=node, match=decision.match, blocks=blocks, tokens=query.tokens,
-            hashes=query.hashes if blocks <= HASHES_RECORDED else b"", session=query.session, policy=POLICY,
-            applied=applied, candidates=decision.candidates,
-        )  # fmt: skip
-        return routed, None
+        return decision.event(query, applied), None
 
     def computed(self, request: str, now: int) -> None:  # noqa: ARG002 - nothing here depends on time
         """The first token of a request came."""

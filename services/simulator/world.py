@@ -316,8 +316,6 @@ class World:
         self._predicted[query.id] = decision.match * query.block_size
         self._engines[engine].arrive(job, now)
         heappush(self._due, (self._engines[engine].ends, engine))
-        if not self.settings.delay:
-            self._see(now)
 
     def _reject(self, query: Query) -> None:
         self.rejected += 1
