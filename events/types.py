@@ -159,7 +159,10 @@ class Candidate(Struct, frozen=True, array_like=True, omit_defaults=True, gc=Fal
 
 
 class RequestRouted(Event, frozen=True, tag=_tag):
-    """A router's decision. `applied` is the sequence that its fold had applied."""
+    """A router's decision. `applied` is the sequence that its fold had applied.
+
+    With the fold at that sequence, what the router decided before, and `decided`, it can be made again.
+    """
 
     request: Name
     model: Name
@@ -172,6 +175,13 @@ class RequestRouted(Event, frozen=True, tag=_tag):
     policy: Text = ""
     applied: Count = 0
     candidates: Annotated[list[Candidate], Meta(max_length=1024)] = []
+    """The chosen node and the next best ones, by cost."""
+    best: Length = 0
+    """Longest match of all nodes that could have been chosen, in blocks."""
+    decided: Count = 0
+    """When, by the router's clock, in unix microseconds."""
+    exclude: Annotated[list[Name], Meta(max_length=4096)] = []
+    """Nodes that the request would not have."""
 
 
 class RequestCompleted(Event, frozen=True, tag=_tag):

@@ -29,12 +29,16 @@ _log = structlog.get_logger("kvplane.replica")
 
 
 class Replica:
-    """One fold of a fleet's log. `observe` is called with every message and what became of it."""
+    """One fold of a fleet's log. `before` is called before a message is applied, `observe` with what became of it."""
 
-    def __init__(self, client: Client, fleet: str, observe: Callable[[Message, Applied], None] | None = None) -> None:
+    def __init__(
+        self, client: Client, fleet: str, observe: Callable[[Message, Applied], None] | None = None,
+        *, before: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
         self.state = FleetState(fleet)
         self.follower = Follower(client, fleet, self._handle)
         self._observe = observe
+        self._before = before
         self._skips: dict[int, tuple[str, str]] = {}
         self._order: deque[int] = deque()
         self._advanced = anyio.Event()
@@ -53,6 +57,8 @@ class Replica:
             )
 
     def _handle(self, message: Message) -> None:
+        if self._before is not None:
+            self._before()
         applied = self.state.apply(message)
         if applied.skipped is not None:
             self._skips[message.sequence] = (applied.skipped, applied.detail)

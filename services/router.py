@@ -56,7 +56,7 @@ class Router:
         self.fleet = fleet
         self.writer = new_writer("router")
         self.overlay = Overlay()
-        self.replica = Replica(client, fleet, self._observe)
+        self.replica = Replica(client, fleet, self._observe, before=self.settle)
         self.state = self.replica.state
         self.chooser = Chooser(self.state, self.overlay)
         self.decisions = {"exact": 0, "prefix": 0, "miss": 0, "refused": 0}
@@ -104,7 +104,8 @@ class Router:
     def route(self, request: RouteRequest) -> RouteAnswer:
         """Decide and answer; `settle` records. Raises the faults of `services.errors`."""
         self.settle()
-        now = time.time_ns()
+        # In microseconds, as it is recorded: a decision must be the same when it is made again.
+        now = time.time_ns() // 1000 * 1000
         query = self._query(request)
         failures = self.chooser.policy_failures
         try:
@@ -140,7 +141,7 @@ class Router:
         )
 
     def settle(self) -> None:
-        """Record the last decision: behind its answer, and before anything else is decided."""
+        """Record the last decision: behind its answer, and before anything else is decided or read from the log."""
         if self._unsettled is not None:
             unsettled, self._unsettled = self._unsettled, None
             self._record(*unsettled)

@@ -130,8 +130,25 @@ def test_a_prediction_that_is_hit_again_and_again_is_not_kept_alive_by_its_own_h
     overlay = Overlay()
     overlay.decided(routed("first"), 0, 16, START, predict="m")
     for second in range(1, int(2 * PREDICTION_SECONDS) + 1):
+        overlay.turn(at(second))
+        if not soon(overlay):
+            break
         overlay.decided(routed("q", match=soon(overlay)), 0, 16, at(second), predict="m")
         overlay.on_log("q")
+    assert soon(overlay) == 0
+
+
+def test_what_another_router_predicted_in_the_period_before_goes_with_that_period() -> None:
+    """Who has looked at the clock first must make no difference: predictions go by their own times."""
+    period = int(PREDICTION_SECONDS)
+    begin = START // SECOND // period * period + period - START // SECOND
+    overlay = Overlay()
+    overlay.turn(at(begin))
+    overlay.predict("m", "a", 0, pack_hashes(CHAIN), at(begin - 1))
+    assert soon(overlay) == 8
+    overlay.turn(at(begin + period))
+    assert soon(overlay) == 0
+    overlay.predict("m", "a", 0, pack_hashes(CHAIN), at(begin - 1))
     assert soon(overlay) == 0
 
 

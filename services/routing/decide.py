@@ -19,6 +19,8 @@ from services.routing.policies import policy
 from services.routing.view import Columns, Request, View
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from numpy.typing import NDArray
 
     from projections.fleet import FleetState
@@ -60,19 +62,22 @@ class Decision(NamedTuple):
     policy: str
     cost: float
     candidates: list[Candidate]
+    best: int
+    """Longest match of all nodes that could have been chosen."""
 
     @property
     def fallbacks(self) -> list[str]:
         """Nodes to try when the chosen one does not answer, next best first."""
         return [candidate.node for candidate in self.candidates[1:]]
 
-    def event(self, query: Query, applied: int) -> RequestRouted:
-        """What the log is told of a decision that was made at this sequence."""
+    def event(self, query: Query, now: int, applied: int, known: Container[str]) -> RequestRouted:
+        """What the log is told of a decision that was made at this time and sequence, when these nodes were known."""
         blocks = len(query.hashes) >> 3
         return RequestRouted(
             request=query.id, model=query.model, node=self.node.name, match=self.match, blocks=blocks,
             tokens=query.tokens, hashes=query.hashes if blocks <= HASHES_RECORDED else b"", session=query.session,
-            policy=self.policy, applied=applied, candidates=self.candidates,
+            policy=self.policy, applied=applied, candidates=self.candidates, best=self.best, decided=now // 1000,
+            exclude=sorted(name for name in query.exclude if name in known) if query.exclude else [],
         )  # fmt: skip
 
 
@@ -181,18 +186,23 @@ class Chooser:
             if cost != math.inf
         ]
         node, found = roster.nodes[order[0]], candidates[0].match
+        longest = found
+        if found < query.blocks:
+            longest = int(view.match.max())
+            if longest > found and (roster.limited or query.exclude):
+                longest = int(view.match[costs != math.inf].max())
         kind = "miss" if not found else "exact" if found >= query.blocks else "prefix"
         outcome = ""
         if query.session:
             outcome = "kept" if session == node.name else "moved" if session or former else "new"
-        return Decision(node, kind, found, outcome, session or former, name, best, candidates)
+        return Decision(node, kind, found, outcome, session or former, name, best, candidates, longest)
 
     def settle(
         self, query: Query, decision: Decision, now: int, applied: int
     ) -> tuple[RequestRouted, SessionAssigned | None]:
         """Count a decision that was made at sequence `applied` in the overlay; what the log must be told of it."""
         node = decision.node.name
-        routed = decision.event(query, applied)
+        routed = decision.event(query, now, applied, self._state.nodes)
         at = self._state.load.ordinal.get(node)
         if at is not None:
             # Otherwise the node was lost since the decision; the fold will ignore the event.

@@ -5,6 +5,9 @@ decision is seen on the log, where the fold counts it. And a node that was just 
 its prefill is done, long before it says so: until then the blocks are *predicted*. A prediction needs no proof to go
 away: predictions lie in two generations, and every `PREDICTION_SECONDS` the older one is forgotten, so each lives between
 one and two periods. What the node reported meanwhile is in the fold.
+
+All of it follows from the log: from what this router decided, from what others did, and from the times of both. So the
+overlay of any past decision can be made again.
 """
 
 from __future__ import annotations
@@ -26,9 +29,10 @@ PREDICTION_SECONDS = 15.0
 PENDING_SECONDS = 120.0
 """A decision that was not seen on the log for this long no longer counts as load."""
 RECENT_SECONDS = 60.0
-"""What another router decided longer ago than this predicts nothing any more."""
+"""What another router decided longer ago than this predicts nothing any more, so it need not be looked at."""
 
 _NS = 1_000_000_000
+_GENERATION_NS = int(PREDICTION_SECONDS * _NS)
 
 
 class Pending(Struct, frozen=True):
@@ -61,7 +65,8 @@ class Overlay:
         self._young: dict[str, PrefixIndex] = {}
         self._old: dict[str, PrefixIndex] = {}
         self._ordinals: dict[str, int] = {}
-        self._turned = 0
+        self._generation = 0
+        """Number of the young generation: time in periods."""
 
     def fit(self, count: int) -> None:
         """Make the columns as long as those of the fold."""
@@ -98,11 +103,15 @@ class Overlay:
     def predict(self, model: str, node: str, at: int, hashes: bytes, now: int) -> None:
         """The node with ordinal `at` will hold these blocks soon, from the root of their chain on."""
         self.turn(now)
-        young = self._young.get(model)
-        if young is None:
-            young = self._young[model] = PrefixIndex()
+        behind = self._generation - now // _GENERATION_NS
+        if behind > 1:
+            return
+        indexes = self._old if behind else self._young
+        index = indexes.get(model)
+        if index is None:
+            index = indexes[model] = PrefixIndex()
         self._ordinals[node] = at
-        young.store(at, hashes)
+        index.store(at, hashes)
 
     def predicted(self, model: str, hashes: bytes) -> PrefixIndex | None:
         """The generation to be asked for a request; its slots are ordinals.
@@ -118,18 +127,23 @@ class Overlay:
 
     def turn(self, now: int) -> None:
         """Forget what is too old."""
-        if now - self._turned < PREDICTION_SECONDS * _NS:
+        generation = now // _GENERATION_NS
+        if generation <= self._generation:
             return
         # After a long pause both generations are too old.
-        self._old = self._young if now - self._turned < 2 * PREDICTION_SECONDS * _NS else {}
+        self._old = self._young if generation == self._generation + 1 else {}
         self._young = {}
-        self._turned = now
-        before = now - int(PENDING_SECONDS * _NS)
+        self._generation = generation
+        # By the period, not by the moment: who looks first must make no difference.
+        before = generation * _GENERATION_NS - int(PENDING_SECONDS * _NS)
         for request in [request for request, pending in self.pending.items() if pending.time < before]:
             self.on_log(request)
 
     def observe(self, commit: Commit, time: int, state: FleetState, writer: str, now: int) -> None:
-        """Come in line with a commit of this log time that the fold has just applied; `writer` is this router's name."""
+        """Come in line with a commit of this log time that the fold has just applied.
+
+        `writer` is this router's name, `now` its clock: what is long past then is not looked at.
+        """
         room = commit.place.room
         if room == "access":
             own = commit.writer == writer
@@ -143,7 +157,7 @@ class Overlay:
                     # Another router sent a request to a node that will report its blocks.
                     node = state.nodes[event.node]
                     if not node.managed:
-                        self.predict(node.model, event.node, state.load.ordinal[event.node], event.hashes, now)
+                        self.predict(node.model, event.node, state.load.ordinal[event.node], event.hashes, time)
         elif room == "session":
             for event in commit.events:
                 key = (event.model, event.session)  # type: ignore[attr-defined]

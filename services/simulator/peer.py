@@ -330,13 +330,13 @@ class PeerDesk:
         kind = "miss" if not match else "exact" if match >= query.blocks else "prefix"
         # Dynamo doesn't say what the cost was.
         candidates = [Candidate(chosen, match, 0.0)]
-        return Decision(self._state.nodes[chosen], kind, match, "", "", POLICY, 0.0, candidates)
+        return Decision(self._state.nodes[chosen], kind, match, "", "", POLICY, 0.0, candidates, match)
 
     def settle(
         self,
         query: Query,
         decision: Decision,
-        now: int,  # noqa: ARG002 - nothing here depends on time
+        now: int,
         applied: int,
     ) -> tuple[RequestRouted, SessionAssigned | None]:
         """Book a decision; what the log must be told of it."""
@@ -346,7 +346,7 @@ class PeerDesk:
         self._selector.book(query.id)
         self._booked[query.id] = node
         self._active[node] += 1
-        return decision.event(query, applied), None
+        return decision.event(query, now, applied, self._state.nodes), None
 
     def computed(self, request: str, now: int) -> None:  # noqa: ARG002 - nothing here depends on time
         """The first token of a request came."""
