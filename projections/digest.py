@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import msgspec
+from msgspec.structs import astuple
 from xxhash import xxh3_128
 
 from events.hashing import pack_hashes
@@ -35,7 +36,8 @@ def digest(state: FleetState) -> str:
     malformed = sum(state.skipped.get(reason, 0) for reason in MALFORMED)
     add([skipped, malformed, state.ignored, list(state.writers.items()), list(state.removed.items())])
     for name, node in sorted(state.nodes.items()):
-        add([name, node.registered, node.epoch, node.changed, node.lost, node.cordoned])
+        # All fields: whether a default is left out depends on how a commit was written.
+        add([name, astuple(node.registered), node.epoch, node.changed, node.lost, node.cordoned])
         index = state.caches.index(node.model)
         for tier, slot in sorted(node.slots.items()):
             if index.count(slot):

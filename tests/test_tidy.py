@@ -15,7 +15,7 @@ PACKAGES = ("events", "projections", "services")
 
 PURE = [
     *(path for path in sorted((ROOT / "events").glob("*.py"))),
-    *sorted((ROOT / "projections").rglob("*.py")),
+    *(path for path in sorted((ROOT / "projections").rglob("*.py")) if path.name not in {"store.py", "archive.py"}),
     *sorted((ROOT / "services" / "routing").glob("*.py")),
     *(ROOT / "services" / name for name in ("placement.py", "liveness.py", "blockcache.py")),
 ]

@@ -77,6 +77,18 @@ class Follower:
         self._heard = False
         self._stopped: KvplaneError | Exception | None = None
         self._restart = anyio.Event()
+        self._paused: anyio.Event | None = None
+
+    def pause(self) -> None:
+        """Hand on nothing until `resume`; the server holds back what is on its way."""
+        if self._paused is None:
+            self._paused = anyio.Event()
+
+    def resume(self) -> None:
+        """Go on."""
+        paused, self._paused = self._paused, None
+        if paused is not None:
+            paused.set()
 
     async def run(self) -> None:
         """Follow until cancelled. Raises `LogCorrupt`, `LogMissing`, or what `handle` raised."""
@@ -167,7 +179,7 @@ class Follower:
             if self._restart.is_set():
                 return
             self.healthy = self._client.is_connected
-            if self._heard:
+            if self._heard or self._paused is not None:
                 self._heard = False
                 quiet_since = anyio.current_time()
             if self._client.is_connected and self._client.stats["reconnects"] != reconnects:
@@ -179,6 +191,8 @@ class Follower:
                 return
 
     async def _receive(self, generation: int, message: Msg) -> None:
+        while self._paused is not None:
+            await self._paused.wait()
         if generation != self._generation:
             return
         self._heard = True

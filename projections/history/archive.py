@@ -1,0 +1,260 @@
+"""Closed hours as Parquet files, by table and day, that any tool can read while the historian runs.
+
+    archive/<table>/day=2026-01-31/<first sequence>-<last sequence>.parquet
+
+The archive is the history's beginning: all commits up to `checkpoint.archived`. A file is written whole, forced to the disk
+and renamed; then one transaction lists it, takes its rows from the live part and moves the checkpoint. So a row is in exactly
+one place at any moment, and a file that no list names is left over from a process that was killed: it is swept away.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import TYPE_CHECKING, NamedTuple
+
+import duckdb
+
+from projections.errors import BadHistory
+from projections.history.store import LIVE, fault
+from projections.history.tables import TABLES, VERSION
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from projections.history.store import Store
+
+KEPT = ("node_changes", "policy_changes")
+"""Tables that never expire: they are small, and without them nobody knows who is there."""
+CLOSED_SECONDS = 60
+"""So long after its end an hour is closed."""
+
+_HOUR_US = 3600 * 1_000_000
+_DAY_US = 24 * _HOUR_US
+_NAME = re.compile(r"day=(\d{4}-\d{2}-\d{2})/(\d{20})-(\d{20})\.parquet")
+
+
+class Part(NamedTuple):
+    """Commits that go to the archive together: after `archived`, up to `last`. `day` is that of the hour."""
+
+    day: str
+    archived: int
+    last: int
+
+
+class File(NamedTuple):
+    """One archived file, by its name below the archive's folder."""
+
+    name: str
+    table: str
+    day: str
+    first: int
+    last: int
+    rows: int
+    bytes: int
+
+
+def closed(cursor: duckdb.DuckDBPyConnection, now: int) -> Part | None:
+    """The oldest closed hour that is not archived yet, at a time in unix microseconds."""
+    before = (now - CLOSED_SECONDS * 1_000_000) // _HOUR_US * _HOUR_US
+    found = cursor.execute(
+        f"SELECT min(epoch_us(time)), (SELECT archived FROM checkpoint) FROM {LIVE}.commits"
+    ).fetchall()[0]
+    if found[0] is None or found[0] >= before:
+        return None
+    hour = found[0] // _HOUR_US * _HOUR_US
+    day, last = cursor.execute(
+        f"SELECT strftime(make_timestamp(?), '%Y-%m-%d'), max(sequence) FROM {LIVE}.commits WHERE epoch_us(time) < ?",
+        [hour, hour + _HOUR_US],
+    ).fetchall()[0]
+    return Part(day, found[1], last)
+
+
+def export(store: Store, part: Part, cursor: duckdb.DuckDBPyConnection) -> list[File]:
+    """Write the files of a part; nothing else changes. Raises `HistoryFull` or `BadHistory`."""
+    files = []
+    try:
+        for table in TABLES:
+            where = f"sequence > {part.archived} AND sequence <= {part.last}"
+            (count,) = cursor.execute(f"SELECT count(*) FROM {LIVE}.{table.name} WHERE {where}").fetchall()[0]
+            if not count:
+                continue
+            name = f"{table.name}/day={part.day}/{part.archived + 1:020}-{part.last:020}.parquet"
+            path = store.archive / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = path.with_suffix(".unfinished")
+            order = "sequence" if table.name == "commits" else "sequence, event"
+            cursor.execute(
+                f"COPY (SELECT * FROM {LIVE}.{table.name} WHERE {where} ORDER BY {order}) TO '{_quoted(unfinished)}' "
+                f"(FORMAT parquet, COMPRESSION zstd, KV_METADATA {{kvplane_fleet: '{store.fleet}', "
+                f"kvplane_version: '{VERSION}', kvplane_last: '{part.last}'}})"
+            )
+            _force(unfinished)
+            unfinished.rename(path)
+            _force(path.parent)
+            files.append(File(name, table.name, part.day, part.archived + 1, part.last, count, path.stat().st_size))
+    except duckdb.Error as error:
+        raise fault(error, store.archive) from error
+    except OSError as error:
+        raise BadHistory(f"the archive can't be written: {error.strerror}") from error
+    return files
+
+
+def adopt(store: Store, part: Part, files: list[File]) -> None:
+    """Let the archive have these rows from now on, in one transaction."""
+    connection = store.connection
+    try:
+        connection.execute("BEGIN")
+        (archived,) = connection.execute("SELECT archived FROM checkpoint").fetchall()[0]
+        if archived != part.archived:
+            connection.execute("ROLLBACK")
+            raise BadHistory(f"the archive ends at {archived}, not at {part.archived}; nothing was moved")
+        _list(connection, files)
+        for table in TABLES:
+            connection.execute(f"DELETE FROM {LIVE}.{table.name} WHERE sequence <= ?", [part.last])
+        connection.execute("UPDATE checkpoint SET archived = ?", [part.last])
+        store.refresh(connection)
+        connection.execute("COMMIT")
+    except duckdb.Error as error:
+        raise fault(error, store.archive) from error
+
+
+def _list(connection: duckdb.DuckDBPyConnection, files: list[File]) -> None:
+    for file in files:
+        connection.execute("INSERT INTO archive_files VALUES (?, ?, ?, ?, ?, ?, ?)", list(file))
+
+
+def listed(store: Store, cursor: duckdb.DuckDBPyConnection | None = None) -> list[File]:
+    """All archived files, oldest first."""
+    rows = (
+        (cursor or store.connection)
+        .execute(
+            "SELECT name, table_name, strftime(day, '%Y-%m-%d'), first_sequence, last_sequence, row_count, bytes "
+            "FROM archive_files ORDER BY first_sequence, table_name"
+        )
+        .fetchall()
+    )
+    return [File(*row) for row in rows]
+
+
+def expire(store: Store, now: int, *, days: float | None, size: int | None) -> list[File]:
+    """Take the oldest files from the list, those older than `days` and those beyond `size` bytes; what was taken.
+
+    All tables of an hour go together, but for those in `KEPT`. Files stay until `sweep`, for queries that read them now.
+    """
+    files = [file for file in listed(store) if file.table not in KEPT]
+    total = sum(file.bytes for file in files)
+    gone: list[File] = []
+    for last in dict.fromkeys(file.last for file in files):
+        part = [file for file in files if file.last == last]
+        old = days is not None and _day(store, part[0].day) + _DAY_US < now - days * _DAY_US
+        if not old and (size is None or total <= size):
+            break
+        total -= sum(file.bytes for file in part)
+        gone += part
+    if gone:
+        try:
+            store.connection.execute("BEGIN")
+            store.connection.execute(
+                "DELETE FROM archive_files WHERE last_sequence <= ? AND NOT list_contains(?, table_name)",
+                [gone[-1].last, list(KEPT)],
+            )
+            store.refresh(store.connection)
+            store.connection.execute("COMMIT")
+        except duckdb.Error as error:
+            raise fault(error, store.archive) from error
+    return gone
+
+
+def _day(store: Store, day: str) -> int:
+    row = store.connection.execute("SELECT epoch_us(?::DATE::TIMESTAMP)", [day]).fetchall()[0]
+    return int(row[0])
+
+
+def sweep(store: Store) -> int:
+    """Remove the files that the list does not name; how many. For the one process that has the history open."""
+    names = {file.name for file in listed(store)}
+    count = 0
+    for path in [*store.archive.rglob("*.parquet"), *store.archive.rglob("*.unfinished")]:
+        if str(path.relative_to(store.archive)) not in names:
+            path.unlink(missing_ok=True)
+            count += 1
+    for folder in sorted(store.archive.rglob("day=*"), reverse=True):
+        if not any(folder.iterdir()):
+            folder.rmdir()
+    return count
+
+
+def missing(store: Store) -> list[str]:
+    """Names of listed files that are not there, or not as long as they were."""
+    found = []
+    for file in listed(store):
+        path = store.archive / file.name
+        if not path.exists() or path.stat().st_size != file.bytes:
+            found.append(file.name)
+    return found
+
+
+def recover(store: Store) -> int:
+    """List the files of an archive anew, for a history whose file was lost; the last archived sequence.
+
+    Files that don't continue each other, such as those of a part that was not adopted, are left to `sweep`.
+    """
+    parts: dict[tuple[int, int], list[File]] = {}
+    for path in store.archive.rglob("*.parquet"):
+        name = path.relative_to(store.archive)
+        match = _NAME.fullmatch("/".join(name.parts[1:]))
+        if match is None:
+            continue
+        try:
+            meta = dict(
+                store.connection.execute(
+                    "SELECT key::VARCHAR, value::VARCHAR FROM parquet_kv_metadata(?)", [str(path)]
+                ).fetchall()
+            )
+            (count,) = store.connection.execute("SELECT count(*) FROM read_parquet(?)", [str(path)]).fetchall()[0]
+        except duckdb.Error:
+            continue
+        if meta.get("kvplane_fleet") != store.fleet or meta.get("kvplane_version") != str(VERSION):
+            continue
+        first, last = int(match[2]), int(match[3])
+        file = File(str(name), name.parts[0], match[1], first, last, count, path.stat().st_size)
+        parts.setdefault((first, last), []).append(file)
+    whole = [files for files in parts.values() if any(file.table == "commits" for file in files)]
+    chain: list[list[File]] = []
+    for files in sorted(whole, key=lambda part: (part[0].first, -part[0].last)):
+        if chain and files[0].first != chain[-1][0].last + 1:
+            continue
+        chain.append(files)
+    if not chain:
+        return 0
+    last = chain[-1][0].last
+    ends = dict.fromkeys(KEPT, 0)
+    # Of what never expires, older hours are there as well.
+    for files in sorted(parts.values(), key=lambda part: (part[0].first, -part[0].last)):
+        older = [file for file in files if file.table in KEPT and ends[file.table] < file.first < chain[0][0].first]
+        ends.update({file.table: file.last for file in older})
+        if older:
+            chain.append(older)
+    connection = store.connection
+    connection.execute("BEGIN")
+    for files in chain:
+        _list(connection, files)
+    store.refresh(connection)
+    (time,) = connection.execute("SELECT max(epoch_us(time)) * 1000 FROM commits").fetchall()[0]
+    connection.execute("UPDATE checkpoint SET sequence = ?, archived = ?, time = ?", [last, last, time])
+    connection.execute("COMMIT")
+    return last
+
+
+def _force(path: Path) -> None:
+    """Make sure that a file's bytes, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _quoted(path: Path) -> str:
+    return str(path).replace("'", "''")

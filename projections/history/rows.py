@@ -1,0 +1,366 @@
+"""Commits as rows: what the historian makes of each message that the fold has judged.
+
+A row is an event and what was known when it happened; columns are made of many rows at once, so that a batch enters DuckDB
+without a Python object a value where it counts (block hashes stay packed bytes until NumPy reads them).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from events import types
+from events.errors import BadName
+from events.subjects import place_of
+from projections.history.tables import CANDIDATE, TABLES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from events.codec import Commit, Message
+    from projections.fleet import Applied, FleetState
+
+PREFIX_TOKENS = 512
+"""How long the beginning of a prompt is that `decisions.prefix` stands for, in tokens."""
+MATCHED_SECONDS = 3600
+"""For so long after its decision a completion is matched with it, in seconds of log time."""
+MOVED = "from "
+"""How the reason of an assignment begins when the session was elsewhere before."""
+
+_NS = 1_000_000_000
+_Row = tuple[int, int, int, Any, Any]
+"""Sequence, place in the commit, time in microseconds, event, and what was known."""
+
+_NODE_CHANGES: dict[type, str] = {
+    types.NodeRegistered: "registered",
+    types.NodeCordoned: "cordoned",
+    types.NodeUncordoned: "uncordoned",
+    types.NodeLost: "lost",
+    types.NodeRecovered: "recovered",
+    types.NodeRemoved: "removed",
+}
+_CACHE_CHANGES: dict[type, str] = {
+    types.BlocksStored: "stored",
+    types.BlocksRemoved: "removed",
+    types.BlocksPlaced: "placed",
+    types.CacheCleared: "cleared",
+}
+
+
+class Routed(NamedTuple):
+    """A decision that waits for its completion."""
+
+    sequence: int
+    time: int
+    model: str
+    policy: str
+    predicted_tokens: int
+
+
+class Waiting:
+    """The last decision of each request that has not completed, for `MATCHED_SECONDS` of log time."""
+
+    def __init__(self) -> None:
+        self._decisions: dict[str, Routed] = {}
+        self._looked = 0
+
+    def put(self, request: str, routed: Routed) -> None:
+        """A request was routed."""
+        self._decisions.pop(request, None)
+        self._decisions[request] = routed
+        # Now and then, so that it costs nothing; what is too old is not matched anyway.
+        if routed.time - self._looked > MATCHED_SECONDS * _NS // 16:
+            self._looked = routed.time
+            before = routed.time - MATCHED_SECONDS * _NS
+            for old in [name for name, kept in self._decisions.items() if kept.time < before]:
+                del self._decisions[old]
+
+    def take(self, request: str, time: int) -> Routed | None:
+        """A request completed; its decision."""
+        routed = self._decisions.pop(request, None)
+        return routed if routed is not None and routed.time >= time - MATCHED_SECONDS * _NS else None
+
+
+class Rows:
+    """Rows that were gathered and not yet stored. `last` is the sequence up to which they are complete."""
+
+    def __init__(self) -> None:
+        self.commits: list[tuple[Message, Commit | None, str | None, str]] = []
+        self.events: dict[str, list[_Row]] = {
+            "node": [], "cache": [], "session": [], "routed": [], "completed": [], "control": [],
+        }  # fmt: skip
+        self.first = self.last = 0
+        self.size = 0
+        """About how many bytes they hold."""
+
+    def add(self, message: Message, applied: Applied, state: FleetState, waiting: Waiting) -> None:
+        """A message that was just applied to the state, or skipped by it."""
+        commit = applied.commit
+        self.first = self.first or message.sequence
+        self.last = message.sequence
+        self.size += len(message.body) + 200
+        self.commits.append((message, commit, applied.skipped, applied.detail))
+        if commit is None:
+            return
+        time = message.time // 1000
+        room = commit.place.room
+        if room != "access":
+            self.events[room] += [
+                (message.sequence, place, time, event, None) for place, event in enumerate(commit.events)
+            ]
+            return
+        for place, event in enumerate(commit.events):
+            known: object
+            if isinstance(event, types.RequestRouted):
+                node = state.nodes.get(event.node)
+                size = node.registered.block_size if node is not None else 0
+                self.events["routed"].append((message.sequence, place, time, event, (commit.place.name, size)))
+                predicted = event.match * size
+                waiting.put(event.request, Routed(message.sequence, message.time, event.model, event.policy, predicted))
+            else:
+                known = waiting.take(event.request, message.time)  # type: ignore[attr-defined]
+                self.events["completed"].append((message.sequence, place, time, event, known))
+
+    def __len__(self) -> int:
+        return len(self.commits)
+
+    def tables(self) -> dict[str, pa.Table]:
+        """All rows as Arrow tables, those without rows left out."""
+        made = {
+            "commits": _commits(self.commits),
+            "node_changes": _node_changes(self.events["node"]),
+            "cache_changes": _cache_changes(self.events["cache"]),
+            "session_changes": _session_changes(self.events["session"]),
+            "decisions": _decisions(self.events["routed"]),
+            "completions": _completions(self.events["completed"]),
+            "policy_changes": _policy_changes(self.events["control"]),
+        }
+        return {table.name: pa.table(made[table.name], schema=table.schema) for table in TABLES if made[table.name]}
+
+
+def packed_lists(packed: Sequence[bytes]) -> pa.ListArray:
+    """Packed hashes of each row as a column of lists."""
+    offsets = np.zeros(len(packed) + 1, np.int32)
+    np.cumsum([len(part) >> 3 for part in packed], out=offsets[1:])
+    return pa.ListArray.from_arrays(offsets, pa.array(np.frombuffer(b"".join(packed), "<u8")))
+
+
+def _times(rows: Iterable[int]) -> pa.Array:
+    return pa.array(np.array(list(rows), "datetime64[us]"))
+
+
+def _keys(rows: Sequence[_Row]) -> dict[str, Any]:
+    return {
+        "sequence": np.array([row[0] for row in rows], np.uint64),
+        "event": np.array([row[1] for row in rows], np.uint16),
+        "time": _times(row[2] for row in rows),
+    }
+
+
+def _commits(rows: Sequence[tuple[Message, Commit | None, str | None, str]]) -> dict[str, Any]:
+    if not rows:
+        return {}
+    places = [(commit.place if commit is not None else _place(message)) for message, commit, _, _ in rows]
+    headers = [message.headers for message, _, _, _ in rows]
+    gone = [(message if commit is None else None) for message, commit, _, _ in rows]
+    return {
+        "sequence": np.array([message.sequence for message, _, _, _ in rows], np.uint64),
+        "time": _times(message.time // 1000 for message, _, _, _ in rows),
+        "nanos": np.array([message.time % 1000 for message, _, _, _ in rows], np.uint16),
+        "room": [place[0] for place in places],
+        "name": [place[1] for place in places],
+        "writer": [commit.writer if commit is not None else None for _, commit, _, _ in rows],
+        "writer_seq": [commit.writer_seq if commit is not None else None for _, commit, _, _ in rows],
+        "based_on": [commit.based_on if commit is not None else None for _, commit, _, _ in rows],
+        "events": [len(commit.events) if commit is not None else 0 for _, commit, _, _ in rows],
+        "skipped": [reason for _, _, reason, _ in rows],
+        "detail": [_text(detail) if reason is not None else None for _, _, reason, detail in rows],
+        "subject": [_text(message.subject) if message is not None else None for message in gone],
+        "headers": [
+            json.dumps(dict(said)) if message is not None and said is not None else None
+            for message, said in zip(gone, headers, strict=True)
+        ],
+        "body": [message.body if message is not None else None for message in gone],
+    }
+
+
+def _text(text: str) -> str:
+    """Text that is UTF-8 for sure: what a stranger's bytes became may not be."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _place(message: Message) -> tuple[str, str]:
+    """Room and name of a skipped commit, from its subject alone."""
+    parts = message.subject.split(".")
+    try:
+        place = place_of(parts[1] if len(parts) > 1 else "", message.subject)
+    except BadName:
+        return "", ""
+    return place.room, place.name
+
+
+def _node_changes(rows: Sequence[_Row]) -> dict[str, Any]:
+    if not rows:
+        return {}
+    events = [row[3] for row in rows]
+    said = [event if isinstance(event, types.NodeRegistered) else None for event in events]
+
+    def of(get: Callable[[types.NodeRegistered], Any]) -> list[Any]:
+        return [get(event) if event is not None else None for event in said]
+
+    return {
+        **_keys(rows),
+        "node": [event.node for event in events],
+        "change": [_NODE_CHANGES[type(event)] for event in events],
+        "reason": [getattr(event, "reason", None) for event in events],
+        "address": of(lambda event: event.address),
+        "models": of(lambda event: event.models),
+        "block_size": of(lambda event: event.block_size),
+        "capacity_gpu": of(lambda event: event.capacity_blocks.get("gpu")),
+        "capacity_cpu": of(lambda event: event.capacity_blocks.get("cpu")),
+        "capacity_disk": of(lambda event: event.capacity_blocks.get("disk")),
+        "cache_mode": of(lambda event: event.cache_mode),
+        "engine": of(lambda event: event.engine),
+        "max_active": of(lambda event: event.max_active),
+        "pulse_seconds": of(lambda event: event.pulse_seconds),
+        "labels": of(lambda event: list(event.labels.items())),
+    }
+
+
+def _cache_changes(rows: Sequence[_Row]) -> dict[str, Any]:
+    if not rows:
+        return {}
+    events = [row[3] for row in rows]
+    placed = [isinstance(event, types.BlocksPlaced) for event in events]
+    hashes = [
+        event.stored if place else getattr(event, "hashes", b"") for event, place in zip(events, placed, strict=True)
+    ]
+    evicted = [event.evicted if place else b"" for event, place in zip(events, placed, strict=True)]
+    return {
+        **_keys(rows),
+        "node": [event.node for event in events],
+        "change": [_CACHE_CHANGES[type(event)] for event in events],
+        "tier": [getattr(event, "tier", None) for event in events],
+        "epoch": [event.epoch for event in events],
+        "batch": [getattr(event, "batch", None) for event in events],
+        "parent": [getattr(event, "parent", None) for event in events],
+        "blocks": np.array([len(packed) >> 3 for packed in hashes], np.uint32),
+        "evicted_blocks": [
+            len(packed) >> 3 if place else len(event.hashes) >> 3 if isinstance(event, types.BlocksRemoved) else 0
+            for event, place, packed in zip(events, placed, evicted, strict=True)
+        ],
+        "hashes": packed_lists(hashes),
+        "evicted": packed_lists(evicted),
+        "request": [event.request if place else None for event, place in zip(events, placed, strict=True)],
+        "reason": [getattr(event, "reason", None) for event in events],
+    }
+
+
+def _session_changes(rows: Sequence[_Row]) -> dict[str, Any]:
+    if not rows:
+        return {}
+    events = [row[3] for row in rows]
+    return {
+        **_keys(rows),
+        "session": [event.session for event in events],
+        "model": [event.model for event in events],
+        "change": [
+            "ended" if isinstance(event, types.SessionEnded) else "moved" if event.reason.startswith(MOVED) else "new"
+            for event in events
+        ],
+        "node": [getattr(event, "node", None) for event in events],
+        "reason": [event.reason for event in events],
+    }
+
+
+def _kind(event: types.RequestRouted, size: int) -> str | None:
+    if not size:
+        return None
+    if not event.match:
+        return "miss"
+    return "exact" if event.match >= min(event.blocks, max(0, event.tokens - 1) // size) else "prefix"
+
+
+def _prefix(event: types.RequestRouted, size: int) -> int | None:
+    blocks = min(len(event.hashes) >> 3, max(1, PREFIX_TOKENS // (size or PREFIX_TOKENS)))
+    return int.from_bytes(event.hashes[blocks * 8 - 8 : blocks * 8], "little") if blocks else None
+
+
+def _decisions(rows: Sequence[_Row]) -> dict[str, Any]:
+    if not rows:
+        return {}
+    events = [row[3] for row in rows]
+    sizes = [row[4][1] for row in rows]
+    both = list(zip(events, sizes, strict=True))
+    candidates = [candidate for event in events for candidate in event.candidates]
+    offsets = np.zeros(len(events) + 1, np.int32)
+    np.cumsum([len(event.candidates) for event in events], out=offsets[1:])
+    structs = pa.StructArray.from_arrays(
+        [
+            pa.array([candidate.node for candidate in candidates], pa.string()),
+            np.array([candidate.match for candidate in candidates], np.uint64),
+            np.array([candidate.cost for candidate in candidates], np.float64),
+        ],
+        fields=list(CANDIDATE),
+    )
+    return {
+        **_keys(rows),
+        "request": [event.request for event in events],
+        "model": [event.model for event in events],
+        "session": [event.session for event in events],
+        "node": [event.node for event in events],
+        "kind": [_kind(event, size) for event, size in both],
+        "match": np.array([event.match for event in events], np.uint32),
+        "best_match": [event.best if event.decided else None for event in events],
+        "blocks": np.array([event.blocks for event in events], np.uint32),
+        "block_size": [size or None for size in sizes],
+        "tokens": np.array([event.tokens for event in events], np.uint32),
+        "policy": [event.policy for event in events],
+        "cost": [event.candidates[0].cost if event.candidates else None for event in events],
+        "router": [row[4][0] for row in rows],
+        "applied": np.array([event.applied for event in events], np.uint64),
+        "decided": _times(event.decided or _NOT_A_TIME for event in events),
+        "exclude": [event.exclude for event in events],
+        "prefix": [_prefix(event, size) for event, size in both],
+        "hashes": packed_lists([event.hashes for event in events]),
+        "candidates": pa.ListArray.from_arrays(offsets, structs),
+    }
+
+
+_NOT_A_TIME = np.iinfo(np.int64).min
+"""How NumPy says that there is no time; null in Arrow."""
+
+
+def _completions(rows: Sequence[_Row]) -> dict[str, Any]:
+    if not rows:
+        return {}
+    events = [row[3] for row in rows]
+    known: list[Routed | None] = [row[4] for row in rows]
+    return {
+        **_keys(rows),
+        "request": [event.request for event in events],
+        "node": [event.node for event in events],
+        "status": [event.status for event in events],
+        "prompt_tokens": np.array([event.prompt_tokens for event in events], np.uint64),
+        "cached_tokens": np.array([event.cached_tokens for event in events], np.uint64),
+        "output_tokens": np.array([event.output_tokens for event in events], np.uint64),
+        "ttft": np.array([event.ttft for event in events], np.float64),
+        "duration": np.array([event.duration for event in events], np.float64),
+        "routed": [routed.sequence if routed is not None else None for routed in known],
+        "model": [routed.model if routed is not None else None for routed in known],
+        "policy": [routed.policy if routed is not None else None for routed in known],
+        "predicted_tokens": [routed.predicted_tokens if routed is not None else None for routed in known],
+    }
+
+
+def _policy_changes(rows: Sequence[_Row]) -> dict[str, Any]:
+    if not rows:
+        return {}
+    return {
+        **_keys(rows),
+        "policy": [row[3].policy for row in rows],
+        "parameters": [list(row[3].parameters.items()) for row in rows],
+    }

@@ -1,0 +1,251 @@
+"""The history's file: rows and the sequence up to which they are complete, in one transaction.
+
+    <folder>/history.duckdb     the live part, and the list of archived files
+    <folder>/archive/           closed hours as Parquet, see `archive`
+    <folder>/spill/             what queries can't hold in memory
+
+One process has the file open. Whatever is killed, the next one finds rows up to `sequence` and none beyond it. A file that
+another process holds, that is of another version or fleet, or that can't be read, is a `BadHistory` that says what to do.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import TYPE_CHECKING, NamedTuple
+
+import duckdb
+
+from projections.errors import BadHistory, HistoryFull
+from projections.history.rows import MATCHED_SECONDS, Routed, Waiting
+from projections.history.tables import TABLES, VERSION
+from projections.history.views import VIEWS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+    import pyarrow as pa
+
+    from projections.history.rows import Rows
+
+FILE = "history.duckdb"
+ARCHIVE = "archive"
+SPILL = "spill"
+LIVE = "live"
+"""Schema of the tables that are not archived yet; their names in `main` are views over live and archived rows."""
+
+_NS = 1_000_000_000
+
+
+class Checkpoint(NamedTuple):
+    """How far the history is: sequence of the last commit that it holds, its time, and the last that is archived."""
+
+    sequence: int
+    time: int
+    archived: int
+
+
+class Store:
+    """An open history. Not to be used by two threads at once; `cursor` gives connections of their own."""
+
+    def __init__(self, folder: Path, fleet: str) -> None:
+        self.folder = folder
+        self.archive = folder / ARCHIVE
+        self.fleet = fleet
+        try:
+            self.archive.mkdir(parents=True, exist_ok=True)
+            spill = folder / SPILL
+            shutil.rmtree(spill, ignore_errors=True)
+            spill.mkdir()
+        except OSError as error:
+            raise BadHistory(
+                f"the history's folder can't be written ({error.strerror}); choose another with --history"
+            ) from None
+        self.connection = self._open()
+
+    def _open(self) -> duckdb.DuckDBPyConnection:
+        path = self.folder / FILE
+        try:
+            connection = duckdb.connect(str(path), config={"autoinstall_known_extensions": "false"})
+        except duckdb.Error as error:
+            raise BadHistory(_why(path, str(error))) from None
+        try:
+            self._prepare(connection)
+        except duckdb.Error as error:
+            connection.close()
+            raise fault(error, path) from None
+        except BadHistory:
+            connection.close()
+            raise
+        return connection
+
+    def _prepare(self, connection: duckdb.DuckDBPyConnection) -> None:
+        known = connection.execute(
+            "SELECT count(*) FROM duckdb_tables() WHERE schema_name = 'main' AND table_name = 'checkpoint'"
+        ).fetchall()[0][0]
+        if known:
+            version, fleet = connection.execute("SELECT version, fleet FROM checkpoint").fetchall()[0]
+            if version != VERSION:
+                raise BadHistory(
+                    f"the history in {self.folder.name} is of version {version}, this kvplane reads {VERSION}; "
+                    "`kvplane history rebuild` makes it again from the log and the archive"
+                )
+            if fleet != self.fleet:
+                raise BadHistory(
+                    f"the history in {self.folder.name} is of fleet {fleet!r}, not {self.fleet!r}; choose another folder "
+                    "with --history"
+                )
+            self.refresh(connection)
+            return
+        connection.execute("BEGIN")
+        connection.execute(f"CREATE SCHEMA IF NOT EXISTS {LIVE}")
+        for table in TABLES:
+            connection.execute(table.ddl(LIVE))
+        connection.execute(
+            "CREATE TABLE archive_files (name VARCHAR, table_name VARCHAR, day DATE, first_sequence UBIGINT, "
+            "last_sequence UBIGINT, row_count UBIGINT, bytes UBIGINT)"
+        )
+        connection.execute(
+            "CREATE TABLE checkpoint (version INTEGER, fleet VARCHAR, sequence UBIGINT, time UBIGINT, archived UBIGINT)"
+        )
+        connection.execute("INSERT INTO checkpoint VALUES (?, ?, 0, 0, 0)", [VERSION, self.fleet])
+        self.refresh(connection)
+        connection.execute("COMMIT")
+
+    def refresh(self, connection: duckdb.DuckDBPyConnection) -> None:
+        """Make the views over live and archived rows anew; in the transaction that changes the list of archived files."""
+        for table in TABLES:
+            files = connection.execute(
+                "SELECT name FROM archive_files WHERE table_name = ? ORDER BY first_sequence", [table.name]
+            ).fetchall()
+            query = f"SELECT * FROM {LIVE}.{table.name}"
+            if files:
+                names = ", ".join("'" + str(self.archive / name).replace("'", "''") + "'" for (name,) in files)
+                query += f" UNION ALL BY NAME SELECT * FROM read_parquet([{names}], hive_partitioning = false)"
+            connection.execute(f"CREATE OR REPLACE VIEW main.{table.name} AS {query}")
+            _comment(connection, table.name, table.meaning, [(c.name, c.meaning) for c in table.columns])
+        for view in VIEWS:
+            connection.execute(f"CREATE OR REPLACE VIEW main.{view.name} AS {view.query}")
+            _comment(connection, view.name, view.meaning, view.columns)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """How far the history is."""
+        row = self.connection.execute("SELECT sequence, time, archived FROM checkpoint").fetchall()[0]
+        return Checkpoint(*row)
+
+    def cursor(self) -> duckdb.DuckDBPyConnection:
+        """A connection of one's own to the same history, for another thread."""
+        return self.connection.cursor()
+
+    def write(self, rows: Rows, *, time: int) -> None:
+        """Store rows and the new checkpoint; `time` is the log's at the last of them.
+
+        Raises `HistoryFull` when the disk has no room, and `BadHistory` when the file can't be written any more. Nothing
+        is stored then, and after `reopen` the same rows may be tried again.
+        """
+        tables = rows.tables()
+        try:
+            connection = self.connection
+            connection.execute("BEGIN")
+            (stored,) = connection.execute("SELECT sequence FROM checkpoint").fetchall()[0]
+            if stored >= rows.last:
+                # It was stored after all, and only the answer was lost.
+                connection.execute("ROLLBACK")
+                return
+            if stored + 1 < rows.first:
+                raise BadHistory(f"commits {stored + 1} to {rows.first - 1} were never handed to the history")
+            for name, table in tables.items():
+                connection.register("batch", table)
+                connection.execute(f"INSERT INTO {LIVE}.{name} SELECT * FROM batch")
+                connection.unregister("batch")
+            connection.execute("UPDATE checkpoint SET sequence = ?, time = ?", [rows.last, time])
+            connection.execute("COMMIT")
+        except duckdb.Error as error:
+            raise fault(error, self.folder / FILE) from error
+
+    def reopen(self) -> None:
+        """Open the file anew, after it failed."""
+        self.close()
+        self.connection = self._open()
+
+    def close(self) -> None:
+        """Close the file."""
+        try:
+            self.connection.close()
+        except duckdb.Error:
+            # What failed before may fail again; whatever was committed is in the file or its log.
+            return
+
+    def waiting(self) -> Waiting:
+        """Decisions without a completion at the checkpoint, as `Rows.add` wants them."""
+        waiting = Waiting()
+        since = self.checkpoint.time // 1000 - MATCHED_SECONDS * 1_000_000
+        found = self.connection.execute(
+            """
+            WITH recent AS (
+              SELECT request, sequence, event, time, model, policy, "match" * coalesce(block_size, 0) AS predicted
+              FROM decisions WHERE epoch_us(time) >= ?
+              QUALIFY row_number() OVER (PARTITION BY request ORDER BY sequence DESC, event DESC) = 1
+            ), over AS (
+              SELECT request, max((sequence, event)) AS last FROM completions WHERE epoch_us(time) >= ? GROUP BY request
+            )
+            SELECT r.request, r.sequence, epoch_us(r.time), coalesce(c.nanos, 0), r.model, r.policy, r.predicted
+            FROM recent r LEFT JOIN over USING (request) LEFT JOIN commits c ON c.sequence = r.sequence
+            WHERE over.last IS NULL OR over.last < (r.sequence, r.event)
+            ORDER BY r.sequence, r.event
+            """,
+            [since, since],
+        ).fetchall()
+        for request, sequence, time, nanos, model, policy, predicted in found:
+            waiting.put(request, Routed(sequence, time * 1000 + nanos, model, policy, predicted))
+        return waiting
+
+    def content(self) -> dict[str, tuple[int, int]]:
+        """Rows of each table and a checksum of what they say, in no order: equal for equal histories."""
+        found = {}
+        for table in TABLES:
+            row = self.connection.execute(
+                f"SELECT count(*), coalesce(bit_xor(hash(t)), 0) FROM {table.name} t"
+            ).fetchall()[0]
+            found[table.name] = (int(row[0]), int(row[1]))
+        return found
+
+    def fetch(self, query: str) -> pa.Table:
+        """What a query of our own gives, all at once."""
+        return self.connection.sql(query).to_arrow_table()
+
+
+def _comment(
+    connection: duckdb.DuckDBPyConnection, view: str, meaning: str, columns: Iterable[tuple[str, str]]
+) -> None:
+    connection.execute(f"COMMENT ON VIEW main.{view} IS '{_quoted(meaning)}'")
+    for name, said in columns:
+        connection.execute(f"COMMENT ON COLUMN main.{view}.\"{name}\" IS '{_quoted(said)}'")
+
+
+def _quoted(text: str) -> str:
+    return text.replace("'", "''")
+
+
+def _why(path: Path, said: str) -> str:
+    """A file that can't be opened, in a sentence."""
+    line = said.partition("\n")[0].replace(str(path), path.name)
+    if "lock" in said.lower():
+        return f"another process has the history open ({path.parent.name}/{path.name}); ask it with `kvplane sql`, or stop it"
+    if "newer version" in said or "older version" in said or "version number" in said:
+        return (
+            f"{path.name} was written by another version of DuckDB, or is none: {line}; `kvplane history rebuild` makes the "
+            "history again"
+        )
+    return f"{path.name} can't be opened: {line}; `kvplane history rebuild` makes it again from the log and the archive"
+
+
+def fault(error: duckdb.Error, path: Path) -> BadHistory:
+    """What DuckDB raised while it wrote, in a sentence: `HistoryFull` or `BadHistory`."""
+    said = str(error)
+    line = said.partition("\n")[0].replace(str(path), path.name)
+    if "No space left" in said or "disk is full" in said.lower() or os.strerror(28) in said:
+        return HistoryFull(f"the disk of the history is full ({line}); make room, it goes on by itself")
+    return BadHistory(f"the history can't be written: {line}")
