@@ -19,14 +19,14 @@ A holder is a small integer (a *slot*): one tier of one node. Slots are dense, s
 
 from __future__ import annotations
 
-from itertools import repeat
+from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
 from events.hashing import unpack_hashes
 from projections.segment import ALL, KEY, SEGMENT_BYTES, Segment, common, keys_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 _BITS = [tuple(offset for offset in range(8) if byte >> offset & 1) for byte in range(256)]
 
@@ -69,6 +69,42 @@ class PrefixIndex:
             self._bits.append(1 << len(self._bits))
             self._held.append(set())
             self._counts.append(0)
+
+    def segments(self) -> list[Segment]:
+        """Every segment once, in the order in which their first blocks came."""
+        return list(dict.fromkeys(self._where.values()) | dict.fromkeys(self._twins.values()))
+
+    def adopt(self, segments: Sequence[Segment]) -> None:
+        """Fill an empty index that has the slots with segments. Raises `ValueError` when a block is in two places."""
+        counts = [len(segment.packed) >> 3 for segment in segments]
+        keys = chain.from_iterable([keys_of(segment.packed) for segment in segments])
+        self._where = dict(zip(keys, chain.from_iterable(map(repeat, segments, counts)), strict=True))
+        if len(self._where) != sum(counts):
+            self._where = {}
+            self._adopt_twins(segments)
+        alike: dict[int, set[Segment]] = {}
+        for segment in segments:
+            alike.setdefault(segment.full, set()).add(segment)
+            for slot, mask in segment.partial().items():
+                self._held[slot].add(segment)
+                self._counts[slot] += mask.bit_count()
+        for full, group in alike.items():
+            blocks = sum(len(segment.packed) for segment in group) >> 3
+            left = full
+            while left:
+                slot = left.bit_length() - 1
+                left ^= self._bits[slot]
+                self._held[slot] |= group
+                self._counts[slot] += blocks
+
+    def _adopt_twins(self, segments: Sequence[Segment]) -> None:
+        seen: set[int] = set()
+        for segment in segments:
+            for block in unpack_hashes(segment.packed):
+                if block in seen:
+                    raise ValueError(f"block {block} is in two places")
+                seen.add(block)
+                self._bind(block, segment)
 
     def _find(self, here: bytes) -> tuple[Segment, int] | None:
         """Segment of a hash (as 8 bytes), and its position there."""

@@ -5,7 +5,7 @@ In MessagePack hashes are packed little-endian u64; in JSON they are lists of de
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -181,6 +181,67 @@ class Pulse(Struct, frozen=True, kw_only=True, omit_defaults=True):
     active: int = 0
     waiting: int = 0
     used_blocks: int = 0
+
+
+class SqlRequest(Struct, frozen=True, kw_only=True):
+    """Ask the history in SQL. The answer comes in pages; `next` of a page is the subject to ask for the one after it."""
+
+    sql: Annotated[str, Meta(max_length=1 << 20)]
+    form: Literal["rows", "arrow"] = "rows"
+    """Rows as plain data, or as an Arrow IPC stream a page."""
+    seconds: Annotated[float, Meta(gt=0, le=3600)] | None = None
+    """How long it may take; the historian's own limit if not given."""
+    rows: Annotated[int, Meta(ge=1)] | None = None
+    """How many rows it may give; the historian's own limit if not given."""
+
+
+class SqlNextRequest(Struct, frozen=True, kw_only=True):
+    """Ask for a result's next page, or with `close` for no more."""
+
+    result: str
+    close: bool = False
+
+
+class Column(Struct, frozen=True):
+    """One column of a result: its name and its type in SQL."""
+
+    name: str
+    type: str
+
+
+class SqlAnswer(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One page of a result."""
+
+    columns: list[Column]
+    rows: list[list[Any]] = []
+    data: bytes = b""
+    """The page as an Arrow IPC stream."""
+    stored: int
+    """Sequence up to which the history was complete when the query began."""
+    result: str = ""
+    next: str = ""
+    """Subject that gives the next page when asked with `result`; empty on the last one."""
+
+
+class MomentRequest(Struct, frozen=True, kw_only=True):
+    """Ask for the fleet as it was at a sequence, or at a time (ISO 8601, UTC unless it says otherwise)."""
+
+    at: str
+    node: str = ""
+
+
+class ChangesRequest(Struct, frozen=True, kw_only=True):
+    """Ask what changed between two moments."""
+
+    first: str
+    second: str
+
+
+class ExplainRequest(Struct, frozen=True, kw_only=True):
+    """Ask why a request was sent where it was; its last decision, or the one at a sequence."""
+
+    request: str
+    sequence: Count | None = None
 
 
 T = TypeVar("T", bound=Struct)

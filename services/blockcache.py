@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from typing import NamedTuple
+from collections import OrderedDict, deque
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 class Allocation(NamedTuple):
@@ -25,6 +28,12 @@ class BlockCache:
         """Blocks in use that nobody else can find: of answers, and of the unfinished ends of prompts."""
         self._idle: OrderedDict[int, None] = OrderedDict()
         """Blocks without users, least recently used first."""
+
+    def fill(self, blocks: Iterable[int]) -> None:
+        """Hold these blocks, least recently used first, that nobody uses yet; of too many the last ones."""
+        for block in deque(blocks, maxlen=self.capacity):
+            self.blocks[block] = 0
+            self._idle[block] = None
 
     def leading(self, hashes: tuple[int, ...]) -> int:
         """How many leading blocks are here."""

@@ -20,6 +20,7 @@ from events.hashing import unpack_hashes
 from events.log.append import Appender, new_writer
 from events.log.stream import open_stream
 from events.subjects import pulse_subject
+from projections.overview import node_row, summary
 from services import api, placement
 from services.errors import Conflict, LogAway, UnknownModel
 from services.liveness import Liveness
@@ -180,26 +181,8 @@ class Coordinator:
         for name, node in sorted(self.state.nodes.items()):
             if request.model and request.model not in node.registered.models:
                 continue
-            load = self.state.load.of(name)
             pulse = self.liveness.pulses.get(name)
-            rows.append(
-                {
-                    "node": name,
-                    "state": "lost" if node.lost is not None else "cordoned" if node.cordoned else "up",
-                    "reason": node.lost or "",
-                    "address": node.registered.address,
-                    "models": node.registered.models,
-                    "cache_mode": node.registered.cache_mode,
-                    "epoch": node.epoch,
-                    "block_size": node.registered.block_size,
-                    "held_blocks": {tier: self.state.caches.held(node, tier) for tier in node.slots},
-                    "capacity_blocks": node.registered.capacity_blocks,
-                    "active": load.active if load else 0,
-                    "max_active": node.registered.max_active,
-                    "sessions": self.state.sessions.on_node(name),
-                    "waiting": pulse.waiting if pulse else None,
-                }
-            )
+            rows.append({**node_row(self.state, node), "waiting": pulse.waiting if pulse else None})
         return {"fleet": self.fleet, "sequence": self.state.sequence, "nodes": rows}
 
     async def lookup(self, request: api.LookupRequest) -> dict[str, object]:
@@ -224,7 +207,7 @@ class Coordinator:
             "writer": self.writer,
             "ready": self.replica.ready,
             "races_lost": self.races_lost,
-            **self.replica.summary(digests=request.digest),
+            **summary(self.state, digests=request.digest),
         }
 
     async def _pulse(self, message: Msg) -> None:

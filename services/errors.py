@@ -126,3 +126,40 @@ class StepFailed(KvplaneError):
     """A step of the demonstration did not hold."""
 
     code = "step_failed"
+
+
+class BeforeHistory(ServiceFault):
+    """A moment of which nothing is known any more, or not yet."""
+
+    status = 404
+    code = "before_history"
+
+
+class UnknownRequest(ServiceFault):
+    """The history holds no decision about the request."""
+
+    status = 404
+    code = "unknown_request"
+
+
+class BadSql(BadRequest):
+    """A question that is no single read-only statement, or that DuckDB can't answer as it is written."""
+
+    code = "bad_sql"
+
+
+class QueryLimit(ServiceFault):
+    """A query asked for more than it may have. `code`: `time_limit`, `memory_limit`, `row_limit` or `busy`."""
+
+    status = 422
+
+    def __init__(self, code: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.code = code
+
+
+class DatabaseFailed(ServiceFault):
+    """DuckDB has given up on its whole instance: nothing can be read or written until the owner opens it anew."""
+
+    status = 503
+    code = "database_failed"

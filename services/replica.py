@@ -10,7 +10,6 @@ import anyio
 import structlog
 
 from events.log.follow import Follower
-from projections.digest import digest
 from projections.fleet import FleetState
 from services.errors import LogAway, NotReady
 
@@ -101,25 +100,6 @@ class Replica:
             raise LogAway(f"commit {sequence} was not read back from the log in {seconds:g} s") from None
         finally:
             self._waiting -= 1
-
-    def summary(self, *, digests: bool) -> dict[str, object]:
-        """What the fold holds, in numbers."""
-        state = self.state
-        return {
-            "fleet": state.fleet,
-            "sequence": state.sequence,
-            **({"digest": digest(state)} if digests else {}),
-            "commits": state.commits,
-            "nodes": len(state.nodes),
-            "available": sum(node.available for node in state.nodes.values()),
-            "memberships": sum(index.memberships for index in state.caches.by_model.values()),
-            "sessions": len(state.sessions),
-            "active": len(state.load.running),
-            "policy": state.policy,
-            "parameters": state.parameters,
-            "skipped": state.skipped,
-            "ignored": state.ignored,
-        }
 
     def skipped(self, sequence: int) -> tuple[str, str] | None:
         """Why a recent commit was skipped: reason and detail."""

@@ -18,6 +18,7 @@ from events.hashing import block_hashes
 from events.log.append import Appender, new_writer
 from events.log.group import GroupWriter, Writers
 from events.subjects import subject
+from projections.overview import summary
 from services.api import CompleteRequest, RouteAnswer, RouteRequest, StatusRequest, names, one_of
 from services.errors import BadRequest, NoTokenizer
 from services.micro import Endpoint, serve, stop
@@ -235,7 +236,7 @@ class Router:
             "recorded": sum(writer.acknowledged for writer in self._writers),
             "waiting": sum(writer.waiting for writer in self._writers),
             "unrecorded": sum(writer.dropped for writer in self._writers),
-            **self.replica.summary(digests=request.digest),
+            **summary(self.state, digests=request.digest),
         }
 
     async def flush(self, request: StatusRequest) -> dict[str, object]:

@@ -246,26 +246,38 @@ class Follower:
 
 
 async def replay(
-    client: Client, fleet: str, handle: Callable[[Message], object], *, applied: int = 0, idle_seconds: float = 30.0
-) -> int:
-    """Hand on all messages that are on the log now and return the last sequence.
+    client: Client, fleet: str, handle: Callable[[Message], object], *, applied: int = 0, last: int | None = None,
+    idle_seconds: float = 30.0,
+) -> int:  # fmt: skip
+    """Hand on the messages that are on the log now, or those up to sequence `last`; return the last sequence.
 
     Raises `LogUnavailable` when nothing arrives for `idle_seconds`, and what `Follower.run` raises.
     """
-    follower = Follower(client, fleet, handle, applied=applied)
+    reached = anyio.Event()
+
+    def upto(message: Message) -> None:
+        if last is None or message.sequence <= last:
+            handle(message)
+        if message.sequence == last:
+            reached.set()
+
+    follower = Follower(client, fleet, handle if last is None else upto, applied=applied)
+    done = follower.caught_up if last is None else reached
+    if last is not None and applied >= last:
+        return applied
     try:
         async with anyio.create_task_group() as group:
             group.start_soon(follower.run)
-            while not follower.caught_up.is_set():
+            while not done.is_set():
                 before = follower.applied
                 with anyio.move_on_after(idle_seconds):
-                    await follower.caught_up.wait()
-                if not follower.caught_up.is_set() and follower.applied == before:
+                    await done.wait()
+                if not done.is_set() and follower.applied == before:
                     raise LogUnavailable(f"the log of fleet {fleet!r} sent nothing for {idle_seconds:g} s")
             group.cancel_scope.cancel()
     except BaseExceptionGroup as errors:
         raise single(errors) from None
-    return follower.applied
+    return follower.applied if last is None else last
 
 
 def single(errors: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -50,14 +50,15 @@ class Store:
     """An open history. Not to be used by two threads at once; `cursor` gives connections of their own."""
 
     def __init__(self, folder: Path, fleet: str) -> None:
-        self.folder = folder
+        # Views name archived files by whole paths.
+        self.folder = folder = folder.absolute()
         self.archive = folder / ARCHIVE
+        self.spill = folder / SPILL
         self.fleet = fleet
         try:
             self.archive.mkdir(parents=True, exist_ok=True)
-            spill = folder / SPILL
-            shutil.rmtree(spill, ignore_errors=True)
-            spill.mkdir()
+            shutil.rmtree(self.spill, ignore_errors=True)
+            self.spill.mkdir()
         except OSError as error:
             raise BadHistory(
                 f"the history's folder can't be written ({error.strerror}); choose another with --history"

@@ -30,7 +30,7 @@ VIEWS = (
         "nodes", "every node that ever registered, as it is now",
         (
             ("node", "the node"),
-            ("state", "available, cordoned, lost or removed"),
+            ("state", "up, cordoned, lost or removed"),
             ("since", "when that began"),
             ("registered", "when its cache's present life began"),
             ("epoch", "sequence of that registration"),
@@ -57,7 +57,7 @@ VIEWS = (
         )
         SELECT node,
           CASE WHEN gone > born THEN 'removed' WHEN lost > back THEN 'lost'
-            WHEN cordoned > coalesce(uncordoned, 0) THEN 'cordoned' ELSE 'available' END AS state,
+            WHEN cordoned > coalesce(uncordoned, 0) THEN 'cordoned' ELSE 'up' END AS state,
           since, r[1] AS registered, r[2] AS epoch, r[3] AS models, r[4] AS block_size, r[5] AS capacity_blocks,
           r[6] AS cache_mode, r[7] AS engine
         FROM registered JOIN changed USING (node)

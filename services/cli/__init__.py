@@ -9,7 +9,7 @@ from cyclopts import App, Parameter
 from cyclopts.config import Env
 
 from events.errors import KvplaneError
-from services.cli import ask, demo, log, report, run, simulate
+from services.cli import ask, demo, history, log, past, report, run, simulate, sql
 from services.micro import package_version
 
 if TYPE_CHECKING:
@@ -27,12 +27,17 @@ app = App(
 app.command(run.up)
 app.command(run.router)
 app.command(run.coordinator)
+app.command(history.historian)
 app.command(run.simnode)
 app.command(ask.node)
 app.command(ask.policy)
 ask.policy.command(report.report_policies, name="report")
 app.command(ask.route)
-app.command(log.state)
+app.command(past.state)
+app.command(past.diff)
+app.command(past.explain)
+app.command(sql.sql)
+app.command(history.history)
 app.command(log.events)
 app.command(demo.demo)
 app.command(simulate.simulate)

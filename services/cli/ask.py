@@ -15,7 +15,7 @@ from events.hashing import pack_hashes, parse_hash
 from events.log.connection import connected
 from services import api
 from services.cli.common import COMMON, Common, run_async, start
-from services.client import ask
+from services.client import ASK_SECONDS, ask
 from services.errors import BadRequest
 from services.routing.policies import POLICIES
 
@@ -30,13 +30,13 @@ policy = App(name="policy", help="Change how routers decide.")
 Json = Annotated[bool, Parameter(name="--json", negative="")]
 
 
-def question(common: Common, endpoint: str, request: msgspec.Struct) -> dict[str, Any]:
+def question(common: Common, endpoint: str, request: msgspec.Struct, *, seconds: float = ASK_SECONDS) -> dict[str, Any]:
     """Ask an endpoint of the fleet and return its answer as plain data."""
     start(common, quiet=True)
 
     async def run() -> dict[str, Any]:
         async with connected(common.server, "kvplane-cli", connect_seconds=CONNECT_SECONDS) as client:
-            answer: dict[str, Any] = await ask(client, f"kv.{common.fleet}.{endpoint}", request)
+            answer: dict[str, Any] = await ask(client, f"kv.{common.fleet}.{endpoint}", request, seconds=seconds)
             return answer
 
     return run_async(run)
@@ -63,12 +63,19 @@ def list_nodes(*, model: str = "", json: Json = False, common: Common = COMMON) 
     if json:
         show_json(answer)
         return
-    table = Table(title=f"fleet {answer['fleet']} at sequence {answer['sequence']}", title_justify="left")
+    Console().print(node_table(answer["nodes"], f"fleet {answer['fleet']} at sequence {answer['sequence']}"))
+    if not answer["nodes"]:
+        Console(stderr=True).print("No nodes yet: `kvplane simnode NAME` runs a simulated one.")
+
+
+def node_table(rows: Sequence[dict[str, Any]], title: str | None = None) -> Table:
+    """Nodes with state, cache and load, as a table."""
+    table = Table(title=title, title_justify="left")
     for column in ("node", "state", "models", "cache"):
         table.add_column(column, overflow="fold")
     for column in ("blocks", "active", "sessions"):
         table.add_column(column, justify="right", no_wrap=True)
-    for row in answer["nodes"]:
+    for row in rows:
         held, capacity = row["held_blocks"].get("gpu", 0), row["capacity_blocks"].get("gpu", 0)
         table.add_row(
             row["node"],
@@ -76,12 +83,10 @@ def list_nodes(*, model: str = "", json: Json = False, common: Common = COMMON) 
             ", ".join(row["models"]),
             row["cache_mode"],
             f"{held:,} / {capacity:,}",
-            f"{row['active']} / {row['max_active'] or '-'}",
+            f"{row['active']:g} / {row['max_active'] or '-'}",
             str(row["sessions"]),
         )
-    Console().print(table)
-    if not answer["nodes"]:
-        Console(stderr=True).print("No nodes yet: `kvplane simnode NAME` runs a simulated one.")
+    return table
 
 
 @node.command

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+PolicyModules = Annotated[tuple[str, ...], Parameter(name="--policy-module", consume_multiple=True)]
+
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)

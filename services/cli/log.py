@@ -1,4 +1,4 @@
-"""Commands that read the log: `state` and `events tail`."""
+"""Commands that read the log: `events tail`."""
 
 from __future__ import annotations
 
@@ -11,55 +11,19 @@ import msgspec
 from cyclopts import App, Parameter
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from events import codec
 from events.errors import BadCommit
 from events.log.connection import connected
 from events.log.follow import Follower, single
 from events.log.stream import open_stream
-from services.cli.ask import CONNECT_SECONDS, Json, grid, show_json
-from services.cli.common import COMMON, Common, run_async, run_until_signal, start
-from services.replica import Replica
+from services.cli.ask import CONNECT_SECONDS, Json
+from services.cli.common import COMMON, Common, run_until_signal, start
 
 if TYPE_CHECKING:
     from events.codec import Message
 
 events = App(name="events", help="Read the events of the log.")
-
-
-def state(*, json: Json = False, common: Common = COMMON) -> None:
-    """Rebuild the fleet's state from the log, and show what it holds and its digest.
-
-    Parameters
-    ----------
-    json
-        Print JSON.
-    """
-    start(common, quiet=True)
-    summary = run_async(_rebuild, common)
-    if json:
-        show_json(summary)
-        return
-    grid([(key, escape(f"{value:,}" if isinstance(value, int) else str(value))) for key, value in summary.items()])
-
-
-async def _rebuild(common: Common) -> dict[str, object]:
-    async with connected(common.server, "kvplane-state", connect_seconds=CONNECT_SECONDS) as client:
-        replica = Replica(client, common.fleet)
-        columns = (TextColumn("reading the log"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        try:
-            with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-                async with anyio.create_task_group() as group:
-                    task = progress.add_task("log", total=None)
-                    group.start_soon(replica.run)
-                    while not replica.ready:
-                        progress.update(task, total=replica.follower.target or None, completed=replica.state.sequence)
-                        await anyio.sleep(0.01)
-                    group.cancel_scope.cancel()
-        except BaseExceptionGroup as errors:
-            raise single(errors) from None
-        return replica.summary(digests=True)
 
 
 @events.command

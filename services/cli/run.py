@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack
+import sys
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
+from subprocess import DEVNULL
 from typing import Annotated, Literal
 
 import anyio
+import structlog
 from cyclopts import Parameter
 from rich.console import Console
 
 from events.log.connection import connected
-from services.cli.common import COMMON, Common, run_until_signal, start
+from services.cli.common import COMMON, Common, PolicyModules, run_until_signal, start
 from services.coordinator import Coordinator
 from services.errors import BadRequest
 from services.router import Router
 from services.routing.policies import allow
 from services.server import embedded_server
 from services.simnode import NodeConfig, run_nodes
+
+RESTART_SECONDS = 5.0
+STOP_SECONDS = 15.0
+
+_log = structlog.get_logger("kvplane.up")
 
 
 def up(
@@ -27,9 +35,10 @@ def up(
     port: Annotated[int, Parameter(env_var="KVPLANE_PORT")] = 4222,
     simulate: int = 0,
     bare: bool = False,
+    history: Annotated[bool, Parameter(negative="--no-history")] = True,
     common: Common = COMMON,
 ) -> None:
-    """Start a NATS server with its log in a folder, a coordinator and a router, until Ctrl-C.
+    """Start a NATS server with its log in a folder, a coordinator, a router and a historian, until Ctrl-C.
 
     Parameters
     ----------
@@ -43,14 +52,18 @@ def up(
         Also run this many simulated nodes, named sim-1, sim-2, ... of model `sim`.
     bare
         Start the server only.
+    history
+        Keep a history for SQL in the folder, in a process of its own.
     """
     start(common)
     if simulate < 0:
         raise BadRequest(f"--simulate is {simulate}; it must not be negative")
-    run_until_signal(_up, data, host, port, simulate, bare, common)
+    run_until_signal(_up, data, host, port, simulate, bare, history, common)
 
 
-async def _up(data: Path, host: str, port: int, simulate: int, bare: bool, common: Common) -> None:  # noqa: FBT001
+async def _up(
+    data: Path, host: str, port: int, simulate: int, bare: bool, history: bool, common: Common  # noqa: FBT001
+) -> None:  # fmt: skip
     async with AsyncExitStack() as stack:
         server = await stack.enter_async_context(embedded_server(data, host=host, port=port))
         # Clients are entered after the server and so leave before it.
@@ -65,17 +78,39 @@ async def _up(data: Path, host: str, port: int, simulate: int, bare: bool, commo
             if simulate:
                 configs = [NodeConfig(name=f"sim-{number + 1}") for number in range(simulate)]
                 await group.start(run_nodes, clients[2], common.fleet, configs)
+            if history:
+                group.start_soon(_keep_history, data / "history", server.url, common)
         console = Console(stderr=True)
         console.print(f"[bold]kvplane is up[/] at {server.url}, fleet {common.fleet!r}, log in {data.absolute()}")
         option = "" if server.url == COMMON.server[0] else f" --server {server.url}"
         console.print(f"  kvplane node list{option}\n  kvplane events tail{option}")
+        if history and not bare:
+            console.print(f"  kvplane sql 'SHOW TABLES'{option}")
         if simulate:
             console.print(f"  kvplane route sim --prompt 'Hello, which node is mine?'{option}")
         console.print("Ctrl-C stops it.")
         await anyio.sleep_forever()
 
 
-PolicyModules = Annotated[tuple[str, ...], Parameter(name="--policy-module", consume_multiple=True)]
+async def _keep_history(folder: Path, url: str, common: Common) -> None:
+    """Run a historian beside this process, again when it ends: routers don't share their core with it."""
+    command = [
+        sys.executable, "-m", "services.cli", "historian", "--history", str(folder), "--server", url,
+        "--fleet", common.fleet, "--log-level", common.log_level, "--log-format", common.log_format,
+    ]  # fmt: skip
+    while True:
+        process = await anyio.open_process(command, stdin=DEVNULL, stdout=None, stderr=None, start_new_session=True)
+        try:
+            code = await process.wait()
+        finally:
+            with suppress(ProcessLookupError):
+                process.terminate()
+            with anyio.CancelScope(shield=True), anyio.move_on_after(STOP_SECONDS) as scope:
+                await process.wait()
+            if scope.cancelled_caught:
+                process.kill()
+        _log.error("historian_ended", code=code, again_in=RESTART_SECONDS)
+        await anyio.sleep(RESTART_SECONDS)
 
 
 def router(*, policy_module: PolicyModules = (), common: Common = COMMON) -> None:

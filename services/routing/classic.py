@@ -79,6 +79,16 @@ def blocks(view: View, request: Request, parameters: Parameters) -> Column:
     return costs
 
 
+def blocks_terms(view: View, request: Request, parameters: Parameters) -> dict[str, Column]:
+    """The parts of `blocks`'s costs, in blocks."""
+    weight = parameters["overlap_weight"] / request.block_size
+    return {
+        "queue": weight * view.pending,
+        "own": weight * (request.tokens - view.match * request.block_size),
+        "in_use": view.blocks,
+    }
+
+
 E2 = {
     "decode_seconds": Parameter(0.2, "s", "seconds of a node that the answer of one recent request counts for"),
     "window": Parameter(120, "s", "how long recent load counts for"),

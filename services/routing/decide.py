@@ -165,10 +165,8 @@ class Chooser:
                 f"none of the {roster.serving} nodes of model {query.model[:80]!r} is available (lost or cordoned); "
                 "`kvplane node list` shows why"
             )
-        session, former = self._session(query)
-        view = self._view(roster, query, session, now)
-        request = Request(query.id, query.tokens, query.blocks, query.block_size)
-        costs, name = self._costs(view, request)
+        session, former = self.session_node(query)
+        view, costs, name = self.weigh(roster, query, session, now)
         ranked = self._rank(roster, query, view, costs)
         top = ranked[: FALLBACKS + 1]
         order, values, matches = top.tolist(), costs[top].tolist(), view.match[top].tolist()
@@ -196,6 +194,14 @@ class Chooser:
         if query.session:
             outcome = "kept" if session == node.name else "moved" if session or former else "new"
         return Decision(node, kind, found, outcome, session or former, name, best, candidates, longest)
+
+    def weigh(self, roster: Roster, query: Query, session: str, now: int) -> tuple[View, Column, str]:
+        """What the policy sees of the candidates, what it makes each of them cost, and its name."""
+        match, slow = self.matches(roster, query)
+        at = roster.position.get(session, -1) if session else -1
+        view = View(roster, self._state, self._overlay, match, slow, at, now)
+        costs, name = self._costs(view, Request(query.id, query.tokens, query.blocks, query.block_size))
+        return view, costs, name
 
     def settle(
         self, query: Query, decision: Decision, now: int, applied: int
@@ -229,11 +235,6 @@ class Chooser:
             return first
         return costs.argsort(kind="stable")
 
-    def _view(self, roster: Roster, query: Query, session: str, now: int) -> View:
-        match, slow = self._matches(roster, query)
-        at = roster.position.get(session, -1) if session else -1
-        return View(roster, self._state, self._overlay, match, slow, at, now)
-
     def _costs(self, view: View, request: Request) -> tuple[Column, str]:
         state = self._state
         name = state.policy
@@ -260,7 +261,7 @@ class Chooser:
             "or add nodes"
         )
 
-    def _session(self, query: Query) -> tuple[str, str]:
+    def session_node(self, query: Query) -> tuple[str, str]:
         """Node of the request's session, and the node that it had before when that is gone."""
         if not query.session:
             return "", ""
@@ -272,8 +273,8 @@ class Chooser:
             return "", ""
         return known.node, known.was
 
-    def _matches(self, roster: Roster, query: Query) -> tuple[Column, Column | None]:
-        """Match of every candidate, and the part of it that lies in slower tiers."""
+    def matches(self, roster: Roster, query: Query) -> tuple[Column, Column | None]:
+        """Match of every candidate, predicted blocks included, and the part of it that lies in slower tiers."""
         match = np.zeros(len(roster.nodes), np.int64)
         slow: Column | None = None
         hashes, blocks = query.hashes, query.blocks

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from services.errors import BadRequest
 from services.routing import classic
-from services.routing.ttft import TTFT, ttft
+from services.routing.ttft import TTFT, ttft, ttft_terms
 from services.routing.view import Column, Request, View
 
 if TYPE_CHECKING:
@@ -23,12 +23,17 @@ if TYPE_CHECKING:
 Score = Callable[[View, Request, dict[str, float]], "Column | Sequence[float]"]
 """A policy: one cost a candidate; less is better."""
 
+Terms = Callable[[View, Request, dict[str, float]], Mapping[str, Column]]
+"""The parts of a policy's costs by name, each with one entry a candidate."""
+
 
 class Policy(NamedTuple):
     """A policy and what can be set about it; `parameters` is none when anything can."""
 
     score: Score
     parameters: Mapping[str, Parameter] | None
+    terms: Terms | None = None
+    """What its costs are made of, for those who ask why; their sum is the cost."""
 
     @property
     def summary(self) -> str:
@@ -48,9 +53,9 @@ POLICIES: dict[str, Policy] = {
     "session": Policy(classic.session, {}),
     "cascade": Policy(classic.cascade, {}),
     "threshold": Policy(classic.threshold, classic.THRESHOLD),
-    "blocks": Policy(classic.blocks, classic.BLOCKS),
+    "blocks": Policy(classic.blocks, classic.BLOCKS, classic.blocks_terms),
     "e2": Policy(classic.e2, classic.E2),
-    "ttft": Policy(ttft, TTFT),
+    "ttft": Policy(ttft, TTFT, ttft_terms),
 }
 
 

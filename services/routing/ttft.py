@@ -21,6 +21,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from services.routing.parameters import Parameter
 
 if TYPE_CHECKING:
@@ -56,3 +58,22 @@ def ttft(view: View, request: Request, parameters: dict[str, float]) -> Column:
     if view.session >= 0:
         costs[view.session] -= parameters["session_seconds"]
     return costs
+
+
+def ttft_terms(view: View, request: Request, parameters: dict[str, float]) -> dict[str, Column]:
+    """The parts of `ttft`'s costs, in seconds."""
+    queue, speed = view.queue, view.speed
+    crowd = queue.sum() / len(queue) * view.arrivals
+    weight = parameters["uncached_weight"] + parameters["crowd_weight"] * crowd
+    slow = 0 if view.slow is None else view.slow * request.block_size * parameters["slow_share"]
+    session = np.zeros(len(queue))
+    if view.session >= 0:
+        session[view.session] = -parameters["session_seconds"]
+    return {
+        "queue": queue,
+        "own": (request.tokens - view.match * request.block_size + slow) / speed,
+        "others": (weight - 1) * (request.tokens - view.match * request.block_size + slow) / speed,
+        "load": view.recent_uncached * parameters["load_seconds"] / speed,
+        "decode": view.active * parameters["decode_seconds"],
+        "session": session,
+    }

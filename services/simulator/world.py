@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from functools import partial
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Protocol
 
@@ -32,7 +33,7 @@ from services.simulator.engine import Engine, Job
 from services.simulator.hardware import Hardware
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from events.codec import Commit
     from services.routing.decide import Decision
@@ -78,7 +79,7 @@ class Settings(Struct, frozen=True, kw_only=True):
 
 
 class Served(Struct, gc=False):
-    """One request as it went: node, times in seconds from the beginning, lengths and hits in tokens."""
+    """One request as it went: node (its place in `Outcome.names`), times in seconds, lengths and hits in tokens, its id."""
 
     node: int
     arrival: float
@@ -88,6 +89,7 @@ class Served(Struct, gc=False):
     cached: int
     predicted: int
     """Tokens that the router expected to be cached."""
+    request: str
 
 
 class Outcome(Struct):
@@ -150,10 +152,15 @@ class Router(Chooser):
 class World:
     """One run."""
 
+    start: float = START
+    """Unix time of the beginning, in seconds."""
+
     def __init__(
         self, settings: Settings, work: Sequence[Work], desk: Callable[[FleetState, str], Desk] = Router
     ) -> None:
         self.settings = settings
+        self.ready = settings.delay
+        """When requests may come, in seconds from the beginning: routers see the nodes by then."""
         self.state = FleetState(FLEET)
         self._work = sorted(work, key=lambda request: request.arrival)
         self._names: list[str] = []
@@ -174,12 +181,20 @@ class World:
         self._queries: dict[str, tuple[Query, Desk]] = {}
         self._served: list[Served] = []
         self._batch = 0
+        self._changes: list[tuple[float, Callable[[], None]]] = []
+        """What happens to nodes, and when."""
         self.rejected = 0
         self.retried = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        """Make the nodes of the beginning known, and plan what happens to nodes later."""
+        settings = self.settings
         self._put(0.0, "control", types.PolicyChanged(settings.policy, settings.parameters))
         for number in range(settings.nodes):
             self._join(f"node-{number + 1}", 0.0)
         self._see(settings.delay)
+        self._changes = [(change.time, partial(self._change, change)) for change in settings.changes]
 
     def run(self, progress: Callable[[int], None] = lambda _: None) -> Outcome:
         """Serve all requests. `progress` is told how many have arrived, now and then."""
@@ -194,22 +209,22 @@ class World:
 
     def _run(self, progress: Callable[[int], None]) -> Outcome:
         settings = self.settings
-        changes = deque(sorted(settings.changes, key=lambda change: change.time))
+        changes = deque(sorted(self._changes, key=lambda change: change[0]))
         for number, request in enumerate(self._work):
-            now = settings.delay + request.arrival / settings.speed
-            while changes and changes[0].time <= now:
-                change = changes.popleft()
-                self._until(change.time)
-                self._change(change)
+            now = self.ready + request.arrival / settings.speed
+            while changes and changes[0][0] <= now:
+                time, change = changes.popleft()
+                self._until(time)
+                change()
             self._until(now)
             self._arrive(number, request, now)
             if not number % 256:
                 progress(number)
         while changes and self._queries:
-            change = changes.popleft()
-            self._until(change.time)
+            time, change = changes.popleft()
+            self._until(time)
             if self._queries:
-                self._change(change)
+                change()
         self._until(math.inf)
         progress(len(self._work))
         return Outcome(
@@ -231,25 +246,32 @@ class World:
                 writer = ""
             else:
                 visible, where, event, writer = log.popleft()
-            self._sequence += 1
-            if isinstance(event, types.NodeRegistered):
-                self._epochs[event.node] = self._sequence
-            elif isinstance(event, (types.BlocksStored, types.BlocksRemoved)):
+            if isinstance(event, (types.BlocksStored, types.BlocksRemoved)):
                 # Losses come in between, so which sequence a registration gets is known only when it is visible.
                 event = replace(event, epoch=self._epochs[event.node])
-            time = int((START + visible - self.settings.delay) * _NS)
-            headers = self._headers[writer] if writer else None
-            applied = self.state.apply(Message(self._sequence, where, time, headers, encode([event])))
-            if applied.commit is None:
-                continue
-            for desk in self._desks:
-                desk.observe(applied.commit, time, int((START + visible) * _NS))
+            self._apply(visible, where, [event], self._headers[writer] if writer else None)
+
+    def _apply(
+        self, visible: float, where: str, events: Sequence[types.Event], headers: dict[str, str] | None = None
+    ) -> None:
+        self._sequence += 1
+        if isinstance(events[0], types.NodeRegistered):
+            self._epochs[events[0].node] = self._sequence
+        time = int((self.start + visible - self.settings.delay) * _NS)
+        applied = self.state.apply(Message(self._sequence, where, time, headers, encode(events)))
+        if applied.commit is None:
+            return
+        for desk in self._desks:
+            desk.observe(applied.commit, time, int((self.start + visible) * _NS))
+
+    def _add(self, name: str, engine: Engine) -> None:
+        self._alive[name] = len(self._engines)
+        self._names.append(name)
+        self._engines.append(engine)
 
     def _join(self, name: str, now: float) -> None:
         settings = self.settings
-        self._alive[name] = len(self._engines)
-        self._names.append(name)
-        self._engines.append(Engine(settings.hardware, settings.capacity, settings.block_size))
+        self._add(name, Engine(settings.hardware, settings.capacity, settings.block_size))
         # A node that is back so soon is never concluded to be lost.
         self._late = [late for late in self._late if late[2].node != name]
         registered = types.NodeRegistered(
@@ -264,19 +286,29 @@ class World:
             if change.node not in self._alive:
                 self._join(change.node, change.time)
             return
-        engine = self._alive.pop(change.node, None)
-        if engine is None:
+        if change.node not in self._alive:
             return
-        jobs = sorted(self._engines[engine].jobs(), key=lambda job: job.arrival)
-        self._engines[engine].ends = math.inf
         lost = types.NodeLost(change.node, "failed")
         visible = change.time + self.settings.detection + self.settings.delay
         self._late.append((visible, f"kv.{FLEET}.node.{token(change.node)}", lost))
+        self._retry(self._stop(change.node), change.time, frozenset([change.node]))
+
+    def _stop(self, name: str) -> list[Job]:
+        """A node serves no more, if it did; what ran there, oldest first."""
+        number = self._alive.pop(name, None)
+        if number is None:
+            return []
+        engine = self._engines[number]
+        engine.ends = math.inf
+        return sorted(engine.jobs(), key=lambda job: job.arrival)
+
+    def _retry(self, jobs: Iterable[Job], now: float, exclude: frozenset[str] = frozenset()) -> None:
+        """Clients ask again for what was cut off."""
         for job in jobs:
             query, desk = self._queries[job.request]
             self.retried += 1
-            query = query._replace(exclude=query.exclude | {change.node})
-            self._route(query, desk, job.hashes, job.output, job.arrival, change.time)
+            query = query._replace(exclude=query.exclude | exclude)
+            self._route(query, desk, job.hashes, job.output, job.arrival, now)
 
     def _arrive(self, number: int, request: Work, now: float) -> None:
         settings = self.settings
@@ -291,7 +323,7 @@ class World:
         self, query: Query, desk: Desk, hashes: tuple[int, ...], output: int, arrival: float, now: float
     ) -> None:
         self._see(now)
-        clock = int((START + now) * _NS)
+        clock = int((self.start + now) * _NS)
         while True:
             try:
                 decision = desk.decide(query, clock)
@@ -311,7 +343,7 @@ class World:
         routed, assigned = desk.settle(query, decision, clock, self.state.sequence)
         self._put(now, f"access.{writer}", routed, writer)
         if assigned is not None:
-            self._put(now, f"session.{MODEL}", assigned, writer)
+            self._put(now, f"session.{token(query.model)}", assigned, writer)
         self._queries[query.id] = query, desk
         self._predicted[query.id] = decision.match * query.block_size
         self._engines[engine].arrive(job, now)
@@ -333,14 +365,16 @@ class World:
                 continue
             report = engine.run()
             name = self._names[number]
+            # One that was removed finishes what it runs, but speaks for no node any more.
+            speaks = self._alive.get(name) == number
             for job in report.prefilled:
-                self._queries[job.request][1].computed(job.request, int((START + ends) * _NS))
-                if job.stored:
+                self._queries[job.request][1].computed(job.request, int((self.start + ends) * _NS))
+                if job.stored and speaks:
                     self._batch += 1
                     stored = types.BlocksStored(name, 0, self._batch, pack_hashes(job.stored), job.parent)
                     self._put(ends, f"cache.{token(name)}", stored)
             # What is evicted makes room for what begins now: it may have been stored in this very step.
-            if report.evicted:
+            if report.evicted and speaks:
                 self._batch += 1
                 removed = types.BlocksRemoved(name, 0, self._batch, pack_hashes(report.evicted))
                 self._put(ends, f"cache.{token(name)}", removed)
@@ -352,7 +386,8 @@ class World:
     def _finish(self, job: Job, number: int, now: float) -> None:
         self._served.append(
             Served(
-                number, job.arrival, job.first, now, job.tokens, job.cached, self._predicted.pop(job.request)
+                number, job.arrival, job.first, now, job.tokens, job.cached, self._predicted.pop(job.request),
+                job.request,
             )
         )  # fmt: skip
         del self._queries[job.request]

@@ -1,0 +1,336 @@
+"""The body of a snapshot: the parts of a state in forms that are written and read as they are.
+
+The index is kept as its segments: a run of hashes and its holders are a few byte strings, not an object a hash. What is
+put together was checked as far as the fold and the decisions rely on it: slots and places are there and have one owner
+each, every block has a holder, and load is that of the requests. Each function that finds something else raises
+`ValueError` or what Python raises.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+from msgspec import Meta, Struct
+
+from events.codec import validate
+from events.hashing import pack_hashes, unpack_hashes
+from events.subjects import Place
+from events.types import NodeRegistered, Tier  # noqa: TC001 - msgspec looks them up as it decodes
+from projections.load import COLUMNS, Active, Prefills
+from projections.nodes import Node
+from projections.prefix import PrefixIndex
+from projections.recency import Recency
+from projections.segment import ALL, HASH_BYTES, SEGMENT_BYTES, Segment
+from projections.sessions import Session
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from projections.fleet import FleetState
+    from projections.load import Load
+
+MOST_SLOTS = 1 << 16
+"""Most slots of all models. Their masks take 268 MB; without a limit a few bytes could claim any amount of memory."""
+
+
+class _Part(Struct, array_like=True, forbid_unknown_fields=True):
+    pass
+
+
+class NodePart(_Part):
+    """One node and the numbers of its slots."""
+
+    registered: NodeRegistered
+    epoch: int
+    changed: int
+    lost: str | None
+    cordoned: bool
+    slots: dict[Tier, int]
+
+
+class SegmentPart(_Part, gc=False):
+    """A run of hashes and a bit mask of the slots that hold all of it; of others that hold some, masks of positions."""
+
+    run: Annotated[bytes, Meta(min_length=HASH_BYTES, max_length=SEGMENT_BYTES)]
+    full: bytes
+    some: list[tuple[int, bytes]] | None
+
+
+class IndexPart(_Part):
+    """The index of a model, with how many slots it has."""
+
+    model: str
+    slots: int
+    segments: list[SegmentPart]
+
+
+class SessionPart(_Part, gc=False):
+    """One session."""
+
+    model: str
+    session: str
+    node: str
+    since: int
+    was: str
+
+
+class PrefillsPart(_Part):
+    """The prompts that one node computes."""
+
+    waiting: dict[str, int]
+    ends: dict[bytes, str]
+    since: float
+
+
+class LoadPart(_Part):
+    """Load, with its columns 8 bytes a place, those of nodes that left included."""
+
+    ordinals: dict[str, int]
+    free: list[int]
+    columns: dict[str, bytes]
+    prefills: list[PrefillsPart]
+    running: dict[str, Active]
+    ratio: float
+    all_said: float
+    all_took: float
+    routed_recently: int
+    routed_half: int
+    turned: int
+
+
+class RecencyPart(_Part):
+    """Blocks in order of use, the protected ones, and how many requests use each of those; 8 bytes each."""
+
+    order: bytes
+    protected: bytes
+    uses: bytes
+
+
+class Body(_Part):
+    """All of a state but what its header says."""
+
+    nodes: list[NodePart]
+    indexes: list[IndexPart]
+    sessions: list[SessionPart]
+    load: LoadPart
+    recency: dict[str, RecencyPart]
+    policy: str
+    parameters: dict[str, float]
+    commits: int
+    skipped: dict[str, int]
+    ignored: dict[str, int]
+    writers: list[tuple[str, str, int]]
+    removed: dict[str, int]
+    heads: dict[str, int]
+
+
+def take(state: FleetState) -> Body:
+    """The parts of a state. They share its dictionaries: encode them before the state goes on."""
+    caches = state.caches
+    slots = sum(len(caches.owners(model)) for model in caches.by_model)
+    if slots > MOST_SLOTS:
+        _broken(f"the fleet has {slots} slots, a snapshot holds {MOST_SLOTS}")
+    return Body(
+        nodes=[
+            NodePart(node.registered, node.epoch, node.changed, node.lost, node.cordoned, node.slots)
+            for node in state.nodes.values()
+        ],
+        indexes=[
+            IndexPart(model, len(caches.owners(model)), _segments_of(index)) for model, index in caches.by_model.items()
+        ],
+        sessions=[SessionPart(*key, entry.node, entry.since, entry.was) for key, entry in state.sessions.items()],
+        load=_load_of(state.load),
+        recency={name: _recency_of(recency) for name, recency in state.recency.items()},
+        policy=state.policy,
+        parameters=state.parameters,
+        commits=state.commits,
+        skipped=state.skipped,
+        ignored=state.ignored,
+        writers=[(*key, counter) for key, counter in state.writers.items()],
+        removed=state.removed,
+        heads=state.heads,
+    )
+
+
+def _mask(bits: int) -> bytes:
+    return bits.to_bytes((bits.bit_length() + 7) >> 3, "little")
+
+
+def _segments_of(index: PrefixIndex) -> list[SegmentPart]:
+    return [
+        SegmentPart(
+            segment.packed,
+            _mask(segment.full),
+            None
+            if segment.heads is None and segment.parts is None
+            else [(slot, _mask(positions)) for slot, positions in segment.partial().items()],
+        )
+        for segment in index.segments()
+    ]
+
+
+def _load_of(load: Load) -> LoadPart:
+    columns = {name: getattr(load, name) for name in COLUMNS}
+    return LoadPart(
+        ordinals=load.ordinal,
+        free=load._free,  # noqa: SLF001 - which place is used next is part of the state
+        columns={name: struct.pack(f"<{len(column)}{column.typecode}", *column) for name, column in columns.items()},
+        prefills=[PrefillsPart(prefills.waiting, prefills.ends, prefills.since) for prefills in load.prefills],
+        running=load.running,
+        ratio=load.ratio,
+        all_said=load.all_said,
+        all_took=load.all_took,
+        routed_recently=load.routed_recently,
+        routed_half=load.routed_half,
+        turned=load.turned,
+    )
+
+
+def _recency_of(recency: Recency) -> RecencyPart:
+    protected = recency.protected
+    return RecencyPart(pack_hashes(recency.order), pack_hashes(protected), pack_hashes(protected.values()))
+
+
+def _broken(what: str) -> NoReturn:
+    raise ValueError(what)
+
+
+def put(state: FleetState, body: Body) -> None:
+    """Give a new state these parts."""
+    state.policy, state.parameters = body.policy, body.parameters
+    state.commits, state.skipped, state.ignored = body.commits, body.skipped, body.ignored
+    state.writers = {(subject, writer): counter for subject, writer, counter in body.writers}
+    state.removed, state.heads = body.removed, body.heads
+    for part in body.nodes:
+        event = part.registered
+        validate(Place("node", event.node), [event])
+        state.nodes[event.node] = Node(
+            name=event.node, registered=event, epoch=part.epoch, changed=part.changed, lost=part.lost,
+            cordoned=part.cordoned, slots=part.slots,
+        )  # fmt: skip
+    if len(state.nodes) != len(body.nodes):
+        _broken("a node is there twice")
+    _put_caches(state, body.indexes)
+    _put_load(state, body.load)
+    _put_sessions(state, body.sessions)
+    _put_recency(state, body.recency)
+
+
+def _put_caches(state: FleetState, parts: Sequence[IndexPart]) -> None:
+    if sum(part.slots for part in parts) > MOST_SLOTS or any(part.slots < 1 for part in parts):
+        _broken("there are more slots than there can be")
+    owners: dict[str, list[str | None]] = {part.model: [None] * part.slots for part in parts}
+    if len(owners) != len(parts):
+        _broken("a model is there twice")
+    for node in state.nodes.values():
+        if "gpu" not in node.slots:
+            _broken("a node has no slot for its GPU")
+        for slot in node.slots.values():
+            if slot < 0 or owners[node.model][slot] is not None:
+                _broken("a slot has two nodes")
+            owners[node.model][slot] = node.name
+    state.caches._owners = owners  # noqa: SLF001 - slots keep their numbers
+    for part in parts:
+        index = state.caches.by_model[part.model] = PrefixIndex()
+        index.add_slot(part.slots - 1)
+        index.adopt(_segments(part, owners[part.model]))
+
+
+def _segments(part: IndexPart, owners: Sequence[str | None]) -> list[Segment]:
+    taken = int("".join("0" if owner is None else "1" for owner in reversed(owners)), 2)
+    masks: dict[bytes, int] = {}
+    segments = []
+    for each in part.segments:
+        whole = ALL[len(each.run) >> 3]
+        if len(each.run) % HASH_BYTES:
+            _broken("a run ends within a block")
+        full = masks.get(each.full)
+        if full is None:
+            full = masks[each.full] = int.from_bytes(each.full, "little")
+            if full & ~taken:
+                _broken("a slot that no node has holds blocks")
+        segment = Segment(each.run, int.from_bytes(each.run[-8:], "little"), full)
+        if each.some is not None:
+            _hold(segment, each.some, owners, whole)
+        if segment.covered() != whole:
+            _broken("nobody holds a block")
+        segments.append(segment)
+    return segments
+
+
+def _hold(segment: Segment, some: Sequence[tuple[int, bytes]], owners: Sequence[str | None], whole: int) -> None:
+    for slot, packed in some:
+        positions = int.from_bytes(packed, "little")
+        if slot < 0 or owners[slot] is None or segment.get(slot) or not 0 < positions < whole:
+            _broken("a slot can't hold these blocks of a segment")
+        segment.put(slot, positions)
+
+
+def _put_load(state: FleetState, part: LoadPart) -> None:
+    load = state.load
+    places = len(part.prefills)
+    if sorted([*part.ordinals.values(), *part.free]) != [*range(places)]:
+        _broken("a node's place in the columns is not its own")
+    if part.ordinals.keys() != {name for name, node in state.nodes.items() if node.lost is None}:
+        _broken("load is not that of the nodes that are there")
+    if part.columns.keys() != set(COLUMNS):
+        _broken("load has other columns")
+    for name, packed in part.columns.items():
+        code = getattr(load, name).typecode
+        setattr(load, name, array(code, struct.unpack(f"<{places}{code}", packed)))
+    load.ordinal = part.ordinals
+    load._free = part.free  # noqa: SLF001 - which place is used next is part of the state
+    for each in part.prefills:
+        prefills = Prefills()
+        prefills.waiting, prefills.ends, prefills.since = each.waiting, each.ends, each.since
+        load.prefills.append(prefills)
+    load.running = part.running
+    load.ratio, load.all_said, load.all_took = part.ratio, part.all_said, part.all_took
+    load.routed_recently, load.routed_half, load.turned = part.routed_recently, part.routed_half, part.turned
+    _check_load(load)
+
+
+def _check_load(load: Load) -> None:
+    """Requests end by the clock before a commit is looked at: what they are taken from must be there."""
+    blocks, tokens = dict.fromkeys(load.ordinal, 0), dict.fromkeys(load.ordinal, 0)
+    for active in load.running.values():
+        blocks[active.node] += active.blocks
+        tokens[active.node] += active.tokens
+        if len(active.hashes) % HASH_BYTES or min(active.blocks, active.tokens) < 0:
+            _broken("a request runs that can't be")
+    for name, at in load.ordinal.items():
+        waiting = load.prefills[at].waiting
+        if (load.blocks[at], load.tokens[at]) != (blocks[name], tokens[name]):
+            _broken("a node's load is not that of its requests")
+        if load.pending[at] != sum(waiting.values()) or min(waiting.values(), default=0) < 0:
+            _broken("a node's pending tokens are not those of its requests")
+        if not (load.speed[at] > 0 and load.pace[at] * load.ratio > 0):
+            _broken("a node has no speed")
+
+
+def _put_sessions(state: FleetState, parts: Sequence[SessionPart]) -> None:
+    entries = {(part.model, part.session): Session(part.node, part.since, part.was) for part in parts}
+    if len(entries) != len(parts):
+        _broken("a session is there twice")
+    on_node: dict[str, set[tuple[str, str]]] = {}
+    for key, entry in entries.items():
+        if entry.node:
+            on_node.setdefault(entry.node, set()).add(key)
+    if not on_node.keys() <= state.load.ordinal.keys():
+        _broken("a session is on a node that is not there")
+    sessions = state.sessions
+    sessions._entries, sessions._on_node = entries, on_node  # noqa: SLF001 - `assign` would forget where they were
+
+
+def _put_recency(state: FleetState, parts: dict[str, RecencyPart]) -> None:
+    if parts.keys() != {name for name, node in state.nodes.items() if node.managed and node.lost is None}:
+        _broken("recency is not that of the managed nodes")
+    for name, part in parts.items():
+        recency = state.recency[name] = Recency()
+        recency.order = OrderedDict.fromkeys(unpack_hashes(part.order))
+        recency.protected = dict(zip(unpack_hashes(part.protected), unpack_hashes(part.uses), strict=True))
+        if len(recency.order) != state.caches.held(state.nodes[name]):
+            _broken("a managed node holds other blocks than it used")

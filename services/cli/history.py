@@ -1,0 +1,160 @@
+"""Commands of the history: `historian`, `history status`, `history rebuild`."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import anyio
+from cyclopts import App, Parameter
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from events.log.connection import connected
+from projections.history import archive
+from projections.history.store import FILE
+from services import api
+from services.cli.ask import CONNECT_SECONDS, Json, grid, question, show_json
+from services.cli.common import COMMON, Common, PolicyModules, run_async, run_until_signal, start
+from services.errors import BadRequest
+from services.history.historian import Historian
+from services.history.ingest import Ingest, Retention
+from services.history.pages import Limits
+
+history = App(name="history", help="See how far the history is, or make it again.")
+
+Folder = Annotated[Path, Parameter(name="--history", env_var="KVPLANE_HISTORY")]
+DEFAULT_FOLDER = Path("kvplane-history")
+
+
+def historian(
+    *,
+    history: Folder = DEFAULT_FOLDER,
+    keep_days: float | None = None,
+    keep_gb: float | None = None,
+    timeout: float = 30.0,
+    max_rows: int = 1_000_000,
+    memory_gb: float = 2.0,
+    policy_module: PolicyModules = (),
+    common: Common = COMMON,
+) -> None:
+    """Keep the fleet's history for SQL, and answer questions about the past. One for each fleet.
+
+    Parameters
+    ----------
+    history
+        Folder of the history: DuckDB for the last hours, Parquet for the hours before.
+    keep_days
+        Let go what is older than so many days; default is to keep all.
+    keep_gb
+        Let go the oldest hours when the archive is larger than so many gigabytes; default is to keep all.
+    timeout
+        Seconds that a query may take.
+    max_rows
+        Rows that a query may give.
+    memory_gb
+        Gigabytes of memory for queries and ingestion.
+    policy_module
+        Modules from which policies of the form module:attr may be taken, to explain their decisions.
+    """
+    start(common)
+    for value, option in ((keep_days, "keep-days"), (keep_gb, "keep-gb"), (timeout, "timeout"), (max_rows, "max-rows")):
+        if value is not None and value <= 0:
+            raise BadRequest(f"--{option} is {value:g}; it must be more than 0")
+    if memory_gb < 0.25:
+        raise BadRequest(f"--memory-gb is {memory_gb:g}; it must be at least 0.25")
+    limits = Limits(seconds=timeout, rows=max_rows, memory=int(memory_gb * 1e9))
+    retention = Retention(keep_days, None if keep_gb is None else int(keep_gb * 1e9))
+    run_until_signal(_historian, history, limits, retention, tuple(policy_module), common)
+
+
+async def _historian(
+    folder: Path, limits: Limits, retention: Retention, modules: tuple[str, ...], common: Common
+) -> None:
+    async with connected(common.server, "kvplane-historian") as client:
+        await Historian(
+            client, common.fleet, folder, servers=common.server, limits=limits, retention=retention, modules=modules
+        ).run()
+
+
+@history.command
+def status(*, json: Json = False, common: Common = COMMON) -> None:
+    """Show how far the history is, and what it takes on the disk.
+
+    Parameters
+    ----------
+    json
+        Print JSON.
+    """
+    answer = question(common, "history.status", api.StatusRequest())
+    if json:
+        show_json(answer)
+        return
+    behind = answer["log"] - answer["stored"]
+    days = " to ".join(dict.fromkeys(answer["archive_days"]))
+    grid(
+        [
+            ("fleet", answer["fleet"]),
+            ("state", "healthy" if answer["healthy"] else f"[red]not stored:[/] {escape(answer['failure'] or 'log away')}"),
+            ("stored", f"up to sequence {answer['stored']:,}" + (f", {behind:,} behind the log" if behind else "")),
+            ("live", f"{answer['live_bytes'] / 1e6:,.1f} MB, from sequence {answer['archived'] + 1:,}"),
+            ("archive", f"{answer['archive_bytes'] / 1e6:,.1f} MB in {answer['archive_files']} files {days}"),
+            ("snapshots", ", ".join(f"{sequence:,}" for sequence in answer["snapshots"][-3:]) or "none"),
+        ]
+    )  # fmt: skip
+
+
+@history.command
+def rebuild(*, history: Folder = DEFAULT_FOLDER, from_log: bool = False, common: Common = COMMON) -> None:
+    """Make the history again, from its archive and the log. No historian may run on the folder meanwhile.
+
+    The file that was there is kept as history.duckdb.before.
+
+    Parameters
+    ----------
+    history
+        Folder of the history.
+    from_log
+        Take nothing from the archive, all from the log; only when the log still has its beginning.
+    """
+    start(common, quiet=True)
+    run_async(_rebuild, history, from_log, common)
+
+
+async def _rebuild(folder: Path, from_log: bool, common: Common) -> None:  # noqa: FBT001
+    console = Console(stderr=True)
+    async with connected(common.server, "kvplane-rebuild", connect_seconds=CONNECT_SECONDS) as client:
+        path = folder / FILE
+        if path.exists():
+            # Whoever has it open keeps it: a lock is asked for first.
+            await anyio.to_thread.run_sync(_check_free, path)
+            path.rename(path.with_suffix(".duckdb.before"))
+            path.with_suffix(".duckdb.wal").unlink(missing_ok=True)
+        ingest = Ingest(client, common.fleet, folder)
+        if not from_log:
+            last = await ingest.in_thread(partial(archive.recover, ingest.store))
+            console.print(f"archive: up to sequence {last:,}", highlight=False)
+        columns = (TextColumn("reading the log"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("log", total=None)
+            async with anyio.create_task_group() as group:
+                group.start_soon(ingest.run)
+                while not ingest.follower.caught_up.is_set() or ingest.stored < ingest.follower.target:
+                    progress.update(task, total=ingest.follower.target or None, completed=ingest.stored)
+                    await anyio.sleep(0.05)
+                group.cancel_scope.cancel()
+        console.print(f"history: up to sequence {ingest.stored:,}", highlight=False)
+
+
+def _check_free(path: Path) -> None:
+    """Raise `BadRequest` when a process has the file open."""
+    import fcntl  # noqa: PLC0415 - not on every system
+
+    with path.open("rb+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BadRequest(f"a historian has {path.parent.name}/{path.name} open; stop it first") from None
+        fcntl.lockf(file, fcntl.LOCK_UN)

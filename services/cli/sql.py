@@ -1,0 +1,319 @@
+"""The command `sql`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+from cyclopts import Parameter
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from events.errors import KvplaneError
+from events.log.connection import connected
+from projections.history.tables import TABLES
+from projections.history.views import VIEWS
+from services.cli.ask import CONNECT_SECONDS, Json
+from services.cli.common import COMMON, Common, run_async, start
+from services.errors import BadRequest
+from services.history.client import pages
+from services.history.pages import plain
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from nats.aio.client import Client
+
+SHOWN_ROWS = 200
+"""Rows that a table on the terminal has at the most."""
+SHOWN_CHARACTERS = 80
+"""Longest value in such a table."""
+
+HELP = """\
+A query may take several lines and ends with a semicolon. Tab completes names.
+  .tables           tables and views, and what they are
+  .columns NAME     columns of one of them, and what they mean
+  .help             this
+  .quit             leave (or Ctrl-D)"""
+
+
+def sql(
+    query: str | None = None,
+    *,
+    json: Json = False,
+    csv: Annotated[bool, Parameter(negative="")] = False,
+    parquet: Path | None = None,
+    arrow: Path | None = None,
+    timeout: float | None = None,
+    max_rows: int | None = None,
+    common: Common = COMMON,
+) -> None:
+    """Ask the history in SQL (DuckDB's), read only. Without a query, a prompt.
+
+    `kvplane sql 'SHOW TABLES'` lists what there is, `kvplane sql 'DESCRIBE decisions'` the columns of one.
+
+    Parameters
+    ----------
+    query
+        The query; - reads it from standard input.
+    json
+        Print one JSON object a row.
+    csv
+        Print CSV.
+    parquet
+        Write the result to this file, as Parquet.
+    arrow
+        Write the result to this file, as Arrow IPC.
+    timeout
+        Seconds that it may take; the historian has a limit of its own.
+    max_rows
+        Rows that it may give; the historian has a limit of its own.
+    """
+    start(common, quiet=True)
+    if sum([json, csv, parquet is not None, arrow is not None]) > 1:
+        raise BadRequest("choose one of --json, --csv, --parquet and --arrow")
+    for value, option in ((timeout, "timeout"), (max_rows, "max-rows")):
+        if value is not None and value <= 0:
+            raise BadRequest(f"--{option} is {value:g}; it must be more than 0")
+    if query == "-":
+        query = sys.stdin.read()
+    writer = choose(json=json, csv=csv, parquet=parquet, arrow=arrow)
+    if query is None:
+        run_async(_prompt, writer, timeout, max_rows, common)
+    else:
+        run_async(_once, query, writer, timeout, max_rows, common)
+
+
+Writer = "Callable[[pa.Schema], Iterator[Any]]"
+
+
+def choose(*, json: bool, csv: bool, parquet: Path | None, arrow: Path | None) -> Callable[[pa.Schema], Any]:
+    """What becomes of a result: a context manager that takes tables of its schema."""
+    if json:
+        return _as_json
+    if csv:
+        return _as_csv
+    if parquet is not None:
+        return lambda schema: _file(parquet, lambda path: pa.parquet.ParquetWriter(path, schema))
+    if arrow is not None:
+        return lambda schema: _file(arrow, lambda path: pa.ipc.new_file(path, schema))
+    return _as_table
+
+
+async def _once(
+    query: str, writer: Callable[[pa.Schema], Any], seconds: float | None, rows: int | None, common: Common
+) -> None:  # fmt: skip
+    async with connected(common.server, "kvplane-sql", connect_seconds=CONNECT_SECONDS) as client:
+        await _run(client, common.fleet, query, writer, seconds, rows)
+
+
+async def _run(
+    client: Client, fleet: str, query: str, writer: Callable[[pa.Schema], Any], seconds: float | None, rows: int | None
+) -> None:  # fmt: skip
+    result = pages(client, fleet, query, seconds=seconds, rows=rows)
+    try:
+        first = await anext(result)
+        with writer(first.schema) as take:
+            more = take(first)
+            async for page in result:
+                if more is False:
+                    break
+                more = take(page)
+    finally:
+        await result.aclose()  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _as_json(_: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
+    def take(page: pa.Table) -> None:
+        for row in page.to_pylist():
+            sys.stdout.write(msgspec.json.encode({key: plain(value) for key, value in row.items()}).decode() + "\n")
+
+    yield take
+    sys.stdout.flush()
+
+
+@contextmanager
+def _as_csv(schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
+    nested = {field.name for field in schema if pa.types.is_nested(field.type) or pa.types.is_binary(field.type)}
+    header = True
+
+    def take(page: pa.Table) -> None:
+        nonlocal header
+        columns = [
+            pa.array(
+                [None if value is None else msgspec.json.encode(plain(value)).decode() for value in column.to_pylist()]
+            )
+            if name in nested
+            else column
+            for name, column in zip(page.column_names, page.columns, strict=True)
+        ]
+        flat = pa.table(columns, names=page.column_names)
+        options = pa.csv.WriteOptions(include_header=header)
+        header = False
+        sink = pa.BufferOutputStream()
+        pa.csv.write_csv(flat, sink, options)
+        sys.stdout.write(sink.getvalue().to_pybytes().decode())
+
+    yield take
+    sys.stdout.flush()
+
+
+@contextmanager
+def _file(path: Path, create: Callable[[str], Any]) -> Iterator[Callable[[pa.Table], None]]:
+    """A file that is there whole or not at all."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    rows = 0
+
+    def take(page: pa.Table) -> None:
+        nonlocal rows
+        rows += page.num_rows
+        writer.write_table(page)
+
+    try:
+        writer = create(str(unfinished))
+        try:
+            yield take
+        finally:
+            writer.close()
+        unfinished.rename(path)
+    except OSError as error:
+        raise BadRequest(f"{path} can't be written: {error.strerror or error}") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
+    Console(stderr=True).print(f"{rows:,} rows in {path}", highlight=False)
+
+
+@contextmanager
+def _as_table(schema: pa.Schema) -> Iterator[Callable[[pa.Table], bool]]:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for field in schema:
+        number = pa.types.is_integer(field.type) or pa.types.is_floating(field.type) or pa.types.is_decimal(field.type)
+        table.add_column(escape(field.name), justify="right" if number else "left", overflow="fold")
+    shown = 0
+
+    def take(page: pa.Table) -> bool:
+        nonlocal shown
+        names = [str(place) for place in range(page.num_columns)]
+        for row in page.slice(0, SHOWN_ROWS - shown).rename_columns(names).to_pylist():
+            table.add_row(*(text(value) for value in row.values()))
+        more = page.num_rows > SHOWN_ROWS - shown
+        shown = min(SHOWN_ROWS, shown + page.num_rows)
+        if more:
+            table.caption = f"the first {SHOWN_ROWS} rows; --csv, --json, --parquet and --arrow give all"
+        return not more
+
+    yield take
+    Console().print(table if table.columns else "no columns")
+    if not shown:
+        Console(stderr=True).print("no rows")
+
+
+def text(value: Any) -> str:  # noqa: ANN401 - any value of a result
+    """A value in a table on the terminal."""
+    if value is None:
+        return "[dim]-[/]"
+    said = plain(value)
+    if isinstance(said, float):
+        return f"{said:.6g}"
+    shown = said if isinstance(said, str) else msgspec.json.encode(said).decode()
+    return escape(shown if len(shown) <= SHOWN_CHARACTERS else shown[: SHOWN_CHARACTERS - 1] + "…")
+
+
+def state_folder() -> Path:
+    """Where the prompt keeps what was typed: XDG's folder for state."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "kvplane"
+
+
+async def _prompt(
+    writer: Callable[[pa.Schema], Any], seconds: float | None, rows: int | None, common: Common
+) -> None:  # fmt: skip
+    # Only the prompt needs it, and it is slow to load.
+    from prompt_toolkit import PromptSession  # noqa: PLC0415
+    from prompt_toolkit.completion import WordCompleter  # noqa: PLC0415
+    from prompt_toolkit.history import FileHistory, InMemoryHistory  # noqa: PLC0415
+
+    folder = state_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        typed: Any = FileHistory(str(folder / "sql"))
+    except OSError:
+        typed = InMemoryHistory()
+    words = [entry.name for entry in (*TABLES, *VIEWS)]
+    words += sorted(
+        {name for entry in VIEWS for name, _ in entry.columns} | {c.name for t in TABLES for c in t.columns}
+    )
+    words += [
+        "SELECT",
+        "FROM",
+        "WHERE",
+        "GROUP BY",
+        "ORDER BY",
+        "LIMIT",
+        "count(*)",
+        ".tables",
+        ".columns",
+        ".help",
+        ".quit",
+    ]
+    console = Console()
+    async with connected(common.server, "kvplane-sql", connect_seconds=CONNECT_SECONDS) as client:
+        session: PromptSession[str] = PromptSession(history=typed, completer=WordCompleter(words, ignore_case=True))
+        console.print(f"history of fleet {common.fleet!r}; .help helps", highlight=False)
+        waiting = ""
+        while True:
+            try:
+                line = await session.prompt_async("   ...> " if waiting else "kvplane> ")
+            except KeyboardInterrupt:
+                waiting = ""
+                continue
+            except EOFError:
+                return
+            if not waiting and line.strip().startswith("."):
+                if line.strip() in {".quit", ".exit"}:
+                    return
+                command(line.strip(), console)
+                continue
+            waiting = f"{waiting}\n{line}".strip()
+            if not waiting.endswith(";"):
+                continue
+            query, waiting = waiting, ""
+            try:
+                await _run(client, common.fleet, query, writer, seconds, rows)
+            except KvplaneError as error:
+                console.print(f"[red]{escape(str(error))}[/]", highlight=False)
+
+
+def command(line: str, console: Console) -> None:
+    """A command of the prompt, which begins with a dot."""
+    known = {entry.name: entry for entry in (*TABLES, *VIEWS)}
+    name, _, about = line.partition(" ")
+    if name == ".tables":
+        table = Table.grid(padding=(0, 2))
+        for entry in known.values():
+            table.add_row(f"[bold]{entry.name}[/]", entry.meaning)
+        console.print(table)
+    elif name == ".columns" and about.strip() in known:
+        table = Table.grid(padding=(0, 2))
+        for column, meaning in meanings(about.strip()):
+            table.add_row(f"[bold]{column}[/]", meaning)
+        console.print(table)
+    else:
+        console.print(HELP, highlight=False, markup=False)
+
+
+def meanings(name: str) -> list[tuple[str, str]]:
+    """Columns of a table or view, and what they mean."""
+    for table in TABLES:
+        if table.name == name:
+            return [(column.name, column.meaning) for column in table.columns]
+    return [pair for view in VIEWS if view.name == name for pair in view.columns]

@@ -1,0 +1,52 @@
+"""Asking a historian in SQL, for programs and commands."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import anyio
+import pyarrow as pa
+from nats.errors import Error as NatsError
+
+from services import api
+from services.client import ASK_SECONDS, ask
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from nats.aio.client import Client
+
+LONGEST_SECONDS = 3600.0
+
+
+async def pages(
+    client: Client, fleet: str, sql: str, *, seconds: float | None = None, rows: int | None = None
+) -> AsyncIterator[pa.Table]:
+    """The pages of a query's result as Arrow tables, at least one.
+
+    Raises `Refused` with the historian's code, or `NoAnswer`.
+    """
+    patience = (seconds or LONGEST_SECONDS) + ASK_SECONDS
+    request = api.SqlRequest(sql=sql, form="arrow", seconds=seconds, rows=rows)
+    answer = await ask(client, f"kv.{fleet}.sql", request, api.SqlAnswer, seconds=patience)
+    ended = False
+    try:
+        while True:
+            yield pa.ipc.open_stream(answer.data).read_all()
+            if not answer.next:
+                ended = True
+                return
+            following = api.SqlNextRequest(result=answer.result)
+            answer = await ask(client, answer.next, following, api.SqlAnswer, seconds=patience)
+    finally:
+        if not ended and answer.next:
+            with anyio.CancelScope(shield=True), anyio.move_on_after(1):
+                try:
+                    await ask(client, answer.next, api.SqlNextRequest(result=answer.result, close=True), seconds=1)
+                except (NatsError, Exception):  # noqa: BLE001 - it closes by itself after a while
+                    return
+
+
+async def table(client: Client, fleet: str, sql: str, *, seconds: float | None = None) -> pa.Table:
+    """A query's whole result."""
+    return pa.concat_tables([page async for page in pages(client, fleet, sql, seconds=seconds)])

@@ -1,0 +1,112 @@
+"""The historian: keeps a fleet's history and answers questions about it.
+
+kv.<fleet>.sql                SQL, in pages               kv.<fleet>.explain             why a request went where it went
+kv.<fleet>.history.status     how far the history is      kv.<fleet>.history.state       the fleet as it was
+kv.<fleet>.history.changes    what changed between two moments
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import anyio
+import structlog
+
+from events.log.stream import open_stream
+from projections.history import archive
+from services import api
+from services.history.ingest import Ingest, Retention
+from services.history.pages import Pages
+from services.history.past import Past
+from services.micro import Endpoint, serve, stop
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from anyio.abc import TaskStatus
+    from nats.aio.client import Client
+
+    from services.history.pages import Limits
+
+
+_log = structlog.get_logger("kvplane.history")
+
+
+class Historian:
+    """One fleet's historian. `servers` and `modules` are for the process that folds past states."""
+
+    def __init__(
+        self, client: Client, fleet: str, folder: Path, *, servers: Sequence[str], limits: Limits | None = None,
+        retention: Retention | None = None, modules: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        self.client = client
+        self.fleet = fleet
+        self.id = uuid4().hex[:12]
+        self.ingest = Ingest(client, fleet, folder, retention)
+        self.past = Past(self.ingest, servers, modules)
+        self.pages = Pages(self.ingest, f"kv.{fleet}.sql.{self.id}", limits)
+
+    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Follow the log and answer until cancelled. Started means: the log that was there is stored, questions are taken."""
+        async with anyio.create_task_group() as group:
+            group.start_soon(self.ingest.run)
+            await self.ingest.follower.caught_up.wait()
+            await self.ingest.flush()
+            group.start_soon(self.pages.run)
+            base = f"kv.{self.fleet}"
+            service = await serve(
+                self.client, group, "kvplane-historian", f"history of fleet {self.fleet}",
+                [
+                    Endpoint("sql", f"{base}.sql", api.SqlRequest, self.pages.ask, concurrent=True),
+                    Endpoint("sql_next", self.pages.subject, api.SqlNextRequest, self.pages.more, concurrent=True),
+                    Endpoint("explain", f"{base}.explain", api.ExplainRequest, self.explain, concurrent=True),
+                    Endpoint("state", f"{base}.history.state", api.MomentRequest, self.state, concurrent=True),
+                    Endpoint("changes", f"{base}.history.changes", api.ChangesRequest, self.changes, concurrent=True),
+                    Endpoint("status", f"{base}.history.status", api.StatusRequest, self.status, concurrent=True),
+                ],
+                {"fleet": self.fleet, "historian": self.id},
+            )  # fmt: skip
+            _log.info("historian_ready", fleet=self.fleet, stored=self.ingest.stored)
+            task_status.started()
+            try:
+                await anyio.sleep_forever()
+            finally:
+                await stop(service)
+
+    async def explain(self, request: api.ExplainRequest) -> dict[str, Any]:
+        """Why a request went where it went."""
+        return await self.past.explain(request.request, request.sequence)
+
+    async def state(self, request: api.MomentRequest) -> dict[str, Any]:
+        """The fleet as it was."""
+        return await self.past.state(request.at, request.node)
+
+    async def changes(self, request: api.ChangesRequest) -> dict[str, Any]:
+        """What changed between two moments."""
+        return await self.past.changes(request.first, request.second)
+
+    async def status(self, request: api.StatusRequest) -> dict[str, Any]:  # noqa: ARG002 - nothing to choose
+        """How far the history is, and what it takes on the disk."""
+        ingest = self.ingest
+        log = await open_stream(self.client.jetstream(), self.fleet)
+        checkpoint = await ingest.in_thread(lambda: ingest.store.checkpoint)
+        files = await ingest.in_thread(lambda: archive.listed(ingest.store))
+        size = sum(path.stat().st_size for path in ingest.store.folder.glob("history.duckdb*"))
+        return {
+            "fleet": self.fleet,
+            "historian": self.id,
+            "healthy": ingest.follower.healthy and not ingest.failure,
+            "failure": ingest.failure,
+            "log": log.last_seq,
+            "applied": ingest.state.sequence,
+            "stored": checkpoint.sequence,
+            "archived": checkpoint.archived,
+            "live_bytes": size,
+            "archive_files": len(files),
+            "archive_bytes": sum(file.bytes for file in files),
+            "archive_days": [files[0].day, files[-1].day] if files else [],
+            "snapshots": [int(path.stem) for path in reversed(ingest.snapshots.upto(1 << 62))],
+            "queries": self.pages.open,
+        }

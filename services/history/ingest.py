@@ -1,0 +1,280 @@
+"""The historian's main loop: follow the log, fold it, and store what it says.
+
+Rows are gathered in the event loop and stored in a thread; DuckDB works without the interpreter's lock. When the disk is
+full or fails, the follower pauses, and goes on from where it was when there is room again: the log keeps what it has.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+import anyio
+import anyio.to_thread
+import structlog
+
+from events.errors import LogCorrupt
+from events.log.follow import Follower
+from events.log.stream import open_stream
+from projections.errors import BadHistory
+from projections.fleet import FleetState
+from projections.history import archive
+from projections.history.replay import messages
+from projections.history.rows import Rows
+from projections.history.store import Store
+from services.history.snapshots import Snapshots, nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from nats.aio.client import Client
+
+    from events.codec import Message
+
+T = TypeVar("T")
+
+FLUSH_SECONDS = 0.25
+"""How long rows wait to be stored, unless there are many."""
+FLUSH_BYTES = 16 << 20
+PAUSE_BYTES = 128 << 20
+"""So many bytes of rows may wait; then the log is read no further."""
+RETRY_SECONDS = 2.0
+MAINTAIN_SECONDS = 15.0
+"""How often closed hours and old files are looked for."""
+SNAPSHOT_COMMITS = 100_000
+"""So many commits after a snapshot there is another one ..."""
+SNAPSHOT_SHARE = 20
+"""... unless that would take more than one part in so many of the time."""
+NICE = 5
+"""The historian gives way to routers on the same machine."""
+
+_log = structlog.get_logger("kvplane.history")
+
+
+class Retention:
+    """How much of the archive is kept: days, and bytes; none is without limit."""
+
+    def __init__(self, days: float | None = None, size: int | None = None) -> None:
+        self.days = days
+        self.size = size
+
+
+class Ingest:
+    """One fleet's history, kept up to date."""
+
+    def __init__(self, client: Client, fleet: str, folder: Path, retention: Retention | None = None) -> None:
+        self.client = client
+        self.fleet = fleet
+        self.store = Store(folder, fleet)
+        self.snapshots = Snapshots(folder / "snapshots", fleet)
+        self.retention = retention or Retention()
+        self.state = FleetState(fleet)
+        self.follower = Follower(client, fleet, self._handle)
+        self.stored = 0
+        """Sequence of the last commit that is stored."""
+        self.failure = ""
+        """Why nothing is stored at the moment."""
+        self.opened: Callable[[], None] = lambda: None
+        """Called when the store was opened, before anything else is done with it."""
+        self.closing: Callable[[], None] = lambda: None
+        """Called before the store is closed: nobody else may hold it then."""
+        self._writing = anyio.CapacityLimiter(1)
+        self._broken = False
+        self._rows = Rows()
+        self._enough = anyio.Event()
+        self._advanced = anyio.Event()
+        self._snapshot_at = 0
+        self._snapshot_seconds = 0.0
+        self._snapshot_time = 0.0
+
+    async def in_thread(self, work: Callable[[], T]) -> T:
+        """Do something with the store's own connection, which one thread at a time may use."""
+        return await anyio.to_thread.run_sync(work, limiter=self._writing)
+
+    async def run(self) -> None:
+        """Follow the log until cancelled. Raises `LogCorrupt` when history and log don't fit together."""
+        with suppress(OSError):
+            os.nice(NICE)
+        await self._begin()
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(self._flush_forever)
+                group.start_soon(self._maintain_forever)
+                group.start_soon(self.follower.run)
+        finally:
+            with anyio.CancelScope(shield=True), anyio.move_on_after(10):
+                await self._finish()
+
+    async def _begin(self) -> None:
+        """Come to where the history ends: from a snapshot, through rows that the log has no more."""
+        await self.in_thread(self.opened)
+        checkpoint = self.store.checkpoint
+        log = await open_stream(self.client.jetstream(), self.fleet)
+        if checkpoint.sequence > log.last_seq:
+            raise LogCorrupt(
+                f"the history holds {checkpoint.sequence} commits, the log of fleet {self.fleet!r} ends at {log.last_seq}; "
+                "the log was replaced or has lost messages: restore it, or begin another history with --history"
+            )
+        missing = await self.in_thread(partial(archive.missing, self.store))
+        if missing:
+            _log.error("archive_files_missing", files=missing[:5], count=len(missing))
+            raise BadHistory(
+                f"{len(missing)} files of the archive are missing or cut off, such as {missing[0]}; restore them, or let "
+                "`kvplane history rebuild` make the history again"
+            )
+        swept = await self.in_thread(partial(archive.sweep, self.store))
+        if swept:
+            _log.info("leftovers_removed", files=swept)
+        state = await self.in_thread(lambda: nearest(self.snapshots.upto(checkpoint.sequence), self.fleet))
+        if state is not None:
+            self.state = state
+        if self.state.sequence + 1 < log.first_seq:
+            await self.in_thread(partial(self._through_rows, checkpoint.sequence))
+        if self.state.sequence + 1 < log.first_seq:
+            raise LogCorrupt(
+                f"the log of fleet {self.fleet!r} begins at {log.first_seq}, the history ends at {self.state.sequence}: "
+                "what is between is lost; begin another history with --history"
+            )
+        self.waiting = await self.in_thread(self.store.waiting)
+        self.stored = checkpoint.sequence
+        self._snapshot_at = self.state.sequence
+        self.follower.applied = self.state.sequence
+        _log.info("history_opened", fleet=self.fleet, stored=self.stored, archived=checkpoint.archived)
+
+    def _through_rows(self, last: int) -> None:
+        for message in messages(self.store.fetch, self.fleet, self.state.sequence, last):
+            self.state.apply(message)
+
+    def _handle(self, message: Message) -> None:
+        applied = self.state.apply(message)
+        if message.sequence <= self.stored:
+            return
+        rows = self._rows
+        rows.add(message, applied, self.state, self.waiting)
+        if rows.size > FLUSH_BYTES:
+            self._enough.set()
+            if rows.size > PAUSE_BYTES:
+                self.follower.pause()
+
+    async def _flush_forever(self) -> None:
+        while True:
+            with anyio.move_on_after(FLUSH_SECONDS):
+                await self._enough.wait()
+            self._enough = anyio.Event()
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Store what was read so far; tried again until it is stored."""
+        if self._broken:
+            self._broken = False
+            await self._reopen()
+        if not len(self._rows):
+            return
+        rows, self._rows = self._rows, Rows()
+        while True:
+            try:
+                await self.in_thread(partial(self.store.write, rows, time=self.state.time))
+            except BadHistory as error:
+                if str(error) != self.failure:
+                    _log.error("history_not_stored", error=str(error), waiting=len(rows))
+                self.failure = str(error)
+                await anyio.sleep(RETRY_SECONDS)
+                await self._reopen()
+            else:
+                break
+        if self.failure:
+            _log.warning("history_goes_on", stored=rows.last)
+            self.failure = ""
+        self.stored = rows.last
+        self.follower.resume()
+        self._advanced.set()
+        self._advanced = anyio.Event()
+
+    async def _reopen(self) -> None:
+        await self.in_thread(self._open_again)
+
+    def _open_again(self) -> None:
+        self.closing()
+        with suppress(BadHistory):
+            self.store.reopen()
+            self.opened()
+
+    def broken(self) -> None:
+        """The database failed under a query: it is opened anew before anything else is stored."""
+        self._broken = True
+        self._enough.set()
+
+    async def reached(self, sequence: int, *, seconds: float) -> bool:
+        """Wait until a commit is stored, for so long at the most; whether it is."""
+        with anyio.move_on_after(seconds):
+            while self.stored < sequence:
+                await self._advanced.wait()
+        return self.stored >= sequence
+
+    async def _maintain_forever(self) -> None:
+        while True:
+            await anyio.sleep(MAINTAIN_SECONDS)
+            try:
+                await self.maintain()
+            except BadHistory as error:
+                _log.error("history_not_maintained", error=str(error))
+
+    async def maintain(self, now: int | None = None) -> None:
+        """Archive closed hours, let old files go, and write a snapshot if it is time; `now` in unix microseconds."""
+        now = time.time_ns() // 1000 if now is None else now
+        store = self.store
+        # What a query may still read of the files that went last time, it has read by now.
+        await self.in_thread(partial(archive.sweep, store))
+        while self.follower.caught_up.is_set():
+            cursor = store.cursor()
+            try:
+                part = await anyio.to_thread.run_sync(archive.closed, cursor, now)
+                if part is None:
+                    break
+                # A long copy must not keep rows from being stored.
+                files = await anyio.to_thread.run_sync(archive.export, store, part, cursor)
+            finally:
+                cursor.close()
+            await self.in_thread(partial(archive.adopt, store, part, files))
+            _log.info("hour_archived", day=part.day, last=part.last, bytes=sum(file.bytes for file in files))
+        gone = await self.in_thread(
+            partial(archive.expire, store, now, days=self.retention.days, size=self.retention.size)
+        )
+        if gone:
+            _log.info("archive_expired", files=len(gone), upto=gone[-1].last)
+        await self._snapshot()
+
+    async def _snapshot(self) -> None:
+        if self.state.sequence - self._snapshot_at < SNAPSHOT_COMMITS:
+            return
+        if anyio.current_time() - self._snapshot_time < SNAPSHOT_SHARE * self._snapshot_seconds:
+            return
+        await self.flush()
+        await self.save_snapshot()
+
+    async def save_snapshot(self) -> int:
+        """Write a snapshot now; its sequence. The log is not read meanwhile."""
+        begin = anyio.current_time()
+        sequence = self.state.sequence
+        try:
+            self.snapshots.save(self.state)
+        except OSError as error:
+            _log.error("snapshot_not_written", error=str(error))
+            return 0
+        self._snapshot_at = sequence
+        self._snapshot_time = anyio.current_time()
+        self._snapshot_seconds = self._snapshot_time - begin
+        return sequence
+
+    async def _finish(self) -> None:
+        if len(self._rows):
+            with suppress(BadHistory):
+                await self.in_thread(partial(self.store.write, self._rows, time=self.state.time))
+        if self.state.sequence - self._snapshot_at > SNAPSHOT_COMMITS // 10:
+            await self.save_snapshot()
+        await self.in_thread(self.closing)
+        await self.in_thread(self.store.close)

@@ -1,0 +1,225 @@
+"""Questions about the past that are answered by folding the log again: state, changes, explanations.
+
+This half finds out what is to be folded, with the history's SQL; `moment` does it in a process of its own.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from functools import partial
+from tempfile import mkdtemp
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import anyio
+import anyio.to_process
+import anyio.to_thread
+
+from events.log.stream import open_stream
+from projections.history.replay import decision_events
+from projections.history.tables import TABLES
+from services.errors import BadRequest, BeforeHistory, UnknownRequest
+from services.history import moment
+from services.routing.explain import BEFORE_SECONDS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from events.types import RequestRouted
+    from services.history.ingest import Ingest
+
+T = TypeVar("T")
+
+STORED_SECONDS = 5.0
+"""How long to wait until the history holds what is on the log now."""
+_SKEW_SECONDS = 60.0
+"""How far a router's clock may be off the log's."""
+
+
+class Past:
+    """Answers questions about the past of one history."""
+
+    def __init__(self, ingest: Ingest, servers: Sequence[str], modules: Sequence[str]) -> None:
+        self._ingest = ingest
+        self._servers = list(servers)
+        self._modules = list(modules)
+        # A past state takes as much memory as the present one.
+        self._one = anyio.CapacityLimiter(1)
+
+    def _ask(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
+        cursor = self._ingest.store.cursor()
+        try:
+            return cursor.execute(sql, list(values)).fetchall()
+        finally:
+            cursor.close()
+
+    async def _asked(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
+        return await anyio.to_thread.run_sync(partial(self._ask, sql, *values))
+
+    async def sequence(self, at: str) -> int:
+        """Sequence that a moment means. Raises `BadRequest` or `BeforeHistory`."""
+        ends = (await open_stream(self._ingest.client.jetstream(), self._ingest.fleet)).last_seq
+        if at.isdigit():
+            sequence = int(at)
+            if sequence > ends:
+                raise BeforeHistory(f"the log ends at sequence {ends}; {sequence} is not there yet")
+            return sequence
+        try:
+            moment = datetime.fromisoformat(at)
+        except ValueError:
+            raise BadRequest(
+                f"{at[:60]!r} is no moment; write a sequence, or a time such as 2026-01-31T12:00:00 (UTC)"
+            ) from None
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=UTC)
+        await self._ingest.reached(ends, seconds=STORED_SECONDS)
+        micros = (moment - datetime(1970, 1, 1, tzinfo=UTC)).total_seconds() * 1e6
+        ((found, first),) = await self._asked(
+            "SELECT max(sequence) FILTER (epoch_us(time) <= ?), min(time) FROM commits", micros
+        )
+        if found is None:
+            what = "it is empty" if first is None else f"its first commit is of {first.isoformat(sep=' ')} UTC"
+            raise BeforeHistory(f"{at} is before the history begins: {what}")
+        return int(found)
+
+    async def _fold(self, begin: int, last: int, work: Callable[..., T], *arguments: object) -> T:
+        """Call a function of `moment` with a way to the states from `begin` to `last`."""
+        ingest = self._ingest
+        log = await open_stream(ingest.client.jetstream(), ingest.fleet)
+        snapshots = ingest.snapshots.upto(begin)
+        base = int(snapshots[0].stem) if snapshots else 0
+        rows, rows_last, first = "", 0, log.first_seq
+        async with self._one:
+            if base + 1 < log.first_seq and base < last:
+                rows_last = min(last, log.first_seq - 1)
+                rows = mkdtemp(dir=ingest.store.spill, prefix="past-")
+                first = await anyio.to_thread.run_sync(partial(self._export, rows, base, rows_last))
+            way = moment.Way(
+                fleet=ingest.fleet, servers=self._servers, snapshots=[str(path) for path in snapshots], rows=rows,
+                rows_last=rows_last, first=first, modules=self._modules,
+            )  # fmt: skip
+            try:
+                return await anyio.to_process.run_sync(partial(work, way, *arguments), cancellable=True)
+            finally:
+                if rows:
+                    with anyio.CancelScope(shield=True):
+                        await _remove(rows)
+
+    def _export(self, folder: str, after: int, last: int) -> int:
+        """Write the rows of a range to files; sequence of the first commit that is there."""
+        cursor = self._ingest.store.cursor()
+        try:
+            for table in TABLES:
+                path = f"{folder}/{table.name}.parquet".replace("'", "''")
+                cursor.execute(
+                    f"COPY (SELECT * FROM {table.name} WHERE sequence > {after} AND sequence <= {last}) TO '{path}' "
+                    "(FORMAT parquet)"
+                )
+            ((first,),) = cursor.execute(
+                f"SELECT min(sequence) FROM commits WHERE sequence > {after} AND sequence <= {last}"
+            ).fetchall()
+        finally:
+            cursor.close()
+        return last + 1 if first is None else int(first)
+
+    async def state(self, at: str, node: str) -> dict[str, Any]:
+        """The fleet as it was."""
+        sequence = await self.sequence(at)
+        found = await self._fold(sequence, sequence, moment.state_at, sequence, node)
+        if node and not found["rows"]:
+            raise BadRequest(f"no node {node[:80]!r} was there at sequence {sequence}")
+        return found
+
+    async def snapshot(self, at: str) -> bytes:
+        """The fleet as it was, as a snapshot."""
+        sequence = await self.sequence(at)
+        return await self._fold(sequence, sequence, moment.snapshot_at, sequence)
+
+    async def changes(self, first: str, second: str) -> dict[str, Any]:
+        """What changed between two moments."""
+        begin, end = await self.sequence(first), await self.sequence(second)
+        if begin > end:
+            raise BadRequest(
+                f"{first} (sequence {begin}) is after {second} (sequence {end}); give the earlier one first"
+            )
+        return await self._fold(begin, end, moment.changes_between, begin, end)
+
+    async def explain(self, request: str, sequence: int | None) -> dict[str, Any]:
+        """A decision as it was recorded, made again, and how it ended."""
+        ingest = self._ingest
+        log = await open_stream(ingest.client.jetstream(), ingest.fleet)
+        await ingest.reached(log.last_seq, seconds=STORED_SECONDS)
+        all_of_them = await self._asked(
+            "SELECT sequence, event, router, applied, epoch_us(decided), epoch_us(time), kind, len(hashes), block_size "
+            "FROM decisions WHERE request = ? ORDER BY sequence, event",
+            request,
+        )
+        found = [row for row in all_of_them if sequence in (None, row[0])]
+        if not found:
+            ((count, first),) = await self._asked("SELECT count(*), min(time) FROM decisions")
+            since = f"its {count} decisions begin {first} UTC" if count else "it holds no decisions yet"
+            raise UnknownRequest(
+                f"the history has no decision about request {request[:80]!r}"
+                f"{'' if sequence is None else f' at sequence {sequence}'}; {since}"
+            )
+        at, place, router, applied, decided, time, kind, hashes, size = found[-1]
+        begin, own = await anyio.to_thread.run_sync(partial(self._own, at, place, router, decided or time))
+        event = own[-1]
+        answer: dict[str, Any] = {
+            "request": request, "sequence": at, "router": router, "applied": applied, "decided": decided, "kind": kind,
+            "decisions": [row[0] for row in all_of_them], "recorded": _recorded(event),
+            "outcome": await self._outcome(request, at, size or 0, event),
+        }  # fmt: skip
+        if decided is None:
+            return {**answer, "verdict": "its time was not recorded, so it can't be made again"}
+        if hashes != event.blocks:
+            return {
+                **answer,
+                "verdict": f"its {event.blocks} block hashes were not recorded, so it can't be made again",
+            }
+        again = await self._fold(min(begin, applied), applied, moment.explain, router, min(begin, applied), own)
+        verdict = "differs" if again["differences"] else "agrees"
+        return {**answer, "verdict": verdict, "recomputed": again}
+
+    def _own(self, sequence: int, place: int, router: str, decided: int) -> tuple[int, list[RequestRouted]]:
+        """Where the log is to be read anew from, and this router's decisions from there on, up to this one."""
+        cursor = self._ingest.store.cursor()
+        try:
+            before = decided - int((BEFORE_SECONDS + _SKEW_SECONDS) * 1e6)
+            ((begin,),) = cursor.execute(
+                "SELECT coalesce(max(sequence), 0) FROM commits WHERE epoch_us(time) < ? AND sequence < ?",
+                [before, sequence],
+            ).fetchall()
+            table = cursor.sql(
+                "SELECT * EXCLUDE (time) REPLACE (epoch_us(decided) AS decided) FROM decisions WHERE router = ? "
+                "AND sequence > ? AND (sequence, event) <= (?, ?)",
+                params=[router, begin, sequence, place],
+            ).to_arrow_table()
+        finally:
+            cursor.close()
+        events = decision_events(table)
+        return begin, [events[key] for key in sorted(events)]  # type: ignore[misc]
+
+    async def _outcome(self, request: str, sequence: int, size: int, event: RequestRouted) -> dict[str, Any] | None:
+        rows = await self._asked(
+            "SELECT sequence, node, status, prompt_tokens, cached_tokens, output_tokens, ttft, duration FROM completions "
+            "WHERE request = ? AND sequence >= ? ORDER BY sequence, event LIMIT 1",
+            request, sequence,
+        )  # fmt: skip
+        if not rows:
+            return None
+        names = ("sequence", "node", "status", "prompt_tokens", "cached_tokens", "output_tokens", "ttft", "duration")
+        return {**dict(zip(names, rows[0], strict=True)), "predicted_tokens": event.match * size}
+
+
+def _recorded(event: RequestRouted) -> dict[str, Any]:
+    return {
+        "node": event.node, "model": event.model, "session": event.session, "policy": event.policy, "match": event.match,
+        "best": event.best, "blocks": event.blocks, "tokens": event.tokens, "exclude": event.exclude,
+        "candidates": [[candidate.node, candidate.match, candidate.cost] for candidate in event.candidates],
+    }  # fmt: skip
+
+
+async def _remove(folder: str) -> None:
+    async for path in anyio.Path(folder).iterdir():
+        await path.unlink(missing_ok=True)
+    await anyio.Path(folder).rmdir()

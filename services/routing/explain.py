@@ -1,0 +1,209 @@
+"""A past decision made again, from the log alone, and compared with what was recorded of it.
+
+A router's decision follows from the fold at the sequence that it had applied, from its overlay, and from the request and
+the time, which are recorded. The overlay follows from what this router decided before and from the commits it read. So
+`Past` goes along the log, puts the router's own decisions in between where they were made, and decides once more. What comes
+out must be what was recorded; where it isn't, somebody's code is not what it was, or the router knew more than the log.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from msgspec import Struct
+
+from services.routing.decide import Chooser, Query
+from services.routing.overlay import PENDING_SECONDS, PREDICTION_SECONDS, Overlay
+from services.routing.policies import policy
+from services.routing.view import Request
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from events.codec import Message
+    from events.types import RequestRouted
+    from projections.fleet import FleetState
+    from services.errors import ServiceFault
+    from services.routing.view import Column
+
+BEFORE_SECONDS = PENDING_SECONDS + 2 * PREDICTION_SECONDS
+"""How long before a decision the log is read again for the router's overlay; nothing in it is older."""
+TOLERANCE = 1e-9
+"""Relative difference up to which costs are the same: machines sum up floats in different orders."""
+
+
+class Weight(Struct, kw_only=True):
+    """One candidate as the decision saw it. Matches are blocks, `queue` is seconds, `speed` tokens per second."""
+
+    node: str
+    cost: float | None
+    """In the policy's unit; none when the node may not be chosen: it is full, or the request excludes it."""
+    terms: dict[str, float]
+    """The parts of the cost, where the policy says them."""
+    match: int
+    match_on_log: int
+    """Of the match, what the log had confirmed; the rest was predicted."""
+    slow: int
+    active: int
+    on_the_way: int
+    """Of the running requests, those that this router had sent and not yet read back."""
+    queue: float
+    speed: float
+    session: bool
+
+
+class Difference(Struct):
+    """Something that came out otherwise than it was recorded."""
+
+    what: str
+    recorded: Any
+    recomputed: Any
+
+
+class Explanation(Struct, kw_only=True):
+    """A decision made again."""
+
+    node: str
+    policy: str
+    parameters: dict[str, float]
+    candidates: list[Weight]
+    """All of them, the chosen one first, then by cost."""
+    differences: list[Difference]
+    failure: str = ""
+    """What the policy raised, when the least loaded node was taken instead."""
+
+
+def query_of(event: RequestRouted, block_size: int) -> Query:
+    """The request as the decision had it."""
+    blocks = min(event.blocks, max(0, event.tokens - 1) // block_size)
+    return Query(
+        event.request,
+        event.model,
+        event.hashes,
+        event.tokens,
+        blocks,
+        block_size,
+        event.session,
+        frozenset(event.exclude),
+    )
+
+
+class Past:
+    """A router at a moment of the past: a fold that goes along, and the overlay that the router had.
+
+    `own` are the decisions that this router recorded from the fold's sequence on, in their order, the last being the one
+    to be explained.
+    """
+
+    def __init__(self, state: FleetState, router: str, own: Sequence[RequestRouted]) -> None:
+        self.state = state
+        self.overlay = Overlay()
+        self.chooser = Chooser(state, self.overlay)
+        self._router = router
+        self._own = list(own[:-1])
+        self._at = 0
+        self.event = own[-1]
+
+    def _settle(self) -> None:
+        """Count the decisions that were made at this sequence."""
+        state = self.state
+        while self._at < len(self._own) and self._own[self._at].applied <= state.sequence:
+            event = self._own[self._at]
+            self._at += 1
+            now = event.decided * 1000
+            self.overlay.turn(now)
+            node = state.nodes.get(event.node)
+            at = state.load.ordinal.get(event.node)
+            if node is None or at is None:
+                continue
+            size = node.registered.block_size
+            if event.session and self.chooser.session_node(query_of(event, size))[0] != event.node:
+                self.overlay.sessions[event.model, event.session] = event.node
+            self.overlay.decided(event, at, size, now, predict="" if node.managed else node.model)
+
+    def apply(self, message: Message) -> None:
+        """Read the next commit, as the router did. Not to be called beyond the sequence that the decision had applied."""
+        self._settle()
+        applied = self.state.apply(message)
+        if applied.commit is not None:
+            self.overlay.observe(applied.commit, message.time, self.state, self._router, message.time)
+
+    def explain(self) -> Explanation:
+        """Decide again and compare. Raises what the decision raises now."""
+        self._settle()
+        event, chooser, state = self.event, self.chooser, self.state
+        roster = chooser.roster(event.model)
+        query = query_of(event, roster.block_size)
+        now = event.decided * 1000
+        self.overlay.turn(now)
+        session, _ = chooser.session_node(query)
+        view, costs, name = chooser.weigh(roster, query, session, now)
+        logged, _ = Chooser(state, Overlay()).matches(roster, query)
+        terms: Mapping[str, Column] = {}
+        parameters = dict(state.parameters)
+        if name == state.policy:
+            known = policy(name)
+            parameters = known.complete(state.parameters)
+            if known.terms is not None:
+                request = Request(query.id, query.tokens, query.blocks, query.block_size)
+                terms = known.terms(view, request, parameters)
+        on_the_way = np.zeros(len(roster.nodes))
+        if self.overlay.pending:
+            on_the_way = np.frombuffer(self.overlay.active)[roster.ordinals]
+        queue, speed = view.queue, view.speed
+        barred = (view.active >= roster.limits) | np.isin(roster.names, list(query.exclude))
+        weights = [
+            Weight(
+                node=name_of, cost=None if barred[at] else float(costs[at]),
+                terms={term: float(column[at]) for term, column in terms.items()},
+                match=int(view.match[at]), match_on_log=int(logged[at]),
+                slow=0 if view.slow is None else int(view.slow[at]), active=int(view.active[at]),
+                on_the_way=int(on_the_way[at]), queue=float(queue[at]), speed=float(speed[at]), session=at == view.session,
+            )
+            for at, name_of in enumerate(roster.names)
+        ]  # fmt: skip
+        # The decision itself, by the router's own way through it.
+        failures = chooser.policy_failures
+        decision = chooser.decide(query, now)
+        failure = chooser.last_failure if chooser.policy_failures > failures else ""
+        again = decision.event(query, now, event.applied, state.nodes)
+        first = {candidate.node: place for place, candidate in enumerate(again.candidates)}
+        weights.sort(
+            key=lambda weight: (
+                first.get(weight.node, len(first)), math.inf if weight.cost is None else weight.cost, weight.node
+            )
+        )  # fmt: skip
+        return Explanation(
+            node=again.node, policy=again.policy, parameters=parameters, candidates=weights,
+            differences=differences(event, again), failure=failure,
+        )  # fmt: skip
+
+
+def differences(recorded: RequestRouted, again: RequestRouted) -> list[Difference]:
+    """Where a decision that was made again is not the one that was recorded."""
+    found = [
+        Difference(what, getattr(recorded, what), getattr(again, what))
+        for what in ("node", "policy", "match", "best")
+        if getattr(recorded, what) != getattr(again, what)
+    ]
+    said = {candidate.node: candidate for candidate in recorded.candidates}
+    made = {candidate.node: candidate for candidate in again.candidates}
+    for node in dict.fromkeys([*said, *made]):
+        one, other = said.get(node), made.get(node)
+        if one is None or other is None:
+            found.append(
+                Difference(f"{node} among the best", "no" if one is None else "yes", "no" if other is None else "yes")
+            )
+            continue
+        if one.match != other.match:
+            found.append(Difference(f"match of {node}", one.match, other.match))
+        if not math.isclose(one.cost, other.cost, rel_tol=TOLERANCE, abs_tol=TOLERANCE):
+            found.append(Difference(f"cost of {node}", one.cost, other.cost))
+    return found
+
+
+def refused(error: ServiceFault) -> Difference:
+    """The decision can't be made again at all."""
+    return Difference("decision", "made", f"refused: {error}")
