@@ -163,3 +163,9 @@ class DatabaseFailed(ServiceFault):
 
     status = 503
     code = "database_failed"
+
+
+class WorkerDied(ServiceFault):
+    """The process that worked on an answer was killed."""
+
+    code = "worker_died"

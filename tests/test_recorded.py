@@ -31,7 +31,7 @@ from services.simulator.recorded import (
     recorded_from,
     run_recorded,
 )
-from services.simulator.workers import workers
+from services.workers import workers
 from services.simulator.workloads import GENERATED_BLOCK_SIZE, generate
 from services.simulator.world import START, Outcome, Settings, World
 from services.trace import Work, work_of

@@ -74,6 +74,7 @@ class Historian:
                 await anyio.sleep_forever()
             finally:
                 await stop(service)
+                self.past.close()
 
     async def explain(self, request: api.ExplainRequest) -> dict[str, Any]:
         """Why a request went where it went."""

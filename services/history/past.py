@@ -11,15 +11,16 @@ from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
-import anyio.to_process
 import anyio.to_thread
 
 from events.log.stream import open_stream
 from projections.history.replay import decision_events
 from projections.history.tables import TABLES
+from services import logs
 from services.errors import BadRequest, BeforeHistory, UnknownRequest
 from services.history import moment
 from services.routing.explain import BEFORE_SECONDS
+from services.workers import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -42,8 +43,13 @@ class Past:
         self._ingest = ingest
         self._servers = list(servers)
         self._modules = list(modules)
-        # A past state takes as much memory as the present one.
+        # A past state takes as much memory as the present one: one at a time.
+        self._worker = Worker(logs.configure, "warning")
         self._one = anyio.CapacityLimiter(1)
+
+    def close(self) -> None:
+        """End what is being answered."""
+        self._worker.close()
 
     def _ask(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
         cursor = self._ingest.store.cursor()
@@ -98,7 +104,7 @@ class Past:
                 rows_last=rows_last, first=first, modules=self._modules,
             )  # fmt: skip
             try:
-                return await anyio.to_process.run_sync(partial(work, way, *arguments), cancellable=True)
+                return await self._worker.call(work, way, *arguments)
             finally:
                 if rows:
                     with anyio.CancelScope(shield=True):

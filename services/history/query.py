@@ -15,7 +15,7 @@ import duckdb
 import pyarrow as pa
 
 from services.errors import BadRequest, BadSql, DatabaseFailed, QueryLimit, ServiceFault
-from services.history.statement import check
+from services.history.statement import Functions, check
 from services.history.watch import TICK, Watch
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Queries:
     """Answers questions about the database of `connection`, a few at a time. Any thread may ask.
 
     `hidden` are directories that no error may name. A query is stopped when the process holds more than `ceiling` bytes:
-    DuckDB's own limit doesn't count single values.
+    DuckDB's own limit doesn't count single values. Table macros of the owner's must be there before.
     """
 
     def __init__(
@@ -97,10 +97,11 @@ class Queries:
         self._root = connection.cursor()
         self._opening = threading.Lock()
         self._places = threading.BoundedSemaphore(concurrent)
-        self._watch = Watch(ceiling)
+        self.watch = Watch(ceiling)
         self._memory = str(self._root.execute("SELECT current_setting('memory_limit')").fetchall()[0][0])
         self._spill = str(self._root.execute("SELECT current_setting('max_temp_directory_size')").fetchall()[0][0])
         self._hidden = sorted({str(form) for path in hidden for form in (path, path.resolve())}, key=len, reverse=True)
+        self.functions = Functions.read(self._root)
         self._open: set[Result] = set()
 
     def run(
@@ -135,24 +136,19 @@ class Queries:
 
     def relieve(self) -> int:
         """Stop whatever is being computed now, because the writer needs the memory. Gives how many were stopped."""
-        return self._watch.stop("relieve")
+        return self.watch.stop("relieve")
 
     def close(self) -> None:
         """End every open result. The connection stays its owner's."""
         for result in tuple(self._open):
             result.close()
-        self._watch.end()
+        self.watch.end()
         self._root.close()
 
     def forget(self, result: Result) -> None:
         """Give the place of a closed result to the next."""
         self._open.discard(result)
         self._places.release()
-
-    @property
-    def watch(self) -> Watch:
-        """The clock that stops queries."""
-        return self._watch
 
     def fault(self, error: BaseException, reason: str = "", seconds: float = 0) -> ServiceFault:
         """What to tell about an error of DuckDB, or of Arrow that carries one. `reason`: why it was interrupted."""
@@ -225,7 +221,7 @@ class Result:
         given = dict(parameters) if hasattr(parameters, "keys") else list(parameters)
         with self._working():
             self._cursor.execute("BEGIN TRANSACTION READ ONLY")
-            check(self._cursor, sql)
+            check(self._cursor, sql, self._queries.functions)
             relation = self._cursor.sql(sql, params=given or None)
             if relation is None:
                 raise BadSql("only reading is allowed: send a SELECT")

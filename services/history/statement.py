@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LONGEST = 32_768  # characters of a statement
 DEEPEST = 100  # brackets in brackets: DuckDB's parser and binder can't be interrupted
-MOST_RELATIONS = 200  # tables once every WITH part is written out where it is named
+MOST_RELATIONS = 50  # tables, once every WITH part is written out where it is named: planning 100 takes seconds
 MOST_LAMBDAS = 6  # lambdas in lambdas: each level doubles DuckDB's work
 
 TABLE_FUNCTIONS = frozenset({"range", "generate_series", "unnest", "repeat", "json_each", "json_tree"})
@@ -98,18 +98,36 @@ EXPLAIN = re.compile(r"\s*explain\s+(?!analyze\b|\()(.+)", re.IGNORECASE | re.DO
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
-    """Names of the database at one moment, in lower case."""
+class Functions:
+    """Names of functions, in lower case: those nobody may call, and the owner's own that give tables."""
 
-    relations: frozenset[tuple[str, ...]]
-    internal: frozenset[str]
-    table_macros: frozenset[str]
     refused: frozenset[str]
+    table_macros: frozenset[str]
 
     @classmethod
-    def read(cls, cursor: DuckDBPyConnection) -> Known:
-        """The names as `cursor` sees them in its transaction."""
-        relations: set[tuple[str, ...]] = set()
+    def read(cls, cursor: DuckDBPyConnection) -> Functions:
+        """The functions of this DuckDB. It takes 50 ms, so it is read once."""
+        functions = cursor.execute(
+            "SELECT DISTINCT lower(function_name), function_type, internal, stability FROM duckdb_functions()",
+        ).fetchall()
+        volatile = frozenset(name for name, _, builtin, stability in functions if builtin and stability == "VOLATILE")
+        return cls(
+            (volatile - HARMLESS_VOLATILE) | REFUSED,
+            frozenset(name for name, kind, builtin, _ in functions if kind == "table_macro" and not builtin),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Relations:
+    """Tables and views at one moment, in lower case: `known` by every path that names them, and DuckDB's own names."""
+
+    known: frozenset[tuple[str, ...]]
+    internal: frozenset[str]
+
+    @classmethod
+    def read(cls, cursor: DuckDBPyConnection) -> Relations:
+        """The relations as `cursor` sees them in its transaction."""
+        known: set[tuple[str, ...]] = set()
         internal: set[str] = set()
         for current, database, schema, name, builtin in cursor.execute(
             "SELECT lower(current_database()), lower(database_name), lower(schema_name), lower(table_name), internal "
@@ -120,25 +138,15 @@ class Known:
             if builtin:
                 internal.add(name)
                 continue
-            relations |= {(database, schema, name)}
+            known.add((database, schema, name))
             if database == current:
-                relations |= {(schema, name)}
+                known.add((schema, name))
                 if schema == "main":
-                    relations |= {(name,), (database, name)}
-        functions = cursor.execute(
-            "SELECT DISTINCT lower(function_name), function_type, internal, stability FROM duckdb_functions()",
-        ).fetchall()
-        return cls(
-            frozenset(relations),
-            frozenset(internal),
-            frozenset(name for name, kind, builtin, _ in functions if kind == "table_macro" and not builtin),
-            frozenset(name for name, _, builtin, stability in functions if builtin and stability == "VOLATILE")
-            - HARMLESS_VOLATILE
-            | REFUSED,
-        )
+                    known |= {(name,), (database, name)}
+        return cls(frozenset(known), frozenset(internal))
 
 
-def check(cursor: DuckDBPyConnection, sql: str) -> None:
+def check(cursor: DuckDBPyConnection, sql: str, functions: Functions) -> None:
     """Raise `BadSql` unless `sql` is one statement that may be asked on `cursor`."""
     if len(sql) > LONGEST:
         raise BadSql(f"the statement has {len(sql)} characters; at most {LONGEST} are taken: shorten it")
@@ -153,7 +161,7 @@ def check(cursor: DuckDBPyConnection, sql: str) -> None:
         statements = tree["statements"]
         if len(statements) != 1:
             raise BadSql(_COUNT.format(len(statements)))
-        if _Walk(Known.read(cursor)).weigh(statements[0], {}) > MOST_RELATIONS:
+        if _Walk(Relations.read(cursor), functions).weigh(statements[0], {}) > MOST_RELATIONS:
             raise BadSql(f"the statement reads more than {MOST_RELATIONS} tables, WITH parts written out: ask for less")
     except RecursionError:
         raise BadSql("the statement is nested too deep: write it flatter") from None
@@ -200,8 +208,9 @@ def _refuse(cursor: DuckDBPyConnection, sql: str, tree: Mapping[str, Any]) -> No
 class _Walk:
     """One pass over a statement's tree: refuses what isn't known, and counts the tables it reads."""
 
-    def __init__(self, known: Known) -> None:
-        self._known = known
+    def __init__(self, relations: Relations, functions: Functions) -> None:
+        self._relations = relations
+        self._functions = functions
         self._lambdas = 0
 
     def weigh(self, node: Any, parts: dict[str, int]) -> int:  # noqa: ANN401
@@ -222,6 +231,8 @@ class _Walk:
                 raise BadSql(f"{_plain(form)} isn't allowed here: only reading is, send a plain SELECT")
             if form == "BASE_TABLE":
                 total = self._table(node["qualified_name"]["path"], parts)
+            elif form in {"EXPRESSION_LIST", "EMPTY"}:
+                total = 1
             elif form == "SHOW_REF":
                 self._shown(node)
             elif form == "TABLE_FUNCTION":
@@ -255,15 +266,15 @@ class _Walk:
         if name in HUGE:
             hint = "use it in FROM" if name in TABLE_FUNCTIONS else "leave it to the reader of the answer"
             raise BadSql(f"{name}() can make one value larger than the memory limit: {hint}")
-        if name in self._known.refused or name.startswith("__internal"):
+        if name in self._functions.refused or name.startswith("__internal"):
             raise BadSql(f"{name}() isn't allowed here: it does more than read the history")
 
     def _table(self, path: list[str], parts: Mapping[str, int]) -> int:
         lowered = tuple(name.lower() for name in path)
-        if lowered in self._known.relations or lowered in SYSTEM_VIEWS:
+        if lowered in self._relations.known or lowered in SYSTEM_VIEWS:
             return parts.get(lowered[0], 1) if len(lowered) == 1 else 1
         name = ".".join(path)
-        if len(lowered) > 1 or lowered[0] in self._known.internal or not NOT_A_FILE.fullmatch(path[0]):
+        if len(lowered) > 1 or lowered[0] in self._relations.internal or not NOT_A_FILE.fullmatch(path[0]):
             raise BadSql(
                 f"there is no table or view {name!r}; files and the system's tables can't be read: see SHOW TABLES"
             )
@@ -271,7 +282,7 @@ class _Walk:
 
     def _table_function(self, function: Mapping[str, Any], parts: dict[str, int]) -> int:
         name = str(function["function_name"]).lower()
-        if name not in TABLE_FUNCTIONS and name not in self._known.table_macros:
+        if name not in TABLE_FUNCTIONS and name not in self._functions.table_macros:
             raise BadSql(f"{name}() can't be read from: use the tables and views (SHOW TABLES) or {_LISTED}")
         return sum(self.weigh(child, parts) for key, child in function.items() if key != "function_name")
 
@@ -279,7 +290,7 @@ class _Walk:
         path = node["qualified_name"]["path"]
         if not path or (len(path) == 1 and path[0] in SHOWN):
             return
-        if tuple(name.lower() for name in path) not in self._known.relations:
+        if tuple(name.lower() for name in path) not in self._relations.known:
             raise BadSql(f"there is no table or view {'.'.join(path)!r} to show: see SHOW TABLES")
 
 

@@ -13,7 +13,7 @@ from services.errors import BadRequest, NotServed
 from services.routing.policies import allow, check
 from services.simulator.peer import POLICY, PeerDesk
 from services.simulator.results import ideal_hit_rate, summarize
-from services.simulator.workers import CONTEXT, workers
+from services.workers import CONTEXT, workers
 from services.simulator.world import Router, World
 
 if TYPE_CHECKING:

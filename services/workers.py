@@ -1,0 +1,106 @@
+"""Worker processes that leave no trace: not when they are interrupted, nor when the one who wants the results is killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import anyio
+import anyio.to_thread
+
+from services.errors import NotServed, WorkerDied
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+T = TypeVar("T")
+
+CONTEXT = multiprocessing.get_context("spawn")
+
+
+def _start(begin: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if begin is not None:
+        begin(*arguments)
+
+
+def _end_with_parent() -> None:
+    """Leave when the process that wants the results was killed; nobody else would end this one."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _submit(executor: ProcessPoolExecutor, *call: Any) -> Future[Any]:  # noqa: ANN401 - passed through
+    # A terminal's Ctrl-C is for this process; those that are started now inherit that they don't hear of it.
+    heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return executor.submit(*call)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
+
+
+class Worker:
+    """A process that works for a service, one call at a time; started at the first call, and anew when it died.
+
+    It calls `begin` first.
+    """
+
+    def __init__(self, begin: Callable[..., None] | None = None, *arguments: object) -> None:
+        self._begin = (begin, arguments)
+        self._executor: ProcessPoolExecutor | None = None
+        self._turn = anyio.CapacityLimiter(1)
+
+    async def call(self, function: Callable[..., T], *arguments: object) -> T:
+        """Call a function there. Raises what it raises, and `WorkerDied`."""
+        return await anyio.to_thread.run_sync(self._call, function, *arguments, limiter=self._turn)
+
+    def _call(self, function: Callable[..., T], *arguments: object) -> T:
+        if self._executor is None:
+            self._executor = ProcessPoolExecutor(1, CONTEXT, _start, self._begin)
+        try:
+            result: T = _submit(self._executor, function, *arguments).result()
+        except BrokenProcessPool:
+            self._executor = None
+            raise WorkerDied("the process that worked on it died; is there memory for another state?") from None
+        return result
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        executor, self._executor = self._executor, None
+        if executor is not None:
+            for process in list((executor._processes or {}).values()):  # noqa: SLF001 - a call can't be taken back
+                process.terminate()
+            executor.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def workers(
+    count: int, begin: Callable[..., None] | None = None, *arguments: Any  # noqa: ANN401 - passed through
+) -> Iterator[Callable[..., Future[Any]]]:  # fmt: skip
+    """Start processes, each of which calls `begin` first; gives what submits a call to them.
+
+    Raises `NotServed` when a process dies before its work is done.
+    """
+    others = multiprocessing.active_children()
+    executor = ProcessPoolExecutor(count, CONTEXT, _start, (begin, arguments))
+    try:
+        yield partial(_submit, executor)
+    except BaseException as error:
+        # Nobody waits for the other runs any more.
+        for process in multiprocessing.active_children():
+            if process not in others:
+                process.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise NotServed("a process died before its run was done; is there memory for all of them?") from None
+        raise
+    finally:
+        executor.shutdown(cancel_futures=True)
