@@ -48,8 +48,9 @@ def test_a_snapshot_that_cannot_be_used_says_why_and_what_to_do() -> None:
     refused(DUMPED, "of fleet 'f', not of 'g'", fleet="g")
     refused(resealed(body, version=snapshot.VERSION + 1), "use a newer kvplane")
     refused(resealed(body, version=snapshot.VERSION - 1), f"kvplane reads {snapshot.VERSION}; use another")
-    refused(resealed(body, revision=snapshot.FOLD_REVISION + 1), "revision 2 of the fold, this kvplane has 1")
+    refused(resealed(body, revision=snapshot.FOLD_REVISION + 1), "of the fold, this kvplane has.*replay the log")
     refused(resealed(body, time=-1), "makes no sense")
+    refused(resealed(body, fleet="f" * snapshot.HEADER_BYTES), "its header can't have")
 
 
 def test_a_newer_header_of_other_fields_is_known_for_newer() -> None:
@@ -159,17 +160,20 @@ def test_a_forged_body_is_refused_or_a_state_that_can_go_on(path: tuple[Any, ...
         ((0, 0, 5, "gpu"), 2**40, "index"),
         ((0, 0, 5, "gpu"), -1, "a slot has two nodes"),
         ((0, 0, 0, "node"), "b", "a node is there twice"),
+        ((0, 0, 0, "capacity_blocks"), {}, "capacity_blocks must say"),
         ((1, 0, 1), 65536, "more slots"),
         ((1, 0, 1), 2**62, "more slots"),
         ((1, 0, 0), "n", "a model is there twice"),
         ((1, 0, 2, 0, 1), b"\xff\xff\xff", "a slot that no node has"),
         ((1, 0, 2, 0, 1), b"", "nobody holds a block"),
         ((1, 0, 2, 0, 2), [(0, b"\1")], "a slot can't hold"),
-        ((1, 0, 2, 0, 2), [(2, b"\0")], "a slot can't hold"),
+        ((1, 0, 2, 0, 2), [(2, b"\1")], "a slot can't hold"),
+        ((1, 0, 2, 0, 2), [(5, b"\0")], "a slot can't hold"),
         ((1, 0, 2, 0, 0), pack_hashes([1, 2, 1, 3]), "in two places"),
         ((1, 0, 2, 0, 0), b"ninebytes", "ends within a block"),
         ((2, 0, 2), "dark", "a session is on a node that is not there"),
         ((3, 0, "b"), 0, "place in the columns"),
+        ((3, 0), {"a": 2, "x": 3, "c": 4}, "load is not that"),
         ((3, 1), [0, 1, 1], "place in the columns"),
         ((3, 2, "speed"), bytes(8), "unpack requires"),
         ((3, 2, "speed"), bytes(48), "has no speed"),

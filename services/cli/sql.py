@@ -199,21 +199,22 @@ def _as_table(schema: pa.Schema) -> Iterator[Callable[[pa.Table], bool]]:
     for field in schema:
         number = pa.types.is_integer(field.type) or pa.types.is_floating(field.type) or pa.types.is_decimal(field.type)
         table.add_column(escape(field.name), justify="right" if number else "left", overflow="fold")
-    shown = 0
+    shown, cut = 0, False
 
     def take(page: pa.Table) -> bool:
-        nonlocal shown
+        nonlocal shown, cut
         names = [str(place) for place in range(page.num_columns)]
         for row in page.slice(0, SHOWN_ROWS - shown).rename_columns(names).to_pylist():
             table.add_row(*(text(value) for value in row.values()))
         more = page.num_rows > SHOWN_ROWS - shown
         shown = min(SHOWN_ROWS, shown + page.num_rows)
-        if more:
-            table.caption = f"the first {SHOWN_ROWS} rows; --csv, --json, --parquet and --arrow give all"
+        cut = cut or more
         return not more
 
     yield take
     Console().print(table if table.columns else "no columns")
+    if cut:
+        Console(stderr=True).print(f"the first {SHOWN_ROWS} rows; --csv, --json, --parquet and --arrow give all")
     if not shown:
         Console(stderr=True).print("no rows")
 

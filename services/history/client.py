@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import anyio
 import pyarrow as pa
-from nats.errors import Error as NatsError
 
 from services import api
 from services.client import ASK_SECONDS, ask
+from services.errors import ServiceFault
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -40,11 +41,10 @@ async def pages(
             answer = await ask(client, answer.next, following, api.SqlAnswer, seconds=patience)
     finally:
         if not ended and answer.next:
-            with anyio.CancelScope(shield=True), anyio.move_on_after(1):
-                try:
-                    await ask(client, answer.next, api.SqlNextRequest(result=answer.result, close=True), seconds=1)
-                except (NatsError, Exception):  # noqa: BLE001 - it closes by itself after a while
-                    return
+            closing = api.SqlNextRequest(result=answer.result, close=True)
+            # It closes by itself after a while.
+            with anyio.CancelScope(shield=True), suppress(ServiceFault):
+                await ask(client, answer.next, closing, seconds=1)
 
 
 async def table(client: Client, fleet: str, sql: str, *, seconds: float | None = None) -> pa.Table:
