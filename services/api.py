@@ -244,6 +244,36 @@ class ExplainRequest(Struct, frozen=True, kw_only=True):
     sequence: Count | None = None
 
 
+class SnapshotRequest(Struct, frozen=True, kw_only=True):
+    """Ask for a snapshot of the fleet's state at a moment; it comes in pieces, see `PieceRequest`."""
+
+    at: str
+
+
+class PieceRequest(Struct, frozen=True, kw_only=True):
+    """Ask for a piece of something large."""
+
+    result: str
+    offset: Count
+
+
+class Piece(Struct, frozen=True, kw_only=True):
+    """A piece of something large, from `offset` of `size` bytes. `next` is the subject that gives more."""
+
+    result: str
+    offset: int
+    size: int
+    data: bytes
+    next: str
+
+
+class WhatifRequest(Struct, frozen=True, kw_only=True):
+    """Keep what came of a what-if: rows of `whatif_runs` or `whatif_requests`, as an Arrow IPC stream."""
+
+    table: Literal["whatif_runs", "whatif_requests"]
+    data: bytes
+
+
 T = TypeVar("T", bound=Struct)
 _PACKED_FIELDS = {"hashes", "evicted", "stored"}
 _DECODERS: dict[type, msgspec.msgpack.Decoder[Any]] = {}

@@ -73,8 +73,8 @@ def _step(fetch: Callable[[str], pa.Table], fleet: str, where: str) -> Iterator[
         yield Message(sequence, subject(fleet, row["room"], row["name"]), time, said or None, body)
 
 
-def _packed(column: pa.ChunkedArray) -> list[bytes]:
-    """Lists of hashes as packed bytes."""
+def packed_hashes(column: pa.ChunkedArray) -> list[bytes]:
+    """Lists of hashes as packed bytes, one a row."""
     found: list[bytes] = []
     for chunk in column.chunks:
         offsets = chunk.offsets.to_numpy()
@@ -87,7 +87,7 @@ def _packed(column: pa.ChunkedArray) -> list[bytes]:
 def _rows(table: pa.Table, *packed: str) -> Iterator[dict[str, Any]]:
     """Rows as dictionaries; the columns named are packed hashes."""
     plain = table.drop_columns(list(packed)).to_pylist()
-    columns = [_packed(table[name]) for name in packed]
+    columns = [packed_hashes(table[name]) for name in packed]
     for at, row in enumerate(plain):
         row.update((name, column[at]) for name, column in zip(packed, columns, strict=True))
         yield row

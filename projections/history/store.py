@@ -18,7 +18,7 @@ import duckdb
 
 from projections.errors import BadHistory, HistoryFull
 from projections.history.rows import MATCHED_SECONDS, Routed, Waiting
-from projections.history.tables import TABLES, VERSION
+from projections.history.tables import ADDED, TABLES, VERSION
 from projections.history.views import VIEWS
 
 if TYPE_CHECKING:
@@ -100,6 +100,8 @@ class Store:
             self.refresh(connection)
             return
         connection.execute("BEGIN")
+        for table in ADDED:
+            connection.execute(table.ddl("main"))
         connection.execute(f"CREATE SCHEMA IF NOT EXISTS {LIVE}")
         for table in TABLES:
             connection.execute(table.ddl(LIVE))
@@ -163,6 +165,16 @@ class Store:
                 connection.unregister("batch")
             connection.execute("UPDATE checkpoint SET sequence = ?, time = ?", [rows.last, time])
             connection.execute("COMMIT")
+        except duckdb.Error as error:
+            raise fault(error, self.folder / FILE) from error
+
+    def add(self, name: str, rows: pa.Table) -> None:
+        """Add rows to one of the tables that do not follow from the log. Raises as `write` does."""
+        table = next(table for table in ADDED if table.name == name)
+        try:
+            self.connection.register("batch", rows.cast(table.schema))
+            self.connection.execute(f"INSERT INTO main.{name} SELECT * FROM batch")
+            self.connection.unregister("batch")
         except duckdb.Error as error:
             raise fault(error, self.folder / FILE) from error
 

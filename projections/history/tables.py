@@ -194,6 +194,44 @@ POLICY_CHANGES = Table(
     ),
 )  # fmt: skip
 
+WHATIF_RUNS = Table(
+    "whatif_runs", "what-ifs that were made: recorded requests through other policies, and as they really went",
+    (
+        Column("run", "VARCHAR", "the what-if"),
+        Column("made", "TIMESTAMP", "when it was made, UTC"),
+        Column("since", "UBIGINT", "sequence of the state that it began with"),
+        Column("until", "UBIGINT", "sequence of the last request in it"),
+        Column("policy", "VARCHAR", "policy and parameters; `as recorded` simulated, or `really`"),
+        Column("requests", "UBIGINT", "requests that are compared"),
+        Column("rejected", "UBIGINT", "requests that no node took"),
+        Column("mean", "DOUBLE", "mean time to first token, in seconds"),
+        Column("p50", "DOUBLE", "half of the requests took no longer, in seconds"),
+        Column("p90", "DOUBLE", "90 of 100 took no longer"),
+        Column("p99", "DOUBLE", "99 of 100 took no longer"),
+        Column("hit_rate", "DOUBLE", "share of the prompt tokens that was cached"),
+        Column("imbalance", "DOUBLE", "uncached tokens of the busiest node over the mean"),
+    ),
+)  # fmt: skip
+
+WHATIF_REQUESTS = Table(
+    "whatif_requests", "the requests of what-ifs, as each policy served them",
+    (
+        Column("run", "VARCHAR", "the what-if"),
+        Column("policy", "VARCHAR", "policy and parameters; `as recorded` simulated, or `really`"),
+        Column("request", "VARCHAR", "the request"),
+        Column("node", "VARCHAR", "the node that served it"),
+        Column("arrival", "TIMESTAMP", "when it was routed, UTC"),
+        Column("ttft", "DOUBLE", "seconds to its first token"),
+        Column("duration", "DOUBLE", "seconds to its end"),
+        Column("tokens", "UBIGINT", "tokens of the prompt"),
+        Column("cached_tokens", "UBIGINT", "of those, found cached"),
+        Column("predicted_tokens", "UBIGINT", "tokens that the router expected to be cached"),
+    ),
+)  # fmt: skip
+
+ADDED = (WHATIF_RUNS, WHATIF_REQUESTS)
+"""What people add to the history. It does not follow from the log, so making the history again does not bring it back."""
+
 TABLES = (COMMITS, NODE_CHANGES, CACHE_CHANGES, SESSION_CHANGES, DECISIONS, COMPLETIONS, POLICY_CHANGES)
 BY_NAME = {table.name: table for table in TABLES}
 """All of them: what is archived, and what the log can be made again from."""

@@ -9,7 +9,7 @@ from cyclopts import App, Parameter
 from cyclopts.config import Env
 
 from events.errors import KvplaneError
-from services.cli import ask, demo, history, log, past, report, run, simulate, sql
+from services.cli import ask, demo, history, log, past, report, run, simulate, sql, whatif
 from services.micro import package_version
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ app.command(ask.route)
 app.command(past.state)
 app.command(past.diff)
 app.command(past.explain)
+app.command(whatif.whatif)
 app.command(sql.sql)
 app.command(history.history)
 app.command(log.events)

@@ -7,18 +7,22 @@ kv.<fleet>.history.changes    what changed between two moments
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import anyio
+import pyarrow as pa
 import structlog
 
 from events.log.stream import open_stream
 from projections.history import archive
 from services import api
+from services.errors import BadRequest
 from services.history.ingest import Ingest, Retention
 from services.history.pages import Pages
 from services.history.past import Past
+from services.history.pieces import Pieces
 from services.micro import Endpoint, serve, stop
 
 if TYPE_CHECKING:
@@ -46,6 +50,7 @@ class Historian:
         self.id = uuid4().hex[:12]
         self.ingest = Ingest(client, fleet, folder, retention)
         self.past = Past(self.ingest, servers, modules)
+        self.pieces = Pieces(f"kv.{fleet}.history.{self.id}.piece", client)
         self.pages = Pages(self.ingest, f"kv.{fleet}.sql.{self.id}", limits)
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
@@ -55,6 +60,7 @@ class Historian:
             await self.ingest.follower.caught_up.wait()
             await self.ingest.flush()
             group.start_soon(self.pages.run)
+            group.start_soon(self.pieces.run)
             base = f"kv.{self.fleet}"
             service = await serve(
                 self.client, group, "kvplane-historian", f"history of fleet {self.fleet}",
@@ -64,6 +70,10 @@ class Historian:
                     Endpoint("explain", f"{base}.explain", api.ExplainRequest, self.explain, concurrent=True),
                     Endpoint("state", f"{base}.history.state", api.MomentRequest, self.state, concurrent=True),
                     Endpoint("changes", f"{base}.history.changes", api.ChangesRequest, self.changes, concurrent=True),
+                    Endpoint("sequence", f"{base}.history.sequence", api.MomentRequest, self.sequence, concurrent=True),
+                    Endpoint("snapshot", f"{base}.history.snapshot", api.SnapshotRequest, self.snapshot, concurrent=True),
+                    Endpoint("piece", self.pieces.subject, api.PieceRequest, self.pieces.more, concurrent=True),
+                    Endpoint("whatif", f"{base}.history.whatif", api.WhatifRequest, self.whatif, concurrent=True),
                     Endpoint("status", f"{base}.history.status", api.StatusRequest, self.status, concurrent=True),
                 ],
                 {"fleet": self.fleet, "historian": self.id},
@@ -87,6 +97,23 @@ class Historian:
     async def changes(self, request: api.ChangesRequest) -> dict[str, Any]:
         """What changed between two moments."""
         return await self.past.changes(request.first, request.second)
+
+    async def sequence(self, request: api.MomentRequest) -> dict[str, Any]:
+        """Sequence that a moment means."""
+        return {"sequence": await self.past.sequence(request.at)}
+
+    async def snapshot(self, request: api.SnapshotRequest) -> api.Piece:
+        """The fleet's state at a moment, as `projections.snapshot` writes it."""
+        return self.pieces.first(await self.past.snapshot(request.at))
+
+    async def whatif(self, request: api.WhatifRequest) -> dict[str, Any]:
+        """Keep rows of a what-if."""
+        try:
+            rows = pa.ipc.open_stream(request.data).read_all()
+            await self.ingest.in_thread(partial(self.ingest.store.add, request.table, rows))
+        except (pa.ArrowException, ValueError, TypeError) as error:
+            raise BadRequest(f"data is no Arrow stream with the columns of {request.table}: {error}") from None
+        return {"table": request.table, "rows": rows.num_rows}
 
     async def status(self, request: api.StatusRequest) -> dict[str, Any]:  # noqa: ARG002 - nothing to choose
         """How far the history is, and what it takes on the disk."""

@@ -1,0 +1,70 @@
+"""Something larger than a message, given out in pieces."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import anyio
+
+from services import api
+from services.client import ask
+from services.errors import BadRequest
+
+if TYPE_CHECKING:
+    from nats.aio.client import Client
+
+IDLE_SECONDS = 60.0
+"""So long after its last piece it is forgotten."""
+PIECE_BYTES = 4 << 20
+
+
+class Pieces:
+    """What one service gives out at the moment. `subject` is where further pieces are asked for."""
+
+    def __init__(self, subject: str, client: Client) -> None:
+        self.subject = subject
+        self._client = client
+        self._held: dict[str, tuple[float, bytes]] = {}
+
+    async def run(self) -> None:
+        """Forget what nobody asks for, until cancelled."""
+        while True:
+            await anyio.sleep(IDLE_SECONDS / 4)
+            before = anyio.current_time() - IDLE_SECONDS
+            for name in [name for name, (asked, _) in self._held.items() if asked < before]:
+                del self._held[name]
+
+    def first(self, data: bytes) -> api.Piece:
+        """The first piece."""
+        return self._piece(uuid4().hex, data, 0)
+
+    async def more(self, request: api.PieceRequest) -> api.Piece:
+        """A further piece."""
+        held = self._held.get(request.result)
+        if held is None:
+            raise BadRequest(
+                f"there is no such result; nobody asked for it in {IDLE_SECONDS:g} s, or it was given whole"
+            )
+        return self._piece(request.result, held[1], request.offset)
+
+    def _piece(self, name: str, data: bytes, offset: int) -> api.Piece:
+        size = min(PIECE_BYTES, self._client.max_payload // 2)
+        last = offset + size >= len(data)
+        self._held[name] = anyio.current_time(), data
+        if last:
+            del self._held[name]
+        return api.Piece(
+            result=name, offset=offset, size=len(data), data=data[offset : offset + size],
+            next="" if last else self.subject,
+        )  # fmt: skip
+
+
+async def whole(client: Client, piece: api.Piece) -> bytes:
+    """All pieces, from the first one on."""
+    parts = [piece.data]
+    while piece.next:
+        offset = piece.offset + len(piece.data)
+        piece = await ask(client, piece.next, api.PieceRequest(result=piece.result, offset=offset), api.Piece)
+        parts.append(piece.data)
+    return b"".join(parts)
