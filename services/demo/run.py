@@ -21,6 +21,7 @@ from events.log.connection import connected
 from services import api
 from services.demo.features import FEATURES
 from services.demo.fleet import Fleet
+from services.demo.history import STEPS
 from services.demo.stage import Stage, brief, check
 from services.demo.traffic import Traffic
 from services.demo.workload import conversations, round_robin_hit_rate
@@ -128,6 +129,8 @@ class Demo:
                     stage.traffic = Traffic(client, fleet.name, MODEL)
                     await self._step("traffic, with a node and both routers killed", lambda: self._traffic(stage, work))
                     await self._step("kill -9 of server, routers and coordinator", lambda: self._recover(stage))
+                    for name, step in STEPS:
+                        await self._step(name, lambda step=step: step(stage))  # type: ignore[misc]
                 group.cancel_scope.cancel()
             self._count(stage, work)
             if stage.traffic.totals.requests:
@@ -164,8 +167,13 @@ class Demo:
             await fleet.start("managed", "simnode", NODES[0], "--cache-mode", "managed", *simnode)
             await fleet.start("reported", "simnode", *NODES[1:3], *simnode)
             await fleet.start("doomed", "simnode", NODES[3], *simnode)
+            await self._start_historian(fleet)
             await fleet.routers(client, 2)
-        return f"server, coordinator, two routers and {len(NODES)} nodes, logs in {fleet.folder}"
+        return f"server, coordinator, two routers, a historian and {len(NODES)} nodes, logs in {fleet.folder}"
+
+    @staticmethod
+    async def _start_historian(fleet: Fleet) -> None:
+        await fleet.start("historian", "historian", "--history", str(fleet.folder / "history"))
 
     async def _join(self, stage: Stage) -> str:
         for node in NODES:
@@ -226,7 +234,8 @@ class Demo:
     async def _kill_routers(self, stage: Stage, when: anyio.Event) -> None:
         await when.wait()
         began = time.monotonic()
-        await stage.fleet.kill("router-1", "router-2")
+        await stage.fleet.kill("router-1", "router-2", "historian")
+        await self._start_historian(stage.fleet)
         for name in ("router-1", "router-2"):
             await stage.fleet.start(name, "router")
         await stage.fleet.routers(stage.client, 1)
@@ -242,11 +251,12 @@ class Demo:
         check(len({status["digest"] for status in before}) == 1, "routers and coordinator have different digests")
         sequence, digest = before[0]["sequence"], before[0]["digest"]
         began = time.monotonic()
-        await stage.fleet.kill("server", "coordinator", "router-1", "router-2")
+        await stage.fleet.kill("server", "coordinator", "router-1", "router-2", "historian")
         await stage.fleet.start_server()
         await stage.fleet.start("coordinator", "coordinator")
         await stage.fleet.start("router-1", "router")
         await stage.fleet.start("router-2", "router")
+        await self._start_historian(stage.fleet)
         await stage.fleet.routers(stage.client, 1)
         answer, again = await stage.traffic.send(work)
         self.result.full_recovery_seconds = time.monotonic() - began
