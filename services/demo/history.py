@@ -65,9 +65,7 @@ async def caught_up(stage: Stage) -> int:
 async def nothing_lost(stage: Stage) -> str:
     """After two kills of the historian every event that was applied is in the history, once."""
     last = await caught_up(stage)
-    with anyio.move_on_after(5):
-        while stage.state.sequence < last:
-            await anyio.sleep(0.02)
+    await stage.reached(last)
     events = Counter(type(event) for sequence, event in stage.events if sequence <= last)
     counted = {}
     for name, kinds in _TABLES.items():

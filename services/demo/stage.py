@@ -68,6 +68,14 @@ class Stage:
                 await self._advanced.wait()
         raise StepFailed(f"no {kind.__name__} came on the log in {seconds:g} s")
 
+    async def reached(self, sequence: int, *, seconds: float = 10) -> None:
+        """Wait until a sequence was read. Raises `StepFailed`."""
+        with anyio.move_on_after(seconds):
+            while self.state.sequence < sequence:
+                await self._advanced.wait()
+            return
+        raise StepFailed(f"sequence {sequence} was not read in {seconds:g} s")
+
     async def settled(self, request: str) -> None:
         """Wait until a request's end is on the log, and every router has had the time to read it."""
         await self.seen(types.RequestCompleted, lambda event: event.request == request)
