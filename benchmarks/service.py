@@ -105,7 +105,7 @@ class Asker:
         return len(bodies) / (time.perf_counter() - begin)
 
 
-async def _complete(appender: Appender, answers: Sequence[Msg]) -> int:
+async def complete(appender: Appender, answers: Sequence[Msg]) -> int:
     """Check the answers, and put on the log that the requests are over, so that load does not pile up."""
     over = []
     for message in answers:
@@ -151,7 +151,7 @@ async def measure(*, quick: bool) -> list[Row]:
                             times[to].append(taken)
                             rates[to].append(rate)
                         if to == ROUTE:
-                            routed += await _complete(appender, asker.answers)
+                            routed += await complete(appender, asker.answers)
                             status = await ask(client, flush, api.StatusRequest(), dict[str, object])
                             if status["recorded"] != routed or status["unrecorded"]:
                                 raise RuntimeError(f"{routed} decisions, but the router says {status}")

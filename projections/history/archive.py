@@ -73,6 +73,7 @@ def closed(cursor: duckdb.DuckDBPyConnection, now: int) -> Part | None:
 def export(store: Store, part: Part, cursor: duckdb.DuckDBPyConnection) -> list[File]:
     """Write the files of a part; nothing else changes. Raises `HistoryFull` or `BadHistory`."""
     files = []
+    made: list[Path] = []
     try:
         for table in TABLES:
             where = f"sequence > {part.archived} AND sequence <= {part.last}"
@@ -83,6 +84,7 @@ def export(store: Store, part: Part, cursor: duckdb.DuckDBPyConnection) -> list[
             path = store.archive / name
             path.parent.mkdir(parents=True, exist_ok=True)
             unfinished = path.with_suffix(".unfinished")
+            made += [path, unfinished]
             order = "sequence" if table.name == "commits" else "sequence, event"
             cursor.execute(
                 f"COPY (SELECT * FROM {LIVE}.{table.name} WHERE {where} ORDER BY {order}) TO '{_quoted(unfinished)}' "
@@ -93,10 +95,11 @@ def export(store: Store, part: Part, cursor: duckdb.DuckDBPyConnection) -> list[
             unfinished.rename(path)
             _force(path.parent)
             files.append(File(name, table.name, part.day, part.archived + 1, part.last, count, path.stat().st_size))
-    except duckdb.Error as error:
+    except (duckdb.Error, OSError) as error:
+        # On a full disk the live part needs the room.
+        for path in made:
+            path.unlink(missing_ok=True)
         raise fault(error, store.archive) from error
-    except OSError as error:
-        raise BadHistory(f"the archive can't be written: {error.strerror}") from error
     return files
 
 
@@ -198,34 +201,56 @@ def missing(store: Store) -> list[str]:
 def recover(store: Store) -> int:
     """List the files of an archive anew, for a history whose file was lost; the last archived sequence.
 
-    Files that don't continue each other, such as those of a part that was not adopted, are left to `sweep`.
+    Files that don't continue each other, such as those of a part that was not adopted or isn't whole, are left to `sweep`
+    and the log. Raises `BadHistory` when files are of another fleet, or the archive's beginning isn't whole.
     """
     parts: dict[tuple[int, int], list[File]] = {}
+    cut: dict[tuple[int, int], str] = {}
+    events: dict[tuple[int, int], int] = {}
     for path in store.archive.rglob("*.parquet"):
         name = path.relative_to(store.archive)
         match = _NAME.fullmatch("/".join(name.parts[1:]))
         if match is None:
             continue
+        first, last = int(match[2]), int(match[3])
         try:
             meta = dict(
                 store.connection.execute(
                     "SELECT key::VARCHAR, value::VARCHAR FROM parquet_kv_metadata(?)", [str(path)]
                 ).fetchall()
             )
-            (count,) = store.connection.execute("SELECT count(*) FROM read_parquet(?)", [str(path)]).fetchall()[0]
+            told = "sum(events)::UBIGINT" if name.parts[0] == "commits" else "0"
+            count, told = store.connection.execute(
+                f"SELECT count(*), {told} FROM read_parquet(?)", [str(path)]
+            ).fetchall()[0]
         except duckdb.Error:
+            cut[first, last] = str(name)
             continue
-        if meta.get("kvplane_fleet") != store.fleet or meta.get("kvplane_version") != str(VERSION):
+        if meta.get("kvplane_fleet") != store.fleet:
+            raise BadHistory(
+                f"the archive in {store.folder.name} is of fleet {meta.get('kvplane_fleet')!r}, not {store.fleet!r}; choose "
+                "another folder with --history"
+            )
+        if meta.get("kvplane_version") != str(VERSION):
             continue
-        first, last = int(match[2]), int(match[3])
+        events[first, last] = events.get((first, last), 0) + told - (0 if name.parts[0] == "commits" else count)
         file = File(str(name), name.parts[0], match[1], first, last, count, path.stat().st_size)
         parts.setdefault((first, last), []).append(file)
-    whole = [files for files in parts.values() if any(file.table == "commits" for file in files)]
+    for key, files in parts.items():
+        # What is kept for ever outlives its commits.
+        if events[key] and any(file.table not in KEPT for file in files):
+            cut.setdefault(key, files[0].name)
+    whole = [files for key, files in parts.items() if key not in cut and any(file.table == "commits" for file in files)]
     chain: list[list[File]] = []
     for files in sorted(whole, key=lambda part: (part[0].first, -part[0].last)):
         if chain and files[0].first != chain[-1][0].last + 1:
             continue
         chain.append(files)
+    if cut and (not chain or min(cut)[0] < chain[0][0].first):
+        raise BadHistory(
+            f"the archive's beginning can't be read or is not whole, see {cut[min(cut)]}; restore it, make all of the history "
+            "from the log with `kvplane history rebuild --from-log`, or move its files away to go on without what they hold"
+        )
     if not chain:
         return 0
     last = chain[-1][0].last

@@ -20,6 +20,8 @@ from projections.history.tables import CANDIDATE, TABLES
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from numpy.typing import NDArray
+
     from events.codec import Commit, Message
     from projections.fleet import Applied, FleetState
 
@@ -276,25 +278,38 @@ def _session_changes(rows: Sequence[_Row]) -> dict[str, Any]:
     }
 
 
-def _kind(event: types.RequestRouted, size: int) -> str | None:
-    if not size:
-        return None
-    if not event.match:
-        return "miss"
-    return "exact" if event.match >= min(event.blocks, max(0, event.tokens - 1) // size) else "prefix"
+_KINDS = pa.array(["miss", "prefix", "exact"])
 
 
-def _prefix(event: types.RequestRouted, size: int) -> int | None:
-    blocks = min(len(event.hashes) >> 3, max(1, PREFIX_TOKENS // (size or PREFIX_TOKENS)))
-    return int.from_bytes(event.hashes[blocks * 8 - 8 : blocks * 8], "little") if blocks else None
+def _kinds(
+    match: NDArray[np.uint32], blocks: NDArray[np.uint32], tokens: NDArray[np.uint32], sizes: NDArray[np.int64]
+) -> pa.Array:
+    """What each match was; null where the block size is not known."""
+    most = np.minimum(blocks, np.maximum(tokens.astype(np.int64) - 1, 0) // np.maximum(sizes, 1))
+    kinds = np.where(match == 0, 0, np.where(match >= most, 2, 1))
+    return pa.DictionaryArray.from_arrays(pa.array(kinds.astype(np.int8), mask=sizes == 0), _KINDS).cast(pa.string())
+
+
+def _prefixes(hashes: pa.ListArray, sizes: NDArray[np.int64]) -> pa.Array:
+    """The block that ends the first tokens of each prompt; null for prompts without a full block."""
+    offsets, values = hashes.offsets.to_numpy().astype(np.int64), hashes.values.to_numpy(zero_copy_only=False)
+    counts = np.diff(offsets)
+    wanted = np.minimum(counts, np.maximum(1, PREFIX_TOKENS // np.where(sizes == 0, PREFIX_TOKENS, sizes)))
+    if not len(values):
+        return pa.nulls(len(counts), pa.uint64())
+    places = np.maximum(offsets[:-1] + wanted - 1, 0)
+    return pa.array(values[np.minimum(places, len(values) - 1)], mask=counts == 0)
 
 
 def _decisions(rows: Sequence[_Row]) -> dict[str, Any]:
     if not rows:
         return {}
     events = [row[3] for row in rows]
-    sizes = [row[4][1] for row in rows]
-    both = list(zip(events, sizes, strict=True))
+    sizes = np.array([row[4][1] for row in rows], np.int64)
+    match = np.array([event.match for event in events], np.uint32)
+    blocks = np.array([event.blocks for event in events], np.uint32)
+    tokens = np.array([event.tokens for event in events], np.uint32)
+    hashes = packed_lists([event.hashes for event in events])
     candidates = [candidate for event in events for candidate in event.candidates]
     offsets = np.zeros(len(events) + 1, np.int32)
     np.cumsum([len(event.candidates) for event in events], out=offsets[1:])
@@ -312,20 +327,20 @@ def _decisions(rows: Sequence[_Row]) -> dict[str, Any]:
         "model": [event.model for event in events],
         "session": [event.session for event in events],
         "node": [event.node for event in events],
-        "kind": [_kind(event, size) for event, size in both],
-        "match": np.array([event.match for event in events], np.uint32),
+        "kind": _kinds(match, blocks, tokens, sizes),
+        "match": match,
         "best_match": [event.best if event.decided else None for event in events],
-        "blocks": np.array([event.blocks for event in events], np.uint32),
-        "block_size": [size or None for size in sizes],
-        "tokens": np.array([event.tokens for event in events], np.uint32),
+        "blocks": blocks,
+        "block_size": pa.array(sizes.astype(np.uint32), mask=sizes == 0),
+        "tokens": tokens,
         "policy": [event.policy for event in events],
         "cost": [event.candidates[0].cost if event.candidates else None for event in events],
         "router": [row[4][0] for row in rows],
         "applied": np.array([event.applied for event in events], np.uint64),
         "decided": _times(event.decided or _NOT_A_TIME for event in events),
         "exclude": [event.exclude for event in events],
-        "prefix": [_prefix(event, size) for event, size in both],
-        "hashes": packed_lists([event.hashes for event in events]),
+        "prefix": _prefixes(hashes, sizes),
+        "hashes": hashes,
         "candidates": pa.ListArray.from_arrays(offsets, structs),
     }
 

@@ -35,6 +35,11 @@ SPILL = "spill"
 LIVE = "live"
 """Schema of the tables that are not archived yet; their names in `main` are views over live and archived rows."""
 
+_CONFIG: dict[str, str | bool | int | float | list[str]] = {
+    "autoinstall_known_extensions": "false",
+    # At each checkpoint the columns that grow are written again.
+    "checkpoint_threshold": "256MB",
+}
 _NS = 1_000_000_000
 
 
@@ -57,25 +62,26 @@ class Store:
         self.fleet = fleet
         try:
             self.archive.mkdir(parents=True, exist_ok=True)
+            self.connection = self._open()
+            # Not before: another process may have the history open, and spill there.
             shutil.rmtree(self.spill, ignore_errors=True)
-            self.spill.mkdir()
+            self.spill.mkdir(exist_ok=True)
         except OSError as error:
             raise BadHistory(
                 f"the history's folder can't be written ({error.strerror}); choose another with --history"
             ) from None
-        self.connection = self._open()
 
     def _open(self) -> duckdb.DuckDBPyConnection:
         path = self.folder / FILE
         try:
-            connection = duckdb.connect(str(path), config={"autoinstall_known_extensions": "false"})
+            connection = duckdb.connect(str(path), config=_CONFIG)
         except duckdb.Error as error:
-            raise BadHistory(_why(path, str(error))) from None
+            raise _why(path, error) from None
         try:
             self._prepare(connection)
         except duckdb.Error as error:
             connection.close()
-            raise fault(error, path) from None
+            raise _why(path, error) from None
         except BadHistory:
             connection.close()
             raise
@@ -86,16 +92,17 @@ class Store:
             "SELECT count(*) FROM duckdb_tables() WHERE schema_name = 'main' AND table_name = 'checkpoint'"
         ).fetchall()[0][0]
         if known:
-            version, fleet = connection.execute("SELECT version, fleet FROM checkpoint").fetchall()[0]
-            if version != VERSION:
+            # Another version may have other columns.
+            said = (connection.sql("SELECT * FROM checkpoint").to_arrow_table().to_pylist() or [{}])[0]
+            if said.get("version") != VERSION:
                 raise BadHistory(
-                    f"the history in {self.folder.name} is of version {version}, this kvplane reads {VERSION}; "
+                    f"the history in {self.folder.name} is of version {said.get('version')}, this kvplane reads {VERSION}; "
                     "`kvplane history rebuild` makes it again from the log and the archive"
                 )
-            if fleet != self.fleet:
+            if said["fleet"] != self.fleet:
                 raise BadHistory(
-                    f"the history in {self.folder.name} is of fleet {fleet!r}, not {self.fleet!r}; choose another folder "
-                    "with --history"
+                    f"the history in {self.folder.name} is of fleet {said['fleet']!r}, not {self.fleet!r}; choose another "
+                    "folder with --history"
                 )
             self.refresh(connection)
             return
@@ -242,23 +249,31 @@ def _quoted(text: str) -> str:
     return text.replace("'", "''")
 
 
-def _why(path: Path, said: str) -> str:
+def _why(path: Path, error: duckdb.Error) -> BadHistory:
     """A file that can't be opened, in a sentence."""
-    line = said.partition("\n")[0].replace(str(path), path.name)
-    if "lock" in said.lower():
-        return f"another process has the history open ({path.parent.name}/{path.name}); ask it with `kvplane sql`, or stop it"
-    if "newer version" in said or "older version" in said or "version number" in said:
-        return (
-            f"{path.name} was written by another version of DuckDB, or is none: {line}; `kvplane history rebuild` makes the "
-            "history again"
+    said = fault(error, path)
+    if isinstance(said, HistoryFull):
+        return said
+    if "Could not set lock" in str(error):
+        return BadHistory(
+            f"another process has the history open ({path.parent.name}/{path.name}); ask it with `kvplane sql`, or stop it"
         )
-    return f"{path.name} can't be opened: {line}; `kvplane history rebuild` makes it again from the log and the archive"
+    return BadHistory(
+        f"{path.name} can't be opened: {_line(error, path)}; `kvplane history rebuild` makes it again from the log and the "
+        "archive"
+    )
 
 
-def fault(error: duckdb.Error, path: Path) -> BadHistory:
-    """What DuckDB raised while it wrote, in a sentence: `HistoryFull` or `BadHistory`."""
+def _line(error: duckdb.Error | OSError, path: Path) -> str:
+    return str(error).partition("\n")[0].replace(str(path), path.name)
+
+
+def fault(error: duckdb.Error | OSError, path: Path) -> BadHistory:
+    """What DuckDB or the system raised while it read or wrote, in a sentence: `HistoryFull` or `BadHistory`."""
     said = str(error)
-    line = said.partition("\n")[0].replace(str(path), path.name)
     if "No space left" in said or "disk is full" in said.lower() or os.strerror(28) in said:
-        return HistoryFull(f"the disk of the history is full ({line}); make room, it goes on by itself")
-    return BadHistory(f"the history can't be written: {line}")
+        return HistoryFull(f"the disk of the history is full ({_line(error, path)}); make room, it goes on by itself")
+    return BadHistory(
+        f"the history can't be read or written: {_line(error, path)}; if that stays so, `kvplane history rebuild` makes it "
+        "again"
+    )

@@ -102,9 +102,14 @@ VIEWS = (
             ("last", "when the last one was routed"),
         ),
         """
-        SELECT model, prefix, count(*) AS requests, sum(tokens)::UBIGINT AS tokens,
-          sum("match")::DOUBLE / nullif(sum(blocks), 0) AS matched, count(DISTINCT node) AS nodes, max(time) AS last
-        FROM decisions WHERE prefix IS NOT NULL GROUP BY model, prefix HAVING count(*) > 1
+        SELECT model, prefix, sum(requests)::UBIGINT AS requests, sum(tokens)::UBIGINT AS tokens,
+          sum(matches)::DOUBLE / nullif(sum(blocks), 0) AS matched, count(*) AS nodes, max(last) AS last
+        FROM (
+          SELECT model, prefix, node, count(*) AS requests, sum(tokens) AS tokens, sum("match") AS matches,
+            sum(blocks) AS blocks, max(time) AS last
+          FROM decisions WHERE prefix IS NOT NULL GROUP BY model, prefix, node
+        )
+        GROUP BY model, prefix HAVING sum(requests) > 1
         """,
     ),
     View(

@@ -6,6 +6,7 @@ full or fails, the follower pauses, and goes on from where it was when there is 
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from contextlib import suppress
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import anyio
 import anyio.to_thread
+import duckdb
 import structlog
 
 from events.errors import LogCorrupt
@@ -24,7 +26,7 @@ from projections.fleet import FleetState
 from projections.history import archive
 from projections.history.replay import messages
 from projections.history.rows import Rows
-from projections.history.store import Store
+from projections.history.store import FILE, Store, fault
 from services.history.snapshots import Snapshots, nearest
 
 if TYPE_CHECKING:
@@ -49,10 +51,17 @@ SNAPSHOT_COMMITS = 100_000
 """So many commits after a snapshot there is another one ..."""
 SNAPSHOT_SHARE = 20
 """... unless that would take more than one part in so many of the time."""
-NICE = 5
+NICE = 15
 """The historian gives way to routers on the same machine."""
 
 _log = structlog.get_logger("kvplane.history")
+
+
+def relax_collector() -> None:
+    """Let the collector look seldom: rows are many, live shortly, and hold no cycles."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
 
 
 class Retention:
@@ -83,6 +92,7 @@ class Ingest:
         self.closing: Callable[[], None] = lambda: None
         """Called before the store is closed: nobody else may hold it then."""
         self._writing = anyio.CapacityLimiter(1)
+        self._flushing = anyio.Lock()
         self._broken = False
         self._rows = Rows()
         self._enough = anyio.Event()
@@ -92,13 +102,32 @@ class Ingest:
         self._snapshot_time = 0.0
 
     async def in_thread(self, work: Callable[[], T]) -> T:
-        """Do something with the store's own connection, which one thread at a time may use."""
-        return await anyio.to_thread.run_sync(work, limiter=self._writing)
+        """Do something with the store's own connection, which one thread at a time may use. Raises `BadHistory`."""
+        return await anyio.to_thread.run_sync(self._guarded, work, limiter=self._writing)
+
+    async def _beside(self, work: Callable[[duckdb.DuckDBPyConnection], T]) -> T:
+        """Do something with a connection of its own, beside what is stored meanwhile. Raises `BadHistory`."""
+
+        def with_cursor() -> T:
+            cursor = self.store.cursor()
+            try:
+                return work(cursor)
+            finally:
+                cursor.close()
+
+        return await anyio.to_thread.run_sync(self._guarded, with_cursor)
+
+    def _guarded(self, work: Callable[[], T]) -> T:
+        try:
+            return work()
+        except duckdb.Error as error:
+            raise fault(error, self.store.folder / FILE) from error
 
     async def run(self) -> None:
         """Follow the log until cancelled. Raises `LogCorrupt` when history and log don't fit together."""
         with suppress(OSError):
             os.nice(NICE)
+        relax_collector()
         await self._begin()
         try:
             async with anyio.create_task_group() as group:
@@ -126,9 +155,6 @@ class Ingest:
                 f"{len(missing)} files of the archive are missing or cut off, such as {missing[0]}; restore them, or let "
                 "`kvplane history rebuild` make the history again"
             )
-        swept = await self.in_thread(partial(archive.sweep, self.store))
-        if swept:
-            _log.info("leftovers_removed", files=swept)
         state = await self.in_thread(lambda: nearest(self.snapshots.upto(checkpoint.sequence), self.fleet))
         if state is not None:
             self.state = state
@@ -136,9 +162,13 @@ class Ingest:
             await self.in_thread(partial(self._through_rows, checkpoint.sequence))
         if self.state.sequence + 1 < log.first_seq:
             raise LogCorrupt(
-                f"the log of fleet {self.fleet!r} begins at {log.first_seq}, the history ends at {self.state.sequence}: "
-                "what is between is lost; begin another history with --history"
+                f"the log of fleet {self.fleet!r} begins at {log.first_seq}, and no snapshot or row of the history leads there "
+                f"from {self.state.sequence}: what is between is lost; begin another history with --history"
             )
+        # Not before: it may be what the log has no more.
+        swept = await self.in_thread(partial(archive.sweep, self.store))
+        if swept:
+            _log.info("leftovers_removed", files=swept)
         self.waiting = await self.in_thread(self.store.waiting)
         self.stored = checkpoint.sequence
         self._snapshot_at = self.state.sequence
@@ -146,6 +176,11 @@ class Ingest:
         _log.info("history_opened", fleet=self.fleet, stored=self.stored, archived=checkpoint.archived)
 
     def _through_rows(self, last: int) -> None:
+        ((first,),) = self.store.connection.execute(
+            "SELECT min(sequence) FROM commits WHERE sequence > ?", [self.state.sequence]
+        ).fetchall()
+        if first != self.state.sequence + 1:
+            return
         for message in messages(self.store.fetch, self.fleet, self.state.sequence, last):
             self.state.apply(message)
 
@@ -166,42 +201,42 @@ class Ingest:
                 await self._enough.wait()
             self._enough = anyio.Event()
             await self.flush()
+            await self._snapshot()
 
     async def flush(self) -> None:
         """Store what was read so far; tried again until it is stored."""
+        async with self._flushing:
+            if not len(self._rows) and not self._broken:
+                return
+            rows, self._rows = self._rows, Rows()
+            work = partial(self._write, rows, self.state.time)
+            while True:
+                try:
+                    await self.in_thread(work)
+                except BadHistory as error:
+                    self._broken = True
+                    if str(error) != self.failure:
+                        _log.error("history_not_stored", error=str(error), waiting=len(rows))
+                    self.failure = str(error)
+                    await anyio.sleep(RETRY_SECONDS)
+                else:
+                    break
+            self.stored = max(self.stored, rows.last)
+            if self.failure:
+                _log.warning("history_goes_on", stored=self.stored)
+                self.failure = ""
+            self.follower.resume()
+            self._advanced.set()
+            self._advanced = anyio.Event()
+
+    def _write(self, rows: Rows, time: int) -> None:
         if self._broken:
-            self._broken = False
-            await self._reopen()
-        if not len(self._rows):
-            return
-        rows, self._rows = self._rows, Rows()
-        while True:
-            try:
-                await self.in_thread(partial(self.store.write, rows, time=self.state.time))
-            except BadHistory as error:
-                if str(error) != self.failure:
-                    _log.error("history_not_stored", error=str(error), waiting=len(rows))
-                self.failure = str(error)
-                await anyio.sleep(RETRY_SECONDS)
-                await self._reopen()
-            else:
-                break
-        if self.failure:
-            _log.warning("history_goes_on", stored=rows.last)
-            self.failure = ""
-        self.stored = rows.last
-        self.follower.resume()
-        self._advanced.set()
-        self._advanced = anyio.Event()
-
-    async def _reopen(self) -> None:
-        await self.in_thread(self._open_again)
-
-    def _open_again(self) -> None:
-        self.closing()
-        with suppress(BadHistory):
+            self.closing()
             self.store.reopen()
             self.opened()
+            self._broken = False
+        if len(rows):
+            self.store.write(rows, time=time)
 
     def broken(self) -> None:
         """The database failed under a query: it is opened anew before anything else is stored."""
@@ -218,6 +253,8 @@ class Ingest:
     async def _maintain_forever(self) -> None:
         while True:
             await anyio.sleep(MAINTAIN_SECONDS)
+            if self._broken:
+                continue
             try:
                 await self.maintain()
             except BadHistory as error:
@@ -230,15 +267,11 @@ class Ingest:
         # What a query may still read of the files that went last time, it has read by now.
         await self.in_thread(partial(archive.sweep, store))
         while self.follower.caught_up.is_set():
-            cursor = store.cursor()
-            try:
-                part = await anyio.to_thread.run_sync(archive.closed, cursor, now)
-                if part is None:
-                    break
-                # A long copy must not keep rows from being stored.
-                files = await anyio.to_thread.run_sync(archive.export, store, part, cursor)
-            finally:
-                cursor.close()
+            part = await self._beside(partial(archive.closed, now=now))
+            if part is None:
+                break
+            # A long copy must not keep rows from being stored.
+            files = await self._beside(partial(archive.export, store, part))
             await self.in_thread(partial(archive.adopt, store, part, files))
             _log.info("hour_archived", day=part.day, last=part.last, bytes=sum(file.bytes for file in files))
         gone = await self.in_thread(
@@ -246,7 +279,6 @@ class Ingest:
         )
         if gone:
             _log.info("archive_expired", files=len(gone), upto=gone[-1].last)
-        await self._snapshot()
 
     async def _snapshot(self) -> None:
         if self.state.sequence - self._snapshot_at < SNAPSHOT_COMMITS:
@@ -276,5 +308,6 @@ class Ingest:
                 await self.in_thread(partial(self.store.write, self._rows, time=self.state.time))
         if self.state.sequence - self._snapshot_at > SNAPSHOT_COMMITS // 10:
             await self.save_snapshot()
-        await self.in_thread(self.closing)
+        with suppress(BadHistory):
+            await self.in_thread(self.closing)
         await self.in_thread(self.store.close)
