@@ -13,8 +13,8 @@ from services.errors import BadRequest, NotServed
 from services.routing.policies import allow, check
 from services.simulator.peer import POLICY, PeerDesk
 from services.simulator.results import ideal_hit_rate, summarize
-from services.workers import CONTEXT, workers
 from services.simulator.world import Router, World
+from services.workers import CONTEXT, workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

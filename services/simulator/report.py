@@ -17,10 +17,10 @@ from services.routing.policies import POLICIES
 from services.simulator.compare import run
 from services.simulator.peer import POLICY as PEER
 from services.simulator.results import Summary, ideal_hit_rate, summarize
-from services.workers import workers
 from services.simulator.workloads import GENERATED_BLOCK_SIZE, KINDS, generate
 from services.simulator.world import Settings
 from services.trace import TRACE_BLOCK_SIZE, Work, read_trace, work_of
+from services.workers import workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

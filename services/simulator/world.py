@@ -323,7 +323,8 @@ class World:
         self, query: Query, desk: Desk, hashes: tuple[int, ...], output: int, arrival: float, now: float
     ) -> None:
         self._see(now)
-        clock = int((self.start + now) * _NS)
+        # In microseconds, as a router's.
+        clock = int((self.start + now) * 1_000_000) * 1000
         while True:
             try:
                 decision = desk.decide(query, clock)
