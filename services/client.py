@@ -29,7 +29,7 @@ async def ask(
     try:
         answer = await client.request(subject, _encode(request), timeout=seconds)
     except NoRespondersError:
-        raise NoAnswer(f"no service answers on {subject}; `kvplane up` starts a coordinator and a router") from None
+        raise NoAnswer(f"no service answers on {subject}; {_who(subject)}") from None
     except (NatsError, TimeoutError, OSError) as error:
         raise NoAnswer(f"no answer on {subject} in {seconds:g} s ({type(error).__name__})") from None
     headers = answer.headers or {}
@@ -46,3 +46,11 @@ async def ask(
         plain: T = msgspec.msgpack.decode(answer.data)
         return plain
     return msgspec.msgpack.decode(answer.data, type=form)
+
+
+def _who(subject: str) -> str:
+    """Who would answer, and how it is started."""
+    words = subject.split(".")
+    if len(words) > 2 and words[2] in {"sql", "explain", "history"}:
+        return "`kvplane historian` keeps a history and answers, and so does `kvplane up`"
+    return "`kvplane up` starts a coordinator and a router"

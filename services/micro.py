@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
@@ -19,6 +18,7 @@ from nats.micro import add_service
 from events.errors import KvplaneError
 from services.api import decode_request, encode_answer, is_json
 from services.errors import ServiceFault
+from services.version import package_version
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -46,14 +46,6 @@ class Endpoint(NamedTuple):
     answer: Callable[[Any], Any]
     concurrent: bool = False
     after: Callable[[], None] | None = None
-
-
-def package_version() -> str:
-    """Version of the installed package."""
-    try:
-        return version("kvplane")
-    except PackageNotFoundError:
-        return "0.0.0"
 
 
 def fault(error: Exception) -> tuple[str, str, bytes]:

@@ -1,4 +1,8 @@
-"""The command `kvplane`. `run` has what runs on, `ask` what asks a running fleet, `log` what reads the log."""
+"""The command `kvplane`.
+
+`run` has what runs on, `ask` what asks a running fleet, `log` what reads the log, `history`, `past`, `sql`, `report` and
+`whatif` what a historian answers, `simulate` what needs no fleet.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,7 @@ from cyclopts import App, Parameter
 from cyclopts.config import Env
 
 from events.errors import KvplaneError
-from services.cli import ask, demo, history, log, past, report, run, simulate, sql, whatif
-from services.micro import package_version
+from services.version import package_version
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,29 +27,23 @@ app = App(
     config=Env("KVPLANE_", command=False),
     default_parameter=Parameter(negative_iterable=()),
 )
-app.command(run.up)
-app.command(run.router)
-app.command(run.coordinator)
-app.command(history.historian)
-app.command(run.simnode)
-app.command(ask.node)
-app.command(ask.policy)
-ask.policy.command(report.report_policies, name="report")
-app.command(ask.route)
-app.command(past.state)
-app.command(past.diff)
-app.command(past.explain)
-app.command(whatif.whatif)
-app.command(sql.sql)
-app.command(history.history)
-app.command(log.events)
-app.command(demo.demo)
-app.command(simulate.simulate)
-app.command(simulate.workload)
+# By name, so that a command loads what it needs and no other.
+COMMANDS = (
+    "run:up", "run:router", "run:coordinator", "history:historian", "run:simnode", "ask:node", "ask:policy", "ask:route",
+    "past:state", "past:diff", "past:explain", "whatif:whatif", "sql:sql", "report:report", "history:history", "log:events",
+    "demo:demo", "simulate:simulate", "simulate:workload",
+)  # fmt: skip
+for name in COMMANDS:
+    app.command(f"services.cli.{name}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Errors are one sentence on standard error and exit code 1; wrong usage is exit code 2."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if not given or given[0] in {"--help", "-h"}:
+        # The list of commands says what each does, so all are needed.
+        for name in COMMANDS:
+            app[name.partition(":")[2]]
     try:
         result = app(arguments, exit_on_error=True, result_action="return_value")
     except KvplaneError as error:

@@ -26,6 +26,7 @@ CONNECT_SECONDS = 2.0
 
 node = App(name="node", help="See and change the nodes of the fleet.")
 policy = App(name="policy", help="Change how routers decide.")
+policy.command("services.cli.report:report_policies", name="report")
 
 Json = Annotated[bool, Parameter(name="--json", negative="")]
 

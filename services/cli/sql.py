@@ -20,13 +20,13 @@ from rich.table import Table
 
 from events.errors import KvplaneError
 from events.log.connection import connected
-from projections.history.tables import TABLES
+from projections.history.tables import ADDED, TABLES
 from projections.history.views import VIEWS
 from services.cli.ask import CONNECT_SECONDS, Json
 from services.cli.common import COMMON, Common, run_async, start
 from services.errors import BadRequest
 from services.history.client import pages
-from services.history.pages import plain
+from services.history.plain import plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -249,9 +249,9 @@ async def _prompt(
         typed: Any = FileHistory(str(folder / "sql"))
     except OSError:
         typed = InMemoryHistory()
-    words = [entry.name for entry in (*TABLES, *VIEWS)]
+    words = [entry.name for entry in (*TABLES, *ADDED, *VIEWS)]
     words += sorted(
-        {name for entry in VIEWS for name, _ in entry.columns} | {c.name for t in TABLES for c in t.columns}
+        {name for entry in VIEWS for name, _ in entry.columns} | {c.name for t in (*TABLES, *ADDED) for c in t.columns}
     )
     words += [
         "SELECT",
@@ -296,7 +296,7 @@ async def _prompt(
 
 def command(line: str, console: Console) -> None:
     """A command of the prompt, which begins with a dot."""
-    known = {entry.name: entry for entry in (*TABLES, *VIEWS)}
+    known = {entry.name: entry for entry in (*TABLES, *VIEWS, *ADDED)}
     name, _, about = line.partition(" ")
     if name == ".tables":
         table = Table.grid(padding=(0, 2))
@@ -314,7 +314,7 @@ def command(line: str, console: Console) -> None:
 
 def meanings(name: str) -> list[tuple[str, str]]:
     """Columns of a table or view, and what they mean."""
-    for table in TABLES:
+    for table in (*TABLES, *ADDED):
         if table.name == name:
             return [(column.name, column.meaning) for column in table.columns]
     return [pair for view in VIEWS if view.name == name for pair in view.columns]

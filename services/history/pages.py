@@ -5,13 +5,9 @@ A result that is asked for no more is closed after a while: it holds a snapshot 
 
 from __future__ import annotations
 
-import math
-from datetime import date, datetime, timedelta
-from datetime import time as clock
-from decimal import Decimal
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import anyio
 import anyio.to_thread
@@ -20,6 +16,7 @@ from msgspec import Struct
 
 from services import api
 from services.errors import BadRequest, DatabaseFailed
+from services.history.plain import plain
 from services.history.query import PAGE_BYTES, Queries, harden
 
 if TYPE_CHECKING:
@@ -189,29 +186,3 @@ def _stream(schema: pa.Schema, batches: list[pa.RecordBatch]) -> bytes:
             writer.write_batch(batch)
     data: bytes = sink.getvalue().to_pybytes()
     return data
-
-
-def plain(value: Any) -> Any:  # noqa: ANN401 - any value of a result
-    """A value as JSON and MessagePack can say it: times in ISO 8601, bytes in hex, what has no number as null."""
-    match value:
-        case None | bool() | str():
-            return value
-        case int():
-            return value if -(1 << 63) <= value < 1 << 64 else str(value)
-        case float():
-            return value if math.isfinite(value) else None
-        case Decimal():
-            return plain(int(value)) if value == value.to_integral_value() else float(value)
-        case datetime() | date() | clock():
-            return value.isoformat()
-        case timedelta():
-            return value.total_seconds()
-        case bytes():
-            return value.hex()
-        case UUID():
-            return str(value)
-        case list() | tuple():
-            return [plain(part) for part in value]
-        case dict():
-            return {str(key): plain(part) for key, part in value.items()}
-    return str(value)

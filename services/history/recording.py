@@ -118,7 +118,7 @@ async def recorded_span(
     count, counted = await _rows(
         client,
         fleet,
-        f"SELECT count(*), min(epoch_us(time)) FROM decisions WHERE sequence > {begin} AND sequence <= {end}",
+        f"SELECT count(*), min(epoch_us(coalesce(decided, time))) FROM decisions WHERE sequence > {begin} AND sequence <= {end}",
     )
     if not count:
         raise BadRequest(f"no request was routed from sequence {begin} to {end}; choose a longer span")

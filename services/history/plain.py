@@ -1,0 +1,36 @@
+"""Values of a result as JSON and MessagePack can say them."""
+
+from __future__ import annotations
+
+import math
+from datetime import date, datetime, timedelta
+from datetime import time as clock
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+
+def plain(value: Any) -> Any:  # noqa: ANN401 - any value of a result
+    """A value as JSON and MessagePack can say it: times in ISO 8601, bytes in hex, what has no number as null."""
+    match value:
+        case None | bool() | str():
+            return value
+        case int():
+            return value if -(1 << 63) <= value < 1 << 64 else str(value)
+        case float():
+            return value if math.isfinite(value) else None
+        case Decimal():
+            return plain(int(value)) if value == value.to_integral_value() else float(value)
+        case datetime() | date() | clock():
+            return value.isoformat()
+        case timedelta():
+            return value.total_seconds()
+        case bytes():
+            return value.hex()
+        case UUID():
+            return str(value)
+        case list() | tuple():
+            return [plain(part) for part in value]
+        case dict():
+            return {str(key): plain(part) for key, part in value.items()}
+    return str(value)
