@@ -81,6 +81,7 @@ class NodeLoad(NamedTuple):
     half_requests: float
     half_tokens: float
     half_uncached: float
+    decoding: float
 
 
 COLUMNS = NodeLoad._fields
@@ -129,6 +130,8 @@ class Load:
         self.half_tokens = array("d")
         self.half_uncached = array("d")
         """The same in the window's younger half."""
+        self.decoding = array("d")
+        """Requests that run and whose prompts are known to be computed."""
         self.ratio = 1.0
         """How fast nodes really are, of what they say."""
         self.all_said = self.all_took = 0.0
@@ -234,6 +237,7 @@ class Load:
         computed = 0
         for other in list(prefills.waiting):
             computed += self._forget_prefill(at, other)
+            self.decoding[at] += 1
             if other == request:
                 break
         now = time / _NS
@@ -274,6 +278,8 @@ class Load:
             else:
                 uncached = self._forget_prefill(at, request)
                 self.prefill_done[at] -= uncached / (self.pace[at] * self.ratio)
+                self.decoding[at] += 1
+        self.decoding[at] -= 1
         del self.running[request]
         self.active[at] -= 1
         self.blocks[at] -= active.blocks

@@ -245,6 +245,10 @@ class Reference:
     def pending(self, name: str) -> int:
         return sum(prompt[2] for prompt in self.prompts if prompt[0] == name)
 
+    def decoding(self, name: str) -> int:
+        wait = {request for node, request, _, _ in self.prompts if node == name}
+        return sum(event.node == name and request not in wait for request, (event, _) in self.running.items())
+
     def use(self, name: str, packed: bytes) -> None:
         """The last block of a chain is the first to be old."""
         for block in reversed(blocks_of(packed)):

@@ -53,7 +53,9 @@ async def stage(fleet: Fleet, client: Client) -> AsyncIterator[Stage]:
         group.start_soon(found.follower.run)
         await found.follower.caught_up.wait()
         # The nodes are 25 times as fast as those that the defaults fit.
-        policy = api.PolicyRequest(policy="ttft", parameters={"decode_seconds": 0.00008, "session_seconds": 0.02})
+        policy = api.PolicyRequest(
+            policy="ttft", parameters={"active_seconds": 0.00008, "decode_seconds": 0, "session_seconds": 0.02}
+        )
         await fleet.ask("coordinator.policy.set", policy)
         await found.seen(types.PolicyChanged)
         yield found

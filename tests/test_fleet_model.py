@@ -234,6 +234,7 @@ class FleetMachine(RuleBasedStateMachine):
                 totals = (len(here), sum(event.blocks for event in here), sum(event.tokens for event in here))
                 assert list(load[1:4]) == list(totals)
                 assert load.pending == self.reference.pending(name)
+                assert load.decoding == self.reference.decoding(name)
                 assert load.pace * self.state.load.ratio == pytest.approx(self.reference.pace(facts))
                 assert load.prefill_done == pytest.approx(facts.queue)
 

@@ -174,6 +174,9 @@ def test_each_parameter_is_looked_at(name: str) -> None:
         routed(given, "a", f"a{number}", match=number % 3, tokens=1000 + number)
     routed(given, "b", "b", tokens=100)
     given.runs("c", 1)
+    routed(given, "c", "decodes", tokens=100)
+    routed(given, "c", "came later", tokens=100)
+    given.put("access.w", types.RequestCompleted("came later", "c"))
 
     def costs(**parameters: float) -> list[float]:
         given.policy(name, **parameters)

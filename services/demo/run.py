@@ -180,7 +180,12 @@ class Demo:
             await stage.seen(types.NodeRegistered, lambda event, node=node: event.node == node, seconds=20)  # type: ignore[misc]
         factor = self.scale.prefill_speed / REAL_PREFILL
         policy = api.PolicyRequest(
-            policy="ttft", parameters={"decode_seconds": 0.002 / factor, "session_seconds": 0.5 / factor}
+            policy="ttft",
+            parameters={
+                "active_seconds": 0.002 / factor,
+                "decode_seconds": 0.002 / factor,
+                "session_seconds": 0.5 / factor,
+            },
         )
         await stage.tell("policy.set", policy)
         at, event = await stage.seen(types.PolicyChanged)

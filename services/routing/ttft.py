@@ -1,6 +1,7 @@
 """kvplane's own policy: least expected time to first token, of this request and of those that come after it.
 
-    cost = queue + weight * own + load_seconds * load + decode_seconds * active - session_seconds (where the session is)
+    cost = queue + weight * own + load_seconds * load + active_seconds * active + decode_seconds * decoding
+           - session_seconds (where the session is)
 
 `own` is the time that the node needs for the uncached part of the prompt, `queue` the time until it gets there; both go by
 what the log says of nodes: what they have computed, and how fast (`projections.load`). The other terms are about others:
@@ -11,7 +12,8 @@ what the log says of nodes: what they have computed, and how fast (`projections.
 - `load` is the share of its time that a node was given prefill for of late. It tells apart nodes that are idle at the
   moment, it keeps requests from running together to where it just became empty, and since new blocks push out old ones,
   it is also how fast a full cache forgets.
-- Requests that decode slow a prefill down and hold blocks.
+- Requests that decode slow a prefill down and hold blocks. Most of them belong to conversations that go on here, so this is
+  also what spreads new ones. Those whose prompts wait are in the queue already, but will decode soon.
 
 All terms are seconds, so each parameter can be set without knowing the others. Defaults were chosen on generated
 workloads and a conversation trace, at light load, at the knee and beyond it; see docs/policies.md.
@@ -32,7 +34,8 @@ TTFT = {
     "uncached_weight": Parameter(1.25, "s/s", "how much a second of own prefill counts when nobody waits"),
     "crowd_weight": Parameter(2.0, "s/s", "how much more it counts for each request that arrives while queues drain"),
     "load_seconds": Parameter(3.0, "s", "how much a node counts that was given prefill for all of its time of late"),
-    "decode_seconds": Parameter(0.005, "s", "how much each running request counts"),
+    "active_seconds": Parameter(0.005, "s", "how much each running request counts"),
+    "decode_seconds": Parameter(0.02, "s", "how much more it counts when it decodes"),
     "session_seconds": Parameter(0.1, "s", "how much sooner another node must be before a session moves"),
     "slow_share": Parameter(
         0.15, "share", "time to load a token from a slower tier, of the time to compute it", most=1
@@ -54,7 +57,8 @@ def ttft(view: View, request: Request, parameters: dict[str, float]) -> Column:
     costs += load
     costs /= speed
     costs += queue
-    costs += view.active * parameters["decode_seconds"]
+    costs += view.active * parameters["active_seconds"]
+    costs += view.decoding * parameters["decode_seconds"]
     if view.session >= 0:
         costs[view.session] -= parameters["session_seconds"]
     return costs
@@ -74,6 +78,6 @@ def ttft_terms(view: View, request: Request, parameters: dict[str, float]) -> di
         "own": (request.tokens - view.match * request.block_size + slow) / speed,
         "others": (weight - 1) * (request.tokens - view.match * request.block_size + slow) / speed,
         "load": view.recent_uncached * parameters["load_seconds"] / speed,
-        "decode": view.active * parameters["decode_seconds"],
+        "running": view.active * parameters["active_seconds"] + view.decoding * parameters["decode_seconds"],
         "session": session,
     }

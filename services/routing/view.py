@@ -40,6 +40,7 @@ class Columns(NamedTuple):
     recent_requests: Column
     recent_tokens: Column
     recent_uncached: Column
+    decoding: Column
 
     @classmethod
     def of(cls, load: Load) -> Columns:
@@ -95,6 +96,11 @@ class View:
         if self._overlay.pending:
             queue += self._roster.rows(np.frombuffer(self._overlay.tokens)) / self.speed
         return queue
+
+    @property
+    def decoding(self) -> Column:
+        """Requests that run and whose prompts are known to be computed."""
+        return self._roster.rows(self._roster.columns.decoding)
 
     @property
     def pending(self) -> Column:
