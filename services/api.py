@@ -203,7 +203,7 @@ class SqlNextRequest(Struct, frozen=True, kw_only=True):
 
 
 class Column(Struct, frozen=True):
-    """One column of a result: its name and its type in SQL."""
+    """One column of a result: its name, and its type as Arrow names it."""
 
     name: str
     type: str

@@ -204,17 +204,20 @@ VIEWS = (
     View(
         "skipped_commits", "commits that change nothing, by reason",
         (
-            ("reason", "why, see `kvplane events`"),
+            ("reason", "why, in a word"),
             ("commits", "how many"),
             ("first_time", "the first one's time"),
             ("last_time", "the last one's time"),
             ("last_sequence", "the last one's sequence"),
-            ("writers", "names in their subjects, a few of them"),
+            ("names", "nodes, models or writers that their subjects name, a few of them"),
+            ("writers", "who wrote them by their headers, a few of them"),
         ),
         """
         SELECT skipped AS reason, count(*) AS commits, min(time) AS first_time, max(time) AS last_time,
-          max(sequence) AS last_sequence, list(DISTINCT name)[:5] AS writers
-        FROM commits WHERE skipped IS NOT NULL GROUP BY skipped
+          max(sequence) AS last_sequence, list_sort(list(DISTINCT name))[:5] AS names,
+          coalesce(list_sort(list(DISTINCT writer) FILTER (writer IS NOT NULL))[:5], []) AS writers
+        FROM (SELECT * EXCLUDE (writer), try(headers->>'Kv-Writer') AS writer FROM commits WHERE skipped IS NOT NULL)
+        GROUP BY skipped
         """,
     ),
 )  # fmt: skip

@@ -26,8 +26,8 @@ PolicyModules = Annotated[tuple[str, ...], Parameter(name="--policy-module", con
 class Common:
     """Where the fleet is, and how to log."""
 
-    server: Annotated[tuple[str, ...], Parameter(env_var="KVPLANE_SERVER", consume_multiple=True)] = (DEFAULT_URL,)
-    """NATS servers, as URLs."""
+    server: Annotated[tuple[str, ...], Parameter(env_var="KVPLANE_SERVER")] = (DEFAULT_URL,)
+    """NATS server, as a URL; may be repeated."""
     fleet: Annotated[str, Parameter(env_var="KVPLANE_FLEET")] = "default"
     """Name of the fleet."""
     log_level: Annotated[logs.Level, Parameter(env_var="KVPLANE_LOG_LEVEL")] = "info"

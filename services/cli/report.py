@@ -1,18 +1,34 @@
-"""The command `policy report`."""
+"""The commands `report` and `policy report`."""
 
 from __future__ import annotations
 
 import os
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path  # noqa: TC003 - cyclopts reads annotations
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
+from msgspec import to_builtins
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
+from events.log.connection import connected
+from services.cli.ask import CONNECT_SECONDS, Json, grid, show_json
+from services.cli.common import COMMON, Common, run_async, start
 from services.cli.simulate import progress_bar
 from services.errors import BadRequest
+from services.history import client as historian
+from services.history.plain import plain
+from services.history.report import Range, clock, collect, extent, headline, moment, said
 from services.simulator.pages import page
 from services.simulator.report import produce, total
 from services.simulator.workloads import KINDS
+
+if TYPE_CHECKING:
+    from services.history.report import Report, Section
 
 
 def report_policies(
@@ -49,3 +65,110 @@ def report_policies(
             traces, processes=processes or os.cpu_count() or 1, peer=peer, progress=lambda: progress.advance(task)
         )
     out.write_text(page(report, command))
+
+
+def report(
+    *,
+    since: str | None = None,
+    until: str | None = None,
+    html: Path | None = None,
+    png: Path | None = None,
+    json: Json = False,
+    common: Common = COMMON,
+) -> None:
+    """Show the history at a glance: hit rates, times to first token, predictions, evictions, session moves, nodes.
+
+    Parameters
+    ----------
+    since
+        Only from this time on, such as 2026-01-31T12:00:00 (UTC).
+    until
+        Only before this time.
+    html
+        Write it, with pictures, to this file; it opens in a browser and needs nothing else.
+    png
+        Write its pictures to this file.
+    json
+        Print JSON.
+    """
+    start(common, quiet=True)
+    span = Range(None if since is None else moment(since), None if until is None else moment(until))
+    if span.since is not None and span.until is not None and span.since >= span.until:
+        raise BadRequest(f"--since {since} is not before --until {until}")
+    for path in (html, png):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise BadRequest(f"{path.parent} is no folder; make it first")
+    found, known = run_async(_collect, span, json or html is not None or png is not None, common)
+    if found is None:
+        _nothing(known, json=json)
+        return
+    if json:
+        show_json(plain(to_builtins(found, builtin_types=(datetime,))))
+    elif html is None and png is None:
+        _show(found)
+    # Drawing is slow to load.
+    if html is not None:
+        from services.history.report_html import page as html_page  # noqa: PLC0415
+
+        _write(html, html_page(found, datetime.now(UTC).replace(tzinfo=None)).encode())
+    if png is not None:
+        from services.history.report_plot import png as picture  # noqa: PLC0415
+
+        _write(png, picture(found))
+
+
+async def _collect(
+    span: Range, charts: bool, common: Common  # noqa: FBT001
+) -> tuple[Report | None, tuple[datetime, datetime] | None]:  # fmt: skip
+    async with connected(common.server, "kvplane-report", connect_seconds=CONNECT_SECONDS) as client:
+        ask = partial(historian.table, client, common.fleet)
+        found = await collect(ask, common.fleet, span, charts=charts)
+        return found, await extent(ask) if found is None else None
+
+
+def _nothing(known: tuple[datetime, datetime] | None, *, json: bool) -> None:
+    if known is None:
+        sentence = "The history is empty: nothing has been written to the log yet."
+    else:
+        sentence = f"The history holds nothing of that time; it holds {clock(known[0])} to {clock(known[1])} UTC."
+    if json:
+        show_json(None)
+    Console(stderr=json).print(sentence, highlight=False)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file that is there whole or not at all."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        try:
+            unfinished.write_bytes(content)
+            unfinished.rename(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    except OSError as error:
+        raise BadRequest(f"{path} can't be written: {error.strerror or error}") from None
+    Console(stderr=True).print(f"{len(content):,} bytes in {escape(str(path))}", highlight=False)
+
+
+def _show(found: Report) -> None:
+    grid([("fleet", found.fleet), *((name, escape(value)) for name, value in headline(found))])
+    console = Console()
+    for section in found.sections:
+        more = f" ({len(section.rows)} of {section.total:,})" if section.total > len(section.rows) else ""
+        console.print(f"\n[bold]{escape(section.title)}[/]{more}" + ("" if section.rows else ": none"), highlight=False)
+        if section.rows:
+            console.print(_table(section, one_day=found.overview.first.date() == found.overview.last.date()))
+
+
+def _table(section: Section, *, one_day: bool) -> Table:
+    """A section; times have no date when all are of one day, which the head of the page says."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for number, column in zip(section.numbers, section.columns, strict=True):
+        table.add_column(escape(column), justify="right" if number else "left", overflow="fold", no_wrap=number)
+    for row in section.rows:
+        cells = [
+            said(column, value)[11 if one_day and isinstance(value, datetime) else 0 :]
+            for column, value in zip(section.columns, row, strict=True)
+        ]
+        table.add_row(*map(escape, cells))
+    return table
