@@ -17,14 +17,13 @@ from projections.fleet import FleetState
 from projections.history.rows import Rows, Waiting
 from services.simulator.hardware import Hardware
 from services.simulator.workloads import GENERATED_BLOCK_SIZE, generate
-from services.simulator.world import FLEET, Change, Router, Settings, World
+from services.simulator.world import FLEET, Change, Settings, World
 from services.trace import work_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from projections.history.store import Store
-    from services.routing.decide import Decision, Query
 
 BEGIN = 1_769_852_400.0
 """2026-01-31 09:40:00 UTC, in unix seconds."""
@@ -44,18 +43,6 @@ _SETTINGS = Settings(
     ),
     hardware=Hardware(name="a slower node", operations=Hardware().operations / 2.5),
 )  # fmt: skip
-
-
-class _Router(Router):
-    """A router whose clock has microseconds, as a real one's has: its decisions can be made again."""
-
-    def decide(self, query: Query, now: int) -> Decision:
-        return super().decide(query, now // 1000 * 1000)
-
-    def settle(
-        self, query: Query, decision: Decision, now: int, applied: int
-    ) -> tuple[types.RequestRouted, types.SessionAssigned | None]:
-        return super().settle(query, decision, now // 1000 * 1000, applied)
 
 
 class _Recorder(World):
@@ -105,7 +92,7 @@ class _Recorder(World):
 def make() -> list[Message]:
     """The log."""
     requests = generate("multi-turn", REQUESTS, seed=SEED, rate=RATE)
-    return _Recorder(_SETTINGS, [work_of(request, GENERATED_BLOCK_SIZE) for request in requests], _Router).log()
+    return _Recorder(_SETTINGS, [work_of(request, GENERATED_BLOCK_SIZE) for request in requests]).log()
 
 
 def store(into: Store, log: Sequence[Message]) -> FleetState:
