@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from services.history.notebook import shown
-from services.history.tutorial import make
+from services.history.tutorial.notebook import shown
+from services.history.tutorial.page import make
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "history.md"
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from services.history.notebook import shown
-from services.history.tutorial_log import LOST
+from services.history.tutorial.log import LOST
+from services.history.tutorial.notebook import shown
 
 if TYPE_CHECKING:
-    from services.history.notebook import Notebook
+    from services.history.tutorial.notebook import Notebook
 
 
 def hit_rate(page: Notebook) -> None:

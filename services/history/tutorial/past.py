@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from events import types
 from projections.fleet import FleetState
 from projections.overview import Picture, changes
-from services.history.tutorial_log import LOST
+from services.history.tutorial.log import LOST
 from services.routing.explain import Past
 from services.simulator.world import FLEET
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from events.codec import Message
-    from services.history.notebook import Notebook
+    from services.history.tutorial.notebook import Notebook
 
 _CANDIDATES = 5
 

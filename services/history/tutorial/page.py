@@ -5,7 +5,6 @@ python -m services.history.tutorial > docs/history.md
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -19,12 +18,13 @@ from projections.history.store import Store
 from projections.history.tables import TABLES
 from projections.history.views import VIEWS
 from services import api
-from services.history import tutorial_log, tutorial_past
-from services.history.notebook import Notebook
 from services.history.pages import IDLE_SECONDS, Limits
 from services.history.plain import plain
 from services.history.query import CONCURRENT, Queries, harden
-from services.history.tutorial_questions import QUESTIONS
+from services.history.tutorial import log as tutorial_log
+from services.history.tutorial import past as tutorial_past
+from services.history.tutorial.notebook import Notebook
+from services.history.tutorial.questions import QUESTIONS
 from services.simulator.world import FLEET
 
 if TYPE_CHECKING:
@@ -183,7 +183,3 @@ def _reference(page: Notebook) -> None:
         page.table(["column", "meaning"], ([f"`{name}`", meaning] for name, meaning in view.columns))
     page.title("Why a commit is skipped", 3)
     page.table(["reason", "meaning"], ([f"`{name}`", meaning] for name, meaning in {**MALFORMED, **ILLEGAL}.items()))
-
-
-if __name__ == "__main__":
-    sys.stdout.write(make())
