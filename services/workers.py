@@ -39,13 +39,45 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _submit(executor: ProcessPoolExecutor, *call: Any) -> Future[Any]:  # noqa: ANN401 - passed through
-    # A terminal's Ctrl-C is for this process; those that are started now inherit that they don't hear of it.
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """A terminal's Ctrl-C is for this process; those that are started in the block inherit that they don't hear of it."""
     heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        return executor.submit(*call)
+        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, heard)
+
+
+def _submit(executor: ProcessPoolExecutor, *call: Any) -> Future[Any]:  # noqa: ANN401 - passed through
+    with _unheard():
+        return executor.submit(*call)
+
+
+async def beside(function: Callable[..., object], *arguments: object, patience: float) -> int | None:
+    """Call a function in a process of its own until it ends; its exit code.
+
+    Cancelled, the process is asked to end (SIGTERM), and killed when it has not after `patience` seconds. It ends as well
+    when this process is killed.
+    """
+    process = CONTEXT.Process(target=_called, args=(function, *arguments))
+    with _unheard():
+        process.start()
+    try:
+        await anyio.to_thread.run_sync(process.join, abandon_on_cancel=True)
+    finally:
+        with anyio.CancelScope(shield=True):
+            if process.is_alive():
+                process.terminate()
+                await anyio.to_thread.run_sync(process.join, patience)
+            if process.is_alive():
+                process.kill()
+    return process.exitcode
+
+
+def _called(function: Callable[..., object], *arguments: object) -> None:
+    _start(None, ())
+    function(*arguments)
 
 
 class Worker:

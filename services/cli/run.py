@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
-from subprocess import DEVNULL
 from typing import Annotated, Literal
 
 import anyio
@@ -13,6 +13,7 @@ import structlog
 from cyclopts import Parameter
 from rich.console import Console
 
+from events.errors import KvplaneError
 from events.log.connection import connected
 from services.cli.common import COMMON, Common, PolicyModules, run_until_signal, start
 from services.coordinator import Coordinator
@@ -21,6 +22,7 @@ from services.router import Router
 from services.routing.policies import allow
 from services.server import embedded_server
 from services.simnode import NodeConfig, run_nodes
+from services.workers import beside
 
 RESTART_SECONDS = 5.0
 STOP_SECONDS = 15.0
@@ -94,23 +96,20 @@ async def _up(
 
 async def _keep_history(folder: Path, url: str, common: Common) -> None:
     """Run a historian beside this process, again when it ends: routers don't share their core with it."""
-    command = [
-        sys.executable, "-m", "services.cli", "historian", "--history", str(folder), "--server", url,
-        "--fleet", common.fleet, "--log-level", common.log_level, "--log-format", common.log_format,
-    ]  # fmt: skip
     while True:
-        process = await anyio.open_process(command, stdin=DEVNULL, stdout=None, stderr=None, start_new_session=True)
-        try:
-            code = await process.wait()
-        finally:
-            with suppress(ProcessLookupError):
-                process.terminate()
-            with anyio.CancelScope(shield=True), anyio.move_on_after(STOP_SECONDS) as scope:
-                await process.wait()
-            if scope.cancelled_caught:
-                process.kill()
+        code = await beside(_historian, folder, replace(common, server=(url,)), patience=STOP_SECONDS)
         _log.error("historian_ended", code=code, again_in=RESTART_SECONDS)
         await anyio.sleep(RESTART_SECONDS)
+
+
+def _historian(folder: Path, common: Common) -> None:
+    from services.cli.history import historian  # noqa: PLC0415 - DuckDB is loaded in that process only
+
+    try:
+        historian(history=folder, common=common)
+    except KvplaneError as error:
+        _log.error("historian_failed", error=str(error), code=error.code)
+        sys.exit(1)
 
 
 def router(*, policy_module: PolicyModules = (), common: Common = COMMON) -> None:
