@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
@@ -18,10 +18,12 @@ import anyio.to_thread
 from services.errors import NotServed, WorkerDied
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 T = TypeVar("T")
 
+POLL_SECONDS = 0.2
+"""How often progress is looked at."""
 CONTEXT = multiprocessing.get_context("spawn")
 
 
@@ -112,6 +114,18 @@ class Worker:
             for process in list((executor._processes or {}).values()):  # noqa: SLF001 - a call can't be taken back
                 process.terminate()
             executor.shutdown(wait=False, cancel_futures=True)
+
+
+def results(jobs: Sequence[Future[T]], look: Callable[[], None] = lambda: None) -> list[T]:
+    """What the jobs gave, in their order; `look` is called every `POLL_SECONDS` meanwhile, and at the end."""
+    waiting = list(jobs)
+    while waiting:
+        waiting = list(wait(waiting, timeout=POLL_SECONDS, return_when=FIRST_EXCEPTION).not_done)
+        for job in jobs:
+            if job.done() and job.exception() is not None:
+                job.result()
+        look()
+    return [job.result() for job in jobs]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from msgspec import Struct
 from projections.history.tables import WHATIF_REQUESTS
 from services.simulator.recorded import run_recorded
 from services.simulator.results import DIGITS
-from services.workers import CONTEXT, workers
+from services.workers import CONTEXT, results, workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from services.simulator.world import Outcome, Served
 
 AS_RECORDED = "as recorded"
-POLL_SECONDS = 0.2
 
 
 class Result(Struct, frozen=True, kw_only=True):
@@ -74,16 +73,7 @@ def simulate(
     counts = CONTEXT.Array("q", len(choices))
     with workers(min(processes, len(choices)), _begin, recorded, counts) as submit:
         jobs = [submit(_one, number, choice, routers) for number, choice in enumerate(choices)]
-        waiting = list(jobs)
-        while waiting:
-            for job in list(waiting):
-                try:
-                    job.result(timeout=POLL_SECONDS)
-                except TimeoutError:
-                    break
-                waiting.remove(job)
-            progress(sum(counts[:]))
-        return [job.result() for job in jobs]
+        return results(jobs, lambda: progress(sum(counts[:])))
 
 
 def compared(outcomes: Sequence[Outcome], counted: float) -> list[list[Served]]:

@@ -14,7 +14,7 @@ from services.routing.policies import allow, check
 from services.simulator.peer import POLICY, PeerDesk
 from services.simulator.results import ideal_hit_rate, summarize
 from services.simulator.world import Router, World
-from services.workers import CONTEXT, workers
+from services.workers import CONTEXT, results, workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from services.simulator.results import Summary
     from services.simulator.world import Outcome, Settings
     from services.trace import Work
-
-POLL_SECONDS = 0.2
-"""How often progress is looked at."""
 
 
 class Choice(Struct, frozen=True):
@@ -104,13 +101,4 @@ def compare(
     counts = CONTEXT.Array("q", len(runs))
     with workers(min(processes, len(runs)), _begin, work, ideal, counts) as submit:
         jobs = [submit(_one, number, choice, settings, keep) for number, (choice, settings) in enumerate(runs)]
-        waiting = list(jobs)
-        while waiting:
-            for job in list(waiting):
-                try:
-                    job.result(timeout=POLL_SECONDS)
-                except TimeoutError:
-                    break
-                waiting.remove(job)
-            progress(sum(counts[:]))
-        return [job.result() for job in jobs]
+        return results(jobs, lambda: progress(sum(counts[:])))
