@@ -83,7 +83,8 @@ def export(store: Store, part: Part, cursor: duckdb.DuckDBPyConnection) -> list[
             name = f"{table.name}/day={part.day}/{part.archived + 1:020}-{part.last:020}.parquet"
             path = store.archive / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_suffix(".unfinished")
+            # Hidden, so that nobody who reads the folder takes it for a file of the archive.
+            unfinished = path.with_name(f".{path.name}.unfinished")
             made += [path, unfinished]
             order = "sequence" if table.name == "commits" else "sequence, event"
             cursor.execute(
@@ -186,16 +187,6 @@ def sweep(store: Store) -> int:
         if not any(folder.iterdir()):
             folder.rmdir()
     return count
-
-
-def missing(store: Store) -> list[str]:
-    """Names of listed files that are not there, or not as long as they were."""
-    found = []
-    for file in listed(store):
-        path = store.archive / file.name
-        if not path.exists() or path.stat().st_size != file.bytes:
-            found.append(file.name)
-    return found
 
 
 def recover(store: Store) -> int:

@@ -104,6 +104,7 @@ class Store:
                     f"the history in {self.folder.name} is of fleet {said['fleet']!r}, not {self.fleet!r}; choose another "
                     "folder with --history"
                 )
+            self._check_archive(connection)
             self.refresh(connection)
             return
         connection.execute("BEGIN")
@@ -122,6 +123,19 @@ class Store:
         connection.execute("INSERT INTO checkpoint VALUES (?, ?, 0, 0, 0)", [VERSION, self.fleet])
         self.refresh(connection)
         connection.execute("COMMIT")
+
+    def _check_archive(self, connection: duckdb.DuckDBPyConnection) -> None:
+        """Raise `BadHistory` when listed files are not there, or not as long as they were."""
+        gone = []
+        for name, size in connection.execute("SELECT name, bytes FROM archive_files ORDER BY name").fetchall():
+            path = self.archive / name
+            if not path.exists() or path.stat().st_size != size:
+                gone.append(name)
+        if gone:
+            raise BadHistory(
+                f"{len(gone)} files of the archive are missing or cut off, such as {gone[0]}; restore them, or let `kvplane "
+                "history rebuild` make the history again"
+            )
 
     def refresh(self, connection: duckdb.DuckDBPyConnection) -> None:
         """Make the views over live and archived rows anew; in the transaction that changes the list of archived files."""

@@ -7,6 +7,7 @@ kv.<fleet>.history.changes    what changed between two moments
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -16,7 +17,9 @@ import pyarrow as pa
 import structlog
 
 from events.log.stream import open_stream
+from projections.errors import BadHistory
 from projections.history import archive
+from projections.history.store import FILE, Checkpoint
 from services import api
 from services.errors import BadRequest
 from services.history.ingest import Ingest, Retention
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from anyio.abc import TaskStatus
     from nats.aio.client import Client
 
+    from projections.history.store import Store
     from services.history.pages import Limits
 
 
@@ -49,9 +53,11 @@ class Historian:
         self.fleet = fleet
         self.id = uuid4().hex[:12]
         self.ingest = Ingest(client, fleet, folder, retention)
+        _check_new(self.ingest.store)
         self.past = Past(self.ingest, servers, modules)
         self.pieces = Pieces(f"kv.{fleet}.history.{self.id}.piece", client)
         self.pages = Pages(self.ingest, f"kv.{fleet}.sql.{self.id}", limits)
+        self._known: tuple[Checkpoint, list[archive.File]] = (Checkpoint(0, 0, 0), [])
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Follow the log and answer until cancelled. Started means: the log that was there is stored, questions are taken."""
@@ -119,9 +125,15 @@ class Historian:
         """How far the history is, and what it takes on the disk."""
         ingest = self.ingest
         log = await open_stream(self.client.jetstream(), self.fleet)
-        checkpoint = await ingest.in_thread(lambda: ingest.store.checkpoint)
-        files = await ingest.in_thread(lambda: archive.listed(ingest.store))
-        size = sum(path.stat().st_size for path in ingest.store.folder.glob("history.duckdb*"))
+        # When the database can't be read, what was known before.
+        with suppress(BadHistory):
+            self._known = await ingest.in_thread(lambda: (ingest.store.checkpoint, archive.listed(ingest.store)))
+        checkpoint, files = self._known
+        size = 0
+        for path in ingest.store.folder.glob("history.duckdb*"):
+            # DuckDB removes its log when it has written all of it to the file.
+            with suppress(FileNotFoundError):
+                size += path.stat().st_size
         return {
             "fleet": self.fleet,
             "historian": self.id,
@@ -138,3 +150,13 @@ class Historian:
             "snapshots": [int(path.stem) for path in reversed(ingest.snapshots.upto(1 << 62))],
             "queries": self.pages.open,
         }
+
+
+def _check_new(store: Store) -> None:
+    """Raise `BadHistory` when the history is new and its archive isn't: no list names those files, so they would be swept."""
+    if not store.checkpoint.sequence and next(store.archive.rglob("*.parquet"), None) is not None:
+        store.close()
+        raise BadHistory(
+            f"{store.folder.name} holds an archive, but its {FILE} is gone or new; `kvplane history rebuild` makes it again "
+            "from the archive and the log"
+        )

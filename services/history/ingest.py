@@ -21,6 +21,7 @@ import structlog
 from events.errors import LogCorrupt
 from events.log.follow import Follower
 from events.log.stream import open_stream
+from events.subjects import stream_name
 from projections.errors import BadHistory
 from projections.fleet import FleetState
 from projections.history import archive
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nats.aio.client import Client
+    from nats.js.api import StreamState
 
     from events.codec import Message
 
@@ -105,7 +107,7 @@ class Ingest:
         """Do something with the store's own connection, which one thread at a time may use. Raises `BadHistory`."""
         return await anyio.to_thread.run_sync(self._guarded, work, limiter=self._writing)
 
-    async def _beside(self, work: Callable[[duckdb.DuckDBPyConnection], T]) -> T:
+    async def beside(self, work: Callable[[duckdb.DuckDBPyConnection], T]) -> T:
         """Do something with a connection of its own, beside what is stored meanwhile. Raises `BadHistory`."""
 
         def with_cursor() -> T:
@@ -128,7 +130,12 @@ class Ingest:
         with suppress(OSError):
             os.nice(NICE)
         relax_collector()
-        await self._begin()
+        try:
+            await self._begin()
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self._close()
+            raise
         try:
             async with anyio.create_task_group() as group:
                 group.start_soon(self._flush_forever)
@@ -148,13 +155,7 @@ class Ingest:
                 f"the history holds {checkpoint.sequence} commits, the log of fleet {self.fleet!r} ends at {log.last_seq}; "
                 "the log was replaced or has lost messages: restore it, or begin another history with --history"
             )
-        missing = await self.in_thread(partial(archive.missing, self.store))
-        if missing:
-            _log.error("archive_files_missing", files=missing[:5], count=len(missing))
-            raise BadHistory(
-                f"{len(missing)} files of the archive are missing or cut off, such as {missing[0]}; restore them, or let "
-                "`kvplane history rebuild` make the history again"
-            )
+        await self._check_last(checkpoint.sequence, log)
         state = await self.in_thread(lambda: nearest(self.snapshots.upto(checkpoint.sequence), self.fleet))
         if state is not None:
             self.state = state
@@ -174,6 +175,21 @@ class Ingest:
         self._snapshot_at = self.state.sequence
         self.follower.applied = self.state.sequence
         _log.info("history_opened", fleet=self.fleet, stored=self.stored, archived=checkpoint.archived)
+
+    async def _check_last(self, sequence: int, log: StreamState) -> None:
+        """Raise `LogCorrupt` when the last commit that is stored is not the one that the log has there."""
+        if not max(1, log.first_seq) <= sequence <= log.last_seq:
+            return
+        message = await self.client.jetstream().get_msg(stream_name(self.fleet), sequence)
+        found = await self.in_thread(
+            lambda: self.store.connection.execute("SELECT time FROM commits WHERE sequence = ?", [sequence]).fetchall()
+        )
+        # The log's time is cut to microseconds by the client, too.
+        if found and message.time is not None and found[0][0] != message.time.replace(tzinfo=None):
+            raise LogCorrupt(
+                f"commit {sequence}, the last of the history, is another message on the log of fleet {self.fleet!r}; the log "
+                "was replaced: restore it, or begin another history with --history"
+            )
 
     def _through_rows(self, last: int) -> None:
         ((first,),) = self.store.connection.execute(
@@ -267,11 +283,11 @@ class Ingest:
         # What a query may still read of the files that went last time, it has read by now.
         await self.in_thread(partial(archive.sweep, store))
         while self.follower.caught_up.is_set():
-            part = await self._beside(partial(archive.closed, now=now))
+            part = await self.beside(partial(archive.closed, now=now))
             if part is None:
                 break
             # A long copy must not keep rows from being stored.
-            files = await self._beside(partial(archive.export, store, part))
+            files = await self.beside(partial(archive.export, store, part))
             await self.in_thread(partial(archive.adopt, store, part, files))
             _log.info("hour_archived", day=part.day, last=part.last, bytes=sum(file.bytes for file in files))
         gone = await self.in_thread(
@@ -308,6 +324,9 @@ class Ingest:
                 await self.in_thread(partial(self.store.write, self._rows, time=self.state.time))
         if self.state.sequence - self._snapshot_at > SNAPSHOT_COMMITS // 10:
             await self.save_snapshot()
+        await self._close()
+
+    async def _close(self) -> None:
         with suppress(BadHistory):
             await self.in_thread(self.closing)
         await self.in_thread(self.store.close)

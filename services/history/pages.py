@@ -5,19 +5,21 @@ A result that is asked for no more is closed after a while: it holds a snapshot 
 
 from __future__ import annotations
 
+from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import anyio
 import anyio.to_thread
+import msgspec
 import pyarrow as pa
 from msgspec import Struct
 
 from services import api
-from services.errors import BadRequest, DatabaseFailed
+from services.errors import BadRequest, DatabaseFailed, QueryLimit
 from services.history.plain import plain
-from services.history.query import PAGE_BYTES, Queries, harden
+from services.history.query import PAGE_BYTES, ROW_BYTES, Queries, harden
 
 if TYPE_CHECKING:
     from services.history.ingest import Ingest
@@ -25,8 +27,12 @@ if TYPE_CHECKING:
 
 IDLE_SECONDS = 30.0
 """So long after its last page a result is closed."""
-ROWS_SHARE = 8
-"""Rows as plain data may be so many times as large as in Arrow."""
+SHARE = 4
+"""A page is no larger than this part of a message: there are the columns' names, too, and MessagePack of rows may be twice
+as large as the JSON by which they are measured."""
+
+
+_encode = msgspec.json.Encoder().encode
 
 
 class Limits(Struct, frozen=True, kw_only=True):
@@ -42,9 +48,13 @@ class Limits(Struct, frozen=True, kw_only=True):
 class _Open:
     """A result that has more pages."""
 
-    def __init__(self, result: Result, request: api.SqlRequest, stored: int, page_bytes: int) -> None:
+    def __init__(self, result: Result, request: api.SqlRequest, stored: int, most: int) -> None:
         self.result = result
-        self.page_bytes = page_bytes
+        self.page_bytes = min(PAGE_BYTES, most // SHARE)
+        self.row_bytes = most * 5 // 16
+        """Of one row as JSON."""
+        self.rows: deque[list[Any]] = deque()
+        """Plain rows that were made and not yet sent."""
         self.request = request
         self.stored = stored
         self.asked = anyio.current_time()
@@ -88,7 +98,8 @@ class Pages:
         while True:
             await anyio.sleep(IDLE_SECONDS / 10)
             before = anyio.current_time() - IDLE_SECONDS
-            for name in [name for name, kept in self._open.items() if kept.asked < before]:
+            idle = [name for name, kept in self._open.items() if kept.asked < before and not kept.turn.locked()]
+            for name in idle:
                 await self._close(name)
 
     async def ask(self, request: api.SqlRequest) -> api.SqlAnswer:
@@ -100,20 +111,27 @@ class Pages:
             raise BadRequest("sql is empty; try: SHOW TABLES")
         limits = self.limits
         stored = self._ingest.stored
-        size = min(PAGE_BYTES, self._ingest.client.max_payload // 2) // (1 if request.form == "arrow" else ROWS_SHARE)
+        most = self._ingest.client.max_payload
         try:
             result = await anyio.to_thread.run_sync(
                 partial(
                     queries.run, request.sql, seconds=min(request.seconds or limits.seconds, limits.seconds),
                     rows=min(request.rows or limits.rows, limits.rows),
-                    page_bytes=size,
+                    page_bytes=min(PAGE_BYTES, most // SHARE), row_bytes=min(ROW_BYTES, most // 2),
                 )
             )  # fmt: skip
         except DatabaseFailed:
             self._ingest.broken()
             raise
+        names = len(_stream(result.schema, [])) + sum(len(field.name.encode()) + 64 for field in result.schema)
+        if names > most // SHARE:
+            await anyio.to_thread.run_sync(result.close)
+            raise QueryLimit(
+                "memory_limit", f"the names of the columns take {names} bytes, at most {most // SHARE} are given: ask for "
+                "fewer columns, or name them with AS",
+            )  # fmt: skip
         name = uuid4().hex
-        self._open[name] = _Open(result, request, stored, size)
+        self._open[name] = _Open(result, request, stored, most)
         return await self._page(name)
 
     async def more(self, request: api.SqlNextRequest) -> api.SqlAnswer:
@@ -144,25 +162,22 @@ class Pages:
 
     def _make(self, name: str, kept: _Open) -> tuple[api.SqlAnswer, bool]:
         """A page, and whether it is the last one. Raises `QueryLimit` when rows beyond the limit were to come."""
-        result, batches, size, ended = kept.result, [], 0, True
-        for batch in result:
-            batches.append(batch)
-            size += pa.ipc.get_record_batch_size(batch)
-            # Another one of this size would still fit.
-            if size > kept.page_bytes // 2:
-                ended = False
-                break
-        if not batches and result.limit is not None:
+        result, schema = kept.result, kept.result.schema
+        rows: list[list[Any]] = []
+        data, found = b"", 0
+        if kept.request.form == "arrow":
+            batches, ended = _batches(kept)
+            data, found = _stream(schema, batches), len(batches)
+        else:
+            rows, ended = _plain_rows(kept)
+            found = len(rows)
+        if not found and result.limit is not None:
             raise result.limit
-        if batches and result.limit is not None:
+        if found and result.limit is not None:
             ended = False
-        schema = result.schema
-        arrow = kept.request.form == "arrow"
         answer = api.SqlAnswer(
             columns=[api.Column(field.name, str(field.type)) for field in schema],
-            rows=[] if arrow else [[plain(value) for value in row.values()] for batch in batches for row in _rows(batch)],
-            data=_stream(schema, batches) if arrow else b"",
-            stored=kept.stored, result="" if ended else name, next="" if ended else self.subject,
+            rows=rows, data=data, stored=kept.stored, result="" if ended else name, next="" if ended else self.subject,
         )  # fmt: skip
         return answer, ended
 
@@ -170,6 +185,40 @@ class Pages:
         kept = self._open.pop(name, None)
         if kept is not None:
             await anyio.to_thread.run_sync(kept.result.close)
+
+
+def _batches(kept: _Open) -> tuple[list[pa.RecordBatch], bool]:
+    """The batches of a page, and whether they are the last."""
+    batches, size = [], 0
+    for batch in kept.result:
+        batches.append(batch)
+        size += pa.ipc.get_record_batch_size(batch)
+        # Another one of this size would still fit.
+        if size > kept.page_bytes // 2:
+            return batches, False
+    return batches, True
+
+
+def _plain_rows(kept: _Open) -> tuple[list[list[Any]], bool]:
+    """The rows of a page as plain data, and whether they are the last: names and numbers may be far longer than in Arrow."""
+    rows: list[list[Any]] = []
+    left = kept.page_bytes
+    while True:
+        while not kept.rows:
+            batch = next(kept.result, None)
+            if batch is None:
+                return rows, True
+            kept.rows.extend([plain(value) for value in row.values()] for row in _rows(batch))
+        size = len(_encode(kept.rows[0])) + 1
+        if size > left and rows:
+            return rows, False
+        if size > kept.row_bytes:
+            raise QueryLimit(
+                "memory_limit", f"one row has {size} bytes as JSON, at most {kept.row_bytes} are given: ask for fewer "
+                "columns, or for Arrow",
+            )  # fmt: skip
+        left -= size
+        rows.append(kept.rows.popleft())
 
 
 def _rows(batch: pa.RecordBatch) -> list[dict[int, Any]]:

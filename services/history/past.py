@@ -5,25 +5,28 @@ This half finds out what is to be folded, with the history's SQL; `moment` does 
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
-import anyio.to_thread
 
 from events.log.stream import open_stream
+from projections.errors import BadHistory
 from projections.history.replay import decision_events
 from projections.history.tables import TABLES
 from services import logs
-from services.errors import BadRequest, BeforeHistory, UnknownRequest
+from services.errors import BadRequest, BeforeHistory, DatabaseFailed, UnknownRequest
 from services.history import moment
 from services.routing.explain import BEFORE_SECONDS
 from services.workers import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from duckdb import DuckDBPyConnection
 
     from events.types import RequestRouted
     from services.history.ingest import Ingest
@@ -51,24 +54,22 @@ class Past:
         """End what is being answered."""
         self._worker.close()
 
-    def _ask(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
-        cursor = self._ingest.store.cursor()
+    async def _read(self, work: Callable[[DuckDBPyConnection], T]) -> T:
         try:
-            return cursor.execute(sql, list(values)).fetchall()
-        finally:
-            cursor.close()
+            return await self._ingest.beside(work)
+        except BadHistory as error:
+            raise DatabaseFailed(str(error)) from None
 
     async def _asked(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
-        return await anyio.to_thread.run_sync(partial(self._ask, sql, *values))
+        return await self._read(lambda cursor: cursor.execute(sql, list(values)).fetchall())
 
     async def sequence(self, at: str) -> int:
         """Sequence that a moment means. Raises `BadRequest` or `BeforeHistory`."""
         ends = (await open_stream(self._ingest.client.jetstream(), self._ingest.fleet)).last_seq
-        if at.isdigit():
-            sequence = int(at)
-            if sequence > ends:
-                raise BeforeHistory(f"the log ends at sequence {ends}; {sequence} is not there yet")
-            return sequence
+        if at.isascii() and at.isdigit():
+            if len(at) > 20 or int(at) > ends:
+                raise BeforeHistory(f"the log ends at sequence {ends}; {at[:60]} is not there yet")
+            return int(at)
         try:
             moment = datetime.fromisoformat(at)
         except ValueError:
@@ -78,7 +79,7 @@ class Past:
         if moment.tzinfo is None:
             moment = moment.replace(tzinfo=UTC)
         await self._ingest.reached(ends, seconds=STORED_SECONDS)
-        micros = (moment - datetime(1970, 1, 1, tzinfo=UTC)).total_seconds() * 1e6
+        micros = (moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
         ((found, first),) = await self._asked(
             "SELECT max(sequence) FILTER (epoch_us(time) <= ?), min(time) FROM commits", micros
         )
@@ -92,40 +93,38 @@ class Past:
         ingest = self._ingest
         log = await open_stream(ingest.client.jetstream(), ingest.fleet)
         snapshots = ingest.snapshots.upto(begin)
+        while True:
+            try:
+                async with self._one:
+                    return await self._fold_from(snapshots, log.first_seq, last, work, *arguments)
+            except BeforeHistory:
+                if not snapshots:
+                    raise
+                # The nearest one can't be used: then from one before it, through more rows.
+                snapshots = snapshots[1:]
+
+    async def _fold_from(
+        self, snapshots: list[Path], log_first: int, last: int, work: Callable[..., T], *arguments: object
+    ) -> T:
+        ingest = self._ingest
         base = int(snapshots[0].stem) if snapshots else 0
-        rows, rows_last, first = "", 0, log.first_seq
-        async with self._one:
-            if base + 1 < log.first_seq and base < last:
-                rows_last = min(last, log.first_seq - 1)
-                rows = mkdtemp(dir=ingest.store.spill, prefix="past-")
-                first = await anyio.to_thread.run_sync(partial(self._export, rows, base, rows_last))
+        # A snapshot of the very moment needs no commits.
+        rows, rows_last, first = "", 0, min(log_first, base + 1) if base >= last else log_first
+        if base + 1 < log_first and base < last:
+            rows_last = min(last, log_first - 1)
+            rows = mkdtemp(dir=ingest.store.spill, prefix="past-")
+        try:
+            if rows:
+                first = await self._read(partial(_export, rows, base, rows_last))
             way = moment.Way(
                 fleet=ingest.fleet, servers=self._servers, snapshots=[str(path) for path in snapshots], rows=rows,
                 rows_last=rows_last, first=first, modules=self._modules,
             )  # fmt: skip
-            try:
-                return await self._worker.call(work, way, *arguments)
-            finally:
-                if rows:
-                    with anyio.CancelScope(shield=True):
-                        await _remove(rows)
-
-    def _export(self, folder: str, after: int, last: int) -> int:
-        """Write the rows of a range to files; sequence of the first commit that is there."""
-        cursor = self._ingest.store.cursor()
-        try:
-            for table in TABLES:
-                path = f"{folder}/{table.name}.parquet".replace("'", "''")
-                cursor.execute(
-                    f"COPY (SELECT * FROM {table.name} WHERE sequence > {after} AND sequence <= {last}) TO '{path}' "
-                    "(FORMAT parquet)"
-                )
-            ((first,),) = cursor.execute(
-                f"SELECT min(sequence) FROM commits WHERE sequence > {after} AND sequence <= {last}"
-            ).fetchall()
+            return await self._worker.call(work, way, *arguments)
         finally:
-            cursor.close()
-        return last + 1 if first is None else int(first)
+            if rows:
+                with anyio.CancelScope(shield=True):
+                    await _remove(rows)
 
     async def state(self, at: str, node: str) -> dict[str, Any]:
         """The fleet as it was."""
@@ -168,7 +167,7 @@ class Past:
                 f"{'' if sequence is None else f' at sequence {sequence}'}; {since}"
             )
         at, place, router, applied, decided, time, kind, hashes, size = found[-1]
-        begin, own = await anyio.to_thread.run_sync(partial(self._own, at, place, router, decided or time))
+        begin, own = await self._read(partial(_own, at, place, router, decided or time))
         event = own[-1]
         answer: dict[str, Any] = {
             "request": request, "sequence": at, "router": router, "applied": applied, "decided": decided, "kind": kind,
@@ -185,25 +184,6 @@ class Past:
         again = await self._fold(min(begin, applied), applied, moment.explain, router, min(begin, applied), own)
         verdict = "differs" if again["differences"] else "agrees"
         return {**answer, "verdict": verdict, "recomputed": again}
-
-    def _own(self, sequence: int, place: int, router: str, decided: int) -> tuple[int, list[RequestRouted]]:
-        """Where the log is to be read anew from, and this router's decisions from there on, up to this one."""
-        cursor = self._ingest.store.cursor()
-        try:
-            before = decided - int((BEFORE_SECONDS + _SKEW_SECONDS) * 1e6)
-            ((begin,),) = cursor.execute(
-                "SELECT coalesce(max(sequence), 0) FROM commits WHERE epoch_us(time) < ? AND sequence < ?",
-                [before, sequence],
-            ).fetchall()
-            table = cursor.sql(
-                "SELECT * EXCLUDE (time) REPLACE (epoch_us(decided) AS decided) FROM decisions WHERE router = ? "
-                "AND sequence > ? AND (sequence, event) <= (?, ?)",
-                params=[router, begin, sequence, place],
-            ).to_arrow_table()
-        finally:
-            cursor.close()
-        events = decision_events(table)
-        return begin, [events[key] for key in sorted(events)]  # type: ignore[misc]
 
     async def _outcome(self, request: str, sequence: int, size: int, event: RequestRouted) -> dict[str, Any] | None:
         rows = await self._asked(
@@ -223,6 +203,34 @@ def _recorded(event: RequestRouted) -> dict[str, Any]:
         "best": event.best, "blocks": event.blocks, "tokens": event.tokens, "exclude": event.exclude,
         "candidates": [[candidate.node, candidate.match, candidate.cost] for candidate in event.candidates],
     }  # fmt: skip
+
+
+def _export(folder: str, after: int, last: int, cursor: DuckDBPyConnection) -> int:
+    """Write the rows of a range to files; sequence of the first commit that is there."""
+    for table in TABLES:
+        path = f"{folder}/{table.name}.parquet".replace("'", "''")
+        cursor.execute(
+            f"COPY (SELECT * FROM {table.name} WHERE sequence > {after} AND sequence <= {last}) TO '{path}' (FORMAT parquet)"
+        )
+    ((first,),) = cursor.execute(f"SELECT min(sequence) FROM commits WHERE sequence > {after}").fetchall()
+    return last + 1 if first is None else int(first)
+
+
+def _own(
+    sequence: int, place: int, router: str, decided: int, cursor: DuckDBPyConnection
+) -> tuple[int, list[RequestRouted]]:
+    """Where the log is to be read anew from, and this router's decisions from there on, up to this one."""
+    before = decided - int((BEFORE_SECONDS + _SKEW_SECONDS) * 1e6)
+    ((begin,),) = cursor.execute(
+        "SELECT coalesce(max(sequence), 0) FROM commits WHERE epoch_us(time) < ? AND sequence < ?", [before, sequence]
+    ).fetchall()
+    table = cursor.sql(
+        "SELECT * EXCLUDE (time) REPLACE (epoch_us(decided) AS decided) FROM decisions WHERE router = ? "
+        "AND sequence > ? AND (sequence, event) <= (?, ?)",
+        params=[router, begin, sequence, place],
+    ).to_arrow_table()
+    events = decision_events(table)
+    return begin, [events[key] for key in sorted(events)]  # type: ignore[misc]
 
 
 async def _remove(folder: str) -> None:

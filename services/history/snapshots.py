@@ -35,11 +35,15 @@ class Snapshots:
         """Write a snapshot, whole or not at all."""
         path = self.folder / f"{state.sequence:020}.snapshot"
         unfinished = path.with_suffix(".unfinished")
-        with unfinished.open("wb") as file:
-            file.write(dump(state))
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.rename(path)
+        try:
+            with unfinished.open("wb") as file:
+                file.write(dump(state))
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.rename(path)
+        except OSError:
+            unfinished.unlink(missing_ok=True)
+            raise
         self._thin()
         return path
 
