@@ -104,6 +104,11 @@ class FleetState:
             types.PolicyChanged: self._policy_changed,
         }
 
+    def become(self, other: FleetState) -> None:
+        """Be the state that another one is, such as a snapshot's. The other must not be used any more."""
+        kept = {"fleet": self.fleet, "_deciding": self._deciding, "_on_event": self._on_event}
+        self.__dict__.update({**vars(other), **kept})
+
     def apply(self, message: Message) -> Applied:
         """Apply one message of the log. A message at or below `sequence` is a redelivery and changes nothing."""
         if message.sequence <= self.sequence:

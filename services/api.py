@@ -154,6 +154,12 @@ class StatusRequest(Struct, frozen=True, kw_only=True):
     digest: bool = False
 
 
+class CompactRequest(Struct, frozen=True, kw_only=True):
+    """Purge the log below the oldest snapshot, and below what the history has stored unless there is to be none."""
+
+    without_history: bool = False
+
+
 class ServeRequest(Struct, frozen=True, kw_only=True):
     """Ask a simulated node to run a request."""
 

@@ -22,6 +22,7 @@ from events.log.stream import open_stream
 from events.subjects import pulse_subject
 from projections.overview import node_row, summary
 from services import api, placement
+from services.compaction import SNAPSHOT_COMMITS, Compaction
 from services.errors import Conflict, LogAway, UnknownModel
 from services.liveness import Liveness
 from services.micro import Endpoint, serve
@@ -50,12 +51,15 @@ Decide = Callable[[Any, Any], "Proposal | None"]
 class Coordinator:
     """One coordinator of a fleet."""
 
-    def __init__(self, client: Client, fleet: str, *, replicas: int = 1) -> None:
+    def __init__(
+        self, client: Client, fleet: str, *, replicas: int = 1, snapshot_commits: int = SNAPSHOT_COMMITS
+    ) -> None:  # fmt: skip
         self.client = client
         self.fleet = fleet
         self.writer = new_writer("coordinator")
         self.replica = Replica(client, fleet)
         self.state = self.replica.state
+        self.compaction = Compaction(client, self.replica, replicas=replicas, commits=snapshot_commits)
         self.liveness = Liveness()
         self.races_lost = 0
         self._replicas = replicas
@@ -84,6 +88,8 @@ class Coordinator:
                 ("session.end", api.SessionRequest, self.end_session),
                 ("policy.set", api.PolicyRequest, self.set_policy),
                 ("status", api.StatusRequest, self.status),
+                ("snapshot", api.StatusRequest, self.snapshot),
+                ("compact", api.CompactRequest, self.compact),
             ]
             endpoints = [
                 Endpoint(name.replace(".", "_"), f"{base}.{name}", form, answer, concurrent=True)
@@ -94,6 +100,7 @@ class Coordinator:
                 {"fleet": self.fleet, "writer": self.writer},
             )  # fmt: skip
             group.start_soon(self._watch)
+            group.start_soon(self.compaction.run)
             _log.info("coordinator_ready", fleet=self.fleet, writer=self.writer, applied=self.state.sequence)
             task_status.started()
 
@@ -207,8 +214,18 @@ class Coordinator:
             "writer": self.writer,
             "ready": self.replica.ready,
             "races_lost": self.races_lost,
+            "began": self.replica.began,
             **summary(self.state, digests=request.digest),
         }
+
+    async def snapshot(self, request: api.StatusRequest) -> dict[str, object]:  # noqa: ARG002 - nothing to choose
+        """Take a snapshot of the fold."""
+        self.replica.check_ready()
+        return await self.compaction.take()
+
+    async def compact(self, request: api.CompactRequest) -> dict[str, object]:
+        """Purge what of the log is no longer needed."""
+        return await self.compaction.compact(without_history=request.without_history)
 
     async def _pulse(self, message: Msg) -> None:
         try:

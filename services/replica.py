@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections import deque
 from typing import TYPE_CHECKING
 
 import anyio
 import structlog
 
+from events.errors import LogUnavailable
 from events.log.follow import Follower
+from events.log.snapshots import SnapshotStore
+from projections.errors import BadSnapshot
 from projections.fleet import FleetState
+from projections.snapshot import load, peek
 from services.errors import LogAway, NotReady
+from services.routing.overlay import RECENT_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,6 +27,7 @@ if TYPE_CHECKING:
     from events.codec import Message
     from projections.fleet import Applied
 
+RECENT_NS = int(RECENT_SECONDS * 1e9)
 SKIPS_KNOWN = 10_000
 """For how many skipped commits their reason is kept for those who wait for their own."""
 
@@ -36,6 +43,9 @@ class Replica:
     ) -> None:  # fmt: skip
         self.state = FleetState(fleet)
         self.follower = Follower(client, fleet, self._handle)
+        self.snapshots = SnapshotStore(client, fleet)
+        self.began = 0
+        """Sequence of the snapshot that this replica began with; 0 when it began with the log."""
         self._observe = observe
         self._before = before
         self._skips: dict[int, tuple[str, str]] = {}
@@ -80,7 +90,8 @@ class Replica:
             self._advanced = anyio.Event()
 
     async def run(self) -> None:
-        """Follow the log until cancelled."""
+        """Follow the log until cancelled, from the newest snapshot that can be used."""
+        await self._restore()
         async with anyio.create_task_group() as group:
             group.start_soon(self.follower.run)
             await self.follower.caught_up.wait()
@@ -88,6 +99,27 @@ class Replica:
             gc.collect()
             gc.freeze()
             _log.info("replica_ready", fleet=self.state.fleet, sequence=self.state.sequence, skipped=self.state.skipped)
+
+    async def _restore(self) -> None:
+        """Begin with a snapshot, if there is one; what can't be used is passed over with a warning."""
+        try:
+            sequences = await self.snapshots.sequences()
+        except LogUnavailable as error:
+            _log.warning("snapshots_not_read", error=str(error))
+            return
+        for sequence in sequences:
+            try:
+                data = await self.snapshots.get(sequence)
+                # What other routers decided in the seconds before a moment is read from the log, not from a snapshot of it.
+                if peek(data).time > time.time_ns() - RECENT_NS:
+                    continue
+                self.state.become(load(self.state.fleet, data))
+            except (BadSnapshot, LogUnavailable) as error:
+                _log.warning("snapshot_passed_over", sequence=sequence, error=str(error))
+                continue
+            self.began = self.follower.applied = self.state.sequence
+            _log.info("snapshot_loaded", fleet=self.state.fleet, sequence=self.began)
+            return
 
     async def reached(self, sequence: int, *, seconds: float = 10.0) -> None:
         """Wait until this sequence is applied. Raises `LogAway` after `seconds`."""

@@ -236,6 +236,7 @@ class Router:
             "recorded": sum(writer.acknowledged for writer in self._writers),
             "waiting": sum(writer.waiting for writer in self._writers),
             "unrecorded": sum(writer.dropped for writer in self._writers),
+            "began": self.replica.began,
             **summary(self.state, digests=request.digest),
         }
 

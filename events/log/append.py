@@ -36,6 +36,7 @@ RETRY_SECONDS = 0.05
 HEADERS_BYTES = 512
 """Room for headers, kept free below the server's message limit."""
 
+EXPECTED = "Nats-Expected-Last-Subject-Sequence"
 LOOK_BACK = 1000
 """Among how many later messages of the subject a retried commit is looked for."""
 
@@ -96,7 +97,7 @@ class Appender:
         async with self._locks.setdefault(subject, anyio.Lock()):
             headers = self._headers(subject, body)
             if expected is not None:
-                headers["Nats-Expected-Last-Subject-Sequence"] = str(expected)
+                headers[EXPECTED] = str(expected)
             if based_on is not None:
                 headers[codec.BASED_ON] = str(based_on)
             return await self._until_acknowledged(subject, body, headers, give_up, None)
@@ -171,14 +172,26 @@ class Appender:
         if error.get("err_code") in _WRONG_LAST_SEQUENCE:
             if retried:
                 # With one replica the server looks at the expectation before the id: it may be our own first try.
-                expected = int(headers["Nats-Expected-Last-Subject-Sequence"])
+                expected = int(headers[EXPECTED])
                 stored = await self._stored(subject, headers["Nats-Msg-Id"], expected)
                 if stored is not None:
                     return stored
+            if await self._purged(headers):
+                # The server has nothing left on the subject. The fold still judges the commit by what it was based on.
+                headers[EXPECTED] = "0"
+                return await self._publish(subject, body, headers, retried=retried)
             raise LostRace(f"another writer changed {subject} first")
         if error.get("code") == 503:
             raise LogUnavailable(error.get("description", "JetStream is not available"))
         raise LogError(f"the log refused a commit on {subject}: {error.get('description')} ({error.get('err_code')})")
+
+    async def _purged(self, headers: dict[str, str]) -> bool:
+        """Whether the message that was expected is one that the log no longer has."""
+        expected = int(headers[EXPECTED])
+        if not expected:
+            return False
+        info = await self.client.jetstream().stream_info(self._stream)
+        return expected < info.state.first_seq
 
     async def _stored(self, subject: str, message_id: str, expected: int) -> int | None:
         """Sequence of the message with this id among those that came on the subject after the one expected."""

@@ -16,6 +16,7 @@ from rich.console import Console
 from events.errors import KvplaneError
 from events.log.connection import connected
 from services.cli.common import COMMON, Common, PolicyModules, run_until_signal, start
+from services.compaction import SNAPSHOT_COMMITS
 from services.coordinator import Coordinator
 from services.errors import BadRequest
 from services.router import Router
@@ -130,13 +131,21 @@ async def _run_router(common: Common) -> None:
         await Router(client, common.fleet).run()
 
 
-def coordinator(*, replicas: int = 1, policy_module: PolicyModules = (), common: Common = COMMON) -> None:
+def coordinator(
+    *,
+    replicas: int = 1,
+    snapshot_commits: int = SNAPSHOT_COMMITS,
+    policy_module: PolicyModules = (),
+    common: Common = COMMON,
+) -> None:
     """Run a coordinator. Start as many as you like; there is no leader.
 
     Parameters
     ----------
     replicas
         Copies of the log, if this coordinator creates it: 1, or 3 on a cluster.
+    snapshot_commits
+        Take a snapshot of the state when so many commits have come since the last one.
     policy_module
         Modules from which policies of the form module:attr may be taken.
     """
@@ -144,12 +153,14 @@ def coordinator(*, replicas: int = 1, policy_module: PolicyModules = (), common:
     allow(policy_module)
     if replicas not in {1, 3, 5}:
         raise BadRequest(f"--replicas is {replicas}; it must be 1, 3 or 5")
-    run_until_signal(_run_coordinator, replicas, common)
+    if snapshot_commits < 1:
+        raise BadRequest(f"--snapshot-commits is {snapshot_commits}; it must be at least 1")
+    run_until_signal(_run_coordinator, replicas, snapshot_commits, common)
 
 
-async def _run_coordinator(replicas: int, common: Common) -> None:
+async def _run_coordinator(replicas: int, snapshot_commits: int, common: Common) -> None:
     async with connected(common.server, "kvplane-coordinator") as client:
-        await Coordinator(client, common.fleet, replicas=replicas).run()
+        await Coordinator(client, common.fleet, replicas=replicas, snapshot_commits=snapshot_commits).run()
 
 
 def simnode(

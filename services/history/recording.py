@@ -110,7 +110,7 @@ def span(
 async def recorded_span(
     client: Client, fleet: str, since: str | None, until: str | None, *, warm: float
 ) -> tuple[Span, int, int]:
-    """Ask a historian for a span, and its first and last sequence; `warm` are seconds before it that are fetched as well."""
+    """Ask a historian for a span, and its first and last sequence; `warm` seconds before it are fetched as well."""
     begin = await _sequence(client, fleet, since or await _first(client, fleet))
     end = await _sequence(client, fleet, until) if until else await _last(client, fleet)
     if begin >= end:

@@ -1,0 +1,89 @@
+"""Commands about snapshots of the fold, and about what of the log they make unnecessary: `snapshot take|list`, `compact`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from cyclopts import App, Parameter
+from rich.console import Console
+
+from events.log.connection import connected
+from events.log.snapshots import SnapshotStore
+from services import api
+from services.cli.ask import CONNECT_SECONDS, Json, grid, question, show_json
+from services.cli.common import COMMON, Common, run_async, start
+
+PATIENCE_SECONDS = 600.0
+
+snapshot = App(name="snapshot", help="Snapshots of the fleet's state, from which replicas start.")
+
+
+@snapshot.command
+def take(*, json: Json = False, common: Common = COMMON) -> None:
+    """Take a snapshot now. Coordinators take them by themselves as the log grows.
+
+    Parameters
+    ----------
+    json
+        Print JSON.
+    """
+    answer = question(common, "coordinator.snapshot", api.StatusRequest(), seconds=PATIENCE_SECONDS)
+    if json:
+        show_json(answer)
+    elif answer.get("changed") is False:
+        Console().print(f"there is one at sequence {answer['sequence']:,} already", highlight=False)
+    else:
+        grid([
+            ("sequence", f"{answer['sequence']:,}"),
+            ("size", f"{answer['bytes'] / 1e6:,.2f} MB"),
+            ("took", f"{answer['seconds']:.2f} s; the coordinator stood still for {answer['pause'] * 1000:.1f} ms"),
+        ])  # fmt: skip
+
+
+@snapshot.command(name="list")
+def list_snapshots(*, json: Json = False, common: Common = COMMON) -> None:
+    """List the snapshots, the newest first.
+
+    Parameters
+    ----------
+    json
+        Print JSON.
+    """
+    start(common, quiet=True)
+    sequences = run_async(_sequences, common)
+    if json:
+        show_json(sequences)
+    else:
+        Console().print("\n".join(f"{sequence:,}" for sequence in sequences) or "none", highlight=False)
+
+
+async def _sequences(common: Common) -> list[int]:
+    async with connected(common.server, "kvplane-snapshot", connect_seconds=CONNECT_SECONDS) as client:
+        return await SnapshotStore(client, common.fleet).sequences()
+
+
+def compact(
+    *,
+    without_history: Annotated[bool, Parameter(negative="")] = False,
+    json: Json = False,
+    common: Common = COMMON,
+) -> None:
+    """Purge the log below its oldest snapshot, and below what the history has stored. Nothing is lost that way.
+
+    Parameters
+    ----------
+    without_history
+        There is no historian and is to be none: what is purged can't be asked for any more.
+    json
+        Print JSON.
+    """
+    request = api.CompactRequest(without_history=without_history)
+    answer = question(common, "coordinator.compact", request, seconds=PATIENCE_SECONDS)
+    if json:
+        show_json(answer)
+        return
+    grid([
+        ("log begins", f"at sequence {answer['first']:,}"),
+        ("purged", f"{answer['purged']:,} commits, {answer['freed_bytes'] / 1e6:,.2f} MB"),
+        ("kept for", ", ".join(f"{name} at {answer[name]:,}" for name in ("snapshot", "history") if name in answer)),
+    ])  # fmt: skip
