@@ -15,6 +15,7 @@ import time
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import anyio
 import msgspec
@@ -45,6 +46,8 @@ LAG = Limit(most=1)
 MOMENT = Limit(most=10)
 EXPLAIN = Limit(most=2)
 EVENTS_A_SECOND = 10_000
+RATE = 1000
+"""Requests per second of a large fleet."""
 READY_SECONDS = 300.0
 BLOCKS = 16
 _QUESTION_SECONDS = 120.0
@@ -188,14 +191,19 @@ async def unsafe_server(folder: Path) -> AsyncIterator[str]:
             await process.wait()
 
 
-async def write_log(client: Client, commits: int) -> None:
-    """A log of commits of one event each: requests that are routed, computed and completed on eight nodes."""
+async def write_log(client: Client, commits: int, *, rate: int = 0) -> list[str]:
+    """Commits of one event each: requests that are routed, computed and completed on eight nodes; the requests' ids.
+
+    `rate` is in commits a second; 0 is as fast as can be.
+    """
     draw = random.Random(4)
+    first = (await open_stream(client.jetstream(), FLEET)).last_seq
+    begin = time.perf_counter()
     nodes = [f"n{number}" for number in range(8)]
     epochs = await register(Appender(client, FLEET, new_writer("bench")), nodes)
     router = new_writer("router")
     access = subject(FLEET, "access", router)
-    now = time.time_ns() // 1000
+    life = uuid4().hex[:8]
     for number in range(commits):
         at, step = divmod(number, 4)
         name = nodes[at % 8]
@@ -204,29 +212,33 @@ async def write_log(client: Client, commits: int) -> None:
         where, headers = access, {WRITER: router}
         if step == 0:
             event = types.RequestRouted(
-                f"r{at:x}", "m", name, 0, BLOCKS, BLOCKS * 16 + 1, hashes, f"s{draw.randrange(5000)}", "ttft", number + 8,
-                [types.Candidate(name, 0, 0.5)], 0, now,
+                f"{life}.{at:x}", "m", name, 0, BLOCKS, BLOCKS * 16 + 1, hashes, f"s{draw.randrange(5000)}", "ttft", first + number + len(nodes),
+                [types.Candidate(name, 0, 0.5)], 0, time.time_ns() // 1000,
             )  # fmt: skip
         elif step == 1:
             event = types.BlocksStored(name, epochs[at % 8], at, hashes)
             where, headers = subject(FLEET, "cache", name), {}
         elif step == 2:
-            event = types.RequestCompleted(f"r{at:x}", name, "ok", BLOCKS * 16 + 1, 0, 9, 0.1, 0.2)
+            event = types.RequestCompleted(f"{life}.{at:x}", name, "ok", BLOCKS * 16 + 1, 0, 9, 0.1, 0.2)
         else:
             session = f"s{draw.randrange(5000)}"
             event, where, headers = types.SessionAssigned(session, "m", name, "new"), subject(FLEET, "session", "m"), {}
         await client.publish(where, codec.encode([event]), headers=headers or None)
         if number % 5000 == 0:
             await client.flush(timeout=60)
+        if rate and number % 100 == 0:
+            await client.flush(timeout=60)
+            await anyio.sleep(max(0.0, begin + number / rate - time.perf_counter()))
     await client.flush(timeout=60)
     with anyio.fail_after(READY_SECONDS):
-        while (await open_stream(client.jetstream(), FLEET)).last_seq < commits + len(nodes):
+        while (await open_stream(client.jetstream(), FLEET)).last_seq < first + commits + len(nodes):
             await anyio.sleep(0.1)
+    return [f"{life}.{at:x}" for at in range(commits // 4)]
 
 
 async def questions(*, quick: bool) -> list[Row]:
     """How long past states and explanations take."""
-    commits, asked = (20_000, 3) if quick else (1_000_000, 6)
+    commits, asked, seconds = (20_000, 3, 2) if quick else (1_000_000, 6, 20)
     with tempfile.TemporaryDirectory() as folder:
         async with unsafe_server(Path(folder) / "data") as url, connected([url], "bench") as client:
             await open_stream(client.jetstream(), FLEET, create=True)
@@ -234,17 +246,18 @@ async def questions(*, quick: bool) -> list[Row]:
             with historian(url, Path(folder) / "history"):
                 took = await at_rest(client)
                 draw = random.Random(8)
-                states, explained = [], []
-                for number in range(asked):
-                    begin = time.perf_counter()
+                states = []
+                for _ in range(asked):
                     moment = api.MomentRequest(at=str(draw.randrange(commits)))
-                    await ask(client, f"kv.{FLEET}.history.state", moment, seconds=_QUESTION_SECONDS)
-                    states.append(time.perf_counter() - begin)
-                    begin = time.perf_counter()
-                    which = commits // 4 * (number + 1) // (asked + 1)
-                    request = api.ExplainRequest(request=f"r{which:x}")
-                    await ask(client, f"kv.{FLEET}.explain", request, seconds=_QUESTION_SECONDS)
-                    explained.append(time.perf_counter() - begin)
+                    states.append(await _timed(client, f"kv.{FLEET}.history.state", moment))
+                # The million came in seconds. What is explained comes at the rate of a fleet, long enough after them.
+                await anyio.sleep(2 if quick else 40)
+                decided = await write_log(client, RATE * 4 * seconds, rate=RATE * 4)
+                await at_rest(client)
+                explained = [
+                    await _timed(client, f"kv.{FLEET}.explain", api.ExplainRequest(request=request))
+                    for request in decided[len(decided) // 2 :: len(decided) // 2 // asked]
+                ]
                 snapshots = (await status(client))["snapshots"]
     return [
         row(
@@ -254,9 +267,15 @@ async def questions(*, quick: bool) -> list[Row]:
         ),
         row(
             "history: explain", statistics.median(explained), "s", limit=EXPLAIN,
-            note=f"worst {max(explained):.2f} s, among {commits // 4:,} decisions",
+            note=f"worst {max(explained):.2f} s, at {RATE:,} requests a second, behind {commits / 1e6:g} M commits",
         ),
     ]  # fmt: skip
+
+
+async def _timed(client: Client, to: str, question: msgspec.Struct) -> float:
+    begin = time.perf_counter()
+    await ask(client, to, question, seconds=_QUESTION_SECONDS)
+    return time.perf_counter() - begin
 
 
 def run(*, quick: bool) -> list[Row]:

@@ -20,7 +20,7 @@ from services.cli.ask import CONNECT_SECONDS, Json, grid, question, show_json
 from services.cli.common import COMMON, Common, PolicyModules, run_async, run_until_signal, start
 from services.errors import BadRequest
 from services.history.historian import Historian
-from services.history.ingest import Ingest, Retention
+from services.history.ingest import Ingest, Retention, give_way, relax_collector
 from services.history.pages import Limits
 
 history = App(name="history", help="See how far the history is, or make it again.")
@@ -65,6 +65,9 @@ def historian(
             raise BadRequest(f"--{option} is {value:g}; it must be more than 0")
     if memory_gb < 0.25:
         raise BadRequest(f"--memory-gb is {memory_gb:g}; it must be at least 0.25")
+    # Before DuckDB starts its threads.
+    give_way()
+    relax_collector()
     limits = Limits(seconds=timeout, rows=max_rows, memory=int(memory_gb * 1e9))
     retention = Retention(keep_days, None if keep_gb is None else int(keep_gb * 1e9))
     run_until_signal(_historian, history, limits, retention, tuple(policy_module), common)

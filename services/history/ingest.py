@@ -53,10 +53,15 @@ SNAPSHOT_COMMITS = 100_000
 """So many commits after a snapshot there is another one ..."""
 SNAPSHOT_SHARE = 20
 """... unless that would take more than one part in so many of the time."""
-NICE = 15
-"""The historian gives way to routers on the same machine."""
+NICE = 19
 
 _log = structlog.get_logger("kvplane.history")
+
+
+def give_way() -> None:
+    """Let this process, and all threads that it starts from now on, come after routers on the same machine."""
+    with suppress(OSError):
+        os.nice(NICE)
 
 
 def relax_collector() -> None:
@@ -127,9 +132,6 @@ class Ingest:
 
     async def run(self) -> None:
         """Follow the log until cancelled. Raises `LogCorrupt` when history and log don't fit together."""
-        with suppress(OSError):
-            os.nice(NICE)
-        relax_collector()
         try:
             await self._begin()
         except BaseException:

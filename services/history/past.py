@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 STORED_SECONDS = 5.0
 """How long to wait until the history holds what is on the log now."""
-_SKEW_SECONDS = 60.0
+_SKEW_SECONDS = 5.0
 """How far a router's clock may be off the log's."""
 
 
@@ -167,7 +167,7 @@ class Past:
                 f"{'' if sequence is None else f' at sequence {sequence}'}; {since}"
             )
         at, place, router, applied, decided, time, kind, hashes, size = found[-1]
-        begin, own = await self._read(partial(_own, at, place, router, decided or time))
+        begin, own = await self._read(partial(_own, at, place, router, applied, decided or time))
         event = own[-1]
         answer: dict[str, Any] = {
             "request": request, "sequence": at, "router": router, "applied": applied, "decided": decided, "kind": kind,
@@ -217,13 +217,20 @@ def _export(folder: str, after: int, last: int, cursor: DuckDBPyConnection) -> i
 
 
 def _own(
-    sequence: int, place: int, router: str, decided: int, cursor: DuckDBPyConnection
+    sequence: int, place: int, router: str, applied: int, decided: int, cursor: DuckDBPyConnection
 ) -> tuple[int, list[RequestRouted]]:
     """Where the log is to be read anew from, and this router's decisions from there on, up to this one."""
     before = decided - int((BEFORE_SECONDS + _SKEW_SECONDS) * 1e6)
     ((begin,),) = cursor.execute(
-        "SELECT coalesce(max(sequence), 0) FROM commits WHERE epoch_us(time) < ? AND sequence < ?", [before, sequence]
+        "SELECT coalesce(max(sequence), 0) FROM commits WHERE time < make_timestamp(?) AND sequence < ?",
+        [before, sequence],
     ).fetchall()
+    # What was on its way to the log, however long.
+    ((pending,),) = cursor.execute(
+        "SELECT min(applied) FROM decisions WHERE router = ? AND sequence > ? AND (sequence, event) < (?, ?)",
+        [router, applied, sequence, place],
+    ).fetchall()
+    begin = begin if pending is None else min(begin, pending)
     table = cursor.sql(
         "SELECT * EXCLUDE (time) REPLACE (epoch_us(decided) AS decided) FROM decisions WHERE router = ? "
         "AND sequence > ? AND (sequence, event) <= (?, ?)",

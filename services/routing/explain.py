@@ -15,7 +15,7 @@ import numpy as np
 from msgspec import Struct
 
 from services.routing.decide import Chooser, Query
-from services.routing.overlay import PENDING_SECONDS, PREDICTION_SECONDS, Overlay
+from services.routing.overlay import PREDICTION_SECONDS, Overlay
 from services.routing.policies import policy
 from services.routing.view import Request
 
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from services.errors import ServiceFault
     from services.routing.view import Column
 
-BEFORE_SECONDS = PENDING_SECONDS + 2 * PREDICTION_SECONDS
-"""How long before a decision the log is read again for the router's overlay; nothing in it is older."""
+BEFORE_SECONDS = 2 * PREDICTION_SECONDS
+"""How long before a decision the log is read again for the router's overlay. Of what is in it, only decisions that were not on
+the log yet can be older."""
 TOLERANCE = 1e-9
 """Relative difference up to which costs are the same: machines sum up floats in different orders."""
 
