@@ -46,8 +46,8 @@ LAG = Limit(most=1)
 MOMENT = Limit(most=10)
 EXPLAIN = Limit(most=2)
 EVENTS_A_SECOND = 10_000
-RATE = 1000
-"""Requests per second of a large fleet."""
+RATE = 200
+"""Requests per second of eight busy nodes."""
 READY_SECONDS = 300.0
 BLOCKS = 16
 _QUESTION_SECONDS = 120.0
@@ -211,8 +211,9 @@ async def write_log(client: Client, commits: int, *, rate: int = 0) -> list[str]
         event: types.Event
         where, headers = access, {WRITER: router}
         if step == 0:
+            session, applied = f"s{draw.randrange(5000)}", first + number + len(nodes)
             event = types.RequestRouted(
-                f"{life}.{at:x}", "m", name, 0, BLOCKS, BLOCKS * 16 + 1, hashes, f"s{draw.randrange(5000)}", "ttft", first + number + len(nodes),
+                f"{life}.{at:x}", "m", name, 0, BLOCKS, BLOCKS * 16 + 1, hashes, session, "ttft", applied,
                 [types.Candidate(name, 0, 0.5)], 0, time.time_ns() // 1000,
             )  # fmt: skip
         elif step == 1:

@@ -7,6 +7,7 @@ without a Python object a value where it counts (block hashes stay packed bytes 
 from __future__ import annotations
 
 import json
+from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -154,10 +155,20 @@ def _times(rows: Iterable[int]) -> pa.Array:
     return pa.array(np.array(list(rows), "datetime64[us]"))
 
 
+def _of(things: Sequence[Any], name: str) -> list[Any]:
+    """A field of each."""
+    return list(map(attrgetter(name), things))
+
+
+def _numbers(things: Sequence[Any], name: str, form: type[np.generic]) -> NDArray[Any]:
+    """A field of each, as numbers."""
+    return np.fromiter(map(attrgetter(name), things), form, len(things))
+
+
 def _keys(rows: Sequence[_Row]) -> dict[str, Any]:
     return {
-        "sequence": np.array([row[0] for row in rows], np.uint64),
-        "event": np.array([row[1] for row in rows], np.uint16),
+        "sequence": np.fromiter(map(itemgetter(0), rows), np.uint64, len(rows)),
+        "event": np.fromiter(map(itemgetter(1), rows), np.uint16, len(rows)),
         "time": _times(row[2] for row in rows),
     }
 
@@ -215,7 +226,7 @@ def _node_changes(rows: Sequence[_Row]) -> dict[str, Any]:
 
     return {
         **_keys(rows),
-        "node": [event.node for event in events],
+        "node": _of(events, "node"),
         "change": [_NODE_CHANGES[type(event)] for event in events],
         "reason": [getattr(event, "reason", None) for event in events],
         "address": of(lambda event: event.address),
@@ -243,10 +254,10 @@ def _cache_changes(rows: Sequence[_Row]) -> dict[str, Any]:
     evicted = [event.evicted if place else b"" for event, place in zip(events, placed, strict=True)]
     return {
         **_keys(rows),
-        "node": [event.node for event in events],
+        "node": _of(events, "node"),
         "change": [_CACHE_CHANGES[type(event)] for event in events],
         "tier": [getattr(event, "tier", None) for event in events],
-        "epoch": [event.epoch for event in events],
+        "epoch": _of(events, "epoch"),
         "batch": [getattr(event, "batch", None) for event in events],
         "parent": [getattr(event, "parent", None) for event in events],
         "blocks": np.array([len(packed) >> 3 for packed in hashes], np.uint32),
@@ -267,14 +278,14 @@ def _session_changes(rows: Sequence[_Row]) -> dict[str, Any]:
     events = [row[3] for row in rows]
     return {
         **_keys(rows),
-        "session": [event.session for event in events],
-        "model": [event.model for event in events],
+        "session": _of(events, "session"),
+        "model": _of(events, "model"),
         "change": [
             "ended" if isinstance(event, types.SessionEnded) else "moved" if event.reason.startswith(MOVED) else "new"
             for event in events
         ],
         "node": [getattr(event, "node", None) for event in events],
-        "reason": [event.reason for event in events],
+        "reason": _of(events, "reason"),
     }
 
 
@@ -305,40 +316,40 @@ def _decisions(rows: Sequence[_Row]) -> dict[str, Any]:
     if not rows:
         return {}
     events = [row[3] for row in rows]
-    sizes = np.array([row[4][1] for row in rows], np.int64)
-    match = np.array([event.match for event in events], np.uint32)
-    blocks = np.array([event.blocks for event in events], np.uint32)
-    tokens = np.array([event.tokens for event in events], np.uint32)
-    hashes = packed_lists([event.hashes for event in events])
+    sizes = np.fromiter((row[4][1] for row in rows), np.int64, len(rows))
+    match = _numbers(events, "match", np.uint32)
+    blocks = _numbers(events, "blocks", np.uint32)
+    tokens = _numbers(events, "tokens", np.uint32)
+    hashes = packed_lists(_of(events, "hashes"))
     candidates = [candidate for event in events for candidate in event.candidates]
     offsets = np.zeros(len(events) + 1, np.int32)
     np.cumsum([len(event.candidates) for event in events], out=offsets[1:])
     structs = pa.StructArray.from_arrays(
         [
-            pa.array([candidate.node for candidate in candidates], pa.string()),
-            np.array([candidate.match for candidate in candidates], np.uint64),
-            np.array([candidate.cost for candidate in candidates], np.float64),
+            pa.array(_of(candidates, "node"), pa.string()),
+            _numbers(candidates, "match", np.uint64),
+            _numbers(candidates, "cost", np.float64),
         ],
         fields=list(CANDIDATE),
     )
     return {
         **_keys(rows),
-        "request": [event.request for event in events],
-        "model": [event.model for event in events],
-        "session": [event.session for event in events],
-        "node": [event.node for event in events],
+        "request": _of(events, "request"),
+        "model": _of(events, "model"),
+        "session": _of(events, "session"),
+        "node": _of(events, "node"),
         "kind": _kinds(match, blocks, tokens, sizes),
         "match": match,
         "best_match": [event.best if event.decided else None for event in events],
         "blocks": blocks,
         "block_size": pa.array(sizes.astype(np.uint32), mask=sizes == 0),
         "tokens": tokens,
-        "policy": [event.policy for event in events],
+        "policy": _of(events, "policy"),
         "cost": [event.candidates[0].cost if event.candidates else None for event in events],
         "router": [row[4][0] for row in rows],
-        "applied": np.array([event.applied for event in events], np.uint64),
+        "applied": _numbers(events, "applied", np.uint64),
         "decided": _times(event.decided or _NOT_A_TIME for event in events),
-        "exclude": [event.exclude for event in events],
+        "exclude": _of(events, "exclude"),
         "prefix": _prefixes(hashes, sizes),
         "hashes": hashes,
         "candidates": pa.ListArray.from_arrays(offsets, structs),
@@ -356,14 +367,14 @@ def _completions(rows: Sequence[_Row]) -> dict[str, Any]:
     known: list[Routed | None] = [row[4] for row in rows]
     return {
         **_keys(rows),
-        "request": [event.request for event in events],
-        "node": [event.node for event in events],
-        "status": [event.status for event in events],
-        "prompt_tokens": np.array([event.prompt_tokens for event in events], np.uint64),
-        "cached_tokens": np.array([event.cached_tokens for event in events], np.uint64),
-        "output_tokens": np.array([event.output_tokens for event in events], np.uint64),
-        "ttft": np.array([event.ttft for event in events], np.float64),
-        "duration": np.array([event.duration for event in events], np.float64),
+        "request": _of(events, "request"),
+        "node": _of(events, "node"),
+        "status": _of(events, "status"),
+        "prompt_tokens": _numbers(events, "prompt_tokens", np.uint64),
+        "cached_tokens": _numbers(events, "cached_tokens", np.uint64),
+        "output_tokens": _numbers(events, "output_tokens", np.uint64),
+        "ttft": _numbers(events, "ttft", np.float64),
+        "duration": _numbers(events, "duration", np.float64),
         "routed": [routed.sequence if routed is not None else None for routed in known],
         "model": [routed.model if routed is not None else None for routed in known],
         "policy": [routed.policy if routed is not None else None for routed in known],

@@ -116,10 +116,10 @@ async def recorded_span(
     if begin >= end:
         raise BadRequest(f"the span is empty: it begins at sequence {begin} and ends at {end}")
     count, counted = await _rows(
-        client,
-        fleet,
-        f"SELECT count(*), min(epoch_us(coalesce(decided, time))) FROM decisions WHERE sequence > {begin} AND sequence <= {end}",
-    )
+        client, fleet,
+        "SELECT count(*), min(epoch_us(coalesce(decided, time))) FROM decisions "
+        f"WHERE sequence > {begin} AND sequence <= {end}",
+    )  # fmt: skip
     if not count:
         raise BadRequest(f"no request was routed from sequence {begin} to {end}; choose a longer span")
     if count > MOST_REQUESTS:
