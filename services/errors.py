@@ -169,3 +169,10 @@ class WorkerDied(ServiceFault):
     """The process that worked on an answer was killed."""
 
     code = "worker_died"
+
+
+class AnswerTooLarge(ServiceFault):
+    """The answer does not fit a message."""
+
+    status = 413
+    code = "answer_too_large"

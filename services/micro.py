@@ -13,11 +13,12 @@ import anyio
 import msgspec
 import structlog
 from nats.errors import Error as NatsError
+from nats.errors import MaxPayloadError
 from nats.micro import add_service
 
 from events.errors import KvplaneError
 from services.api import decode_request, encode_answer, is_json
-from services.errors import ServiceFault
+from services.errors import AnswerTooLarge, ServiceFault
 from services.version import package_version
 
 if TYPE_CHECKING:
@@ -119,6 +120,11 @@ def _concurrent(endpoint: Endpoint, group: TaskGroup) -> Callable[[Request], Awa
 async def _respond(request: Request, reply: bytes) -> None:
     try:
         await request.respond(reply)
+    except MaxPayloadError as error:
+        await _refuse(
+            request, AnswerTooLarge(f"the answer has {len(reply)} bytes, more than a message may; ask for less")
+        )
+        _log.warning("answer_too_large", bytes=len(reply), error=repr(error))
     except (NatsError, ValueError, OSError) as error:
         # Nobody waits for the answer, or the connection is gone: the one who asked will ask again.
         _log.debug("answer_not_sent", error=repr(error))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import msgspec
@@ -14,8 +14,13 @@ from hypothesis import strategies as st
 from events.errors import KvplaneError
 from events.hashing import MOST_TOKENS, pack_hashes
 from services import api
-from services.micro import fault
+from services.client import ask
+from services.errors import Refused
+from services.micro import Endpoint, fault, serve
 from tests.conftest import Fleet, until
+
+if TYPE_CHECKING:
+    from nats.aio.client import Client
 
 pytestmark = pytest.mark.anyio
 
@@ -318,3 +323,13 @@ async def test_what_no_reader_would_take_is_not_written(small: Fleet, endpoint: 
     before = (await small.ask("coordinator.status", api.StatusRequest()))["sequence"]
     assert (await sent(small, endpoint, json.dumps(request_).encode()))[1]["code"] == "bad_request"
     assert (await small.ask("coordinator.status", api.StatusRequest()))["sequence"] == before
+
+
+async def test_an_answer_larger_than_a_message_is_refused_and_not_lost(client: Client) -> None:
+    async with anyio.create_task_group() as group:
+        endpoint = Endpoint("big", "big", api.StatusRequest, lambda _: {"data": "x" * (client.max_payload + 1)})
+        await serve(client, group, "big", "answers too much", [endpoint], {})
+        with pytest.raises(Refused) as caught:
+            await ask(client, "big", api.StatusRequest(), seconds=3)
+        assert (caught.value.status, caught.value.code) == (413, "answer_too_large")
+        group.cancel_scope.cancel()

@@ -14,6 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from events.log.connection import connected
+from services.cli.history import aside
 from services.demo.traffic import Traffic
 from services.demo.workload import conversations
 from tests.test_cli import asked, run, up
@@ -168,6 +169,16 @@ def test_what_if(url: str, tmp_path: Path) -> None:
     assert "is not one of" in done.stderr
     done = run("whatif", "--policy", "cascade", "--since", "999999", KVPLANE_SERVER=url)
     assert (done.returncode, "[before_history]" in done.stderr) == (1, True)
+
+
+def test_what_was_there_is_kept_beside_what_is_made_again(tmp_path: Path) -> None:
+    for number in range(3):
+        file = tmp_path / "history.duckdb"
+        file.write_text(str(number))
+        file.with_name("history.duckdb.wal").write_text(f"log {number}")
+        kept = aside(file)
+        assert (kept.read_text(), kept.with_name(f"{kept.name}.wal").read_text()) == (str(number), f"log {number}")
+    assert len(list(tmp_path.iterdir())) == 6
 
 
 def test_without_a_historian_the_commands_say_what_to_start(url: str) -> None:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from events.log.connection import connected
 from projections.history import archive
-from projections.history.store import FILE
+from projections.history.store import ARCHIVE, FILE
 from services import api
 from services.cli.ask import CONNECT_SECONDS, Json, grid, question, show_json
 from services.cli.common import COMMON, Common, PolicyModules, run_async, run_until_signal, start
@@ -113,7 +113,8 @@ def status(*, json: Json = False, common: Common = COMMON) -> None:
 def rebuild(*, history: Folder = DEFAULT_FOLDER, from_log: bool = False, common: Common = COMMON) -> None:
     """Make the history again, from its archive and the log. No historian may run on the folder meanwhile.
 
-    The file that was there is kept as history.duckdb.before.
+    The file that was there is kept as history.duckdb.before; with --from-log the archive is kept as archive.before. What was
+    added to the history (whatif_runs, whatif_requests) does not follow from the log and is only there.
 
     Parameters
     ----------
@@ -133,8 +134,9 @@ async def _rebuild(folder: Path, from_log: bool, common: Common) -> None:  # noq
         if path.exists():
             # Whoever has it open keeps it: a lock is asked for first.
             await anyio.to_thread.run_sync(_check_free, path)
-            path.rename(path.with_suffix(".duckdb.before"))
-            path.with_suffix(".duckdb.wal").unlink(missing_ok=True)
+            aside(path)
+        if from_log and (folder / ARCHIVE).exists():
+            aside(folder / ARCHIVE)
         ingest = Ingest(client, common.fleet, folder)
         if not from_log:
             last = await ingest.in_thread(partial(archive.recover, ingest.store))
@@ -149,6 +151,16 @@ async def _rebuild(folder: Path, from_log: bool, common: Common) -> None:  # noq
                     await anyio.sleep(0.05)
                 group.cancel_scope.cancel()
         console.print(f"history: up to sequence {ingest.stored:,}", highlight=False)
+
+
+def aside(path: Path) -> Path:
+    """Rename a file, with DuckDB's log of it, or a folder, so that nothing of it is lost; its new path."""
+    names = (f"{path.name}.before{number}" for number in ("", *(f"-{again}" for again in range(2, 1000))))
+    free = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+    log = path.with_name(f"{path.name}.wal")
+    if log.exists():
+        log.rename(free.with_name(f"{free.name}.wal"))
+    return path.rename(free)
 
 
 def _check_free(path: Path) -> None:
