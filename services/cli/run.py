@@ -38,7 +38,7 @@ def up(
     port: Annotated[int, Parameter(env_var="KVPLANE_PORT")] = 4222,
     simulate: int = 0,
     bare: bool = False,
-    history: Annotated[bool, Parameter(negative="--no-history")] = True,
+    no_history: Annotated[bool, Parameter(negative="")] = False,
     common: Common = COMMON,
 ) -> None:
     """Start a NATS server with its log in a folder, a coordinator, a router and a historian, until Ctrl-C.
@@ -55,13 +55,13 @@ def up(
         Also run this many simulated nodes, named sim-1, sim-2, ... of model `sim`.
     bare
         Start the server only.
-    history
-        Keep a history for SQL in the folder, in a process of its own.
+    no_history
+        Keep no history; otherwise it lies beside the log, kept by a process of its own.
     """
     start(common)
     if simulate < 0:
         raise BadRequest(f"--simulate is {simulate}; it must not be negative")
-    run_until_signal(_up, data, host, port, simulate, bare, history, common)
+    run_until_signal(_up, data, host, port, simulate, bare, not no_history, common)
 
 
 async def _up(
