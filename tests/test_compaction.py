@@ -112,6 +112,27 @@ async def test_a_purged_log_is_enough_for_those_who_come_later(fleet: Fleet, tmp
     assert then["sequence"] == taken["sequence"] // 2
 
 
+async def test_a_new_history_of_a_purged_log_begins_with_a_snapshot(fleet: Fleet, tmp_path: Path) -> None:
+    coordinator = await fleet.coordinator()
+    await fleet.router()
+    await live(fleet)
+    taken = await fleet.ask("coordinator.snapshot", api.StatusRequest())
+    await fleet.ask("coordinator.compact", api.CompactRequest(without_history=True))
+    await fleet.ask("coordinator.node.cordon", api.NodeRequest(node="n1"))
+    for _ in range(2):
+        history = Historian(await fleet.connect("historian"), "default", tmp_path / "history", servers=[fleet.url])
+        async with anyio.create_task_group() as group:
+            await group.start(history.run)
+            now = coordinator.state.sequence
+            then = await fleet.ask("history.state", api.MomentRequest(at=str(now)))
+            assert then["digest"] == digest(coordinator.state)
+            asked = api.SqlRequest(sql="SELECT count(*), min(sequence), max(sequence) FROM commits")
+            answer = await fleet.ask("sql", asked)
+            assert answer["rows"] == [[now - taken["sequence"], taken["sequence"] + 1, now]]
+            assert await fleet.refused("history.state", api.MomentRequest(at="3")) == "before_history"
+            group.cancel_scope.cancel()
+
+
 async def test_a_stale_writer_gains_nothing_from_a_purged_subject(fleet: Fleet) -> None:
     """The server takes an expectation of nothing on an empty subject; the fold knows better."""
     coordinator = await fleet.coordinator()

@@ -212,6 +212,12 @@ class Store:
             # What failed before may fail again; whatever was committed is in the file or its log.
             return
 
+    def begin_at(self, sequence: int, time: int) -> None:
+        """Let an empty history begin behind a sequence; `time` is the log's there."""
+        self.connection.execute(
+            "UPDATE checkpoint SET sequence = ?, time = ?, archived = ? WHERE sequence = 0", [sequence, time, sequence]
+        )
+
     def waiting(self) -> Waiting:
         """Decisions without a completion at the checkpoint, as `Rows.add` wants them."""
         waiting = Waiting()

@@ -20,14 +20,16 @@ import structlog
 
 from events.errors import LogCorrupt
 from events.log.follow import Follower
+from events.log.snapshots import SnapshotStore
 from events.log.stream import open_stream
 from events.subjects import stream_name
-from projections.errors import BadHistory
+from projections.errors import BadHistory, BadSnapshot
 from projections.fleet import FleetState
 from projections.history import archive
 from projections.history.replay import messages
 from projections.history.rows import Rows
 from projections.history.store import FILE, Store, fault
+from projections.snapshot import load
 from services.history.snapshots import Snapshots, nearest
 
 if TYPE_CHECKING:
@@ -87,6 +89,7 @@ class Ingest:
         self.fleet = fleet
         self.store = Store(folder, fleet)
         self.snapshots = Snapshots(folder / "snapshots", fleet)
+        self.remote = SnapshotStore(client, fleet)
         self.retention = retention or Retention()
         self.state = FleetState(fleet)
         self.follower = Follower(client, fleet, self._handle)
@@ -157,6 +160,9 @@ class Ingest:
                 f"the history holds {checkpoint.sequence} commits, the log of fleet {self.fleet!r} ends at {log.last_seq}; "
                 "the log was replaced or has lost messages: restore it, or begin another history with --history"
             )
+        if not checkpoint.sequence and log.first_seq > 1:
+            await self._begin_late(log.first_seq)
+            checkpoint = self.store.checkpoint
         await self._check_last(checkpoint.sequence, log)
         state = await self.in_thread(lambda: nearest(self.snapshots.upto(checkpoint.sequence), self.fleet))
         if state is not None:
@@ -177,6 +183,21 @@ class Ingest:
         self._snapshot_at = self.state.sequence
         self.follower.applied = self.state.sequence
         _log.info("history_opened", fleet=self.fleet, stored=self.stored, archived=checkpoint.archived)
+
+    async def _begin_late(self, first: int) -> None:
+        """A new history of a log that has been purged: it begins where a snapshot on the server leads to the log."""
+        for sequence in await self.remote.sequences():
+            if sequence + 1 < first:
+                break
+            try:
+                state = load(self.fleet, await self.remote.get(sequence))
+            except BadSnapshot as error:
+                _log.warning("snapshot_passed_over", sequence=sequence, error=str(error))
+                continue
+            self.snapshots.save(state)
+            await self.in_thread(partial(self.store.begin_at, state.sequence, state.time))
+            _log.warning("history_begins_late", sequence=state.sequence, log_begins=first)
+            return
 
     async def _check_last(self, sequence: int, log: StreamState) -> None:
         """Raise `LogCorrupt` when the last commit that is stored is not the one that the log has there."""
