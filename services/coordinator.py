@@ -95,6 +95,8 @@ class Coordinator:
                 Endpoint(name.replace(".", "_"), f"{base}.{name}", form, answer, concurrent=True)
                 for name, form, answer in table
             ]
+            own = f"{base}.{self.writer}.status"
+            endpoints.append(Endpoint("status_of_one", own, api.StatusRequest, self.status, concurrent=True))
             await serve(
                 self.client, group, "kvplane-coordinator", f"coordinates fleet {self.fleet}", endpoints,
                 {"fleet": self.fleet, "writer": self.writer},
