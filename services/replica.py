@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import anyio
 import structlog
 
-from events.errors import LogUnavailable
+from events.errors import LogError, LogUnavailable
 from events.log.follow import Follower
 from events.log.snapshots import SnapshotStore
+from events.log.stream import open_stream
 from projections.errors import BadSnapshot
 from projections.fleet import FleetState
 from projections.snapshot import load, peek
@@ -44,6 +45,7 @@ class Replica:
         self.state = FleetState(fleet)
         self.follower = Follower(client, fleet, self._handle)
         self.snapshots = SnapshotStore(client, fleet)
+        self._client = client
         self.began = 0
         """Sequence of the snapshot that this replica began with; 0 when it began with the log."""
         self._observe = observe
@@ -104,22 +106,35 @@ class Replica:
         """Begin with a snapshot, if there is one; what can't be used is passed over with a warning."""
         try:
             sequences = await self.snapshots.sequences()
-        except LogUnavailable as error:
+            recent = []
+            for sequence in sequences:
+                # What other routers decided in the last minute is read from the log, not from a snapshot of it ...
+                if not await self._load(sequence, before=time.time_ns() - RECENT_NS):
+                    recent.append(sequence)
+                if self.began:
+                    return
+            if recent and (await open_stream(self._client.jetstream(), self.state.fleet)).first_seq > 1:
+                # ... unless the log has it no more.
+                for sequence in reversed(recent):
+                    await self._load(sequence, before=None)
+                    if self.began:
+                        return
+        except LogError as error:
             _log.warning("snapshots_not_read", error=str(error))
-            return
-        for sequence in sequences:
-            try:
-                data = await self.snapshots.get(sequence)
-                # What other routers decided in the seconds before a moment is read from the log, not from a snapshot of it.
-                if peek(data).time > time.time_ns() - RECENT_NS:
-                    continue
-                self.state.become(load(self.state.fleet, data))
-            except (BadSnapshot, LogUnavailable) as error:
-                _log.warning("snapshot_passed_over", sequence=sequence, error=str(error))
-                continue
+
+    async def _load(self, sequence: int, *, before: int | None) -> bool:
+        """Begin with this snapshot if it can be used; false when it can, but is of a later time than `before`."""
+        try:
+            data = await self.snapshots.get(sequence)
+            if before is not None and peek(data).time > before:
+                return False
+            self.state.become(load(self.state.fleet, data))
+        except (BadSnapshot, LogUnavailable) as error:
+            _log.warning("snapshot_passed_over", sequence=sequence, error=str(error))
+        else:
             self.began = self.follower.applied = self.state.sequence
             _log.info("snapshot_loaded", fleet=self.state.fleet, sequence=self.began)
-            return
+        return True
 
     async def reached(self, sequence: int, *, seconds: float = 10.0) -> None:
         """Wait until this sequence is applied. Raises `LogAway` after `seconds`."""

@@ -170,6 +170,15 @@ async def test_what_can_not_be_used_is_passed_over(fleet: Fleet, monkeypatch: py
     assert third.replica.began == 0
     await third.replica.reached(first.state.sequence)
     assert digest(third.state) == digest(first.state)
+    # Unless the log has it no more.
+    for other in await store.sequences():
+        if other != taken["sequence"]:
+            await store.delete(other)
+    await fleet.ask("coordinator.compact", api.CompactRequest(without_history=True))
+    fourth = await fleet.coordinator()
+    assert fourth.replica.began == taken["sequence"]
+    await fourth.replica.reached(first.state.sequence)
+    assert digest(fourth.state) == digest(first.state)
 
 
 async def test_old_snapshots_go_and_the_log_below_the_oldest_is_purged_only_as_the_history_has_it(
