@@ -46,6 +46,7 @@ def digest(state: FleetState) -> str:
     add([(key, session) for key, session in state.sessions.items()])
     load = state.load
     add([(request, active) for request, active in load.running.items()])
+    add(list(load.early.items()))
     add([load.ratio, load.all_said, load.all_took, load.routed_recently, load.routed_half, load.turned])
     for name in sorted(load.ordinal):
         prefills = load.prefills[load.ordinal[name]]

@@ -21,7 +21,7 @@ from events import types
 from events.codec import Commit, Message, decode
 from events.errors import BadCommit
 from events.hashing import unpack_hashes
-from projections.load import Load, prefill_speed
+from projections.load import Early, Load, prefill_speed
 from projections.nodes import Caches, Node
 from projections.recency import Recency
 from projections.sessions import Sessions
@@ -318,10 +318,15 @@ class FleetState:
             recency = self.recency[node.name]
             recency.protect(event.hashes)
             recency.use(event.hashes)
+        early = self.load.early_end(event)
+        if early is not None:
+            self._over(event.request, served=early.served)
 
     def _completed(self, event: types.RequestCompleted) -> None:
-        if not self._over(event.request, served=event.status == "ok"):
+        served = event.status == "ok"
+        if not self._over(event.request, served=served):
             self._ignore("unknown_request")
+            self.load.ended_early(event.request, Early(event.node, self.time, served))
 
     def _over(self, request: str, *, served: bool = False) -> bool:
         active = self.load.completed(request, self.time, served=served)

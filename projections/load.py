@@ -39,6 +39,9 @@ TRUSTED_SECONDS = 2.0
 TRUSTED_ALIKE_SECONDS = 100.0
 """How many measured seconds of one node weigh as much as what was measured of all."""
 
+EARLY_LIMIT = 100_000
+"""Most completions remembered of requests that are not known to run; the oldest are forgotten."""
+
 _NS = 1_000_000_000
 
 
@@ -61,6 +64,14 @@ class Active(Struct, frozen=True):
     uncached: int
     time: int
     hashes: bytes
+
+
+class Early(NamedTuple):
+    """A completion that came before its request was known: where it ran, the log's time, and whether it was served."""
+
+    node: str
+    time: int
+    served: bool
 
 
 class NodeLoad(NamedTuple):
@@ -142,6 +153,8 @@ class Load:
         """When the window's younger half began."""
         self.running: dict[str, Active] = {}
         """Requests that run, oldest first."""
+        self.early: dict[str, Early] = {}
+        """Completions without a request, oldest first: nodes and routers write by themselves, so an end may come first."""
         self.prefills: list[Prefills] = []
         self._free: list[int] = []
 
@@ -287,6 +300,23 @@ class Load:
         if not self.active[at]:
             self.prefill_done[at] = min(self.prefill_done[at], time / _NS)
         return active
+
+    def ended_early(self, request: str, early: Early) -> None:
+        """A request that is not known to run has completed."""
+        self.early.pop(request, None)
+        self.early[request] = early
+        if len(self.early) > EARLY_LIMIT:
+            del self.early[next(iter(self.early))]
+
+    def early_end(self, event: RequestRouted) -> Early | None:
+        """The end of a request that was routed just now, if it came before; once.
+
+        Not one of an earlier try on the same node: such a one was over before this decision was made.
+        """
+        early = self.early.get(event.request)
+        if early is None or early.node != event.node or event.decided * 1000 > early.time:
+            return None
+        return self.early.pop(event.request)
 
     def expired(self, time: int) -> list[str]:
         """Requests that have run longer than `ACTIVE_SECONDS` at this log time."""

@@ -19,7 +19,7 @@ from events.codec import validate
 from events.hashing import pack_hashes, unpack_hashes
 from events.subjects import Place
 from events.types import NodeRegistered, Tier  # noqa: TC001 - msgspec looks them up as it decodes
-from projections.load import COLUMNS, Active, Prefills
+from projections.load import COLUMNS, Active, Early, Prefills
 from projections.nodes import Node
 from projections.prefix import PrefixIndex
 from projections.recency import Recency
@@ -99,6 +99,7 @@ class LoadPart(_Part):
     routed_recently: int
     routed_half: int
     turned: int
+    early: dict[str, Early]
 
 
 class RecencyPart(_Part):
@@ -180,6 +181,7 @@ def _load_of(load: Load) -> LoadPart:
         columns={name: struct.pack(f"<{len(column)}{column.typecode}", *column) for name, column in columns.items()},
         prefills=[PrefillsPart(prefills.waiting, prefills.ends, prefills.since) for prefills in load.prefills],
         running=load.running,
+        early=load.early,
         ratio=load.ratio,
         all_said=load.all_said,
         all_took=load.all_took,
@@ -288,6 +290,7 @@ def _put_load(state: FleetState, part: LoadPart) -> None:
         prefills.waiting, prefills.ends, prefills.since = each.waiting, each.ends, each.since
         load.prefills.append(prefills)
     load.running = part.running
+    load.early = part.early
     load.ratio, load.all_said, load.all_took = part.ratio, part.all_said, part.all_took
     load.routed_recently, load.routed_half, load.turned = part.routed_recently, part.routed_half, part.turned
     _check_load(load)

@@ -37,6 +37,7 @@ class Naive:
     def __init__(self) -> None:
         self.nodes: dict[str, NaiveNode] = {}
         self.sessions: dict[tuple[str, str], str] = {}
+        self.early: dict[str, str] = {}
         self.running: dict[str, tuple[str, list[int]]] = {}
         self.counters: dict[tuple[str, str], int] = {}
         self.removed: dict[str, int] = {}
@@ -209,7 +210,10 @@ class Naive:
                 self.running[event.request] = (event.node, blocks_of(event.hashes))
                 if node.managed:
                     self._use(node, blocks_of(event.hashes), add=False)
+                if self.early.get(event.request) == event.node:
+                    del self.early[event.request], self.running[event.request]
         elif isinstance(event, types.RequestCompleted):
-            self.running.pop(event.request, None)
+            if self.running.pop(event.request, None) is None:
+                self.early[event.request] = event.node
         elif isinstance(event, types.PolicyChanged):
             self.policy = event.policy

@@ -59,6 +59,7 @@ class Reference:
         self.used: dict[tuple[str, int], int] = {}
         self.sessions: dict[tuple[str, str], tuple[str, int, str, int]] = {}
         self.running: dict[str, tuple[types.RequestRouted, int]] = {}
+        self.early: dict[str, tuple[str, int, bool]] = {}
         self.counters: dict[tuple[str, str], int] = {}
         self.buried: dict[str, int] = {}
         self.skipped: Counter[str] = Counter()
@@ -295,12 +296,17 @@ class Reference:
             self.sessions[event.model, event.session] = (*self.sessions[event.model, event.session][:3], self.tick())
         if node.managed:
             self.use(event.node, event.hashes)
+        where, when, served = self.early.get(event.request, ("", 0, False))
+        if where == event.node and event.decided * 1000 <= when:
+            del self.early[event.request]
+            self.finish(event.request, served=served)
 
     def RequestCompleted(self, event: types.RequestCompleted) -> None:  # noqa: N802
         if event.request in self.running:
             self.finish(event.request, served=event.status == "ok")
         else:
             self.ignored["unknown_request"] += 1
+            self.early[event.request] = (event.node, self.clock, event.status == "ok")
 
     def PolicyChanged(self, event: types.PolicyChanged) -> None:  # noqa: N802
         self.policy = event
