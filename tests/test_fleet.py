@@ -447,30 +447,3 @@ def test_logs_of_one_length_that_differ_in_one_commit_have_other_digests() -> No
         assert given.state.sequence == 5
         digests.append(digest(given.state))
     assert len(set(digests)) == len(ACTS)
-
-
-def test_a_request_whose_end_came_first_does_not_run_for_ever() -> None:
-    """Nodes and routers write by themselves: after an outage an end may be on the log before its decision."""
-    given = Given()
-    given.node(registered("a"))
-    given.node(registered("b"))
-    given.completes("q", "a")
-    given.routes("q", "a", 1, 2)
-    assert load(given, "a").active == 0
-    assert given.state.load.running == {}
-    # Sent again it runs, and so does what ended elsewhere.
-    given.routes("q", "a", 1, 2)
-    assert load(given, "a").active == 1
-    given.completes("r", "b")
-    given.routes("r", "a", 3)
-    assert load(given, "a").active == 2
-
-
-def test_an_earlier_try_on_the_same_node_does_not_end_a_later_one() -> None:
-    given = Given()
-    given.node(registered("a"))
-    given.completes("q", "a")
-    decided = given.now // 1000 + 1
-    again = types.RequestRouted("q", "m", "a", 0, 1, 17, pack_hashes([1]), decided=decided)
-    assert given.put("access", "w", again) is None
-    assert load(given, "a").active == 1
