@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import anyio
 import msgspec
 from nats.errors import Error as NatsError
 from nats.errors import NoRespondersError
@@ -46,6 +47,28 @@ async def ask(
         plain: T = msgspec.msgpack.decode(answer.data)
         return plain
     return msgspec.msgpack.decode(answer.data, type=form)
+
+
+async def instances(
+    client: Client, service: str, *, seconds: float, enough: int | None = None
+) -> list[dict[str, str]]:  # fmt: skip
+    """Metadata of all instances of a micro service that answer in so many seconds, or of the first few that are `enough`.
+
+    Asks as `nats micro info` does. Raises errors of NATS.
+    """
+    found: list[dict[str, str]] = []
+    inbox = client.new_inbox()
+    subscription = await client.subscribe(inbox)
+    try:
+        await client.publish(f"$SRV.INFO.{service}", reply=inbox)
+        with anyio.move_on_after(seconds):
+            while enough is None or len(found) < enough:
+                message = await subscription.next_msg(timeout=2 * seconds)
+                if message.data:
+                    found.append(msgspec.json.decode(message.data)["metadata"])
+    finally:
+        await subscription.unsubscribe()
+    return found
 
 
 def _who(subject: str) -> str:

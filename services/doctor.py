@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
-import msgspec
 from msgspec import Struct
 from nats.errors import Error as NatsError
 
@@ -18,7 +18,7 @@ from events.log.snapshots import SnapshotStore
 from events.log.stream import open_stream
 from events.subjects import stream_name
 from services import api
-from services.client import ask
+from services.client import ask, instances
 from services.compaction import SNAPSHOT_COMMITS
 from services.errors import ServiceFault
 
@@ -33,8 +33,6 @@ TRIES = 20
 """How often replicas are asked until all of them answer for one sequence."""
 
 Level = Literal["ok", "warning", "problem"]
-_DISTURBING = {"defect", "checksum", "unknown_type"}
-"""Reasons for skipped commits that mean more than an old or careless writer."""
 
 
 class Finding(Struct, frozen=True):
@@ -108,23 +106,11 @@ async def _status(client: Client, subject: str) -> dict[str, Any] | None:
 
 
 async def _instances(client: Client, service: str, fleet: str) -> list[str]:
-    """Writers of all instances of a service that answer, as `nats micro info` asks them."""
-    writers: list[str] = []
-    inbox = client.new_inbox()
-    subscription = await client.subscribe(inbox)
-    try:
-        await client.publish(f"$SRV.INFO.{service}", reply=inbox)
-        with anyio.move_on_after(ANSWER_SECONDS):
-            while True:
-                message = await subscription.next_msg(timeout=ANSWER_SECONDS * 2)
-                metadata = msgspec.json.decode(message.data)["metadata"] if message.data else {}
-                if metadata.get("fleet") == fleet:
-                    writers.append(metadata["writer"])
-    except (NatsError, TimeoutError):
-        pass
-    finally:
-        await subscription.unsubscribe()
-    return writers
+    """Writers of all instances of a service that answer for the fleet."""
+    found: list[dict[str, str]] = []
+    with suppress(NatsError, TimeoutError):
+        found = await instances(client, service, seconds=ANSWER_SECONDS)
+    return [metadata["writer"] for metadata in found if metadata.get("fleet") == fleet]
 
 
 def judge(found: Examined) -> list[Finding]:
@@ -196,10 +182,9 @@ def _skipped(found: Examined) -> list[Finding]:
     skipped: dict[str, int] = next((status["skipped"] for status in (*found.coordinators, *found.routers)), {})
     if not skipped:
         return []
-    bad = _DISTURBING & skipped.keys()
     said = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()))
     hint = "; `kvplane sql 'SELECT * FROM skipped_commits'` says whose"
-    return [Finding("problem" if "defect" in bad else "warning", "skipped commits", said + hint)]
+    return [Finding("problem" if "defect" in skipped else "warning", "skipped commits", said + hint)]
 
 
 def _nodes(found: Examined) -> list[Finding]:

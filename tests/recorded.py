@@ -37,6 +37,7 @@ def world_of(recorded: Recorded, policy: str = "blocks", *, follow: bool = False
 
 
 def finished(world: World) -> Outcome:
+    """The outcome, with everything that was said on the log."""
     outcome = world.run()
     world._see(math.inf)
     return outcome

@@ -15,8 +15,9 @@ from events.hashing import pack_hashes
 from events.log.follow import replay
 from projections.digest import digest
 from services import api, logs, placement
+from services.client import instances
 from services.demo.features import FEATURES
-from services.demo.fleet import Fleet as DemoFleet
+from services.demo.fleet import ANSWER_SECONDS
 from services.demo.stage import Stage
 from services.demo.traffic import Traffic
 from services.demo.workload import conversations, round_robin_hit_rate
@@ -130,7 +131,8 @@ async def test_replicas_agree_and_hit_more_than_round_robin(stage: Stage, fleet:
 
 
 async def fleet_routers(fleet: Fleet) -> list[str]:
-    return await DemoFleet._ask_all(fleet.client, "$SRV.INFO.kvplane-router", 2)
+    answers = await instances(fleet.client, "kvplane-router", seconds=ANSWER_SECONDS, enough=2)
+    return [metadata["writer"] for metadata in answers]
 
 
 async def test_the_services_are_seen_as_micro_services(stage: Stage, fleet: Fleet) -> None:

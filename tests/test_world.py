@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 import sys
@@ -18,8 +17,9 @@ from hypothesis import strategies as st
 from events.hashing import pack_hashes
 from services.routing.policies import POLICIES
 from services.simulator.workloads import GENERATED_BLOCK_SIZE, generate
-from services.simulator.world import Change, Outcome, Router, Settings, World
+from services.simulator.world import Change, Router, Settings, World
 from services.trace import Work, work_of
+from tests.recorded import finished, held
 
 if TYPE_CHECKING:
     from services.routing.decide import Decision, Query
@@ -35,18 +35,6 @@ def generated(kind: str, count: int, **options: Any) -> list[Work]:
 
 def prompt(arrival: float, *blocks: int, own: int = 5, output: int = 20, session: str = "") -> Work:
     return Work(pack_hashes(blocks), len(blocks) * SIZE + own, output, session, arrival)
-
-
-def finished(world: World) -> Outcome:
-    """The outcome, with everything that was said on the log."""
-    outcome = world.run()
-    world._see(math.inf)
-    return outcome
-
-
-def held(world: World, node: str) -> set[int]:
-    known = world.state.nodes[node]
-    return set(world.state.caches.index(known.model).held(known.slots["gpu"]))
 
 
 def agrees(world: World, *, lost: int = 0) -> None:

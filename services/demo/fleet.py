@@ -9,9 +9,9 @@ from subprocess import STDOUT
 from typing import TYPE_CHECKING
 
 import anyio
-import msgspec
 from nats.errors import Error as NatsError
 
+from services.client import instances
 from services.errors import StepFailed
 from services.server import start_server
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from services.server import Server
 
 READY_SECONDS = 30.0
+ANSWER_SECONDS = 0.3
 
 
 class Fleet:
@@ -84,28 +85,14 @@ class Fleet:
         return await self._instances(client, "kvplane-coordinator", count)
 
     async def _instances(self, client: Client, service: str, count: int) -> list[str]:
-        """Ask as `nats micro info` does: everyone answers."""
+        """Ask until enough of them answer. Raises `StepFailed`."""
         with anyio.move_on_after(READY_SECONDS):
             while True:
                 found: list[str] = []
                 with suppress(NatsError, OSError):
-                    found = await self._ask_all(client, f"$SRV.INFO.{service}", count)
+                    answers = await instances(client, service, seconds=ANSWER_SECONDS, enough=count)
+                    found = [metadata["writer"] for metadata in answers]
                 if len(found) >= count:
                     return found
                 await anyio.sleep(0.02)
         raise StepFailed(f"{count} of {service} did not answer in {READY_SECONDS:g} s; see the logs in {self.folder}")
-
-    @staticmethod
-    async def _ask_all(client: Client, subject: str, count: int) -> list[str]:
-        found: list[str] = []
-        subscription = await client.subscribe(inbox := client.new_inbox())
-        try:
-            await client.publish(subject, reply=inbox)
-            with anyio.move_on_after(0.3):
-                while len(found) < count:
-                    message = await subscription.next_msg(timeout=1)
-                    if message.data:
-                        found.append(msgspec.json.decode(message.data)["metadata"]["writer"])
-        finally:
-            await subscription.unsubscribe()
-        return found
