@@ -12,10 +12,10 @@ from services import api
 from services.cli.ask import Json, question, show_json
 from services.cli.common import COMMON, Common
 
-format_app = App(name="format", help="The log's format: which is in force, who reads which, and raising it.")
+format = App(name="format", help="The log's format: which is in force, who reads which, and raising it.")  # noqa: A001 - the name of the command
 
 
-@format_app.command
+@format.command
 def show(*, json: Json = False, common: Common = COMMON) -> None:
     """Show the format in force, and which formats those who read the log know.
 
@@ -38,7 +38,7 @@ def show(*, json: Json = False, common: Common = COMMON) -> None:
     console.print(table)
 
 
-@format_app.command(name="raise")
+@format.command(name="raise")
 def raise_format(
     number: int | None = None,
     /,
