@@ -126,7 +126,7 @@ class Coordinator:
                     sequence = await self._appender.append(
                         target,
                         [proposal.event],
-                        expected=self.state.heads.get(target, 0) if deciding else None,
+                        expected=self.state.head(target) if deciding else None,
                         based_on=based_on if deciding else None,
                         give_up=ANSWER_SECONDS,
                     )
