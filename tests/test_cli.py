@@ -217,7 +217,7 @@ def test_what_up_held_is_there_again_after_a_stop_and_after_a_kill(tmp_path: Pat
 
 
 def test_the_configuration_for_servers_of_ones_own_is_valid() -> None:
-    config = Path(__file__).resolve().parents[1] / "compose" / "nats-server.conf"
+    config = Path(__file__).resolve().parents[1] / "compose" / "nats" / "single.conf"
     done = subprocess.run([server_binary(), "-t", "-c", str(config)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "sync_interval: always" in config.read_text()
