@@ -13,12 +13,9 @@ from events import types
 from events.errors import LogUnavailable
 from events.log.append import Appender, new_writer
 from events.log.connection import connected
-from events.log.stream import stream_info
-from projections.digest import digest
 from services import api
 from services.client import ask
 from services.demo.fleet import Fleet
-from services.replica import Replica
 from tests.cluster import NAMES, Cluster, cluster_in, until
 from tests.ledger import MODEL, Ledger
 

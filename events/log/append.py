@@ -53,9 +53,9 @@ def new_writer(role: str) -> str:
 
 
 class OnTry(Protocol):
-    """Learns whether a try was acknowledged."""
+    """Learns whether a try was acknowledged, and what was wrong when it was not."""
 
-    def __call__(self, *, available: bool) -> None:
+    def __call__(self, *, available: bool, error: str) -> None:
         """The log did, or did not, acknowledge."""
 
 
@@ -146,7 +146,7 @@ class Appender:
                 sequence = await self._publish(subject, body, headers, patience, retried=retried)
             except worth_a_retry as error:
                 if on_try is not None:
-                    on_try(available=False)
+                    on_try(available=False, error=repr(error))
                 if anyio.current_time() + pause > deadline:
                     raise LogUnavailable(
                         f"the log did not acknowledge a commit on {subject} in {give_up:g} s ({error!r}); "
@@ -158,7 +158,7 @@ class Appender:
                 patience = min(ACK_MOST_SECONDS, patience * 2)
             else:
                 if on_try is not None:
-                    on_try(available=True)
+                    on_try(available=True, error="")
                 return sequence
 
     async def _publish(

@@ -133,11 +133,11 @@ class GroupWriter:
         """Append until acknowledged: the writer's counter stays the same, however long the log is away."""
         self.last_sequence = await self._appender.append_forever(self._subject, codec.join(group), self._set_available)
 
-    def _set_available(self, *, available: bool) -> None:
+    def _set_available(self, *, available: bool, error: str) -> None:
         if available is not self.available:
             self.available = available
-            event = "log_is_back" if available else "log_is_away"
-            _log.warning(event, subject=self._subject, waiting=self.waiting, dropped=self.dropped)
+            event, why = ("log_is_back", {}) if available else ("log_is_away", {"error": error})
+            _log.warning(event, subject=self._subject, waiting=self.waiting, dropped=self.dropped, **why)
 
 
 class Writers:

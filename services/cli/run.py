@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,9 +20,10 @@ from services.cli.common import COMMON, Common, PolicyModules, run_until_signal,
 from services.compaction import SNAPSHOT_COMMITS
 from services.coordinator import Coordinator
 from services.errors import BadRequest
+from services.keeper import kept
 from services.router import Router
 from services.routing.policies import allow
-from services.server import embedded_server
+from services.server import start_server
 from services.simnode import NodeConfig, run_nodes
 from services.workers import beside
 
@@ -68,7 +70,7 @@ async def _up(
     data: Path, host: str, port: int, simulate: int, bare: bool, history: bool, common: Common  # noqa: FBT001
 ) -> None:  # fmt: skip
     async with AsyncExitStack() as stack:
-        server = await stack.enter_async_context(embedded_server(data, host=host, port=port))
+        server = (await stack.enter_async_context(kept(partial(start_server, data, host=host, port=port)))).server
         # Clients are entered after the server and so leave before it.
         if not bare:
             clients = [
