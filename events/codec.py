@@ -50,6 +50,7 @@ DEPTH_LIMIT = 32
 
 _PACKED_FIELDS = ("hashes", "stored", "evicted")
 _HASH_BYTES = 8
+_AT_TRACE = ".trace`"
 
 
 class Message(NamedTuple):
@@ -158,6 +159,10 @@ def _from_plain(raw: Any, form: Any) -> list[types.Event]:  # noqa: ANN401 - wha
         if known is not None:
             for field in event.keys() - known:
                 del event[field]
+            trace = event.get("trace", "")
+            if not isinstance(trace, str) or len(trace) > types.TRACE_LIMIT:
+                # To readers that are older than this field it is unknown, whatever is in it.
+                del event["trace"]
     events: list[types.Event] = msgspec.convert(raw, form, builtin_types=(bytes,))
     return events
 
@@ -209,7 +214,7 @@ def _decoded(room: Room, body: bytes) -> Sequence[types.Event]:
         try:
             return decoder.decode(body)
         except msgspec.ValidationError as error:
-            if "unknown field" not in str(error):
+            if "unknown field" not in str(error) and not str(error).endswith(_AT_TRACE):
                 raise
         return _from_plain(msgspec.msgpack.decode(body), form)
     except msgspec.ValidationError as error:

@@ -50,6 +50,11 @@ class Compaction:
         self._fleet = replica.state.fleet
         self._commits = commits
         self.store = SnapshotStore(self._client, self._fleet)
+        self.taken = 0
+        self.failed = 0
+        """Snapshots that were due and could not be taken."""
+        self.last: dict[str, Any] = {}
+        """What `take` said of the last one."""
         self._one = anyio.Lock()
 
     async def run(self) -> None:
@@ -67,6 +72,7 @@ class Compaction:
                 if self._replica.state.sequence - last >= self._commits:
                     last = (await self.take())["sequence"]
             except (KvplaneError, OSError) as error:
+                self.failed += 1
                 _log.warning("snapshot_failed", error=str(error))
 
     async def take(self) -> dict[str, Any]:
@@ -83,7 +89,9 @@ class Compaction:
                 await self.store.delete(old)
             took = time.monotonic() - begin
         _log.info("snapshot_taken", fleet=self._fleet, sequence=sequence, bytes=len(data), seconds=round(took, 2))
-        return {"sequence": sequence, "bytes": len(data), "seconds": took, "pause": pause}
+        self.taken += 1
+        self.last = {"sequence": sequence, "bytes": len(data), "seconds": took, "pause": pause}
+        return self.last
 
     async def compact(self, *, without_history: bool) -> dict[str, Any]:
         """Purge what neither the oldest snapshot nor the history needs. Raises `Conflict` when it can't be known."""

@@ -27,8 +27,10 @@ from services.compaction import SNAPSHOT_COMMITS, Compaction
 from services.errors import Conflict, LogAway, UnknownModel
 from services.liveness import Liveness
 from services.micro import Endpoint, serve
+from services.readiness import Readiness, readiness
 from services.replica import Replica
 from services.routing.policies import check
+from services.tally import Tally
 
 if TYPE_CHECKING:
     from anyio.abc import TaskStatus
@@ -52,6 +54,8 @@ Decide = Callable[[Any, Any], "Proposal | None"]
 class Coordinator:
     """One coordinator of a fleet."""
 
+    role = "coordinator"
+
     def __init__(
         self, client: Client, fleet: str, *, replicas: int | None = None, snapshot_commits: int = SNAPSHOT_COMMITS
     ) -> None:  # fmt: skip
@@ -63,8 +67,13 @@ class Coordinator:
         self.compaction = Compaction(client, self.replica, commits=snapshot_commits)
         self.liveness = Liveness()
         self.races_lost = 0
+        self.conclusions = {"lost": 0, "recovered": 0, "failed": 0}
+        """What it concluded of nodes from their pulses; `failed` are those that could not be committed."""
+        self.bad_pulses = 0
+        self.tally = Tally()
+        self.serving = False
         self._replicas = replicas
-        self._appender = Appender(client, fleet, self.writer)
+        self.appender = Appender(client, fleet, self.writer)
         # A lock lives as long as someone holds it or waits for it.
         self._turns: WeakValueDictionary[str, anyio.Lock] = WeakValueDictionary()
 
@@ -103,12 +112,19 @@ class Coordinator:
             endpoints.append(Endpoint("status_of_one", own, api.StatusRequest, self.status, concurrent=True))
             await serve(
                 self.client, group, "kvplane-coordinator", f"coordinates fleet {self.fleet}", endpoints,
-                {"fleet": self.fleet, "writer": self.writer},
+                {"fleet": self.fleet, "writer": self.writer}, self.tally,
             )  # fmt: skip
+            self.serving = True
             group.start_soon(self._watch)
             group.start_soon(self.compaction.run)
             _log.info("coordinator_ready", fleet=self.fleet, writer=self.writer, applied=self.state.sequence)
             task_status.started()
+
+    def readiness(self) -> Readiness:
+        """Whether it can decide: not without the log, for what it answers is on it."""
+        follower = self.replica.follower
+        away = "" if follower.healthy and self.client.is_connected else "the log is away: nothing can be committed"
+        return readiness(follower, serving=self.serving, reason=away)
 
     async def commit(self, decide: Decide, request: object, turn: str) -> tuple[Proposal | None, int]:
         """Decide and commit until the fold accepts it; what was committed and its sequence. `turn` names what it changes.
@@ -125,7 +141,7 @@ class Coordinator:
                 target = proposal.subject(self.fleet)
                 deciding = proposal.room in {"node", "cache"}
                 try:
-                    sequence = await self._appender.append(
+                    sequence = await self.appender.append(
                         target,
                         [proposal.event],
                         expected=self.state.head(target) if deciding else None,
@@ -251,6 +267,7 @@ class Coordinator:
         try:
             pulse = _decode_pulse(message.data)
         except msgspec.DecodeError as error:
+            self.bad_pulses += 1
             _log.warning("bad_pulse", subject=message.subject, error=str(error))
             return
         try:
@@ -286,8 +303,10 @@ class Coordinator:
         try:
             proposal, sequence = await self.commit(decide, api.NodeRequest(node=name, reason=reason), name)
         except KvplaneError as error:
+            self.conclusions["failed"] += 1
             _log.warning("conclusion_failed", node=name, error=str(error))
         else:
             if proposal is not None:
+                self.conclusions["lost" if decide is placement.lost else "recovered"] += 1
                 event = type(proposal.event).__name__
                 _log.warning("node_concluded", node=name, conclusion=event, reason=reason, sequence=sequence)

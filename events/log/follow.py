@@ -75,6 +75,7 @@ class Follower:
         self.healthy = False
         """Whether messages or heartbeats arrive."""
         self.restarts = 0
+        self._last_reply = ""
         self._subscription: Subscription | None = None
         self._generation = 0
         self._delivered = 0
@@ -82,6 +83,15 @@ class Follower:
         self._stopped: KvplaneError | Exception | None = None
         self._restart = anyio.Event()
         self._paused: anyio.Event | None = None
+
+    @property
+    def behind(self) -> int:
+        """Commits that are on the log and were not handed on, as the server said with the last one that was."""
+        said = self._last_reply.split(".")
+        if len(said) < _SHORT:
+            return max(0, self.target - self.applied)
+        # The number of pending messages comes after the time.
+        return int(said[8 if len(said) == _SHORT else 10])
 
     def pause(self) -> None:
         """Hand on nothing until `resume`; the server holds back what is on its way."""
@@ -237,6 +247,7 @@ class Follower:
             self._restart.set()
             return
         self.applied = sequence
+        self._last_reply = message.reply
         if sequence >= self.target and not self.caught_up.is_set():
             self.caught_up.set()
 
