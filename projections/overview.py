@@ -28,8 +28,8 @@ def summary(state: FleetState, *, digests: bool) -> dict[str, Any]:
         "active": len(state.load.running),
         "policy": state.policy,
         "parameters": state.parameters,
-        "skipped": state.skipped,
-        "ignored": state.ignored,
+        "skipped": dict(state.skipped),
+        "ignored": dict(state.ignored),
     }
 
 
