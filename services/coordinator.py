@@ -21,9 +21,9 @@ from events.log.append import Appender, new_writer
 from events.log.servers import in_cluster
 from events.log.stream import COPIES, open_stream
 from events.subjects import pulse_subject
-from projections.overview import node_row, summary
+from projections.overview import node_row
 from services import api, formats, placement
-from services.compaction import SNAPSHOT_COMMITS, Compaction
+from services.compaction import SNAPSHOT_BYTES, SNAPSHOT_COMMITS, Compaction
 from services.errors import Conflict, LogAway, UnknownModel
 from services.liveness import Liveness
 from services.micro import Endpoint, serve
@@ -57,14 +57,15 @@ class Coordinator:
     role = "coordinator"
 
     def __init__(
-        self, client: Client, fleet: str, *, replicas: int | None = None, snapshot_commits: int = SNAPSHOT_COMMITS
+        self, client: Client, fleet: str, *, replicas: int | None = None, snapshot_commits: int = SNAPSHOT_COMMITS,
+        snapshot_bytes: int = SNAPSHOT_BYTES,
     ) -> None:  # fmt: skip
         self.client = client
         self.fleet = fleet
         self.writer = new_writer("coordinator")
-        self.replica = Replica(client, fleet)
+        self.replica = Replica(client, fleet, writer=self.writer)
         self.state = self.replica.state
-        self.compaction = Compaction(client, self.replica, commits=snapshot_commits)
+        self.compaction = Compaction(client, self.replica, commits=snapshot_commits, size=snapshot_bytes)
         self.liveness = Liveness()
         self.races_lost = 0
         self.conclusions = {"lost": 0, "recovered": 0, "failed": 0}
@@ -246,13 +247,7 @@ class Coordinator:
 
     async def status(self, request: api.StatusRequest) -> dict[str, object]:
         """What this coordinator is and knows."""
-        return {
-            "writer": self.writer,
-            "ready": self.replica.ready,
-            "races_lost": self.races_lost,
-            "began": self.replica.began,
-            **summary(self.state, digests=request.digest),
-        }
+        return {"races_lost": self.races_lost, **await self.replica.about(digests=request.digest)}
 
     async def snapshot(self, request: api.StatusRequest) -> dict[str, object]:  # noqa: ARG002 - nothing to choose
         """Take a snapshot of the fold."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import structlog
@@ -16,9 +16,12 @@ from events.log.snapshots import SnapshotStore
 from events.log.stream import open_stream
 from projections.errors import BadSnapshot
 from projections.fleet import FleetState
+from projections.overview import summary
 from projections.snapshot import load, peek
-from services.errors import LogAway, NotReady
+from services.checkpoints import Checkpoints
+from services.errors import LogAway, NotReady, WorkerDied
 from services.routing.overlay import RECENT_SECONDS
+from services.version import package_version
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,16 +39,23 @@ _log = structlog.get_logger("kvplane.replica")
 
 
 class Replica:
-    """One fold of a fleet's log. `before` is called before a message is applied, `observe` with what became of it."""
+    """One fold of a fleet's log. `before` is called before a message is applied, `observe` with what became of it.
+
+    With the name of a `writer` it takes part in the comparison of digests at checkpoints.
+    """
 
     def __init__(
         self, client: Client, fleet: str, observe: Callable[[Message, Applied], None] | None = None,
-        *, before: Callable[[], None] | None = None,
+        *, before: Callable[[], None] | None = None, writer: str = "",
     ) -> None:  # fmt: skip
+        self.writer = writer
         self.state = FleetState(fleet)
+        self.checkpoints = Checkpoints(client, self.state, writer)
         self.follower = Follower(client, fleet, self._handle)
         self.snapshots = SnapshotStore(client, fleet)
         self._client = client
+        self.bytes_read = 0
+        """Bytes of commits that were applied since it began."""
         self.began = 0
         """Sequence of the snapshot that this replica began with; 0 when it began with the log."""
         self._observe = observe
@@ -71,6 +81,7 @@ class Replica:
         if self._before is not None:
             self._before()
         applied = self.state.apply(message)
+        self.bytes_read += len(message.body)
         if applied.skipped is not None:
             self._skips[message.sequence] = (applied.skipped, applied.detail)
             self._order.append(message.sequence)
@@ -87,6 +98,7 @@ class Replica:
             )
         if self._observe is not None:
             self._observe(message, applied)
+        self.checkpoints.applied()
         if self._waiting:
             self._advanced.set()
             self._advanced = anyio.Event()
@@ -100,6 +112,7 @@ class Replica:
             # Millions of long-lived segments: keep the collector from walking them again and again.
             gc.collect()
             gc.freeze()
+            group.start_soon(self.checkpoints.run)
             _log.info("replica_ready", fleet=self.state.fleet, sequence=self.state.sequence, skipped=self.state.skipped)
 
     async def _restore(self) -> None:
@@ -135,6 +148,25 @@ class Replica:
             self.began = self.follower.applied = self.state.sequence
             _log.info("snapshot_loaded", fleet=self.state.fleet, sequence=self.began)
         return True
+
+    async def about(self, *, digests: bool) -> dict[str, Any]:
+        """What `status` says of a replica: who and when it is, what its state holds, its digests at checkpoints.
+
+        With `digests` also the digest now. Raises `WorkerDied`.
+        """
+        whole = {
+            "writer": self.writer,
+            "version": package_version(),
+            "clock": time.time(),
+            "ready": self.ready,
+            "healthy": self.follower.healthy,
+            "began": self.began,
+            **self.checkpoints.told(),
+        }
+        try:
+            return whole | (await self.checkpoints.now() if digests else summary(self.state, digests=False))
+        except OSError as error:
+            raise WorkerDied(f"no copy of the process could be made for the digest: {error}") from error
 
     async def reached(self, sequence: int, *, seconds: float = 10.0) -> None:
         """Wait until this sequence is applied. Raises `LogAway` after `seconds`."""

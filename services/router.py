@@ -19,7 +19,6 @@ from events.hashing import block_hashes
 from events.log.append import Appender, new_writer
 from events.log.group import GroupWriter, Writers
 from events.subjects import subject
-from projections.overview import summary
 from services.api import CompleteRequest, RouteAnswer, RouteRequest, StatusRequest, names, one_of
 from services.errors import BadRequest, NoTokenizer
 from services.micro import Endpoint, serve, stop
@@ -62,7 +61,7 @@ class Router:
         self.fleet = fleet
         self.writer = new_writer("router")
         self.overlay = Overlay()
-        self.replica = Replica(client, fleet, self._observe, before=self.settle)
+        self.replica = Replica(client, fleet, self._observe, before=self.settle, writer=self.writer)
         self.state = self.replica.state
         self.chooser = Chooser(self.state, self.overlay)
         self.decisions = {"exact": 0, "prefix": 0, "miss": 0, "refused": 0}
@@ -110,7 +109,7 @@ class Router:
             [
                 Endpoint("route", f"{base}.route", RouteRequest, self.route, after=self.settle, traced=True),
                 Endpoint("complete", f"{base}.complete", CompleteRequest, self.complete, traced=True),
-                Endpoint("status", f"{base}.router.{self.writer}.status", StatusRequest, self.status),
+                Endpoint("status", f"{base}.router.{self.writer}.status", StatusRequest, self.status, concurrent=True),
                 Endpoint("flush", f"{base}.router.{self.writer}.flush", StatusRequest, self.flush, concurrent=True),
             ],
             {"fleet": self.fleet, "writer": self.writer}, self.tally,
@@ -253,12 +252,10 @@ class Router:
         if applied.commit is not None:
             self.overlay.observe(applied.commit, message.time, self.state, self.writer, time.time_ns())
 
-    def status(self, request: StatusRequest) -> dict[str, object]:
+    async def status(self, request: StatusRequest) -> dict[str, object]:
         """What this router is and knows."""
         self.settle()
         return {
-            "writer": self.writer,
-            "healthy": self.replica.follower.healthy,
             "degraded": self.degraded,
             "decisions": self.decisions,
             "policy_failures": self.chooser.policy_failures,
@@ -266,8 +263,7 @@ class Router:
             "recorded": sum(writer.acknowledged for writer in self.writers),
             "waiting": sum(writer.waiting for writer in self.writers),
             "unrecorded": sum(writer.dropped for writer in self.writers),
-            "began": self.replica.began,
-            **summary(self.state, digests=request.digest),
+            **await self.replica.about(digests=request.digest),
         }
 
     async def flush(self, request: StatusRequest) -> dict[str, object]:
@@ -276,4 +272,4 @@ class Router:
         await self.writers.flush()
         for writer in self.writers:
             await self.replica.reached(writer.last_sequence)
-        return self.status(request)
+        return await self.status(request)

@@ -247,7 +247,7 @@ async def test_what_is_computed_in_a_copy_sees_the_moment_of_the_fork() -> None:
 
         async def compute() -> None:
             copied = await in_copy(lambda: bytes(state) * size)
-            assert copied.data == bytes([1, 2, 3]) * size
+            assert copied.data.read() == bytes([1, 2, 3]) * size
             state.append(99)
 
         group.start_soon(compute)

@@ -17,7 +17,7 @@ from rich.console import Console
 from events.errors import KvplaneError
 from events.log.connection import connected
 from services.cli.common import COMMON, Common, PolicyModules, run_until_signal, start
-from services.compaction import SNAPSHOT_COMMITS
+from services.compaction import SNAPSHOT_BYTES, SNAPSHOT_COMMITS
 from services.coordinator import Coordinator
 from services.errors import BadRequest
 from services.keeper import kept
@@ -175,6 +175,7 @@ def coordinator(
     *,
     replicas: int | None = None,
     snapshot_commits: int = SNAPSHOT_COMMITS,
+    snapshot_bytes: int = SNAPSHOT_BYTES,
     policy_module: PolicyModules = (),
     http: str | None = None,
     common: Common = COMMON,
@@ -187,6 +188,8 @@ def coordinator(
         Copies of the log, if this coordinator creates it: 1, 3 or 5. By itself 3 on a cluster and 1 on a single server.
     snapshot_commits
         Take a snapshot of the state when so many commits have come since the last one.
+    snapshot_bytes
+        Take one when so many bytes of commits have come, too.
     policy_module
         Modules from which policies of the form module:attr may be taken.
     http
@@ -197,14 +200,20 @@ def coordinator(
     allow(policy_module)
     if replicas not in {None, 1, 3, 5}:
         raise BadRequest(f"--replicas is {replicas}; it must be 1, 3 or 5")
-    if snapshot_commits < 1:
-        raise BadRequest(f"--snapshot-commits is {snapshot_commits}; it must be at least 1")
-    run_until_signal(_run_coordinator, replicas, snapshot_commits, http, common)
+    for option, value in (("--snapshot-commits", snapshot_commits), ("--snapshot-bytes", snapshot_bytes)):
+        if value < 1:
+            raise BadRequest(f"{option} is {value}; it must be at least 1")
+    run_until_signal(_run_coordinator, replicas, snapshot_commits, snapshot_bytes, http, common)
 
 
-async def _run_coordinator(replicas: int | None, snapshot_commits: int, http: str | None, common: Common) -> None:
+async def _run_coordinator(
+    replicas: int | None, snapshot_commits: int, snapshot_bytes: int, http: str | None, common: Common
+) -> None:
     async with connected(common.server, "kvplane-coordinator") as client:
-        await _observed(http, Coordinator(client, common.fleet, replicas=replicas, snapshot_commits=snapshot_commits))
+        service = Coordinator(
+            client, common.fleet, replicas=replicas, snapshot_commits=snapshot_commits, snapshot_bytes=snapshot_bytes
+        )
+        await _observed(http, service)
 
 
 def simnode(

@@ -7,6 +7,7 @@ kv.<fleet>.history.changes    what changed between two moments
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from services.history.pieces import Pieces
 from services.micro import Endpoint, serve, stop
 from services.readiness import Readiness, readiness
 from services.tally import Tally
+from services.version import package_version
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -87,6 +89,9 @@ class Historian:
                     Endpoint("piece", self.pieces.subject, api.PieceRequest, self.pieces.more, concurrent=True),
                     Endpoint("whatif", f"{base}.history.whatif", api.WhatifRequest, self.whatif, concurrent=True),
                     Endpoint("status", f"{base}.history.status", api.StatusRequest, self.status, concurrent=True),
+                    Endpoint(
+                        "status_of_one", f"{base}.history.{self.id}.status", api.StatusRequest, self.status, concurrent=True
+                    ),
                 ],
                 {"fleet": self.fleet, "historian": self.id}, self.tally,
             )  # fmt: skip
@@ -158,6 +163,8 @@ class Historian:
         return {
             "fleet": self.fleet,
             "historian": self.id,
+            "version": package_version(),
+            "clock": time.time(),
             "healthy": ingest.follower.healthy and not ingest.failure,
             "failure": ingest.failure,
             "log": log.last_seq,
