@@ -19,7 +19,8 @@ from projections.fleet import FleetState
 from projections.overview import summary
 from projections.snapshot import load, peek
 from services.checkpoints import Checkpoints
-from services.errors import LogAway, NotReady, WorkerDied
+from services.errors import LogAway, NotReady, ServiceFault, WorkerDied
+from services.history.pieces import snapshot_at
 from services.routing.overlay import RECENT_SECONDS
 from services.version import package_version
 
@@ -126,14 +127,32 @@ class Replica:
                     recent.append(sequence)
                 if self.began:
                     return
-            if recent and (await open_stream(self._client.jetstream(), self.state.fleet)).first_seq > 1:
+            first = (await open_stream(self._client.jetstream(), self.state.fleet)).first_seq
+            if first > 1:
                 # ... unless the log has it no more.
                 for sequence in reversed(recent):
                     await self._load(sequence, before=None)
                     if self.began:
                         return
+                await self._ask_history(first)
         except LogError as error:
             _log.warning("snapshots_not_read", error=str(error))
+
+    async def _ask_history(self, first: int) -> None:
+        """Begin with what a historian makes of its rows: no snapshot leads to the log, which begins at `first`.
+
+        So it is when the log was purged and the fold of this kvplane is another one than that of the snapshots.
+        """
+        _log.warning("no_snapshot_to_begin_with", fleet=self.state.fleet, log_begins=first, asks="the historian")
+        try:
+            self._begin(await snapshot_at(self._client, self.state.fleet, first))
+        except (ServiceFault, BadSnapshot) as error:
+            _log.error("history_does_not_help", error=str(error))
+
+    def _begin(self, data: bytes) -> None:
+        self.state.become(load(self.state.fleet, data))
+        self.began = self.follower.applied = self.state.sequence
+        _log.info("snapshot_loaded", fleet=self.state.fleet, sequence=self.began)
 
     async def _load(self, sequence: int, *, before: int | None) -> bool:
         """Begin with this snapshot if it can be used; false when it can, but is of a later time than `before`."""
@@ -141,12 +160,9 @@ class Replica:
             data = await self.snapshots.get(sequence)
             if before is not None and peek(data).time > before:
                 return False
-            self.state.become(load(self.state.fleet, data))
+            self._begin(data)
         except (BadSnapshot, LogUnavailable) as error:
             _log.warning("snapshot_passed_over", sequence=sequence, error=str(error))
-        else:
-            self.began = self.follower.applied = self.state.sequence
-            _log.info("snapshot_loaded", fleet=self.state.fleet, sequence=self.began)
         return True
 
     async def about(self, *, digests: bool) -> dict[str, Any]:

@@ -134,7 +134,7 @@ class Follower:
         if self.applied + 1 < state.first_seq and state.first_seq > 1:
             raise LogCorrupt(
                 f"the log of fleet {self._fleet!r} begins at {state.first_seq}, but {self.applied + 1} is needed next; "
-                "start from a snapshot"
+                "there is no snapshot that leads there. A historian that has it can give it: start one, and this again"
             )
         if self.applied > state.last_seq:
             raise LogCorrupt(
