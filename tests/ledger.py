@@ -22,6 +22,8 @@ from services.client import ask, instances
 from services.errors import ServiceFault
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from nats.aio.client import Client
 
     from events.codec import Message
@@ -49,7 +51,8 @@ class Ledger:
         """Longest wait for a router's answer, in seconds."""
 
     async def write(self, client: Client, stop: anyio.Event, *, name: str = "ledger") -> None:
-        """Commits of one writer, one after the other, whatever the log does."""
+        """Commits of one writer about a node of its own, one after the other, whatever the log does."""
+        epoch = await self.register(client, name, models=[f"of {name}"])
         appender = Appender(client, self.fleet, new_writer("ledger"))
         subject = f"kv.{self.fleet}.cache.{name}"
         number = 0
@@ -57,7 +60,7 @@ class Ledger:
             number += 1
             begin = anyio.current_time()
             try:
-                sequence = await appender.append(subject, [types.CacheCleared(name, 1, number)], give_up=30)
+                sequence = await appender.append(subject, [types.CacheCleared(name, epoch, number)], give_up=30)
             except LogUnavailable:
                 # Not promised: it may be on the log or not.
                 continue
@@ -85,14 +88,14 @@ class Ledger:
             self.degraded += answer.degraded
             await anyio.sleep(PAUSE_SECONDS)
 
-    async def register(self, client: Client, *nodes: str) -> None:
-        """Nodes to route to. They promise no pulses and so are never lost."""
-        for node in nodes:
-            request = api.RegisterRequest(
-                node=node, address=f"kv.{self.fleet}.serve.{node}", models=[MODEL], block_size=16,
-                capacity_blocks={"gpu": 1000}, replace=True,
-            )  # fmt: skip
-            await ask(client, f"kv.{self.fleet}.coordinator.node.register", request)
+    async def register(self, client: Client, node: str, models: Sequence[str] = (MODEL,)) -> int:
+        """Register a node that promises no pulses, and so is never lost; its epoch."""
+        request = api.RegisterRequest(
+            node=node, address=f"kv.{self.fleet}.serve.{node}", models=list(models), block_size=16,
+            capacity_blocks={"gpu": 1000}, replace=True,
+        )  # fmt: skip
+        answer: dict[str, int] = await ask(client, f"kv.{self.fleet}.coordinator.node.register", request)
+        return answer["epoch"]
 
     async def check(self, client: Client, *, routers: int, coordinators: int) -> FleetState:
         """Read the log from its beginning. Raises `AssertionError` when a promise is broken; else the state it makes."""
