@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack, asynccontextmanager
+import sys
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from events import types
 from events.errors import LogUnavailable
 from events.log.append import Appender, new_writer
 from events.log.connection import connected
+from events.log.snapshots import SnapshotStore
 from events.log.stream import stream_info
 from projections.digest import digest
 from services import api
@@ -189,3 +191,29 @@ async def _reach(replicas: dict[str, Replica], ledger: Ledger, more: int) -> boo
     return len(ledger.committed) >= more and all(
         replica.state.sequence >= max(ledger.committed) - 20 for replica in replicas.values()
     )
+
+
+async def test_a_log_with_one_copy_gets_three(cluster: Cluster) -> None:
+    async with AsyncExitStack() as stack, anyio.create_task_group() as group:
+        client = await stack.enter_async_context(connected(cluster.urls, "test"))
+        await group.start(Coordinator(client, NAME, replicas=1).run)
+        await Ledger(NAME).register(client, "node-a")
+        taken: dict[str, Any] = await ask(client, f"kv.{NAME}.coordinator.snapshot", api.StatusRequest())
+
+        arguments = ["copies", "3", "--fleet", NAME, *(f"--server={url}" for url in cluster.urls)]
+        done = await anyio.run_process([sys.executable, "-m", "services.cli", *arguments], check=False)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert b"all are current" in done.stdout
+        leader = await cluster.leader(NAME)
+        assert leader is not None
+        await cluster.kill(leader)
+
+        async def snapshots() -> list[int]:
+            with suppress(LogUnavailable):
+                return await SnapshotStore(client, NAME).sequences()
+            return []
+
+        await until(snapshots)
+        assert await snapshots() == [taken["sequence"]]
+        await Ledger(NAME).register(client, "node-b")
+        group.cancel_scope.cancel()
