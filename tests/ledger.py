@@ -22,6 +22,8 @@ from services.client import ask, instances
 from services.errors import ServiceFault
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from nats.aio.client import Client
 
     from events.codec import Message
@@ -35,8 +37,8 @@ class Ledger:
 
     def __init__(self, fleet: str) -> None:
         self.fleet = fleet
-        self.committed: dict[int, tuple[str, int]] = {}
-        """Sequence of an acknowledged commit, its subject and the number in it."""
+        self.committed: dict[int, tuple[str, int, int]] = {}
+        """Sequence of an acknowledged commit, its subject, and epoch and number in it."""
         self.routed: set[str] = set()
         """Requests that a router answered."""
         self.degraded = 0
@@ -49,7 +51,8 @@ class Ledger:
         """Longest wait for a router's answer, in seconds."""
 
     async def write(self, client: Client, stop: anyio.Event, *, name: str = "ledger") -> None:
-        """Commits of one writer, one after the other, whatever the log does."""
+        """Commits of one writer about a node of its own, one after the other, whatever the log does."""
+        epoch = await self.register(client, name, models=[f"of {name}"])
         appender = Appender(client, self.fleet, new_writer("ledger"))
         subject = f"kv.{self.fleet}.cache.{name}"
         number = 0
@@ -57,12 +60,12 @@ class Ledger:
             number += 1
             begin = anyio.current_time()
             try:
-                sequence = await appender.append(subject, [types.CacheCleared(name, 1, number)], give_up=30)
+                sequence = await appender.append(subject, [types.CacheCleared(name, epoch, number)], give_up=30)
             except LogUnavailable:
                 # Not promised: it may be on the log or not.
                 continue
             self.stalls[name] = max(self.stalls.get(name, 0.0), anyio.current_time() - begin)
-            self.committed[sequence] = (subject, number)
+            self.committed[sequence] = (subject, epoch, number)
             await anyio.sleep(PAUSE_SECONDS)
 
     async def route(self, client: Client, stop: anyio.Event, *, name: str = "ledger") -> None:
@@ -85,22 +88,22 @@ class Ledger:
             self.degraded += answer.degraded
             await anyio.sleep(PAUSE_SECONDS)
 
-    async def register(self, client: Client, *nodes: str) -> None:
-        """Nodes to route to. They promise no pulses and so are never lost."""
-        for node in nodes:
-            request = api.RegisterRequest(
-                node=node, address=f"kv.{self.fleet}.serve.{node}", models=[MODEL], block_size=16,
-                capacity_blocks={"gpu": 1000}, replace=True,
-            )  # fmt: skip
-            await ask(client, f"kv.{self.fleet}.coordinator.node.register", request)
+    async def register(self, client: Client, node: str, models: Sequence[str] = (MODEL,)) -> int:
+        """Register a node that promises no pulses, and so is never lost; its epoch."""
+        request = api.RegisterRequest(
+            node=node, address=f"kv.{self.fleet}.serve.{node}", models=list(models), block_size=16,
+            capacity_blocks={"gpu": 1000}, replace=True,
+        )  # fmt: skip
+        answer: dict[str, int] = await ask(client, f"kv.{self.fleet}.coordinator.node.register", request)
+        return answer["epoch"]
 
     async def check(self, client: Client, *, routers: int, coordinators: int) -> FleetState:
         """Read the log from its beginning. Raises `AssertionError` when a promise is broken; else the state it makes."""
         wanted = await self._replicas(client, routers, coordinators)
         state = FleetState(self.fleet)
         found: dict[int, str] = {}
-        numbers: list[tuple[str, int]] = []
-        at: dict[int, tuple[str, int]] = {}
+        numbers: list[tuple[str, int, int]] = []
+        at: dict[int, tuple[str, int, int]] = {}
         requests: set[str] = set()
         identities: list[str] = []
 
@@ -109,7 +112,7 @@ class Ledger:
             identities.append((message.headers or {})["Nats-Msg-Id"])
             for event in commit.events if commit is not None else codec.decode(self.fleet, message).events:
                 if isinstance(event, types.CacheCleared):
-                    numbers.append((message.subject, event.batch))
+                    numbers.append((message.subject, event.epoch, event.batch))
                     at[message.sequence] = numbers[-1]
                 elif isinstance(event, types.RequestRouted):
                     requests.add(event.request)

@@ -174,7 +174,7 @@ class Appender:
                 return sequence
 
     async def _publish(
-        self, subject: str, body: bytes, headers: dict[str, str], patience: float, *, retried: bool
+        self, subject: str, body: bytes, headers: dict[str, str], patience: float = ACK_SECONDS, *, retried: bool
     ) -> int:  # fmt: skip
         reply = (await request(self.client, subject, body, seconds=patience, headers=headers)).data
         try:
