@@ -10,12 +10,15 @@ import asyncio
 import math
 import time
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import anyio
 import structlog
 from nats.errors import Error as NatsError
 
+from events.errors import LogError
+from events.log.stream import open_stream
 from services.errors import ConnectionBroken
 
 if TYPE_CHECKING:
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 
 LOOK_SECONDS = 0.5
 PING_SECONDS = 5.0
-"""Between two measurements of the round trip."""
+"""Between two measurements of the round trip, and two looks at the end of the log."""
 MENDED = 3
 """So often in `MENDED_SECONDS` a connection is mended; then the service ends, for whoever supervises it to start anew."""
 MENDED_SECONDS = 60.0
@@ -42,6 +45,8 @@ class Lifeline:
         """Read loops that had ended."""
         self.round_trip = math.nan
         """Seconds from a ping to its answer; not a number while there is none."""
+        self.log_end = 0
+        """Last sequence on the log, as it was a few seconds ago; 0 where it isn't looked at."""
         self._mended: deque[float] = deque(maxlen=MENDED)
         self._ping: asyncio.Task[float] | None = None
         self._pinged = 0.0
@@ -65,6 +70,14 @@ class Lifeline:
             if self.deaf:
                 await self._mend()
             self._measure()
+
+    async def watch_log(self, fleet: str) -> None:
+        """Look where the log ends, until cancelled: a follower that is held up doesn't know."""
+        while True:
+            # What is wrong with the log the follower says.
+            with suppress(LogError):
+                self.log_end = (await open_stream(self.client.jetstream(), fleet)).last_seq
+            await anyio.sleep(PING_SECONDS)
 
     async def _mend(self) -> None:
         self.failures += 1

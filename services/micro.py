@@ -16,6 +16,7 @@ import structlog
 from nats.errors import Error as NatsError
 from nats.errors import MaxPayloadError
 from nats.micro import add_service
+from structlog.contextvars import bound_contextvars
 
 from events.errors import KvplaneError
 from events.versions import FORMAT
@@ -118,7 +119,7 @@ def _in_turn(endpoint: Endpoint, tally: Tally) -> Callable[[Request], Awaitable[
                 said = in_headers(headers) if headers else ""
                 if said or asked.traceparent:  # type: ignore[attr-defined]
                     trace = _traced(endpoint, tally, said, asked.traceparent)  # type: ignore[attr-defined]
-                with structlog.contextvars.bound_contextvars(trace=trace) if trace else _NOTHING:
+                with bound_contextvars(trace=trace) if trace else _NOTHING:
                     found = answer(asked, trace)
             else:
                 found = answer(asked)
@@ -152,7 +153,7 @@ def _concurrent(endpoint: Endpoint, tally: Tally, group: TaskGroup) -> Callable[
             if traced:
                 said = in_headers(request.headers or {})
                 trace = _traced(endpoint, tally, said, asked.traceparent)  # type: ignore[attr-defined]
-                with structlog.contextvars.bound_contextvars(trace=trace) if trace else _NOTHING:
+                with bound_contextvars(trace=trace) if trace else _NOTHING:
                     result = await answer(asked, trace)
             else:
                 result = await answer(asked)
@@ -184,7 +185,8 @@ async def _respond(request: Request, reply: bytes, trace: str = "") -> None:
 
 
 async def _refuse(request: Request, error: Exception, trace: str) -> None:
-    status, sentence, body = fault(error)
+    with bound_contextvars(trace=trace) if trace else _NOTHING:
+        status, sentence, body = fault(error)
     try:
         await request.respond_error(status, sentence, data=body, headers={HEADER: trace} if trace else None)
     except (NatsError, ValueError, OSError) as failed:

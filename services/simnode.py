@@ -31,7 +31,7 @@ from services.readiness import Readiness
 from services.tally import Tally
 
 if TYPE_CHECKING:
-    from anyio.abc import TaskStatus
+    from anyio.abc import TaskGroup, TaskStatus
     from nats.aio.client import Client
     from nats.aio.msg import Msg
 
@@ -102,21 +102,24 @@ class SimNode:
         """Serve until cancelled. Started means: registered and taking requests."""
         async with anyio.create_task_group() as group:
             group.start_soon(self.writers.run)
-            await self.client.subscribe(subject(self.fleet, "node", self.config.name), cb=self._concluded)
-            endpoint = Endpoint("serve", self.address, api.ServeRequest, self.serve, concurrent=True, traced=True)
-            await serve(
-                self.client, group, "kvplane-simnode", f"simulated node {self.config.name!r}", [endpoint],
-                {"fleet": self.fleet, "node": self.config.name}, self.tally,
-            )  # fmt: skip
-            await self._register()
-            group.start_soon(self._pulse)
-            task_status.started()
             try:
+                await self._serve(group)
+                task_status.started()
                 while True:
                     await self._register_again.wait()
                     await self._register()
             finally:
                 await self.writers.close()
+
+    async def _serve(self, group: TaskGroup) -> None:
+        await self.client.subscribe(subject(self.fleet, "node", self.config.name), cb=self._concluded)
+        endpoint = Endpoint("serve", self.address, api.ServeRequest, self.serve, concurrent=True, traced=True)
+        await serve(
+            self.client, group, "kvplane-simnode", f"simulated node {self.config.name!r}", [endpoint],
+            {"fleet": self.fleet, "node": self.config.name}, self.tally,
+        )  # fmt: skip
+        await self._register()
+        group.start_soon(self._pulse)
 
     async def _register(self) -> None:
         """Register until it succeeds, and report what the cache holds."""

@@ -17,12 +17,16 @@ from prometheus_client.aiohttp import make_aiohttp_handler
 
 from services.errors import BadRequest, HttpFailed
 from services.lifeline import Lifeline
-from services.metrics.collect import Observed, registry
+from services.metrics.collect import FOLLOWING, Observed, registry
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
     from services.metrics.collect import Service
+
+LOOK_SECONDS = 1.0
+TELL_SECONDS = 10.0
+"""How often a service that is not ready says why."""
 
 _log = structlog.get_logger("kvplane.http")
 
@@ -37,8 +41,27 @@ async def observing(http: str | None, *services: Service) -> AsyncIterator[None]
     async with listening(http, observed), anyio.create_task_group() as group:
         for one in observed:
             group.start_soon(one.lifeline.run)
+            if one.service.role in FOLLOWING:
+                group.start_soon(one.lifeline.watch_log, one.service.fleet)
+        group.start_soon(_tell, services)
         yield
         group.cancel_scope.cancel()
+
+
+async def _tell(services: Sequence[Service]) -> None:
+    """Log when services become ready or are no more, and now and then why they are not."""
+    said: dict[str, float] = {}
+    while True:
+        # Not at once: most are ready within a second.
+        await anyio.sleep(LOOK_SECONDS)
+        for service in services:
+            reason, facts = service.readiness()
+            if reason and anyio.current_time() - said.get(service.role, -TELL_SECONDS) >= TELL_SECONDS:
+                said[service.role] = anyio.current_time()
+                _log.warning("not_ready", service=service.role, reason=reason)
+            elif not reason and service.role in said:
+                del said[service.role]
+                _log.warning("ready", service=service.role, **facts)
 
 
 def address(http: str) -> tuple[str, int]:

@@ -73,6 +73,9 @@ class GroupWriter:
         while len(self._waiting) > self._limit or (self._bytes > LIMIT_BYTES and len(self._waiting) > 1):
             self._bytes -= len(self._waiting.popleft())
             self.dropped += 1
+            # At the first one, and when they have doubled: it may go on for hours.
+            if not self.dropped & (self.dropped - 1):
+                _log.error("events_dropped", subject=self._subject, dropped=self.dropped, waiting=self.waiting)
         if not self._wake.is_set():
             self._wake.set()
         if len(self._waiting) >= ENOUGH_EVENTS and not self._enough.is_set():

@@ -56,7 +56,7 @@ SERVICE = Group("Every service", (
 READING = Group("Those that follow the log: router, coordinator, historian", (
     _of("kvplane_log_applied_sequence", "gauge", "", "sequence of the last commit that is applied"),
     _of("kvplane_log_applied_timestamp_seconds", "gauge", "", "when the log stored that commit, in unix seconds"),
-    _of("kvplane_log_lag_commits", "gauge", "", "commits on the log that are not applied, as the server said last",
+    _of("kvplane_log_lag_commits", "gauge", "", "commits on the log that are not applied",
             "it does not come back to about 0"),
     _of("kvplane_log_follower_healthy", "gauge", "", "1 while commits or heartbeats arrive", "0 for a minute: the log is away"),
     _of("kvplane_log_follower_restarts_total", "counter", "", "consumers made anew after silence, a gap or a reconnect",

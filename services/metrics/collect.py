@@ -75,6 +75,8 @@ class Services(Collector):
             own = scrape.of(fleet=service.fleet, service=service.role)
             _service(own, service, lifeline)
             _ROLES[service.role](own, service)
+            if service.role in FOLLOWING:
+                _reading(own, *FOLLOWING[service.role](service), lifeline.log_end)
         return scrape.families()
 
 
@@ -110,11 +112,11 @@ def _service(scrape: Scrape, service: Service, lifeline: Lifeline) -> None:
         put("kvplane_nats_bytes_total", client.stats[f"{direction}_bytes"], direction=direction)
 
 
-def _reading(scrape: Scrape, follower: Follower, state: FleetState) -> None:
+def _reading(scrape: Scrape, follower: Follower, state: FleetState, log_end: int) -> None:
     put = scrape.put
     put("kvplane_log_applied_sequence", state.sequence)
     put("kvplane_log_applied_timestamp_seconds", state.time / 1e9)
-    put("kvplane_log_lag_commits", follower.behind)
+    put("kvplane_log_lag_commits", max(follower.behind, log_end - state.sequence))
     put("kvplane_log_follower_healthy", follower.healthy)
     put("kvplane_log_follower_restarts_total", follower.restarts)
     put("kvplane_fold_commits_total", state.commits)
@@ -126,7 +128,6 @@ def _reading(scrape: Scrape, follower: Follower, state: FleetState) -> None:
 
 def _holding(scrape: Scrape, replica: Replica) -> None:
     put, state = scrape.put, replica.state
-    _reading(scrape, replica.follower, state)
     states = {"up": 0, "cordoned": 0, "lost": 0}
     for node in state.nodes.values():
         states["lost" if node.lost is not None else "cordoned" if node.cordoned else "up"] += 1
@@ -197,7 +198,6 @@ def _coordinator(scrape: Scrape, coordinator: Coordinator) -> None:
 
 def _historian(scrape: Scrape, historian: Historian) -> None:
     put, ingest = scrape.put, historian.ingest
-    _reading(scrape, ingest.follower, ingest.state)
     put("kvplane_historian_stored_sequence", ingest.stored)
     put("kvplane_historian_unstored_commits", max(0, ingest.state.sequence - ingest.stored))
     put("kvplane_historian_failing", bool(ingest.failure))
@@ -228,3 +228,9 @@ _ROLES: dict[str, Callable[..., None]] = {
     "historian": _historian,
     "simnode": _simnode,
 }
+FOLLOWING: dict[str, Callable[..., tuple[Follower, FleetState]]] = {
+    "router": lambda router: (router.replica.follower, router.state),
+    "coordinator": lambda coordinator: (coordinator.replica.follower, coordinator.state),
+    "historian": lambda historian: (historian.ingest.follower, historian.ingest.state),
+}
+"""Services that follow the log: their follower and what it is folded into."""
