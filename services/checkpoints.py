@@ -38,6 +38,10 @@ LEAST_COMMITS = 1000
 """Checkpoints of a small fleet are so many commits apart."""
 SIZE_COMMITS = 25
 """Those of a large one are a commit apart for so many things in the state: a digest's share in the work stays the same."""
+MOST_WIDER = 6
+"""A replica that can't keep up notes every second checkpoint, every fourth, ... up to every 2^6th."""
+CALM = 4
+"""After so many in time it tries more of them."""
 KEPT = 8
 """Checkpoints that are remembered."""
 SETTLE_SECONDS = 1.0
@@ -61,13 +65,17 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Checkpoint).decode
 
 
-def due(state: FleetState) -> bool:
-    """Whether the state's sequence is a checkpoint. Wider spacings are multiples of narrower ones."""
+def due(state: FleetState, wider: int = 0) -> bool:
+    """Whether the state's sequence is a checkpoint; one of those that are 2^`wider` times as far apart.
+
+    Wider spacings are multiples of narrower ones: those who note fewer checkpoints note some of those that others do.
+    """
     if state.sequence % LEAST_COMMITS:
         return False
     things = sum(index.memberships for index in state.caches.by_model.values())
     things += len(state.sessions) + len(state.load.running) + len(state.writers)
-    return state.sequence % (LEAST_COMMITS << (things // SIZE_COMMITS // LEAST_COMMITS).bit_length()) == 0
+    spacing = LEAST_COMMITS << (things // SIZE_COMMITS // LEAST_COMMITS).bit_length()
+    return state.sequence % (spacing << wider) == 0
 
 
 def odd(digests: Mapping[str, str]) -> list[str]:
@@ -99,6 +107,8 @@ class Checkpoints:
         self._one = anyio.Semaphore(1)
         self._group: TaskGroup | None = None
         self._last = (0, "")
+        self._wider = 0
+        self._calm = 0
 
     async def run(self) -> None:
         """Note and compare until cancelled; a replica that still reads the past does not run this yet."""
@@ -116,8 +126,15 @@ class Checkpoints:
 
     def applied(self) -> None:
         """A commit was applied: note a checkpoint if this is one, unless a digest is still in the making."""
-        if self._group is None or not due(self._state) or not self._one.value:
+        if self._state.sequence % LEAST_COMMITS or self._group is None or not due(self._state, self._wider):
             return
+        if not self._one.value:
+            # Too slow for these: of rarer ones others that are slow note the same.
+            self._wider, self._calm = min(self._wider + 1, MOST_WIDER), 0
+            return
+        self._calm += 1
+        if self._calm > CALM and self._wider:
+            self._wider, self._calm = self._wider - 1, 0
         self._one.acquire_nowait()
         try:
             copy = self._copy()

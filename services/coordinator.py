@@ -287,21 +287,24 @@ class Coordinator:
             if silent:
                 # One a turn: the next is judged anew, with what was heard meanwhile.
                 name, quiet = silent[0]
-                await self._conclude(placement.lost, name, f"no pulse for {quiet:.1f} s")
+                if await self._conclude(placement.lost, name, f"no pulse for {quiet:.1f} s"):
+                    self.liveness.concluded(name)
             for name in self.liveness.back(self.state, now):
                 await self._conclude(placement.recovered, name, "")
             self.liveness.forget(self.state)
             looked = time.monotonic()
             await anyio.sleep(LOOK_SECONDS)
 
-    async def _conclude(self, decide: Decide, name: str, reason: str) -> None:
+    async def _conclude(self, decide: Decide, name: str, reason: str) -> bool:
+        """Commit a conclusion; false when it was not to be had."""
         try:
             proposal, sequence = await self.commit(decide, api.NodeRequest(node=name, reason=reason), name)
         except KvplaneError as error:
             self.conclusions["failed"] += 1
             _log.warning("conclusion_failed", node=name, error=str(error))
-        else:
-            if proposal is not None:
-                self.conclusions["lost" if decide is placement.lost else "recovered"] += 1
-                event = type(proposal.event).__name__
-                _log.warning("node_concluded", node=name, conclusion=event, reason=reason, sequence=sequence)
+            return False
+        if proposal is not None:
+            self.conclusions["lost" if decide is placement.lost else "recovered"] += 1
+            event = type(proposal.event).__name__
+            _log.warning("node_concluded", node=name, conclusion=event, reason=reason, sequence=sequence)
+        return True

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 LAG_COMMITS = 1000
 SKEW_SECONDS = 1.0
+SILENT_SECONDS = 4.0
+"""Servers hear of each other's copies every second; that one is offline they say much later."""
 FULL = 0.8
 """Storage of which more is used will soon be full."""
 
@@ -71,11 +73,16 @@ def _copies(found: Examined, log: Plain) -> Iterator[Finding]:
     if not cluster.get("leader"):
         yield Finding("problem", "copies", "the log has no leader, so nothing can be written; are most servers up?")
     others = cluster.get("replicas") or []
+    current = 0
     for copy in others:
-        if copy.get("offline"):
-            yield Finding("problem", "copies", f"server {copy['name']} does not answer; the log has a copy there")
+        silent = copy.get("active", 0) / 1e9
+        if copy.get("offline") or silent > SILENT_SECONDS:
+            said = f"server {copy['name']} has a copy of the log, and was last heard {silent:.0f} s ago; is it up?"
+            yield Finding("problem", "copies", said)
         elif not copy.get("current"):
             yield Finding("warning", "copies", f"the copy on server {copy['name']} is behind by {copy.get('lag', 0):,}")
+        else:
+            current += 1
     copies = config["num_replicas"]
     if copies == 1 and cluster.get("name"):
         said = f"one, though cluster {cluster['name']} has several servers; when that server is lost, so is the log"
@@ -83,7 +90,7 @@ def _copies(found: Examined, log: Plain) -> Iterator[Finding]:
     stream = found.snapshots_stream
     if stream is not None and stream["config"]["num_replicas"] < copies:
         yield Finding("warning", "copies", f"snapshots have {stream['config']['num_replicas']}, the log has {copies}")
-    if all(copy.get("current") and not copy.get("offline") for copy in others) and cluster.get("leader"):
+    if current == len(others) and cluster.get("leader"):
         yield Finding("ok", "copies", f"{copies} of the log, all current")
 
 

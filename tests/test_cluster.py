@@ -21,6 +21,7 @@ from services import api
 from services.client import ask
 from services.coordinator import Coordinator
 from services.demo.fleet import Fleet
+from services.replica import Replica
 from tests.cluster import NAMES, Cluster, cluster_in, until
 from tests.ledger import MODEL, Ledger
 

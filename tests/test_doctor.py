@@ -111,6 +111,7 @@ def test_a_fleet_that_is_well_has_no_findings() -> None:
         ({"log": stream(**copies())}, ("warning", "copies")),
         ({"log": stream(**copies(leader=""))}, ("problem", "copies")),
         ({"log": stream(**copies({"name": "s2", "current": True, "offline": True}))}, ("problem", "copies")),
+        ({"log": stream(**copies({"name": "s2", "current": True, "active": 5 * 10**9}))}, ("problem", "copies")),
         ({"log": stream(**copies({"name": "s2", "current": False}))}, ("warning", "copies")),
         ({"snapshots_stream": {"config": {"num_replicas": 0}}}, ("warning", "copies")),
     ],
