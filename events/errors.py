@@ -32,6 +32,12 @@ class BadCommit(KvplaneError):
         self.code = reason
 
 
+class BadCredentials(KvplaneError):
+    """A file of credentials or certificates that can't be used. The caller's fault."""
+
+    code = "bad_credentials"
+
+
 class LogError(KvplaneError):
     """The log could not be used."""
 
@@ -54,6 +60,24 @@ class LogCorrupt(LogError):
     """A gap in the sequence or a stream that does not hold what it must. Never skipped silently."""
 
     code = "log_corrupt"
+
+
+class LoginRefused(LogError):
+    """The server does not let these credentials in, or no longer. Trying again won't help."""
+
+    code = "login_refused"
+
+
+class NotAllowed(LogError):
+    """The credentials are valid and may not do this. Another role's may."""
+
+    code = "not_allowed"
+
+
+class UntrustedServer(LogError):
+    """The server's certificate is not one that was to be trusted, or it offers no encryption where it must."""
+
+    code = "untrusted_server"
 
 
 class LostRace(LogError):

@@ -1,6 +1,9 @@
 """Endpoints of the micro protocol (NATS ADR-32): what `nats micro ls`, `info` and `stats` show.
 
 Every error is answered, with `Nats-Service-Error-Code`, a sentence, and a body `{"code", "error"}`; none ends a service.
+
+A reply subject is the asker's choice, and servers let a consumer be aimed at any subject. So what names a subject of the log
+or of the server as its inbox, or was sent to another subject than the endpoint's, is dropped before anything is done.
 """
 
 from __future__ import annotations
@@ -14,11 +17,12 @@ import msgspec
 import structlog
 from nats.errors import Error as NatsError
 from nats.errors import MaxPayloadError
-from nats.micro import add_service
+from nats.micro.service import Service, ServiceConfig
 
-from events.errors import KvplaneError
+from events.errors import BadName, KvplaneError
+from events.subjects import name_of
 from services.api import decode_request, encode_answer, is_json
-from services.errors import AnswerTooLarge, ServiceFault
+from services.errors import AnswerTooLarge, NotYours, ServiceFault
 from services.version import package_version
 
 if TYPE_CHECKING:
@@ -26,10 +30,11 @@ if TYPE_CHECKING:
 
     from anyio.abc import TaskGroup
     from nats.aio.client import Client
+    from nats.aio.msg import Msg
     from nats.micro.request import Request
-    from nats.micro.service import Service
 
 STOP_SECONDS = 1.0
+_NOT_INBOXES = ("kv.", "$")
 
 _log = structlog.get_logger("kvplane.micro")
 
@@ -37,7 +42,9 @@ _log = structlog.get_logger("kvplane.micro")
 class Endpoint(NamedTuple):
     """One endpoint: its name, its subject, the form of its requests, and what answers them.
 
-    `answer` gives the answer at once, or waits for it when it is a coroutine function; then `concurrent` must be set.
+    A subject that ends with `.*` has the name of a node there, and its requests may speak of that node only.
+    `answer` gives the answer at once, or waits for it when it is a coroutine function; then `concurrent` must be set, as it
+    must for a subject with a node's name.
     `after` is called when the answer is on its way; with several requests waiting it may be called once for all.
     """
 
@@ -62,13 +69,35 @@ def fault(error: Exception) -> tuple[str, str, bytes]:
     return status, line[:500], msgspec.json.encode({"code": code, "error": sentence})
 
 
+def answerable(reply: str) -> bool:
+    """Whether an answer may be sent there: not to the log, nor to a service or the server."""
+    return not reply.startswith(_NOT_INBOXES)
+
+
+class _Service(Service):
+    """A micro service that lists itself to inboxes only."""
+
+    async def _handle_ping_request(self, msg: Msg) -> None:
+        if answerable(msg.reply):
+            await super()._handle_ping_request(msg)
+
+    async def _handle_info_request(self, msg: Msg) -> None:
+        if answerable(msg.reply):
+            await super()._handle_info_request(msg)
+
+    async def _handle_stats_request(self, msg: Msg) -> None:
+        if answerable(msg.reply):
+            await super()._handle_stats_request(msg)
+
+
 async def serve(
     client: Client, group: TaskGroup, name: str, description: str, endpoints: list[Endpoint], metadata: dict[str, str]
 ) -> Service:
     """Start a micro service. Concurrent endpoints answer from tasks of `group`, the others in turn."""
-    service = await add_service(
-        client, name=name, version=package_version(), description=description, metadata=metadata
+    service = _Service(
+        client, ServiceConfig(name=name, version=package_version(), description=description, metadata=metadata)
     )
+    await service.start()
     for endpoint in endpoints:
         handler = _concurrent(endpoint, group) if endpoint.concurrent else _in_turn(endpoint)
         await service.add_endpoint(name=endpoint.name, subject=endpoint.subject, handler=handler)
@@ -82,10 +111,35 @@ async def stop(service: Service) -> None:
         await service.stop()
 
 
+def _genuine(endpoint: Endpoint, message: Msg) -> bool:
+    """Whether the message was sent to this endpoint by one who can be answered."""
+    subject = endpoint.subject
+    meant = message.subject == subject or (subject.endswith(".*") and message.subject.startswith(subject[:-1]))
+    if meant and not message.reply.startswith(_NOT_INBOXES):
+        return True
+    _log.warning("request_dropped", endpoint=subject, subject=message.subject, reply=message.reply)
+    return False
+
+
+def _owned(endpoint: Endpoint, message: Msg, request: Any) -> Any:  # noqa: ANN401 - one of the endpoint's form
+    """The request, if it may be made on this subject. Raises `NotYours`."""
+    if endpoint.subject.endswith(".*"):
+        token = message.subject.rpartition(".")[2]
+        try:
+            name = name_of(token)
+        except BadName as error:
+            raise NotYours(str(error)) from None
+        if request.node != name:
+            raise NotYours(f"the subject is of node {name[:80]!r}, the request of {request.node[:80]!r}")
+    return request
+
+
 def _in_turn(endpoint: Endpoint) -> Callable[[Request], Awaitable[None]]:
     answer, form, after = endpoint.answer, endpoint.form, endpoint.after
 
     async def handle(request: Request) -> None:
+        if not _genuine(endpoint, request._msg):  # noqa: SLF001 - the reply subject is not told otherwise
+            return
         try:
             body = request.data
             reply = encode_answer(answer(decode_request(body, form)), as_json=is_json(body))
@@ -104,7 +158,8 @@ def _concurrent(endpoint: Endpoint, group: TaskGroup) -> Callable[[Request], Awa
     async def work(request: Request) -> None:
         try:
             body = request.data
-            result = await endpoint.answer(decode_request(body, endpoint.form))
+            asked = _owned(endpoint, request._msg, decode_request(body, endpoint.form))  # noqa: SLF001 - as below
+            result = await endpoint.answer(asked)
             reply = encode_answer(result, as_json=is_json(body))
         except Exception as error:  # noqa: BLE001 - every error is answered
             await _refuse(request, error)
@@ -112,7 +167,8 @@ def _concurrent(endpoint: Endpoint, group: TaskGroup) -> Callable[[Request], Awa
             await _respond(request, reply)
 
     async def handle(request: Request) -> None:
-        group.start_soon(work, request)
+        if _genuine(endpoint, request._msg):  # noqa: SLF001 - the reply subject is not told otherwise
+            group.start_soon(work, request)
 
     return handle
 

@@ -18,9 +18,10 @@ from nats.errors import Error as NatsError
 from events import codec, types
 from events.errors import BadCommit
 from events.hashing import pack_hashes, unpack_hashes
-from events.log.append import Appender, new_writer
+from events.log.append import Appender, new_life
+from events.log.client import check_open
 from events.log.group import GroupWriter, Writers
-from events.subjects import pulse_subject, subject, token
+from events.subjects import access_name, pulse_subject, subject, token
 from projections.load import PREFILL_LABEL
 from services import api
 from services.blockcache import BlockCache
@@ -73,12 +74,12 @@ class SimNode:
         self.active = 0
         self.waiting = 0
         self.address = f"kv.{fleet}.serve.{token(config.name)}"
-        writer = new_writer(f"node-{config.name}"[:100])
-        appender = Appender(client, fleet, writer)
+        access = access_name(config.name)
+        appender = Appender(client, fleet, new_life(access))
         self._writers = Writers()
         self._cache_log, self._access_log = (
             self._writers.add(GroupWriter(appender, target, linger=LINGER_SECONDS))
-            for target in (subject(fleet, "cache", config.name), subject(fleet, "access", writer))
+            for target in (subject(fleet, "cache", config.name), subject(fleet, "access", access))
         )
         self._prefill = anyio.Lock()
         self._batch = 0
@@ -91,6 +92,10 @@ class SimNode:
     def managed(self) -> bool:
         """Whether the coordinator owns this node's evictions."""
         return self.config.cache_mode == "managed"
+
+    def _coordinator(self, what: str) -> str:
+        """Where this node asks for something for itself."""
+        return f"kv.{self.fleet}.coordinator.{what}.{token(self.config.name)}"
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled. Started means: registered and taking requests."""
@@ -127,7 +132,7 @@ class SimNode:
         )  # fmt: skip
         while True:
             try:
-                answer = await ask(self.client, f"kv.{self.fleet}.coordinator.node.register", request, Registered)
+                answer = await ask(self.client, self._coordinator("node.register"), request, Registered)
             except ServiceFault as error:
                 _log.info("registration_waits", node=config.name, error=str(error))
                 await anyio.sleep(REGISTER_SECONDS)
@@ -156,6 +161,7 @@ class SimNode:
 
     async def _pulse(self) -> None:
         while True:
+            check_open(self.client)
             pulse = api.Pulse(
                 node=self.config.name, epoch=self.epoch, active=self.active, waiting=self.waiting,
                 used_blocks=len(self.cache.blocks),
@@ -231,7 +237,7 @@ class SimNode:
             model=self.config.model, hashes=request.hashes, node=self.config.name, request=request.request
         )
         try:
-            answer: dict[str, bytes] = await ask(self.client, f"kv.{self.fleet}.coordinator.cache.admit", admit)
+            answer: dict[str, bytes] = await ask(self.client, self._coordinator("cache.admit"), admit)
         except ServiceFault as error:
             _log.info("not_admitted", node=self.config.name, request=request.request, error=str(error))
             return

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from functools import partial
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 import anyio
 import structlog
@@ -19,6 +20,7 @@ from nats.js.errors import APIError
 
 from events.codec import Message
 from events.errors import KvplaneError, LogCorrupt, LogMissing, LogUnavailable
+from events.log.client import check_open
 from events.log.stream import open_stream
 from events.subjects import stream_name
 
@@ -43,13 +45,13 @@ _log = structlog.get_logger("kvplane.log")
 _SHORT, _LONG = 9, 12
 
 
-def _metadata(reply: str) -> tuple[int, int, int]:
-    """Stream sequence, consumer sequence and time of a delivered message."""
+def _metadata(reply: str) -> tuple[str, int, int, int]:
+    """Consumer, stream sequence, consumer sequence and time of a delivered message."""
     parts = reply.split(".")
     base = 5 if len(parts) == _SHORT else 7
     if len(parts) not in (_SHORT, _LONG - 1, _LONG):
         raise ValueError(reply)
-    return int(parts[base]), int(parts[base + 1]), int(parts[base + 2])
+    return parts[base - 2], int(parts[base]), int(parts[base + 1]), int(parts[base + 2])
 
 
 class Follower:
@@ -73,6 +75,7 @@ class Follower:
         self.restarts = 0
         self._subscription: Subscription | None = None
         self._generation = 0
+        self._consumer = ""
         self._delivered = 0
         self._heard = False
         self._stopped: KvplaneError | Exception | None = None
@@ -91,7 +94,7 @@ class Follower:
             paused.set()
 
     async def run(self) -> None:
-        """Follow until cancelled. Raises `LogCorrupt`, `LogMissing`, or what `handle` raised."""
+        """Follow until cancelled. Raises `LogCorrupt`, `LogMissing`, `LoginRefused`, or what `handle` raised."""
         state = await open_stream(self._client.jetstream(), self._fleet)
         self._check(state)
         self.target = state.last_seq
@@ -122,6 +125,7 @@ class Follower:
     async def _start(self) -> None:
         self._restart = anyio.Event()
         while True:
+            check_open(self._client)
             try:
                 await self._stop()
                 if self.restarts:
@@ -130,6 +134,7 @@ class Follower:
                 self._delivered = 0
                 # What an earlier consumer still delivers is not for this one.
                 self._generation += 1
+                self._consumer = f"follower-{uuid4().hex}"
                 inbox = self._client.new_inbox()
                 self._subscription = await self._client.subscribe(
                     inbox,
@@ -140,6 +145,7 @@ class Follower:
                 await self._client.jetstream().add_consumer(
                     self._stream,
                     ConsumerConfig(
+                        name=self._consumer,
                         deliver_subject=inbox,
                         deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
                         opt_start_seq=self.applied + 1,
@@ -178,6 +184,7 @@ class Follower:
                 raise self._stopped
             if self._restart.is_set():
                 return
+            check_open(self._client)
             self.healthy = self._client.is_connected
             if self._heard or self._paused is not None:
                 self._heard = False
@@ -204,8 +211,11 @@ class Follower:
         if self._stopped is not None or self._restart.is_set():
             return
         try:
-            sequence, delivery, time = _metadata(message.reply)
+            consumer, sequence, delivery, time = _metadata(message.reply)
         except ValueError:
+            return
+        if consumer != self._consumer:
+            # A stranger's consumer, of this log or another, that was aimed at this inbox.
             return
         if delivery != self._delivered + 1:
             self._restart.set()

@@ -1,7 +1,7 @@
 """The command `kvplane`.
 
 `run` has what runs on, `ask` what asks a running fleet, `log` what reads the log, `history`, `past`, `sql`, `report` and
-`whatif` what a historian answers, `simulate` what needs no fleet.
+`whatif` what a historian answers, `auth` what makes credentials, `simulate` what needs no fleet.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ app = App(
 COMMANDS = (
     "run:up", "run:router", "run:coordinator", "history:historian", "run:simnode", "ask:node", "ask:policy", "ask:route",
     "past:state", "past:diff", "past:explain", "whatif:whatif", "sql:sql", "report:report", "history:history", "log:events",
-    "snapshot:snapshot", "snapshot:compact", "doctor:doctor",
+    "snapshot:snapshot", "snapshot:compact", "doctor:doctor", "auth:auth",
     "demo:demo", "simulate:simulate", "simulate:workload",
 )  # fmt: skip
 for name in COMMANDS:

@@ -7,7 +7,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from events.log.connection import connected
 from services.cli.ask import CONNECT_SECONDS, Json, show_json
 from services.cli.common import COMMON, Common, run_async, start
 from services.doctor import Finding, examine, judge
@@ -37,5 +36,5 @@ def doctor(*, json: Json = False, common: Common = COMMON) -> int:
 
 
 async def _examine(common: Common) -> list[Finding]:
-    async with connected(common.server, "kvplane-doctor", connect_seconds=CONNECT_SECONDS) as client:
+    async with common.connected("kvplane-doctor", seconds=CONNECT_SECONDS) as client:
         return judge(await examine(client, common.fleet))

@@ -6,7 +6,7 @@ import sys
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import anyio
 import structlog
@@ -14,7 +14,7 @@ from cyclopts import Parameter
 from rich.console import Console
 
 from events.errors import KvplaneError
-from events.log.connection import connected
+from services.auth.folder import FIRST, AuthFolder
 from services.cli.common import COMMON, Common, PolicyModules, run_until_signal, start
 from services.compaction import SNAPSHOT_COMMITS
 from services.coordinator import Coordinator
@@ -24,6 +24,11 @@ from services.routing.policies import allow
 from services.server import embedded_server
 from services.simnode import NodeConfig, run_nodes
 from services.workers import beside
+
+if TYPE_CHECKING:
+    from nats.aio.client import Client
+
+    from services.auth.roles import Role
 
 RESTART_SECONDS = 5.0
 STOP_SECONDS = 15.0
@@ -39,6 +44,7 @@ def up(
     simulate: int = 0,
     bare: bool = False,
     no_history: Annotated[bool, Parameter(negative="")] = False,
+    auth: Annotated[Path | None, Parameter(env_var="KVPLANE_AUTH")] = None,
     common: Common = COMMON,
 ) -> None:
     """Start a NATS server with its log in a folder, a coordinator, a router and a historian, until Ctrl-C.
@@ -57,48 +63,88 @@ def up(
         Start the server only.
     no_history
         Keep no history; otherwise it lies beside the log, kept by a process of its own.
+    auth
+        Folder of `kvplane auth init`: ask everyone for credentials, and encrypt.
     """
     start(common)
     if simulate < 0:
         raise BadRequest(f"--simulate is {simulate}; it must not be negative")
-    run_until_signal(_up, data, host, port, simulate, bare, not no_history, common)
+    run_until_signal(_up, data, host, port, simulate, bare, not no_history, auth, common)
+
+
+class _Inside:
+    """How what `up` runs connects to its server: each with credentials of its own, if there are any."""
+
+    def __init__(self, common: Common, auth: Path | None) -> None:
+        self._common = common
+        self._auth = None if auth is None else AuthFolder.existing(auth)
+
+    def prepare(self, nodes: list[str]) -> Path | None:
+        """Let everyone in who is to be; what the server includes."""
+        if self._auth is None:
+            return None
+        fleet = self._common.fleet
+        for role in FIRST:
+            self._auth.add(fleet, role)
+        for name in nodes:
+            self._auth.add(fleet, "node", name)
+        self._auth.save()
+        return self._auth.place_alone()
+
+    def common(self, url: str, role: Role, name: str = "") -> Common:
+        """Options of one service."""
+        own = replace(self._common, server=(url,))
+        if self._auth is None:
+            return own
+        return replace(own, credentials=self._auth.seed_file(own.fleet, role, name), ca=self._auth.ca)
 
 
 async def _up(
-    data: Path, host: str, port: int, simulate: int, bare: bool, history: bool, common: Common  # noqa: FBT001
+    data: Path, host: str, port: int, simulate: int, bare: bool, history: bool, auth: Path | None,  # noqa: FBT001
+    common: Common,
 ) -> None:  # fmt: skip
+    inside = _Inside(common, auth)
+    configs = [NodeConfig(name=f"sim-{number + 1}") for number in range(simulate)]
+    include = inside.prepare([config.name for config in configs])
     async with AsyncExitStack() as stack:
-        server = await stack.enter_async_context(embedded_server(data, host=host, port=port))
+        server = await stack.enter_async_context(embedded_server(data, host=host, port=port, include=include))
+        url = server.url
+
+        async def client(role: Role, name: str = "") -> Client:
+            own = inside.common(url, role, name)
+            return await stack.enter_async_context(own.connected(name or role))
+
         # Clients are entered after the server and so leave before it.
         if not bare:
-            clients = [
-                await stack.enter_async_context(connected([server.url], name))
-                for name in ("coordinator", "router", "simulated nodes")[: 3 if simulate else 2]
-            ]
+            clients = [await client("coordinator"), await client("router")]
+            engines = [await client("node", config.name) for config in configs]
             group = await stack.enter_async_context(anyio.create_task_group())
             await group.start(Coordinator(clients[0], common.fleet).run)
             await group.start(Router(clients[1], common.fleet).run)
-            if simulate:
-                configs = [NodeConfig(name=f"sim-{number + 1}") for number in range(simulate)]
-                await group.start(run_nodes, clients[2], common.fleet, configs)
+            for config, engine in zip(configs, engines, strict=True):
+                await group.start(run_nodes, engine, common.fleet, [config])
             if history:
-                group.start_soon(_keep_history, data / "history", server.url, common)
+                group.start_soon(_keep_history, data / "history", inside.common(url, "historian"))
         console = Console(stderr=True)
-        console.print(f"[bold]kvplane is up[/] at {server.url}, fleet {common.fleet!r}, log in {data.absolute()}")
-        option = "" if server.url == COMMON.server[0] else f" --server {server.url}"
-        console.print(f"  kvplane node list{option}\n  kvplane events tail{option}")
+        console.print(f"[bold]kvplane is up[/] at {url}, fleet {common.fleet!r}, log in {data.absolute()}")
+        option = "" if url == COMMON.server[0] else f" --server {url}"
+        if auth is not None:
+            admin = inside.common(url, "admin")
+            option += f" --ca {admin.ca} --credentials {admin.credentials}"
+            console.print(f"  after `kvplane auth add`: kill -HUP $(cat {data / 'nats-server.pid'})", soft_wrap=True)
+        console.print(f"  kvplane node list{option}\n  kvplane events tail{option}", soft_wrap=True)
         if history and not bare:
-            console.print(f"  kvplane sql 'SHOW TABLES'{option}")
+            console.print(f"  kvplane sql 'SHOW TABLES'{option}", soft_wrap=True)
         if simulate:
-            console.print(f"  kvplane route sim --prompt 'Hello, which node is mine?'{option}")
+            console.print(f"  kvplane route sim --prompt 'Hello, which node is mine?'{option}", soft_wrap=True)
         console.print("Ctrl-C stops it.")
         await anyio.sleep_forever()
 
 
-async def _keep_history(folder: Path, url: str, common: Common) -> None:
+async def _keep_history(folder: Path, common: Common) -> None:
     """Run a historian beside this process, again when it ends: routers don't share their core with it."""
     while True:
-        code = await beside(_historian, folder, replace(common, server=(url,)), patience=STOP_SECONDS)
+        code = await beside(_historian, folder, common, patience=STOP_SECONDS)
         _log.error("historian_ended", code=code, again_in=RESTART_SECONDS)
         await anyio.sleep(RESTART_SECONDS)
 
@@ -127,7 +173,7 @@ def router(*, policy_module: PolicyModules = (), common: Common = COMMON) -> Non
 
 
 async def _run_router(common: Common) -> None:
-    async with connected(common.server, "kvplane-router") as client:
+    async with common.connected("kvplane-router") as client:
         await Router(client, common.fleet).run()
 
 
@@ -159,7 +205,7 @@ def coordinator(
 
 
 async def _run_coordinator(replicas: int, snapshot_commits: int, common: Common) -> None:
-    async with connected(common.server, "kvplane-coordinator") as client:
+    async with common.connected("kvplane-coordinator") as client:
         await Coordinator(client, common.fleet, replicas=replicas, snapshot_commits=snapshot_commits).run()
 
 
@@ -217,6 +263,6 @@ def simnode(
 
 
 async def _run_simnodes(configs: list[NodeConfig], common: Common) -> None:
-    async with connected(common.server, "kvplane-simnode") as client:
+    async with common.connected("kvplane-simnode") as client:
         await run_nodes(client, common.fleet, configs)
         await anyio.sleep_forever()
