@@ -110,7 +110,14 @@ class Coordinator:
                 for name, form, answer in table
             ]
             own = f"{base}.{self.writer}.status"
-            endpoints.append(Endpoint("status_of_one", own, api.StatusRequest, self.status, concurrent=True))
+            endpoints += [
+                Endpoint("status_of_one", own, api.StatusRequest, self.status, concurrent=True),
+                # What a node asks for itself, on a subject to which its credentials can be bound.
+                Endpoint(
+                    "register_oneself", f"{base}.node.register.*", api.RegisterRequest, self.register, concurrent=True
+                ),
+                Endpoint("admit_to_oneself", f"{base}.cache.admit.*", api.AdmitRequest, self.admit, concurrent=True),
+            ]
             await serve(
                 self.client, group, "kvplane-coordinator", f"coordinates fleet {self.fleet}", endpoints,
                 {"fleet": self.fleet, "writer": self.writer}, self.tally,

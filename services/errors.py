@@ -19,6 +19,13 @@ class BadRequest(ServiceFault):
     code = "bad_request"
 
 
+class NotYours(ServiceFault):
+    """A node asked on its own subject for something about another node."""
+
+    status = 403
+    code = "not_yours"
+
+
 class UnknownModel(ServiceFault):
     """No node of the fleet serves the model."""
 

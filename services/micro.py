@@ -1,6 +1,9 @@
 """Endpoints of the micro protocol (NATS ADR-32): what `nats micro ls`, `info` and `stats` show.
 
 Every error is answered, with `Nats-Service-Error-Code`, a sentence, and a body `{"code", "error"}`; none ends a service.
+
+A reply subject is the asker's choice, and servers let a consumer be aimed at any subject. So what names a subject of the log
+or of the server as its inbox, or was sent to another subject than the endpoint's, is dropped before anything is done.
 """
 
 from __future__ import annotations
@@ -15,13 +18,14 @@ import msgspec
 import structlog
 from nats.errors import Error as NatsError
 from nats.errors import MaxPayloadError
-from nats.micro import add_service
+from nats.micro.service import Service, ServiceConfig
 from structlog.contextvars import bound_contextvars
 
-from events.errors import KvplaneError
+from events.errors import BadName, KvplaneError
+from events.subjects import name_of
 from events.versions import FORMAT
 from services.api import decode_request, encode_answer, is_json
-from services.errors import AnswerTooLarge, ServiceFault
+from services.errors import AnswerTooLarge, NotYours, ServiceFault
 from services.tally import OK, Tally
 from services.traceparent import HEADER, in_headers, parse
 from services.version import package_version
@@ -31,10 +35,11 @@ if TYPE_CHECKING:
 
     from anyio.abc import TaskGroup
     from nats.aio.client import Client
+    from nats.aio.msg import Msg
     from nats.micro.request import Request
-    from nats.micro.service import Service
 
 STOP_SECONDS = 1.0
+_NOT_INBOXES = ("kv.", "$")
 
 _log = structlog.get_logger("kvplane.micro")
 
@@ -42,7 +47,9 @@ _log = structlog.get_logger("kvplane.micro")
 class Endpoint(NamedTuple):
     """One endpoint: its name, its subject, the form of its requests, and what answers them.
 
-    `answer` gives the answer at once, or waits for it when it is a coroutine function; then `concurrent` must be set.
+    A subject that ends with `.*` has the name of a node there, and its requests may speak of that node only.
+    `answer` gives the answer at once, or waits for it when it is a coroutine function; then `concurrent` must be set, as it
+    must for a subject with a node's name.
     `after` is called when the answer is on its way; with several requests waiting it may be called once for all.
     """
 
@@ -69,6 +76,27 @@ def fault(error: Exception) -> tuple[str, str, bytes]:
     return status, line[:500], msgspec.json.encode({"code": code, "error": sentence})
 
 
+def answerable(reply: str) -> bool:
+    """Whether an answer may be sent there: not to the log, nor to a service or the server."""
+    return not reply.startswith(_NOT_INBOXES)
+
+
+class _Service(Service):
+    """A micro service that lists itself to inboxes only."""
+
+    async def _handle_ping_request(self, msg: Msg) -> None:
+        if answerable(msg.reply):
+            await super()._handle_ping_request(msg)
+
+    async def _handle_info_request(self, msg: Msg) -> None:
+        if answerable(msg.reply):
+            await super()._handle_info_request(msg)
+
+    async def _handle_stats_request(self, msg: Msg) -> None:
+        if answerable(msg.reply):
+            await super()._handle_stats_request(msg)
+
+
 async def serve(
     client: Client, group: TaskGroup, name: str, description: str, endpoints: list[Endpoint], metadata: dict[str, str],
     tally: Tally | None = None,
@@ -76,7 +104,10 @@ async def serve(
     """Start a micro service. Concurrent endpoints answer from tasks of `group`, the others in turn. `tally` counts."""
     tally = tally or Tally()
     about = {"kvplane": package_version(), "format": str(FORMAT), **metadata}
-    service = await add_service(client, name=name, version=package_version(), description=description, metadata=about)
+    service = _Service(
+        client, ServiceConfig(name=name, version=package_version(), description=description, metadata=about)
+    )
+    await service.start()
     for endpoint in endpoints:
         tally.expect(endpoint.name, waits=endpoint.concurrent)
         handler = _concurrent(endpoint, tally, group) if endpoint.concurrent else _in_turn(endpoint, tally)
@@ -104,11 +135,36 @@ def _traced(endpoint: Endpoint, tally: Tally, said: str, field: str) -> str:
     return trace
 
 
+def _genuine(endpoint: Endpoint, message: Msg) -> bool:
+    """Whether the message was sent to this endpoint by one who can be answered."""
+    subject = endpoint.subject
+    meant = message.subject == subject or (subject.endswith(".*") and message.subject.startswith(subject[:-1]))
+    if meant and not message.reply.startswith(_NOT_INBOXES):
+        return True
+    _log.warning("request_dropped", endpoint=subject, subject=message.subject, reply=message.reply)
+    return False
+
+
+def _owned(endpoint: Endpoint, message: Msg, request: Any) -> Any:  # noqa: ANN401 - one of the endpoint's form
+    """The request, if it may be made on this subject. Raises `NotYours`."""
+    if endpoint.subject.endswith(".*"):
+        token = message.subject.rpartition(".")[2]
+        try:
+            name = name_of(token)
+        except BadName as error:
+            raise NotYours(str(error)) from None
+        if request.node != name:
+            raise NotYours(f"the subject is of node {name[:80]!r}, the request of {request.node[:80]!r}")
+    return request
+
+
 def _in_turn(endpoint: Endpoint, tally: Tally) -> Callable[[Request], Awaitable[None]]:
     name, answer, form, after, traced = endpoint.name, endpoint.answer, endpoint.form, endpoint.after, endpoint.traced
     clock = time.perf_counter
 
     async def handle(request: Request) -> None:
+        if not _genuine(endpoint, request._msg):  # noqa: SLF001 - the reply subject is not told otherwise
+            return
         begin = clock()
         trace = ""
         try:
@@ -149,10 +205,10 @@ def _concurrent(endpoint: Endpoint, tally: Tally, group: TaskGroup) -> Callable[
         trace = ""
         try:
             body = request.data
-            asked = decode_request(body, form)
+            asked = _owned(endpoint, request._msg, decode_request(body, form))  # noqa: SLF001 - as below
             if traced:
                 said = in_headers(request.headers or {})
-                trace = _traced(endpoint, tally, said, asked.traceparent)  # type: ignore[attr-defined]
+                trace = _traced(endpoint, tally, said, asked.traceparent)
                 with bound_contextvars(trace=trace) if trace else _NOTHING:
                     result = await answer(asked, trace)
             else:
@@ -166,7 +222,8 @@ def _concurrent(endpoint: Endpoint, tally: Tally, group: TaskGroup) -> Callable[
             await _respond(request, reply, trace)
 
     async def handle(request: Request) -> None:
-        group.start_soon(work, request)
+        if _genuine(endpoint, request._msg):  # noqa: SLF001 - the reply subject is not told otherwise
+            group.start_soon(work, request)
 
     return handle
 

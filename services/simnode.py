@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 import anyio
@@ -18,9 +19,10 @@ from nats.errors import Error as NatsError
 from events import codec, types
 from events.errors import BadCommit
 from events.hashing import pack_hashes, unpack_hashes
-from events.log.append import Appender, new_writer
+from events.log.append import Appender, new_life
+from events.log.client import check_open
 from events.log.group import GroupWriter, Writers
-from events.subjects import pulse_subject, subject, token
+from events.subjects import access_name, pulse_subject, subject, token
 from projections.load import PREFILL_LABEL
 from services import api
 from services.blockcache import BlockCache
@@ -31,6 +33,8 @@ from services.readiness import Readiness
 from services.tally import Tally
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from anyio.abc import TaskGroup, TaskStatus
     from nats.aio.client import Client
     from nats.aio.msg import Msg
@@ -75,8 +79,8 @@ class SimNode:
         self.active = 0
         self.waiting = 0
         self.address = f"kv.{fleet}.serve.{token(config.name)}"
-        writer = new_writer(f"node-{config.name}"[:100])
-        self.appender = Appender(client, fleet, writer)
+        access = access_name(config.name)
+        self.appender = Appender(client, fleet, new_life(access))
         self.tally = tally or Tally()
         self.registrations = 0
         self.not_admitted = 0
@@ -84,7 +88,7 @@ class SimNode:
         self.writers = Writers()
         self._cache_log, self._access_log = (
             self.writers.add(GroupWriter(self.appender, target, linger=LINGER_SECONDS))
-            for target in (subject(fleet, "cache", config.name), subject(fleet, "access", writer))
+            for target in (subject(fleet, "cache", config.name), subject(fleet, "access", access))
         )
         self._prefill = anyio.Lock()
         self._batch = 0
@@ -97,6 +101,10 @@ class SimNode:
     def managed(self) -> bool:
         """Whether the coordinator owns this node's evictions."""
         return self.config.cache_mode == "managed"
+
+    def _coordinator(self, what: str) -> str:
+        """Where this node asks for something for itself."""
+        return f"kv.{self.fleet}.coordinator.{what}.{token(self.config.name)}"
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled. Started means: registered and taking requests."""
@@ -136,7 +144,7 @@ class SimNode:
         )  # fmt: skip
         while True:
             try:
-                answer = await ask(self.client, f"kv.{self.fleet}.coordinator.node.register", request, Registered)
+                answer = await ask(self.client, self._coordinator("node.register"), request, Registered)
             except ServiceFault as error:
                 _log.info("registration_waits", node=config.name, error=str(error))
                 await anyio.sleep(REGISTER_SECONDS)
@@ -166,6 +174,7 @@ class SimNode:
 
     async def _pulse(self) -> None:
         while True:
+            check_open(self.client)
             pulse = api.Pulse(
                 node=self.config.name, epoch=self.epoch, active=self.active, waiting=self.waiting,
                 used_blocks=len(self.cache.blocks),
@@ -241,7 +250,7 @@ class SimNode:
             model=self.config.model, hashes=request.hashes, node=self.config.name, request=request.request
         )
         try:
-            answer: dict[str, bytes] = await ask(self.client, f"kv.{self.fleet}.coordinator.cache.admit", admit)
+            answer: dict[str, bytes] = await ask(self.client, self._coordinator("cache.admit"), admit)
         except ServiceFault as error:
             self.not_admitted += 1
             _log.info("not_admitted", node=self.config.name, request=request.request, error=str(error))
@@ -253,15 +262,17 @@ class SimNode:
 
 
 class SimNodes:
-    """Several nodes in one process, on one connection."""
+    """Several nodes in one process, on one connection, or on one each."""
 
     role = "simnode"
 
-    def __init__(self, client: Client, fleet: str, configs: list[NodeConfig]) -> None:
-        self.client = client
+    def __init__(self, clients: Sequence[Client], fleet: str, configs: Sequence[NodeConfig]) -> None:
+        self.client = clients[0]
         self.fleet = fleet
         self.tally = Tally()
-        self.nodes = [SimNode(client, fleet, config, self.tally) for config in configs]
+        self.nodes = [
+            SimNode(client, fleet, config, self.tally) for client, config in zip(cycle(clients), configs, strict=False)
+        ]
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled. Started means: all are registered."""
@@ -283,4 +294,4 @@ async def run_nodes(
     client: Client, fleet: str, configs: list[NodeConfig], *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
 ) -> None:
     """`SimNodes.run` for those who need nothing else of them."""
-    await SimNodes(client, fleet, configs).run(task_status=task_status)
+    await SimNodes([client], fleet, configs).run(task_status=task_status)

@@ -21,7 +21,7 @@ from nats.js.errors import NotFoundError
 
 from events import codec
 from events.durations import MILLI, Durations
-from events.errors import CommitTooLarge, LogError, LogUnavailable, LostRace
+from events.errors import CommitTooLarge, LogError, LogUnavailable, LostRace, NotAllowed
 from events.log.servers import request
 from events.subjects import stream_name
 
@@ -52,6 +52,11 @@ _TRY_AGAIN = {409, 429, 503}
 def new_writer(role: str) -> str:
     """Name for a writer's life. Never used again, so that its counters start at 1."""
     return f"{role}-{uuid4().hex[:16]}"
+
+
+def new_life(access: str) -> str:
+    """The same for a writer whose name in the room `access` stays the same."""
+    return f"{access}.{uuid4().hex[:16]}"
 
 
 class OnTry(Protocol):
@@ -184,7 +189,11 @@ class Appender:
                 if answer["stream"] != self._stream or type(answer["seq"]) is not int:
                     raise ValueError(answer)  # noqa: TRY301
                 sequence: int = answer["seq"]
-                return sequence
+                if not answer.get("duplicate") or await self._is_ours(subject, body, sequence):
+                    return sequence
+                # Someone else has used the id, so that the server takes ours for stored.
+                headers["Nats-Msg-Id"] = f"{self.writer}.{headers[codec.WRITER_SEQ]}.{uuid4().hex}"
+                return await self._publish(subject, body, headers, retried=retried)
         except (ValueError, KeyError, AttributeError, RecursionError):
             raise LogUnavailable(
                 f"something else than the log answered a commit on {subject}: {reply[:80]!r}"
@@ -204,6 +213,14 @@ class Appender:
         if error.get("code") in _TRY_AGAIN:
             raise LogUnavailable(error.get("description", "JetStream is not available"))
         raise LogError(f"the log refused a commit on {subject}: {error.get('description')} ({error.get('err_code')})")
+
+    async def _is_ours(self, subject: str, body: bytes, sequence: int) -> bool:
+        """Whether the message that the server holds for a duplicate is this commit, as far as this writer may look."""
+        try:
+            stored = await self.client.jetstream().get_msg(self._stream, sequence)
+        except (NotFoundError, NotAllowed):
+            return True
+        return stored.subject == subject and stored.data == body
 
     async def _purged(self, headers: dict[str, str]) -> bool:
         """Whether the message that was expected is one that the log no longer has."""

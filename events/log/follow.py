@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from functools import partial
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 import anyio
 import structlog
@@ -19,6 +20,7 @@ from nats.js.errors import APIError
 
 from events.codec import Message
 from events.errors import KvplaneError, LogCorrupt, LogMissing, LogUnavailable
+from events.log.client import check_open
 from events.log.stream import open_stream
 from events.subjects import stream_name
 
@@ -47,13 +49,13 @@ _log = structlog.get_logger("kvplane.log")
 _SHORT, _LONG = 9, 12
 
 
-def _metadata(reply: str) -> tuple[int, int, int]:
-    """Stream sequence, consumer sequence and time of a delivered message."""
+def _metadata(reply: str) -> tuple[str, int, int, int]:
+    """Consumer, stream sequence, consumer sequence and time of a delivered message."""
     parts = reply.split(".")
     base = 5 if len(parts) == _SHORT else 7
     if len(parts) not in (_SHORT, _LONG - 1, _LONG):
         raise ValueError(reply)
-    return int(parts[base]), int(parts[base + 1]), int(parts[base + 2])
+    return parts[base - 2], int(parts[base]), int(parts[base + 1]), int(parts[base + 2])
 
 
 class Follower:
@@ -78,6 +80,7 @@ class Follower:
         self._last_reply = ""
         self._subscription: Subscription | None = None
         self._generation = 0
+        self._consumer = ""
         self._delivered = 0
         self._heard = False
         self._stopped: KvplaneError | Exception | None = None
@@ -105,7 +108,7 @@ class Follower:
             paused.set()
 
     async def run(self) -> None:
-        """Follow until cancelled. Raises `LogCorrupt`, `LogMissing`, or what `handle` raised."""
+        """Follow until cancelled. Raises `LogCorrupt`, `LogMissing`, `LoginRefused`, or what `handle` raised."""
         state = await self._first_look()
         self._check(state)
         self.target = state.last_seq
@@ -146,6 +149,7 @@ class Follower:
         self._restart = anyio.Event()
         tries = 0
         while True:
+            check_open(self._client)
             try:
                 tries += 1
                 js = self._client.jetstream(timeout=SOON_SECONDS if tries < PATIENT_TRIES else PATIENT_SECONDS)
@@ -156,6 +160,7 @@ class Follower:
                 self._delivered = 0
                 # What an earlier consumer still delivers is not for this one.
                 self._generation += 1
+                self._consumer = f"follower-{uuid4().hex}"
                 inbox = self._client.new_inbox()
                 self._subscription = await self._client.subscribe(
                     inbox,
@@ -166,6 +171,7 @@ class Follower:
                 await js.add_consumer(
                     self._stream,
                     ConsumerConfig(
+                        name=self._consumer,
                         deliver_subject=inbox,
                         deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
                         opt_start_seq=self.applied + 1,
@@ -203,6 +209,7 @@ class Follower:
                 raise self._stopped
             if self._restart.is_set():
                 return
+            check_open(self._client)
             self.healthy = self._client.is_connected
             if self._heard or self._paused is not None:
                 self._heard = False
@@ -229,8 +236,11 @@ class Follower:
         if self._stopped is not None or self._restart.is_set():
             return
         try:
-            sequence, delivery, time = _metadata(message.reply)
+            consumer, sequence, delivery, time = _metadata(message.reply)
         except ValueError:
+            return
+        if consumer != self._consumer:
+            # A stranger's consumer, of this log or another, that was aimed at this inbox.
             return
         if delivery != self._delivered + 1:
             self._restart.set()

@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from events.log.connection import connected
 from services.cli.ask import CONNECT_SECONDS, Json, show_json
 from services.cli.common import COMMON, Common, run_async, start
 from services.doctor import Finding, judge
@@ -50,5 +49,5 @@ def doctor(*, monitor: Monitor = (), json: Json = False, common: Common = COMMON
 
 
 async def _examine(monitors: Sequence[str], common: Common) -> list[Finding]:
-    async with connected(common.server, "kvplane-doctor", connect_seconds=CONNECT_SECONDS) as client:
+    async with common.connected("kvplane-doctor", seconds=CONNECT_SECONDS) as client:
         return judge(await examine(client, common.fleet, monitors))

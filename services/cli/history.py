@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from events.log.connection import connected
 from projections.history import archive
 from projections.history.store import ARCHIVE, FILE
 from services import api
@@ -81,10 +80,11 @@ def historian(
 async def _historian(
     folder: Path, limits: Limits, retention: Retention, modules: tuple[str, ...], http: str | None, common: Common
 ) -> None:
-    async with connected(common.server, "kvplane-historian") as client:
+    async with common.connected("kvplane-historian") as client:
         service = Historian(
-            client, common.fleet, folder, servers=common.server, limits=limits, retention=retention, modules=modules
-        )
+            client, common.fleet, folder, servers=common.server, limits=limits, retention=retention, modules=modules,
+            credentials=common.credentials, ca=common.ca,
+        )  # fmt: skip
         async with observing(http, service):
             await service.run()
 
@@ -136,7 +136,7 @@ def rebuild(*, history: Folder = DEFAULT_FOLDER, from_log: bool = False, common:
 
 async def _rebuild(folder: Path, from_log: bool, common: Common) -> None:  # noqa: FBT001
     console = Console(stderr=True)
-    async with connected(common.server, "kvplane-rebuild", connect_seconds=CONNECT_SECONDS) as client:
+    async with common.connected("kvplane-rebuild", seconds=CONNECT_SECONDS) as client:
         path = folder / FILE
         if path.exists():
             # Whoever has it open keeps it: a lock is asked for first.

@@ -12,7 +12,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from events.log.connection import connected
 from events.log.follow import single
 from projections.overview import summary
 from services import api
@@ -67,7 +66,7 @@ def moment(nanoseconds: int) -> str:
 
 
 async def _rebuild(common: Common) -> dict[str, Any]:
-    async with connected(common.server, "kvplane-state", connect_seconds=CONNECT_SECONDS) as client:
+    async with common.connected("kvplane-state", seconds=CONNECT_SECONDS) as client:
         replica = Replica(client, common.fleet)
         columns = (TextColumn("reading the log"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         try:

@@ -1,148 +1,20 @@
-"""Commands that run on: `up`, `router`, `coordinator`, `simnode`."""
+"""Commands that run one service: `router`, `coordinator`, `simnode`."""
 
 from __future__ import annotations
 
-import sys
-from contextlib import AsyncExitStack
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-import anyio
-import structlog
-from cyclopts import Parameter
-from rich.console import Console
-
-from events.errors import KvplaneError
-from events.log.connection import connected
 from services.cli.common import COMMON, Common, PolicyModules, run_until_signal, start
 from services.compaction import SNAPSHOT_BYTES, SNAPSHOT_COMMITS
 from services.coordinator import Coordinator
 from services.errors import BadRequest
-from services.keeper import kept
 from services.router import Router
 from services.routing.policies import allow
-from services.server import start_server
 from services.simnode import NodeConfig, SimNodes
-from services.web import address, check_address, is_free, observing
-from services.workers import beside
+from services.web import check_address, observing
 
 if TYPE_CHECKING:
     from services.metrics.collect import Service
-
-UP_HTTP = "127.0.0.1:9464"
-"""Where `up` serves metrics and health if it is not told; the historian, a process of its own, on the next port."""
-RESTART_SECONDS = 5.0
-STOP_SECONDS = 15.0
-
-_log = structlog.get_logger("kvplane.up")
-
-
-def up(
-    *,
-    data: Annotated[Path, Parameter(env_var="KVPLANE_DATA")] = Path("kvplane-data"),
-    host: str = "127.0.0.1",
-    port: Annotated[int, Parameter(env_var="KVPLANE_PORT")] = 4222,
-    simulate: int = 0,
-    bare: bool = False,
-    no_history: Annotated[bool, Parameter(negative="")] = False,
-    http: str | None = None,
-    common: Common = COMMON,
-) -> None:
-    """Start a NATS server with its log in a folder, a coordinator, a router and a historian, until Ctrl-C.
-
-    Parameters
-    ----------
-    data
-        Folder of the log. Keep it: it is all that must survive.
-    host
-        Address to listen on.
-    port
-        Port to listen on.
-    simulate
-        Also run this many simulated nodes, named sim-1, sim-2, ... of model `sim`.
-    bare
-        Start the server only.
-    no_history
-        Keep no history; otherwise it lies beside the log, kept by a process of its own.
-    http
-        HOST:PORT of metrics and health (/metrics, /healthz, /readyz), and the port after it for the historian's. Default is
-        127.0.0.1:9464 where these ports are free; `off` is none.
-    """
-    start(common)
-    if simulate < 0:
-        raise BadRequest(f"--simulate is {simulate}; it must not be negative")
-    run_until_signal(_up, data, host, port, simulate, bare, not no_history, _up_http(http), common)
-
-
-def _up_http(http: str | None) -> tuple[str | None, str | None]:
-    """Addresses for this process and for the historian's. Raises `BadRequest`."""
-    if http == "off":
-        return None, None
-    host, port = address(http or UP_HTTP)
-    asked = f"{host}:{port}" if ":" not in host else f"[{host}]:{port}"
-    both = asked, asked.removesuffix(str(port)) + str(port and port + 1)
-    if http:
-        return both
-    for taken in [each for each in both if not is_free(each)]:
-        _log.warning("http_taken", address=taken, instead="nothing; choose another with --http")
-    own, historian = (each if is_free(each) else None for each in both)
-    return own, historian
-
-
-async def _up(
-    data: Path, host: str, port: int, simulate: int, bare: bool, history: bool,  # noqa: FBT001
-    http: tuple[str | None, str | None], common: Common,
-) -> None:  # fmt: skip
-    async with AsyncExitStack() as stack:
-        server = (await stack.enter_async_context(kept(partial(start_server, data, host=host, port=port)))).server
-        # Clients are entered after the server and so leave before it.
-        if not bare:
-            clients = [
-                await stack.enter_async_context(connected([server.url], name))
-                for name in ("coordinator", "router", "simulated nodes")[: 3 if simulate else 2]
-            ]
-            services: list[Service] = [Coordinator(clients[0], common.fleet), Router(clients[1], common.fleet)]
-            if simulate:
-                configs = [NodeConfig(name=f"sim-{number + 1}") for number in range(simulate)]
-                services.append(SimNodes(clients[2], common.fleet, configs))
-            await stack.enter_async_context(observing(http[0], *services))
-            group = await stack.enter_async_context(anyio.create_task_group())
-            for service in services:
-                await group.start(service.run)
-            if history:
-                group.start_soon(_keep_history, data / "history", server.url, http[1], common)
-        console = Console(stderr=True)
-        console.print(f"[bold]kvplane is up[/] at {server.url}, fleet {common.fleet!r}, log in {data.absolute()}")
-        option = "" if server.url == COMMON.server[0] else f" --server {server.url}"
-        console.print(f"  kvplane node list{option}\n  kvplane events tail{option}")
-        if history and not bare:
-            console.print(f"  kvplane sql 'SHOW TABLES'{option}")
-        if http[0] and not bare:
-            console.print(f"  curl http://{http[0]}/metrics")
-        if simulate:
-            console.print(f"  kvplane route sim --prompt 'Hello, which node is mine?'{option}")
-        console.print("Ctrl-C stops it.")
-        await anyio.sleep_forever()
-
-
-async def _keep_history(folder: Path, url: str, http: str | None, common: Common) -> None:
-    """Run a historian beside this process, again when it ends: routers don't share their core with it."""
-    while True:
-        code = await beside(_historian, folder, http, replace(common, server=(url,)), patience=STOP_SECONDS)
-        _log.error("historian_ended", code=code, again_in=RESTART_SECONDS)
-        await anyio.sleep(RESTART_SECONDS)
-
-
-def _historian(folder: Path, http: str | None, common: Common) -> None:
-    from services.cli.history import historian  # noqa: PLC0415 - DuckDB is loaded in that process only
-
-    try:
-        historian(history=folder, http=http, common=common)
-    except KvplaneError as error:
-        _log.error("historian_failed", error=str(error), code=error.code)
-        sys.exit(1)
 
 
 def router(*, policy_module: PolicyModules = (), http: str | None = None, common: Common = COMMON) -> None:
@@ -162,7 +34,7 @@ def router(*, policy_module: PolicyModules = (), http: str | None = None, common
 
 
 async def _run_router(http: str | None, common: Common) -> None:
-    async with connected(common.server, "kvplane-router") as client:
+    async with common.connected("kvplane-router") as client:
         await _observed(http, Router(client, common.fleet))
 
 
@@ -209,7 +81,7 @@ def coordinator(
 async def _run_coordinator(
     replicas: int | None, snapshot_commits: int, snapshot_bytes: int, http: str | None, common: Common
 ) -> None:
-    async with connected(common.server, "kvplane-coordinator") as client:
+    async with common.connected("kvplane-coordinator") as client:
         service = Coordinator(
             client, common.fleet, replicas=replicas, snapshot_commits=snapshot_commits, snapshot_bytes=snapshot_bytes
         )
@@ -274,5 +146,5 @@ def simnode(
 
 
 async def _run_simnodes(configs: list[NodeConfig], http: str | None, common: Common) -> None:
-    async with connected(common.server, "kvplane-simnode") as client:
-        await _observed(http, SimNodes(client, common.fleet, configs))
+    async with common.connected("kvplane-simnode") as client:
+        await _observed(http, SimNodes([client], common.fleet, configs))

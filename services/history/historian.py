@@ -47,20 +47,21 @@ _log = structlog.get_logger("kvplane.history")
 
 
 class Historian:
-    """One fleet's historian. `servers` and `modules` are for the process that folds past states."""
+    """One fleet's historian. `servers`, `credentials`, `ca` and `modules` are for the process that folds past states."""
 
     role = "historian"
 
     def __init__(
         self, client: Client, fleet: str, folder: Path, *, servers: Sequence[str], limits: Limits | None = None,
-        retention: Retention | None = None, modules: Sequence[str] = (),
+        retention: Retention | None = None, modules: Sequence[str] = (), credentials: Path | None = None,
+        ca: Path | None = None,
     ) -> None:  # fmt: skip
         self.client = client
         self.fleet = fleet
         self.id = uuid4().hex[:12]
         self.ingest = Ingest(client, fleet, folder, retention)
         _check_new(self.ingest.store)
-        self.past = Past(self.ingest, servers, modules)
+        self.past = Past(self.ingest, servers, modules, credentials=credentials, ca=ca)
         self.pieces = Pieces(f"kv.{fleet}.history.{self.id}.piece", client)
         self.pages = Pages(self.ingest, f"kv.{fleet}.sql.{self.id}", limits)
         self.tally = Tally()
