@@ -93,7 +93,7 @@ class Router:
             self.client, group, "kvplane-router", f"routes requests of fleet {self.fleet}",
             [
                 Endpoint("route", f"{base}.route", RouteRequest, self.route, after=self.settle),
-                Endpoint("complete", f"{base}.complete", CompleteRequest, self.complete),
+                Endpoint("complete", f"{base}.complete", CompleteRequest, self.complete, unasked=True),
                 Endpoint("status", f"{base}.router.{self.writer}.status", StatusRequest, self.status),
                 Endpoint("flush", f"{base}.router.{self.writer}.flush", StatusRequest, self.flush, concurrent=True),
             ],
