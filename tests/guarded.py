@@ -125,7 +125,7 @@ class Guarded:
 
     async def connect(self, role: Role, name: str = "", fleet: str = NAME) -> Client:
         seed = self.held.seed_file(fleet, role, name)
-        context = connected([self.url], name or role, credentials=seed, ca=self.held.ca)
+        context = connected([self.url], name or role, credentials=seed, ca=self.held.ca, refused_seconds=1)
         return await self._stack.enter_async_context(context)
 
     async def stranger(self, role: Role, name: str = "", fleet: str = NAME) -> Stranger:
