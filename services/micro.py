@@ -3,7 +3,7 @@
 Every error is answered, with `Nats-Service-Error-Code`, a sentence, and a body `{"code", "error"}`; none ends a service.
 
 A reply subject is the asker's choice, and servers let a consumer be aimed at any subject. So what names a subject of the log
-or of the server as its inbox, or was sent to another subject than the endpoint's, is dropped before anything is done.
+or of the server as its inbox, or none, or was sent to another subject than the endpoint's, is dropped before anything is done.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ class Endpoint(NamedTuple):
     after: Callable[[], None] | None = None
     traced: bool = False
     """Whether `answer` takes the request's traceparent as its second argument; its form has a field for it, too."""
+    unasked: bool = False
+    """Whether it may be told something by one who wants no answer. What a server answers on its own wants none either."""
 
 
 def fault(error: Exception) -> tuple[str, str, bytes]:
@@ -139,7 +141,7 @@ def _genuine(endpoint: Endpoint, message: Msg) -> bool:
     """Whether the message was sent to this endpoint by one who can be answered."""
     subject = endpoint.subject
     meant = message.subject == subject or (subject.endswith(".*") and message.subject.startswith(subject[:-1]))
-    if meant and not message.reply.startswith(_NOT_INBOXES):
+    if meant and (message.reply or endpoint.unasked) and not message.reply.startswith(_NOT_INBOXES):
         return True
     _log.warning("request_dropped", endpoint=subject, subject=message.subject, reply=message.reply)
     return False

@@ -108,7 +108,7 @@ class Router:
             self.client, group, "kvplane-router", f"routes requests of fleet {self.fleet}",
             [
                 Endpoint("route", f"{base}.route", RouteRequest, self.route, after=self.settle, traced=True),
-                Endpoint("complete", f"{base}.complete", CompleteRequest, self.complete, traced=True),
+                Endpoint("complete", f"{base}.complete", CompleteRequest, self.complete, traced=True, unasked=True),
                 Endpoint("status", f"{base}.router.{self.writer}.status", StatusRequest, self.status, concurrent=True),
                 Endpoint("flush", f"{base}.router.{self.writer}.flush", StatusRequest, self.flush, concurrent=True),
             ],

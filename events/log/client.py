@@ -5,20 +5,21 @@ It survives bad headers, can't be answered by guessing, never falls back to plai
 
 from __future__ import annotations
 
+import asyncio
 import re
+import time
 from secrets import token_urlsafe
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import structlog
-from nats.aio.client import Client
+from nats.aio.client import DEFAULT_BUFFER_SIZE, Client, Srv
+from nats.aio.transport import TcpTransport
 from nats.nuid import NUID
 
 from events.errors import LoginRefused, NotAllowed, UntrustedServer
 
-if TYPE_CHECKING:
-    from asyncio import Future
-
 _FORBIDDEN = re.compile(r"permissions violation for (publish|subscription) to \"([^\"]+)\"", re.IGNORECASE)
+CLOSE_SECONDS = 0.5
 _TOKEN = 26
 """Characters of a request's own token: that of `_Random` and four that the client adds."""
 
@@ -32,6 +33,18 @@ class _Random(NUID):
         return bytearray(token_urlsafe(16).encode())
 
 
+class _Transport(TcpTransport):
+    """A connection that can be closed when its TLS handshake has failed; asyncio never says that such a one is closed."""
+
+    async def wait_closed(self) -> None:
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await super().wait_closed()  # type: ignore[no-untyped-call]
+        except TimeoutError:
+            if self._io_writer is not None:
+                self._io_writer.transport.abort()
+
+
 class LogClient(Client):
     """A client of the fleet's servers, made by `events.log.connection`."""
 
@@ -39,7 +52,7 @@ class LogClient(Client):
         super().__init__()
         self._nuid = _Random()
         self._encrypted = encrypted
-        self._asked: dict[str, list[Future[Any]]] = {}
+        self._asked: dict[str, list[asyncio.Future[Any]]] = {}
         self.refused = ""
         """Why the server wants this client no more; empty as long as it does."""
 
@@ -55,7 +68,7 @@ class LogClient(Client):
                 future.add_done_callback(lambda done: self._answered(subject, done))
         await super().publish(subject, payload, reply, headers)
 
-    def _answered(self, subject: str, done: Future[Any]) -> None:
+    def _answered(self, subject: str, done: asyncio.Future[Any]) -> None:
         waiting = self._asked.get(subject, [])
         if done in waiting:
             waiting.remove(done)
@@ -64,13 +77,17 @@ class LogClient(Client):
 
     async def _process_err(self, err_msg: str) -> None:
         found = _FORBIDDEN.search(err_msg)
+        told = False
         if found and found[1].lower() == "publish":
-            for future in self._asked.pop(found[2], []):
-                if not future.done():
-                    future.set_exception(
-                        NotAllowed(f"these credentials may not publish to {found[2]}; use those of another role")
-                    )
-        await super()._process_err(err_msg)
+            # The client has made small letters of all.
+            for subject in [subject for subject in self._asked if subject.lower() == found[2]]:
+                for future in self._asked.pop(subject):
+                    if not future.done():
+                        said = f"these credentials may not ask {subject}; use those of another role"
+                        future.set_exception(NotAllowed(said))
+                        told = True
+        if not told:
+            await super()._process_err(err_msg)
 
     async def _process_headers(self, headers: bytes) -> dict[str, str] | None:
         """Malformed headers are none: the client's read loop would end on them, and `is_connected` stay true."""
@@ -80,6 +97,14 @@ class LogClient(Client):
             _log.warning("malformed_headers", client=self.options.get("name"), error=repr(error))
             return None
         return parsed
+
+    async def _connect_to_server(self, s: Srv) -> None:
+        s.last_attempt = time.monotonic()
+        if self._transport is None:
+            self._transport = _Transport()  # type: ignore[no-untyped-call]
+        await self._transport.connect(
+            s.uri, buffer_size=DEFAULT_BUFFER_SIZE, connect_timeout=self.options["connect_timeout"]
+        )
 
     def _connect_command(self) -> bytes:
         if self._encrypted and not self._server_info.get("tls_required"):
