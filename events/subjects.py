@@ -91,6 +91,11 @@ def pulse_subject(fleet: str, node: str) -> str:
     return f"kv.{fleet}.pulse.{token(node)}"
 
 
+def checkpoint_subject(fleet: str, writer: str) -> str:
+    """Subject on which a replica tells its digests, `*` for those of all: core NATS, never stored."""
+    return f"kv.{fleet}.checkpoint.{writer if writer == '*' else token(writer)}"
+
+
 @lru_cache(maxsize=65536)
 def place_of(fleet: str, subject: str) -> Place:
     """Room and name of a log subject. Raises `BadName` for a subject that is none of this fleet's log."""

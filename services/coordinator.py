@@ -21,14 +21,16 @@ from events.log.append import Appender, new_writer
 from events.log.servers import in_cluster
 from events.log.stream import COPIES, open_stream
 from events.subjects import pulse_subject
-from projections.overview import node_row, summary
-from services import api, placement
-from services.compaction import SNAPSHOT_COMMITS, Compaction
+from projections.overview import node_row
+from services import api, formats, placement
+from services.compaction import SNAPSHOT_BYTES, SNAPSHOT_COMMITS, Compaction
 from services.errors import Conflict, LogAway, UnknownModel
 from services.liveness import Liveness
 from services.micro import Endpoint, serve
+from services.readiness import Readiness, readiness
 from services.replica import Replica
 from services.routing.policies import check
+from services.tally import Tally
 
 if TYPE_CHECKING:
     from anyio.abc import TaskStatus
@@ -52,19 +54,27 @@ Decide = Callable[[Any, Any], "Proposal | None"]
 class Coordinator:
     """One coordinator of a fleet."""
 
+    role = "coordinator"
+
     def __init__(
-        self, client: Client, fleet: str, *, replicas: int | None = None, snapshot_commits: int = SNAPSHOT_COMMITS
+        self, client: Client, fleet: str, *, replicas: int | None = None, snapshot_commits: int = SNAPSHOT_COMMITS,
+        snapshot_bytes: int = SNAPSHOT_BYTES,
     ) -> None:  # fmt: skip
         self.client = client
         self.fleet = fleet
         self.writer = new_writer("coordinator")
-        self.replica = Replica(client, fleet)
+        self.replica = Replica(client, fleet, writer=self.writer)
         self.state = self.replica.state
-        self.compaction = Compaction(client, self.replica, commits=snapshot_commits)
+        self.compaction = Compaction(client, self.replica, commits=snapshot_commits, size=snapshot_bytes)
         self.liveness = Liveness()
         self.races_lost = 0
+        self.conclusions = {"lost": 0, "recovered": 0, "failed": 0}
+        """What it concluded of nodes from their pulses; `failed` are those that could not be committed."""
+        self.bad_pulses = 0
+        self.tally = Tally()
+        self.serving = False
         self._replicas = replicas
-        self._appender = Appender(client, fleet, self.writer)
+        self.appender = Appender(client, fleet, self.writer)
         # A lock lives as long as someone holds it or waits for it.
         self._turns: WeakValueDictionary[str, anyio.Lock] = WeakValueDictionary()
 
@@ -89,6 +99,8 @@ class Coordinator:
                 ("cache.lookup", api.LookupRequest, self.lookup),
                 ("session.end", api.SessionRequest, self.end_session),
                 ("policy.set", api.PolicyRequest, self.set_policy),
+                ("format.show", api.StatusRequest, self.show_format),
+                ("format.raise", api.FormatRequest, self.raise_format),
                 ("status", api.StatusRequest, self.status),
                 ("snapshot", api.StatusRequest, self.snapshot),
                 ("compact", api.CompactRequest, self.compact),
@@ -101,12 +113,19 @@ class Coordinator:
             endpoints.append(Endpoint("status_of_one", own, api.StatusRequest, self.status, concurrent=True))
             await serve(
                 self.client, group, "kvplane-coordinator", f"coordinates fleet {self.fleet}", endpoints,
-                {"fleet": self.fleet, "writer": self.writer},
+                {"fleet": self.fleet, "writer": self.writer}, self.tally,
             )  # fmt: skip
+            self.serving = True
             group.start_soon(self._watch)
             group.start_soon(self.compaction.run)
             _log.info("coordinator_ready", fleet=self.fleet, writer=self.writer, applied=self.state.sequence)
             task_status.started()
+
+    def readiness(self) -> Readiness:
+        """Whether it can decide: not without the log, for what it answers is on it."""
+        follower = self.replica.follower
+        away = "" if follower.healthy and self.client.is_connected else "the log is away: nothing can be committed"
+        return readiness(follower, serving=self.serving, reason=away)
 
     async def commit(self, decide: Decide, request: object, turn: str) -> tuple[Proposal | None, int]:
         """Decide and commit until the fold accepts it; what was committed and its sequence. `turn` names what it changes.
@@ -123,10 +142,10 @@ class Coordinator:
                 target = proposal.subject(self.fleet)
                 deciding = proposal.room in {"node", "cache"}
                 try:
-                    sequence = await self._appender.append(
+                    sequence = await self.appender.append(
                         target,
                         [proposal.event],
-                        expected=self.state.heads.get(target, 0) if deciding else None,
+                        expected=self.state.head(target) if deciding else None,
                         based_on=based_on if deciding else None,
                         give_up=ANSWER_SECONDS,
                     )
@@ -185,6 +204,20 @@ class Coordinator:
         _, sequence = await self.commit(lambda _, r: placement.set_policy(r), request, "policy")
         return {"policy": request.policy, "sequence": sequence}
 
+    async def show_format(self, request: api.StatusRequest) -> dict[str, object]:  # noqa: ARG002 - nothing to choose
+        """The log's format in force, and who reads which."""
+        self.replica.check_ready()
+        return {"format": self.state.format, "readers": await formats.readers(self.client, self.fleet)}
+
+    async def raise_format(self, request: api.FormatRequest) -> dict[str, object]:
+        """Raise the log's format."""
+        self.replica.check_ready()
+        wanted = formats.raised(self.state, request)
+        if wanted is not None and not request.force:
+            formats.check_readers(await formats.readers(self.client, self.fleet), wanted.event.format)  # type: ignore[attr-defined]
+        proposal, sequence = await self.commit(formats.raised, request, "format")
+        return {"format": self.state.format, "changed": proposal is not None, "sequence": sequence}
+
     async def list_nodes(self, request: api.ListRequest) -> dict[str, object]:
         """Nodes with their state, load and last pulse."""
         self.replica.check_ready()
@@ -214,13 +247,7 @@ class Coordinator:
 
     async def status(self, request: api.StatusRequest) -> dict[str, object]:
         """What this coordinator is and knows."""
-        return {
-            "writer": self.writer,
-            "ready": self.replica.ready,
-            "races_lost": self.races_lost,
-            "began": self.replica.began,
-            **summary(self.state, digests=request.digest),
-        }
+        return {"races_lost": self.races_lost, **await self.replica.about(digests=request.digest)}
 
     async def snapshot(self, request: api.StatusRequest) -> dict[str, object]:  # noqa: ARG002 - nothing to choose
         """Take a snapshot of the fold."""
@@ -235,6 +262,7 @@ class Coordinator:
         try:
             pulse = _decode_pulse(message.data)
         except msgspec.DecodeError as error:
+            self.bad_pulses += 1
             _log.warning("bad_pulse", subject=message.subject, error=str(error))
             return
         try:
@@ -259,19 +287,24 @@ class Coordinator:
             if silent:
                 # One a turn: the next is judged anew, with what was heard meanwhile.
                 name, quiet = silent[0]
-                await self._conclude(placement.lost, name, f"no pulse for {quiet:.1f} s")
+                if await self._conclude(placement.lost, name, f"no pulse for {quiet:.1f} s"):
+                    self.liveness.concluded(name)
             for name in self.liveness.back(self.state, now):
                 await self._conclude(placement.recovered, name, "")
             self.liveness.forget(self.state)
             looked = time.monotonic()
             await anyio.sleep(LOOK_SECONDS)
 
-    async def _conclude(self, decide: Decide, name: str, reason: str) -> None:
+    async def _conclude(self, decide: Decide, name: str, reason: str) -> bool:
+        """Commit a conclusion; false when it was not to be had."""
         try:
             proposal, sequence = await self.commit(decide, api.NodeRequest(node=name, reason=reason), name)
         except KvplaneError as error:
+            self.conclusions["failed"] += 1
             _log.warning("conclusion_failed", node=name, error=str(error))
-        else:
-            if proposal is not None:
-                event = type(proposal.event).__name__
-                _log.warning("node_concluded", node=name, conclusion=event, reason=reason, sequence=sequence)
+            return False
+        if proposal is not None:
+            self.conclusions["lost" if decide is placement.lost else "recovered"] += 1
+            event = type(proposal.event).__name__
+            _log.warning("node_concluded", node=name, conclusion=event, reason=reason, sequence=sequence)
+        return True

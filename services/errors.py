@@ -88,6 +88,18 @@ class LogAway(ServiceFault):
     code = "log_unavailable"
 
 
+class ConnectionBroken(KvplaneError):
+    """The connection to the NATS server is broken for good; the service must be started anew."""
+
+    code = "connection_broken"
+
+
+class HttpFailed(KvplaneError):
+    """The address for metrics and health can't be listened on."""
+
+    code = "http_failed"
+
+
 class ServerFailed(KvplaneError):
     """The embedded server did not start."""
 

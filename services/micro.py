@@ -6,7 +6,8 @@ Every error is answered, with `Nats-Service-Error-Code`, a sentence, and a body 
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+import time
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
@@ -15,10 +16,14 @@ import structlog
 from nats.errors import Error as NatsError
 from nats.errors import MaxPayloadError
 from nats.micro import add_service
+from structlog.contextvars import bound_contextvars
 
 from events.errors import KvplaneError
+from events.versions import FORMAT
 from services.api import decode_request, encode_answer, is_json
 from services.errors import AnswerTooLarge, ServiceFault
+from services.tally import OK, Tally
+from services.traceparent import HEADER, in_headers, parse
 from services.version import package_version
 
 if TYPE_CHECKING:
@@ -44,9 +49,11 @@ class Endpoint(NamedTuple):
     name: str
     subject: str
     form: type[msgspec.Struct]
-    answer: Callable[[Any], Any]
+    answer: Callable[..., Any]
     concurrent: bool = False
     after: Callable[[], None] | None = None
+    traced: bool = False
+    """Whether `answer` takes the request's traceparent as its second argument; its form has a field for it, too."""
 
 
 def fault(error: Exception) -> tuple[str, str, bytes]:
@@ -63,14 +70,16 @@ def fault(error: Exception) -> tuple[str, str, bytes]:
 
 
 async def serve(
-    client: Client, group: TaskGroup, name: str, description: str, endpoints: list[Endpoint], metadata: dict[str, str]
-) -> Service:
-    """Start a micro service. Concurrent endpoints answer from tasks of `group`, the others in turn."""
-    service = await add_service(
-        client, name=name, version=package_version(), description=description, metadata=metadata
-    )
+    client: Client, group: TaskGroup, name: str, description: str, endpoints: list[Endpoint], metadata: dict[str, str],
+    tally: Tally | None = None,
+) -> Service:  # fmt: skip
+    """Start a micro service. Concurrent endpoints answer from tasks of `group`, the others in turn. `tally` counts."""
+    tally = tally or Tally()
+    about = {"kvplane": package_version(), "format": str(FORMAT), **metadata}
+    service = await add_service(client, name=name, version=package_version(), description=description, metadata=about)
     for endpoint in endpoints:
-        handler = _concurrent(endpoint, group) if endpoint.concurrent else _in_turn(endpoint)
+        tally.expect(endpoint.name, waits=endpoint.concurrent)
+        handler = _concurrent(endpoint, tally, group) if endpoint.concurrent else _in_turn(endpoint, tally)
         await service.add_endpoint(name=endpoint.name, subject=endpoint.subject, handler=handler)
     await client.flush()
     return service
@@ -82,17 +91,45 @@ async def stop(service: Service) -> None:
         await service.stop()
 
 
-def _in_turn(endpoint: Endpoint) -> Callable[[Request], Awaitable[None]]:
-    answer, form, after = endpoint.answer, endpoint.form, endpoint.after
+def _code(error: Exception) -> str:
+    return error.code if isinstance(error, KvplaneError) else "internal"
+
+
+def _traced(endpoint: Endpoint, tally: Tally, said: str, field: str) -> str:
+    """The traceparent that goes with a request: of its headers, else of its field."""
+    trace = parse(said) or parse(field)
+    if not trace and (said or field):
+        tally.bad_traces += 1
+        _log.debug("bad_traceparent", endpoint=endpoint.name, said=(said or field)[:80])
+    return trace
+
+
+def _in_turn(endpoint: Endpoint, tally: Tally) -> Callable[[Request], Awaitable[None]]:
+    name, answer, form, after, traced = endpoint.name, endpoint.answer, endpoint.form, endpoint.after, endpoint.traced
+    clock = time.perf_counter
 
     async def handle(request: Request) -> None:
+        begin = clock()
+        trace = ""
         try:
             body = request.data
-            reply = encode_answer(answer(decode_request(body, form)), as_json=is_json(body))
+            asked = decode_request(body, form)
+            if traced:
+                headers = request.headers
+                said = in_headers(headers) if headers else ""
+                if said or asked.traceparent:  # type: ignore[attr-defined]
+                    trace = _traced(endpoint, tally, said, asked.traceparent)  # type: ignore[attr-defined]
+                with bound_contextvars(trace=trace) if trace else _NOTHING:
+                    found = answer(asked, trace)
+            else:
+                found = answer(asked)
+            reply = encode_answer(found, as_json=is_json(body))
         except Exception as error:  # noqa: BLE001 - every error is answered
-            await _refuse(request, error)
+            tally.add(name, _code(error), clock() - begin)
+            await _refuse(request, error, trace)
         else:
-            await _respond(request, reply)
+            tally.add(name, OK, clock() - begin)
+            await _respond(request, reply, trace)
             if after is not None:
                 # The client's flusher was scheduled by the answer and comes first.
                 asyncio.get_running_loop().call_soon(after)
@@ -100,16 +137,33 @@ def _in_turn(endpoint: Endpoint) -> Callable[[Request], Awaitable[None]]:
     return handle
 
 
-def _concurrent(endpoint: Endpoint, group: TaskGroup) -> Callable[[Request], Awaitable[None]]:
+_NOTHING = nullcontext()
+
+
+def _concurrent(endpoint: Endpoint, tally: Tally, group: TaskGroup) -> Callable[[Request], Awaitable[None]]:
+    name, answer, form, traced = endpoint.name, endpoint.answer, endpoint.form, endpoint.traced
+    clock = time.perf_counter
+
     async def work(request: Request) -> None:
+        begin = clock()
+        trace = ""
         try:
             body = request.data
-            result = await endpoint.answer(decode_request(body, endpoint.form))
+            asked = decode_request(body, form)
+            if traced:
+                said = in_headers(request.headers or {})
+                trace = _traced(endpoint, tally, said, asked.traceparent)  # type: ignore[attr-defined]
+                with bound_contextvars(trace=trace) if trace else _NOTHING:
+                    result = await answer(asked, trace)
+            else:
+                result = await answer(asked)
             reply = encode_answer(result, as_json=is_json(body))
         except Exception as error:  # noqa: BLE001 - every error is answered
-            await _refuse(request, error)
+            tally.add(name, _code(error), clock() - begin)
+            await _refuse(request, error, trace)
         else:
-            await _respond(request, reply)
+            tally.add(name, OK, clock() - begin)
+            await _respond(request, reply, trace)
 
     async def handle(request: Request) -> None:
         group.start_soon(work, request)
@@ -117,12 +171,12 @@ def _concurrent(endpoint: Endpoint, group: TaskGroup) -> Callable[[Request], Awa
     return handle
 
 
-async def _respond(request: Request, reply: bytes) -> None:
+async def _respond(request: Request, reply: bytes, trace: str = "") -> None:
     try:
-        await request.respond(reply)
+        await request.respond(reply, {HEADER: trace} if trace else None)
     except MaxPayloadError as error:
         await _refuse(
-            request, AnswerTooLarge(f"the answer has {len(reply)} bytes, more than a message may; ask for less")
+            request, AnswerTooLarge(f"the answer has {len(reply)} bytes, more than a message may; ask for less"), trace
         )
         _log.warning("answer_too_large", bytes=len(reply), error=repr(error))
     except (NatsError, ValueError, OSError) as error:
@@ -130,9 +184,10 @@ async def _respond(request: Request, reply: bytes) -> None:
         _log.debug("answer_not_sent", error=repr(error))
 
 
-async def _refuse(request: Request, error: Exception) -> None:
-    status, sentence, body = fault(error)
+async def _refuse(request: Request, error: Exception, trace: str) -> None:
+    with bound_contextvars(trace=trace) if trace else _NOTHING:
+        status, sentence, body = fault(error)
     try:
-        await request.respond_error(status, sentence, data=body)
+        await request.respond_error(status, sentence, data=body, headers={HEADER: trace} if trace else None)
     except (NatsError, ValueError, OSError) as failed:
         _log.debug("answer_not_sent", error=repr(failed))

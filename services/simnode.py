@@ -27,9 +27,11 @@ from services.blockcache import BlockCache
 from services.client import ask
 from services.errors import ServiceFault
 from services.micro import Endpoint, serve
+from services.readiness import Readiness
+from services.tally import Tally
 
 if TYPE_CHECKING:
-    from anyio.abc import TaskStatus
+    from anyio.abc import TaskGroup, TaskStatus
     from nats.aio.client import Client
     from nats.aio.msg import Msg
 
@@ -64,7 +66,7 @@ class Registered(msgspec.Struct):
 class SimNode:
     """One simulated node."""
 
-    def __init__(self, client: Client, fleet: str, config: NodeConfig) -> None:
+    def __init__(self, client: Client, fleet: str, config: NodeConfig, tally: Tally | None = None) -> None:
         self.client = client
         self.fleet = fleet
         self.config = config
@@ -74,15 +76,19 @@ class SimNode:
         self.waiting = 0
         self.address = f"kv.{fleet}.serve.{token(config.name)}"
         writer = new_writer(f"node-{config.name}"[:100])
-        appender = Appender(client, fleet, writer)
-        self._writers = Writers()
+        self.appender = Appender(client, fleet, writer)
+        self.tally = tally or Tally()
+        self.registrations = 0
+        self.not_admitted = 0
+        """Requests whose blocks the coordinator did not take."""
+        self.writers = Writers()
         self._cache_log, self._access_log = (
-            self._writers.add(GroupWriter(appender, target, linger=LINGER_SECONDS))
+            self.writers.add(GroupWriter(self.appender, target, linger=LINGER_SECONDS))
             for target in (subject(fleet, "cache", config.name), subject(fleet, "access", writer))
         )
         self._prefill = anyio.Lock()
         self._batch = 0
-        self._reporting = False
+        self.reporting = False
         self._register_again = anyio.Event()
         self._finished = anyio.Event()
         """Set when blocks come out of use."""
@@ -95,29 +101,32 @@ class SimNode:
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled. Started means: registered and taking requests."""
         async with anyio.create_task_group() as group:
-            group.start_soon(self._writers.run)
-            await self.client.subscribe(subject(self.fleet, "node", self.config.name), cb=self._concluded)
-            endpoint = Endpoint("serve", self.address, api.ServeRequest, self.serve, concurrent=True)
-            await serve(
-                self.client, group, "kvplane-simnode", f"simulated node {self.config.name!r}", [endpoint],
-                {"fleet": self.fleet, "node": self.config.name},
-            )  # fmt: skip
-            await self._register()
-            group.start_soon(self._pulse)
-            task_status.started()
+            group.start_soon(self.writers.run)
             try:
+                await self._serve(group)
+                task_status.started()
                 while True:
                     await self._register_again.wait()
                     await self._register()
             finally:
-                await self._writers.close()
+                await self.writers.close()
+
+    async def _serve(self, group: TaskGroup) -> None:
+        await self.client.subscribe(subject(self.fleet, "node", self.config.name), cb=self._concluded)
+        endpoint = Endpoint("serve", self.address, api.ServeRequest, self.serve, concurrent=True, traced=True)
+        await serve(
+            self.client, group, "kvplane-simnode", f"simulated node {self.config.name!r}", [endpoint],
+            {"fleet": self.fleet, "node": self.config.name}, self.tally,
+        )  # fmt: skip
+        await self._register()
+        group.start_soon(self._pulse)
 
     async def _register(self) -> None:
         """Register until it succeeds, and report what the cache holds."""
         self._register_again = anyio.Event()
         # A commit must not hold events of two epochs: what is on its way goes first, what comes meanwhile is told anew.
         await self._cache_log.flush()
-        self._reporting = False
+        self.reporting = False
         config = self.config
         request = api.RegisterRequest(
             node=config.name, address=self.address, models=[config.model], block_size=config.block_size,
@@ -134,8 +143,9 @@ class SimNode:
             else:
                 break
         self.epoch = answer.epoch
+        self.registrations += 1
         self._batch = 0
-        self._reporting = True
+        self.reporting = True
         if self.managed:
             self.cache = BlockCache(config.capacity_blocks)
         elif self.cache.blocks:
@@ -164,7 +174,7 @@ class SimNode:
                 await self.client.publish(pulse_subject(self.fleet, self.config.name), _encode(pulse))
             await anyio.sleep(self.config.pulse_seconds)
 
-    async def serve(self, request: api.ServeRequest) -> api.ServeAnswer:
+    async def serve(self, request: api.ServeRequest, trace: str = "") -> api.ServeAnswer:
         """Run a request: wait for room, prefill what is not cached, decode, report."""
         arrived = time.monotonic()
         hashes = unpack_hashes(request.hashes)
@@ -197,7 +207,7 @@ class SimNode:
             types.RequestCompleted(
                 request=request.request, node=self.config.name, prompt_tokens=request.tokens,
                 cached_tokens=answer.cached_tokens, output_tokens=request.output_tokens, ttft=ttft,
-                duration=answer.duration,
+                duration=answer.duration, trace=trace,
             )
         )  # fmt: skip
         return answer
@@ -216,7 +226,7 @@ class SimNode:
         return allocation.cached
 
     def _report(self, event: types.Event) -> None:
-        if self._reporting:
+        if self.reporting:
             self._cache_log.put(event)
 
     def _next_batch(self) -> int:
@@ -233,6 +243,7 @@ class SimNode:
         try:
             answer: dict[str, bytes] = await ask(self.client, f"kv.{self.fleet}.coordinator.cache.admit", admit)
         except ServiceFault as error:
+            self.not_admitted += 1
             _log.info("not_admitted", node=self.config.name, request=request.request, error=str(error))
             return
         for block in unpack_hashes(answer["evicted"]):
@@ -241,11 +252,35 @@ class SimNode:
             self.cache.blocks.setdefault(block, 0)
 
 
+class SimNodes:
+    """Several nodes in one process, on one connection."""
+
+    role = "simnode"
+
+    def __init__(self, client: Client, fleet: str, configs: list[NodeConfig]) -> None:
+        self.client = client
+        self.fleet = fleet
+        self.tally = Tally()
+        self.nodes = [SimNode(client, fleet, config, self.tally) for config in configs]
+
+    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled. Started means: all are registered."""
+        async with anyio.create_task_group() as group:
+            for node in self.nodes:
+                await group.start(node.run)
+            task_status.started()
+
+    def readiness(self) -> Readiness:
+        """Whether all of them are registered."""
+        missing = [node.config.name for node in self.nodes if not node.reporting]
+        reason = (
+            f"{len(missing)} of {len(self.nodes)} nodes are not registered, such as {missing[0]}" if missing else ""
+        )
+        return Readiness(reason, {"nodes": len(self.nodes)})
+
+
 async def run_nodes(
     client: Client, fleet: str, configs: list[NodeConfig], *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
 ) -> None:
-    """Several nodes in one process, on one connection."""
-    async with anyio.create_task_group() as group:
-        for config in configs:
-            await group.start(SimNode(client, fleet, config).run)
-        task_status.started()
+    """`SimNodes.run` for those who need nothing else of them."""
+    await SimNodes(client, fleet, configs).run(task_status=task_status)

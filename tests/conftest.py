@@ -19,9 +19,10 @@ from services.errors import ServiceFault
 from services.router import Router
 from services.server import Server, free_port, start_server
 from services.simnode import NodeConfig, run_nodes
+from tests.disks import small_disk
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Iterator
 
     import msgspec
     from nats.aio.client import Client
@@ -53,6 +54,13 @@ def trace() -> Path:
     if not TRACE.exists():
         pytest.skip("the published trace is not on this machine")
     return TRACE
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk of a few megabytes."""
+    with small_disk(tmp_path / "small") as folder:
+        yield folder
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from typing import TYPE_CHECKING, Protocol
 from uuid import uuid4
 
@@ -19,6 +20,7 @@ from nats.errors import Error as NatsError
 from nats.js.errors import NotFoundError
 
 from events import codec
+from events.durations import MILLI, Durations
 from events.errors import CommitTooLarge, LogError, LogUnavailable, LostRace
 from events.log.servers import request
 from events.subjects import stream_name
@@ -53,9 +55,9 @@ def new_writer(role: str) -> str:
 
 
 class OnTry(Protocol):
-    """Learns whether a try was acknowledged."""
+    """Learns whether a try was acknowledged, and what was wrong when it was not."""
 
-    def __call__(self, *, available: bool) -> None:
+    def __call__(self, *, available: bool, error: str) -> None:
         """The log did, or did not, acknowledge."""
 
 
@@ -66,6 +68,12 @@ class Appender:
         self.client = client
         self.fleet = fleet
         self.writer = writer
+        self.commits = 0
+        """Commits that were acknowledged."""
+        self.retries = 0
+        """Tries that were not."""
+        self.seconds = Durations(MILLI)
+        """How long each acknowledged commit took, its retries included."""
         self._stream = stream_name(fleet)
         self._counters: dict[str, int] = {}
         self._locks: dict[str, anyio.Lock] = {}
@@ -135,6 +143,7 @@ class Appender:
         give_up: float,
         on_try: OnTry | None,
     ) -> int:
+        begin = time.perf_counter()
         deadline = anyio.current_time() + give_up
         pause = RETRY_SECONDS
         patience = ACK_SECONDS
@@ -145,8 +154,9 @@ class Appender:
             try:
                 sequence = await self._publish(subject, body, headers, patience, retried=retried)
             except worth_a_retry as error:
+                self.retries += 1
                 if on_try is not None:
-                    on_try(available=False)
+                    on_try(available=False, error=repr(error))
                 if anyio.current_time() + pause > deadline:
                     raise LogUnavailable(
                         f"the log did not acknowledge a commit on {subject} in {give_up:g} s ({error!r}); "
@@ -157,8 +167,10 @@ class Appender:
                 pause = min(RETRY_MOST_SECONDS, pause * 2)
                 patience = min(ACK_MOST_SECONDS, patience * 2)
             else:
+                self.commits += 1
+                self.seconds.add(time.perf_counter() - begin)
                 if on_try is not None:
-                    on_try(available=True)
+                    on_try(available=True, error="")
                 return sequence
 
     async def _publish(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 from uuid import uuid4
+from weakref import WeakKeyDictionary
 
 import anyio
 import nats
 import structlog
 from nats.errors import Error as NatsError
-from nats.errors import StaleConnectionError, UnexpectedEOF
+from nats.errors import SlowConsumerError, StaleConnectionError, UnexpectedEOF
 
 from events.errors import LogUnavailable
 from events.log.servers import lost, move
@@ -27,6 +29,18 @@ LEAVE_SECONDS = 3.0
 PING_SECONDS = 2.0
 """A server that answered none of two pings is left: a stopped one is noticed after three times this."""
 _log = structlog.get_logger("kvplane.nats")
+_errors: WeakKeyDictionary[Client, Counter[str]] = WeakKeyDictionary()
+
+
+def errors_of(client: Client) -> Counter[str]:
+    """How often a client was told of a `slow_consumer`, a `permission` that it lacks, or an `other` error."""
+    return _errors.setdefault(client, Counter())
+
+
+def _kind(error: Exception) -> str:
+    if isinstance(error, SlowConsumerError):
+        return "slow_consumer"
+    return "permission" if "permissions violation" in str(error).lower() else "other"
 
 
 def _survive_headers(client: Client, name: str) -> None:
@@ -53,6 +67,7 @@ async def connected(
     Once connected it reconnects for ever. Publishing while it is disconnected is refused instead of buffered: a commit
     that was given up must not be stored later. Raises `LogUnavailable` when no server answers in `connect_seconds`.
     """
+    errors: Counter[str] = Counter()
 
     async def on_error(error: Exception) -> None:
         if isinstance(error, OSError | UnexpectedEOF | StaleConnectionError):
@@ -60,6 +75,7 @@ async def connected(
             _log.debug("nats_retry", client=name, error=str(error))
             return
         # Slow consumers and permission violations are only ever reported here.
+        errors[_kind(error)] += 1
         _log.error("nats_error", client=name, error=str(error) or type(error).__name__)
 
     leaving = False
@@ -105,6 +121,7 @@ async def connected(
             f"KVPLANE_SERVER ({type(error).__name__})"
         ) from None
     client.options["max_reconnect_attempts"] = -1
+    _errors[client] = errors
     _survive_headers(client, name)
     try:
         yield client

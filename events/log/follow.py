@@ -75,6 +75,7 @@ class Follower:
         self.healthy = False
         """Whether messages or heartbeats arrive."""
         self.restarts = 0
+        self._last_reply = ""
         self._subscription: Subscription | None = None
         self._generation = 0
         self._delivered = 0
@@ -82,6 +83,15 @@ class Follower:
         self._stopped: KvplaneError | Exception | None = None
         self._restart = anyio.Event()
         self._paused: anyio.Event | None = None
+
+    @property
+    def behind(self) -> int:
+        """Commits that are on the log and were not handed on, as the server said with the last one that was."""
+        said = self._last_reply.split(".")
+        if len(said) < _SHORT:
+            return max(0, self.target - self.applied)
+        # The number of pending messages comes after the time.
+        return int(said[8 if len(said) == _SHORT else 10])
 
     def pause(self) -> None:
         """Hand on nothing until `resume`; the server holds back what is on its way."""
@@ -124,7 +134,7 @@ class Follower:
         if self.applied + 1 < state.first_seq and state.first_seq > 1:
             raise LogCorrupt(
                 f"the log of fleet {self._fleet!r} begins at {state.first_seq}, but {self.applied + 1} is needed next; "
-                "start from a snapshot"
+                "there is no snapshot that leads there. A historian that has it can give it: start one, and this again"
             )
         if self.applied > state.last_seq:
             raise LogCorrupt(
@@ -237,6 +247,7 @@ class Follower:
             self._restart.set()
             return
         self.applied = sequence
+        self._last_reply = message.reply
         if sequence >= self.target and not self.caught_up.is_set():
             self.caught_up.set()
 

@@ -70,7 +70,7 @@ def _step(fetch: Callable[[str], pa.Table], fleet: str, where: str) -> Iterator[
         if row["based_on"] is not None:
             said[BASED_ON] = str(row["based_on"])
         body = codec.encode([events[sequence, place] for place in range(row["events"])])
-        yield Message(sequence, subject(fleet, row["room"], row["name"]), time, said or None, body)
+        yield Message(sequence, subject(fleet, row["room"], row["name"]), time, said or None, body, remade=True)
 
 
 def packed_hashes(column: pa.ChunkedArray) -> list[bytes]:
@@ -147,8 +147,7 @@ def decision_of(row: Mapping[str, Any]) -> types.RequestRouted:
         request=row["request"], model=row["model"], node=row["node"], match=row["match"], blocks=row["blocks"],
         tokens=row["tokens"], hashes=row["hashes"], session=row["session"], policy=row["policy"], applied=row["applied"],
         candidates=[types.Candidate(**candidate) for candidate in row["candidates"]], best=row["best_match"] or 0,
-        decided=row["decided"] or 0,
-        exclude=row["exclude"],
+        decided=row["decided"] or 0, exclude=row["exclude"], trace=row["trace"] or "",
     )  # fmt: skip
 
 
@@ -159,13 +158,21 @@ def decision_events(table: pa.Table) -> Events:
 
 def completion_events(table: pa.Table) -> Events:
     """Events of `completions`."""
-    fields = types.RequestCompleted.__struct_fields__
-    return {_key(row): types.RequestCompleted(**{name: row[name] for name in fields}) for row in _rows(table)}
+    fields = [name for name in types.RequestCompleted.__struct_fields__ if name != "trace"]
+    return {
+        _key(row): types.RequestCompleted(**{name: row[name] for name in fields}, trace=row["trace"] or "")
+        for row in _rows(table)
+    }
 
 
 def policy_events(table: pa.Table) -> Events:
     """Events of `policy_changes`."""
     return {_key(row): types.PolicyChanged(row["policy"], dict(row["parameters"])) for row in _rows(table)}
+
+
+def format_events(table: pa.Table) -> Events:
+    """Events of `format_changes`."""
+    return {_key(row): types.FormatRaised(row["format"], row["kvplane"]) for row in _rows(table)}
 
 
 _READERS: dict[str, Callable[[pa.Table], Events]] = {
@@ -175,4 +182,5 @@ _READERS: dict[str, Callable[[pa.Table], Events]] = {
     "decisions": decision_events,
     "completions": completion_events,
     "policy_changes": policy_events,
+    "format_changes": format_events,
 }

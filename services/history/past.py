@@ -187,13 +187,16 @@ class Past:
 
     async def _outcome(self, request: str, sequence: int, size: int, event: RequestRouted) -> dict[str, Any] | None:
         rows = await self._asked(
-            "SELECT sequence, node, status, prompt_tokens, cached_tokens, output_tokens, ttft, duration FROM completions "
+            "SELECT sequence, node, status, prompt_tokens, cached_tokens, output_tokens, ttft, duration, coalesce(trace, '') "
+            "FROM completions "
             "WHERE request = ? AND sequence >= ? ORDER BY sequence, event LIMIT 1",
             request, sequence,
         )  # fmt: skip
         if not rows:
             return None
-        names = ("sequence", "node", "status", "prompt_tokens", "cached_tokens", "output_tokens", "ttft", "duration")
+        names = (
+            "sequence", "node", "status", "prompt_tokens", "cached_tokens", "output_tokens", "ttft", "duration", "trace"
+        )  # fmt: skip
         return {**dict(zip(names, rows[0], strict=True)), "predicted_tokens": event.match * size}
 
 
@@ -202,6 +205,7 @@ def _recorded(event: RequestRouted) -> dict[str, Any]:
         "node": event.node, "model": event.model, "session": event.session, "policy": event.policy, "match": event.match,
         "best": event.best, "blocks": event.blocks, "tokens": event.tokens, "exclude": event.exclude,
         "candidates": [[candidate.node, candidate.match, candidate.cost] for candidate in event.candidates],
+        "trace": event.trace,
     }  # fmt: skip
 
 
