@@ -86,7 +86,7 @@ def _copies(found: Examined, log: Plain) -> Iterator[Finding]:
     copies = config["num_replicas"]
     if copies == 1 and cluster.get("name"):
         said = f"one, though cluster {cluster['name']} has several servers; when that server is lost, so is the log"
-        yield Finding("warning", "copies", f"{said}. `kvplane coordinator --replicas 3` makes a log with three")
+        yield Finding("warning", "copies", f"{said}. `kvplane copies 3` makes it three")
     stream = found.snapshots_stream
     if stream is not None and stream["config"]["num_replicas"] < copies:
         yield Finding("warning", "copies", f"snapshots have {stream['config']['num_replicas']}, the log has {copies}")

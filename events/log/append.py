@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 ACK_SECONDS, ACK_MOST_SECONDS = 0.5, 4.0
 """How long the first try waits for its acknowledgement, and the longest that a later one does; each waits twice as long
 as the one before. A leader that steps down never answers what it had not yet proposed."""
-RETRY_SECONDS = 0.05
-"""First pause between tries; doubled up to a second."""
+RETRY_SECONDS, RETRY_MOST_SECONDS = 0.05, 0.25
+"""First pause between tries, and the longest. While a cluster elects a leader the refusal comes at once."""
 HEADERS_BYTES = 512
 """Room for headers, kept free below the server's message limit."""
 
@@ -169,7 +169,7 @@ class Appender:
                     ) from error
                 retried = True
                 await anyio.sleep(pause)
-                pause = min(1.0, pause * 2)
+                pause = min(RETRY_MOST_SECONDS, pause * 2)
                 patience = min(ACK_MOST_SECONDS, patience * 2)
             else:
                 self.commits += 1
