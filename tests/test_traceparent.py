@@ -136,9 +136,9 @@ def fold(log: list[Message]) -> str:
 
 def without_trace(message: Message) -> Message:
     events = msgspec.msgpack.decode(message.body)
-    carried = [event.pop("trace") for event in events if "trace" in event]
+    for event in events:
+        event.pop("trace", None)
     body = msgspec.msgpack.encode(events)
-    assert bool(carried) == (body != message.body)
     headers = {**(message.headers or {}), codec.CRC32: codec.checksum(body)}
     return message._replace(body=body, headers=headers)
 
