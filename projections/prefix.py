@@ -22,6 +22,8 @@ from __future__ import annotations
 from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from events.hashing import unpack_hashes
 from projections.segment import ALL, KEY, SEGMENT_BYTES, Segment, common, keys_of
 
@@ -77,7 +79,8 @@ class PrefixIndex:
     def adopt(self, segments: Sequence[Segment]) -> None:
         """Fill an empty index that has the slots with segments. Raises `ValueError` when a block is in two places."""
         counts = [len(segment.packed) >> 3 for segment in segments]
-        keys = chain.from_iterable([keys_of(segment.packed) for segment in segments])
+        packed = np.frombuffer(b"".join([segment.packed for segment in segments]), "<u8")
+        keys = (packed & np.uint64(KEY)).tolist()
         self._where = dict(zip(keys, chain.from_iterable(map(repeat, segments, counts)), strict=True))
         if len(self._where) != sum(counts):
             self._where = {}

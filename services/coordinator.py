@@ -39,9 +39,8 @@ if TYPE_CHECKING:
 
     from services.placement import Proposal
 
-TRIES = 50
-"""How often a decision is made again after a lost race."""
 ANSWER_SECONDS = 10.0
+"""How long a commit is tried, and after lost races decided anew."""
 LOOK_SECONDS = 0.25
 """How often silence is looked for."""
 
@@ -49,6 +48,14 @@ _log = structlog.get_logger("kvplane.coordinator")
 _decode_pulse = msgspec.msgpack.Decoder(api.Pulse).decode
 
 Decide = Callable[[Any, Any], "Proposal | None"]
+
+
+class _Turn:
+    """Whose turn it is to change one thing; `free` is when the next may begin."""
+
+    def __init__(self) -> None:
+        self.lock = anyio.Lock()
+        self.free = 0.0
 
 
 class Coordinator:
@@ -75,8 +82,10 @@ class Coordinator:
         self.serving = False
         self._replicas = replicas
         self.appender = Appender(client, fleet, self.writer)
-        # A lock lives as long as someone holds it or waits for it.
-        self._turns: WeakValueDictionary[str, anyio.Lock] = WeakValueDictionary()
+        self.most_tries = 0
+        """How often the unluckiest decision was made."""
+        # A turn lives as long as someone has it or waits for it.
+        self._turns: WeakValueDictionary[str, _Turn] = WeakValueDictionary()
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Answer until cancelled; creates the fleet's log when there is none, on a cluster in `COPIES`."""
@@ -139,9 +148,14 @@ class Coordinator:
 
         One decision at a time a turn: deciding side by side on one node would only lose races.
         """
-        lock = self._turns.setdefault(turn, anyio.Lock())
-        async with lock:
-            for _ in range(TRIES):
+        mine = self._turns.setdefault(turn, _Turn())
+        async with mine.lock:
+            await anyio.sleep_until(mine.free)
+            give_up = anyio.current_time() + ANSWER_SECONDS
+            tries = 0
+            while (begin := anyio.current_time()) < give_up:
+                tries += 1
+                self.most_tries = max(self.most_tries, tries)
                 based_on = self.state.sequence
                 proposal = decide(self.state, request)
                 if proposal is None:
@@ -165,9 +179,12 @@ class Coordinator:
                 await self.replica.reached(sequence)
                 skipped = self.replica.skipped(sequence)
                 if skipped is None:
+                    if tries > 1:
+                        # Others race for it: let them have as long a time as this took, or the fastest would win for ever.
+                        mine.free = 2 * anyio.current_time() - begin
                     return proposal, sequence
                 self.races_lost += 1
-            raise Conflict(f"{turn!r} changed {TRIES} times while this was decided; try again later")
+            raise Conflict(f"{turn!r} changed {tries} times while this was decided; try again later")
 
     async def _change(self, decide: Decide, request: api.NodeRequest | api.BlocksRequest) -> dict[str, object]:
         self.replica.check_ready()
@@ -254,7 +271,11 @@ class Coordinator:
 
     async def status(self, request: api.StatusRequest) -> dict[str, object]:
         """What this coordinator is and knows."""
-        return {"races_lost": self.races_lost, **await self.replica.about(digests=request.digest)}
+        return {
+            "races_lost": self.races_lost,
+            "most_tries": self.most_tries,
+            **await self.replica.about(digests=request.digest),
+        }
 
     async def snapshot(self, request: api.StatusRequest) -> dict[str, object]:  # noqa: ARG002 - nothing to choose
         """Take a snapshot of the fold."""

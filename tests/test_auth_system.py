@@ -15,7 +15,8 @@ from events.log.snapshots import SnapshotStore
 from projections.digest import digest
 from services import api
 from services.client import ask
-from services.doctor import examine, judge
+from services.doctor import judge
+from services.examine import examine
 from services.history.client import table
 from tests.conftest import until
 from tests.guarded import NAME, Guarded, guarded

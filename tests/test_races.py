@@ -186,7 +186,8 @@ async def test_admissions_race_and_capacity_holds_at_every_sequence(fleet: Fleet
         lost = [status["races_lost"] for status in statuses]
         print(  # noqa: T201 - the figures of the full run
             f"{ADMISSIONS} admissions in {took:.1f} s, {ADMISSIONS / took:.0f}/s; refused {dict(load.refused)}; "
-            f"commits skipped {state.skipped}; races lost {lost}, {sum(lost) / ADMISSIONS:.2f} an admission"
+            f"commits skipped {state.skipped}; races lost {lost}, {sum(lost) / ADMISSIONS:.2f} an admission; "
+            f"the unluckiest was decided {max(status['most_tries'] for status in statuses)} times"
         )
         # The test attacks nothing unless they do race.
         assert sum(lost) > ADMISSIONS / 100
