@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping  # noqa: TC003 - NamedTuple fields are evaluated
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Union
 
 import msgspec
 from msgspec import Meta
 
-from events import types
+from events import types, versions
 from events.errors import BadCommit, BadHashes, BadName
 from events.hashing import format_hash, pack_hashes, parse_hash, unpack_hashes
 from events.subjects import NAME_LIMIT, Place, Room, check_name, place_of
@@ -60,6 +60,8 @@ class Message(NamedTuple):
     time: int
     headers: Mapping[str, str] | None
     body: bytes
+    remade: bool = False
+    """Made again from events that were applied once: in today's shapes, whatever the log's format was."""
 
 
 class Commit(NamedTuple):
@@ -72,17 +74,23 @@ class Commit(NamedTuple):
     based_on: int | None
 
 
+_UNIONS: dict[Room, Any] = {
+    "node": types.NodeEvent,
+    "cache": types.CacheEvent,
+    "session": types.SessionEvent,
+    "access": types.AccessEvent,
+    "control": types.ControlEvent,
+}
+
+
 def _decoder(union: Any) -> tuple[msgspec.msgpack.Decoder[list[types.Event]], Any]:  # noqa: ANN401 - a type form
     form = Annotated[list[union], Meta(min_length=1, max_length=types.EVENTS_LIMIT)]
     return msgspec.msgpack.Decoder(form), form
 
 
-_DECODERS: dict[Room, tuple[msgspec.msgpack.Decoder[list[types.Event]], Any]] = {
-    "node": _decoder(types.NodeEvent),
-    "cache": _decoder(types.CacheEvent),
-    "session": _decoder(types.SessionEvent),
-    "access": _decoder(types.AccessEvent),
-    "control": _decoder(types.ControlEvent),
+_DECODERS = {
+    room: _decoder(Union[(union, *versions.FORMER.get(room, ()))])  # as they are written today and were before
+    for room, union in _UNIONS.items()
 }
 # The decoders refuse unknown fields, so that they never walk into data whose nesting they don't know.
 _FIELDS: dict[object, set[str]] = {
@@ -182,8 +190,18 @@ def _from_json(body: bytes, form: Any) -> list[types.Event]:  # noqa: ANN401 - a
     return _from_plain(raw, form)
 
 
-def decode_body(room: Room, body: bytes) -> Sequence[types.Event]:
-    """Events of a body that lies in this room. Raises `BadCommit`."""
+def decode_body(room: Room, body: bytes, in_force: int = versions.FORMAT) -> Sequence[types.Event]:
+    """Events of a body that lies in this room of a log whose format is `in_force`, in today's shapes.
+
+    Raises `BadCommit`.
+    """
+    events = _decoded(room, body)
+    if in_force < versions.FORMAT:
+        versions.check_format(events, in_force)
+    return versions.brought_up(room, events)
+
+
+def _decoded(room: Room, body: bytes) -> Sequence[types.Event]:
     decoder, form = _DECODERS[room]
     try:
         if body[:1] in b"[ \n\r\t" and body:
@@ -276,9 +294,9 @@ def validate(place: Place, events: Sequence[types.Event]) -> None:
                 raise BadCommit("wrong_subject", f"the subject is of model {name!r}, an event of another")
 
 
-def decode(fleet: str, message: Message) -> Commit:
-    """Decode and validate one message of the log. Raises `BadCommit` and nothing else."""
-    _, subject, _, headers, body = message
+def decode(fleet: str, message: Message, in_force: int = versions.FORMAT) -> Commit:
+    """Decode and validate one message of a log whose format is `in_force`. Raises `BadCommit` and nothing else."""
+    _, subject, _, headers, body, remade = message
     try:
         place = place_of(fleet, subject)
     except BadName as error:
@@ -297,7 +315,7 @@ def decode(fleet: str, message: Message) -> Commit:
             based_on = _number(BASED_ON, based)
         if writer and (len(writer) > NAME_LIMIT or not writer.isprintable()):
             raise BadCommit("bad_header", f"{WRITER} must be at most {NAME_LIMIT} printable characters")
-    events = decode_body(place.room, body)
+    events = decode_body(place.room, body, versions.FORMAT if remade else in_force)
     validate(place, events)
     if place.room == "access" and writer and writer != place.name:
         raise BadCommit("wrong_subject", f"the subject is of writer {place.name!r}, {WRITER} says {writer!r}")

@@ -56,6 +56,12 @@ class LogCorrupt(LogError):
     code = "log_corrupt"
 
 
+class NewerFormat(LogError):
+    """The log has gone on to a format that this kvplane does not know. Never guessed at."""
+
+    code = "newer_format"
+
+
 class LostRace(LogError):
     """Another writer changed the subject first. Read on and decide again."""
 

@@ -204,8 +204,16 @@ class PolicyChanged(Event, frozen=True, tag=_tag):
     parameters: Annotated[dict[Name, float], Meta(max_length=64)] = {}
 
 
+class FormatRaised(Event, frozen=True, tag=_tag):
+    """From this sequence on the log may hold events of this format; see `versions`."""
+
+    format: Annotated[int, Meta(ge=2, le=1_000_000)]
+    kvplane: Text = ""
+    """Version of kvplane that raised it, and so one that knows it."""
+
+
 NodeEvent = NodeRegistered | NodeCordoned | NodeUncordoned | NodeLost | NodeRecovered | NodeRemoved
 CacheEvent = BlocksStored | BlocksRemoved | BlocksPlaced | CacheCleared
 SessionEvent = SessionAssigned | SessionEnded
 AccessEvent = RequestRouted | RequestCompleted
-ControlEvent = PolicyChanged
+ControlEvent = PolicyChanged | FormatRaised

@@ -30,7 +30,7 @@ def digest(state: FleetState) -> str:
     def add(part: object) -> None:
         hasher.update(encoder.encode(part))
 
-    add([state.fleet, state.sequence, state.time, state.commits, state.policy, state.parameters])
+    add([state.fleet, state.sequence, state.time, state.commits, state.format, state.policy, state.parameters])
     # How deep a decoder gets into malformed bytes, and so which of these reasons it gives, depends on the interpreter.
     skipped = {reason: count for reason, count in state.skipped.items() if reason not in MALFORMED}
     malformed = sum(state.skipped.get(reason, 0) for reason in MALFORMED)

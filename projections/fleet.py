@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from events import types
 from events.codec import Commit, Message, decode
-from events.errors import BadCommit
+from events.errors import BadCommit, NewerFormat
 from events.hashing import unpack_hashes
+from events.versions import FORMAT
 from projections.load import Early, Load, prefill_speed
 from projections.nodes import Caches, Node
 from projections.recency import Recency
@@ -41,7 +42,7 @@ REASONS = {
     "stale": "the writer had not seen the last change of the node when it decided",
     "unknown_node": "the node is not registered",
     "stale_epoch": "the event is of an earlier life of the node's cache",
-    "no_change": "the node is in that state already",
+    "no_change": "it is in that state already",
     "block_size": "another node of the model has another block size",
     "wrong_mode": "the node's cache is not of the kind that this event is for",
     "node_lost": "the node is lost",
@@ -78,6 +79,8 @@ class FleetState:
         self.sessions = Sessions()
         self.load = Load()
         self.recency: dict[str, Recency] = {}
+        self.format = 1
+        """Format of the log that is in force, see `events.versions`."""
         self.policy = DEFAULT_POLICY
         self.parameters: dict[str, float] = {}
         self.commits = 0
@@ -102,6 +105,7 @@ class FleetState:
             types.RequestRouted: self._routed,
             types.RequestCompleted: self._completed,
             types.PolicyChanged: self._policy_changed,
+            types.FormatRaised: self._format_raised,
         }
 
     def become(self, other: FleetState) -> None:
@@ -110,7 +114,10 @@ class FleetState:
         self.__dict__.update({**vars(other), **kept})
 
     def apply(self, message: Message) -> Applied:
-        """Apply one message of the log. A message at or below `sequence` is a redelivery and changes nothing."""
+        """Apply one message of the log. A message at or below `sequence` is a redelivery and changes nothing.
+
+        Raises `NewerFormat` when the log goes on in a format that isn't known here; the state is of no use then.
+        """
         if message.sequence <= self.sequence:
             return Applied(None, "redelivered")
         self.sequence = message.sequence
@@ -119,7 +126,7 @@ class FleetState:
         if message.subject.startswith(self._deciding):
             self.heads[message.subject] = message.sequence
         try:
-            commit = decode(self.fleet, message)
+            commit = decode(self.fleet, message, self.format)
             self._check_writer(message.subject, commit)
             if commit.place.room == "cache":
                 self._cache(commit)
@@ -130,6 +137,8 @@ class FleetState:
                     self._on_event[type(event)](event)
         except (BadCommit, Skip) as error:
             reason, detail = error.code if isinstance(error, BadCommit) else str(error), str(error)
+        except NewerFormat:
+            raise
         except Exception as error:  # noqa: BLE001 - a poisoned commit must not keep every replica from starting
             reason, detail = "defect", repr(error)
         else:
@@ -341,3 +350,13 @@ class FleetState:
         self.policy = event.policy
         self.parameters = dict(event.parameters)
         self.changes += 1
+
+    def _format_raised(self, event: types.FormatRaised) -> None:
+        if event.format <= self.format:
+            raise Skip("no_change")
+        if event.format > FORMAT:
+            raise NewerFormat(
+                f"from commit {self.sequence} on the log is in format {event.format}, which kvplane {event.kvplane or '?'} "
+                f"wrote; this kvplane reads up to format {FORMAT}: install that version or a newer one"
+            )
+        self.format = event.format

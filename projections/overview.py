@@ -26,6 +26,7 @@ def summary(state: FleetState, *, digests: bool) -> dict[str, Any]:
         "memberships": sum(index.memberships for index in state.caches.by_model.values()),
         "sessions": len(state.sessions),
         "active": len(state.load.running),
+        "format": state.format,
         "policy": state.policy,
         "parameters": state.parameters,
         "skipped": state.skipped,
@@ -118,6 +119,6 @@ def changes(before: Picture, after: Picture) -> dict[str, Any]:
     numbers = {
         key: [before.overview[key], after.overview[key]]
         for key in ("sequence", "time", "digest", "commits", "nodes", "available", "memberships", "sessions", "active",
-                    "policy", "parameters", "skipped", "ignored")
+                    "format", "policy", "parameters", "skipped", "ignored")
     }  # fmt: skip
     return {"numbers": numbers, "nodes": nodes, "sessions": sessions}

@@ -31,7 +31,7 @@ from projections.fleet import FleetState
 
 VERSION = 1
 """Version of the format."""
-FOLD_REVISION = 1
+FOLD_REVISION = 2
 """Raised with every change of what the fold makes of a log: a state of another revision is not the log's any more."""
 HEADER_BYTES = 1024
 """So many bytes from the beginning are enough for `peek`."""

@@ -19,6 +19,7 @@ from events.codec import validate
 from events.hashing import pack_hashes, unpack_hashes
 from events.subjects import Place
 from events.types import NodeRegistered, Tier  # noqa: TC001 - msgspec looks them up as it decodes
+from events.versions import FORMAT
 from projections.load import COLUMNS, Active, Early, Prefills
 from projections.nodes import Node
 from projections.prefix import PrefixIndex
@@ -118,6 +119,7 @@ class Body(_Part):
     sessions: list[SessionPart]
     load: LoadPart
     recency: dict[str, RecencyPart]
+    format: Annotated[int, Meta(ge=1)]
     policy: str
     parameters: dict[str, float]
     commits: int
@@ -145,6 +147,7 @@ def take(state: FleetState) -> Body:
         sessions=[SessionPart(*key, entry.node, entry.since, entry.was) for key, entry in state.sessions.items()],
         load=_load_of(state.load),
         recency={name: _recency_of(recency) for name, recency in state.recency.items()},
+        format=state.format,
         policy=state.policy,
         parameters=state.parameters,
         commits=state.commits,
@@ -202,7 +205,9 @@ def _broken(what: str) -> NoReturn:
 
 def put(state: FleetState, body: Body) -> None:
     """Give a new state these parts."""
-    state.policy, state.parameters = body.policy, body.parameters
+    if body.format > FORMAT:
+        raise ValueError(f"it is of a log in format {body.format}, this kvplane reads up to format {FORMAT}")
+    state.format, state.policy, state.parameters = body.format, body.policy, body.parameters
     state.commits, state.skipped, state.ignored = body.commits, body.skipped, body.ignored
     state.writers = {(subject, writer): counter for subject, writer, counter in body.writers}
     state.removed, state.heads = body.removed, body.heads

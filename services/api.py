@@ -148,6 +148,13 @@ class PolicyRequest(Struct, frozen=True, kw_only=True):
     parameters: dict[str, float] = {}
 
 
+class FormatRequest(Struct, frozen=True, kw_only=True):
+    """Raise the log's format to this one, or to the newest; with `force` also when some readers don't know it."""
+
+    format: int | None = None
+    force: bool = False
+
+
 class StatusRequest(Struct, frozen=True, kw_only=True):
     """Ask what a service is and knows; with `digest`, also the digest of its state (slow on large fleets)."""
 

@@ -21,7 +21,7 @@ from events.log.append import Appender, new_writer
 from events.log.stream import open_stream
 from events.subjects import pulse_subject
 from projections.overview import node_row, summary
-from services import api, placement
+from services import api, formats, placement
 from services.compaction import SNAPSHOT_COMMITS, Compaction
 from services.errors import Conflict, LogAway, UnknownModel
 from services.liveness import Liveness
@@ -87,6 +87,8 @@ class Coordinator:
                 ("cache.lookup", api.LookupRequest, self.lookup),
                 ("session.end", api.SessionRequest, self.end_session),
                 ("policy.set", api.PolicyRequest, self.set_policy),
+                ("format.show", api.StatusRequest, self.show_format),
+                ("format.raise", api.FormatRequest, self.raise_format),
                 ("status", api.StatusRequest, self.status),
                 ("snapshot", api.StatusRequest, self.snapshot),
                 ("compact", api.CompactRequest, self.compact),
@@ -182,6 +184,20 @@ class Coordinator:
         check(request.policy, request.parameters)
         _, sequence = await self.commit(lambda _, r: placement.set_policy(r), request, "policy")
         return {"policy": request.policy, "sequence": sequence}
+
+    async def show_format(self, request: api.StatusRequest) -> dict[str, object]:  # noqa: ARG002 - nothing to choose
+        """The log's format in force, and who reads which."""
+        self.replica.check_ready()
+        return {"format": self.state.format, "readers": await formats.readers(self.client, self.fleet)}
+
+    async def raise_format(self, request: api.FormatRequest) -> dict[str, object]:
+        """Raise the log's format."""
+        self.replica.check_ready()
+        wanted = formats.raised(self.state, request)
+        if wanted is not None and not request.force:
+            formats.check_readers(await formats.readers(self.client, self.fleet), wanted.event.format)  # type: ignore[attr-defined]
+        proposal, sequence = await self.commit(formats.raised, request, "format")
+        return {"format": self.state.format, "changed": proposal is not None, "sequence": sequence}
 
     async def list_nodes(self, request: api.ListRequest) -> dict[str, object]:
         """Nodes with their state, load and last pulse."""

@@ -17,6 +17,7 @@ from nats.errors import MaxPayloadError
 from nats.micro import add_service
 
 from events.errors import KvplaneError
+from events.versions import FORMAT
 from services.api import decode_request, encode_answer, is_json
 from services.errors import AnswerTooLarge, ServiceFault
 from services.version import package_version
@@ -66,9 +67,8 @@ async def serve(
     client: Client, group: TaskGroup, name: str, description: str, endpoints: list[Endpoint], metadata: dict[str, str]
 ) -> Service:
     """Start a micro service. Concurrent endpoints answer from tasks of `group`, the others in turn."""
-    service = await add_service(
-        client, name=name, version=package_version(), description=description, metadata=metadata
-    )
+    about = {"kvplane": package_version(), "format": str(FORMAT), **metadata}
+    service = await add_service(client, name=name, version=package_version(), description=description, metadata=about)
     for endpoint in endpoints:
         handler = _concurrent(endpoint, group) if endpoint.concurrent else _in_turn(endpoint)
         await service.add_endpoint(name=endpoint.name, subject=endpoint.subject, handler=handler)

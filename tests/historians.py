@@ -53,6 +53,7 @@ _KINDS = {
     types.RequestRouted: ("decisions", ""),
     types.RequestCompleted: ("completions", ""),
     types.PolicyChanged: ("policy_changes", ""),
+    types.FormatRaised: ("format_changes", ""),
 }
 
 

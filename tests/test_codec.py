@@ -233,6 +233,7 @@ EXAMPLES: list[tuple[str, types.Event]] = [
     ),
     ("access.w", types.RequestCompleted("q", "n", "ok", 33, 16, 7, 0.25, 1.5)),
     ("control", types.PolicyChanged("ttft", {"x": -1.5})),
+    ("control", types.FormatRaised(2, "9.9")),
 ]
 
 

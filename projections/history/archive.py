@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from projections.history.store import Store
 
-KEPT = ("node_changes", "policy_changes")
+KEPT = ("node_changes", "policy_changes", "format_changes")
 """Tables that never expire: they are small, and without them nobody knows who is there."""
 CLOSED_SECONDS = 60
 """So long after its end an hour is closed."""

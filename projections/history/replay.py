@@ -70,7 +70,7 @@ def _step(fetch: Callable[[str], pa.Table], fleet: str, where: str) -> Iterator[
         if row["based_on"] is not None:
             said[BASED_ON] = str(row["based_on"])
         body = codec.encode([events[sequence, place] for place in range(row["events"])])
-        yield Message(sequence, subject(fleet, row["room"], row["name"]), time, said or None, body)
+        yield Message(sequence, subject(fleet, row["room"], row["name"]), time, said or None, body, remade=True)
 
 
 def packed_hashes(column: pa.ChunkedArray) -> list[bytes]:
@@ -168,6 +168,11 @@ def policy_events(table: pa.Table) -> Events:
     return {_key(row): types.PolicyChanged(row["policy"], dict(row["parameters"])) for row in _rows(table)}
 
 
+def format_events(table: pa.Table) -> Events:
+    """Events of `format_changes`."""
+    return {_key(row): types.FormatRaised(row["format"], row["kvplane"]) for row in _rows(table)}
+
+
 _READERS: dict[str, Callable[[pa.Table], Events]] = {
     "node_changes": node_events,
     "cache_changes": cache_events,
@@ -175,4 +180,5 @@ _READERS: dict[str, Callable[[pa.Table], Events]] = {
     "decisions": decision_events,
     "completions": completion_events,
     "policy_changes": policy_events,
+    "format_changes": format_events,
 }

@@ -140,6 +140,7 @@ class Rows:
             "decisions": _decisions(self.events["routed"]),
             "completions": _completions(self.events["completed"]),
             "policy_changes": _policy_changes(self.events["control"]),
+            "format_changes": _format_changes(self.events["control"]),
         }
         return {table.name: pa.table(made[table.name], schema=table.schema) for table in TABLES if made[table.name]}
 
@@ -382,11 +383,23 @@ def _completions(rows: Sequence[_Row]) -> dict[str, Any]:
     }
 
 
-def _policy_changes(rows: Sequence[_Row]) -> dict[str, Any]:
+def _policy_changes(control: Sequence[_Row]) -> dict[str, Any]:
+    rows = [row for row in control if isinstance(row[3], types.PolicyChanged)]
     if not rows:
         return {}
     return {
         **_keys(rows),
         "policy": [row[3].policy for row in rows],
         "parameters": [list(row[3].parameters.items()) for row in rows],
+    }
+
+
+def _format_changes(control: Sequence[_Row]) -> dict[str, Any]:
+    rows = [row for row in control if isinstance(row[3], types.FormatRaised)]
+    if not rows:
+        return {}
+    return {
+        **_keys(rows),
+        "format": [row[3].format for row in rows],
+        "kvplane": [row[3].kvplane for row in rows],
     }

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-VERSION = 1
+VERSION = 2
 """Of the tables. A history of another version is made again from the log and the archive."""
 
 CANDIDATE = pa.struct([("node", pa.string()), ("match", pa.uint64()), ("cost", pa.float64())])
@@ -194,6 +194,15 @@ POLICY_CHANGES = Table(
     ),
 )  # fmt: skip
 
+FORMAT_CHANGES = Table(
+    "format_changes", "from when on the log was in a later format",
+    (
+        *_EVENT,
+        Column("format", "UINTEGER", "the format"),
+        Column("kvplane", "VARCHAR", "version of kvplane that raised it"),
+    ),
+)  # fmt: skip
+
 WHATIF_RUNS = Table(
     "whatif_runs", "what-ifs that were made: recorded requests through other policies, and as they really went",
     (
@@ -232,6 +241,6 @@ WHATIF_REQUESTS = Table(
 ADDED = (WHATIF_RUNS, WHATIF_REQUESTS)
 """What people add to the history. It does not follow from the log, so making the history again does not bring it back."""
 
-TABLES = (COMMITS, NODE_CHANGES, CACHE_CHANGES, SESSION_CHANGES, DECISIONS, COMPLETIONS, POLICY_CHANGES)
+TABLES = (COMMITS, NODE_CHANGES, CACHE_CHANGES, SESSION_CHANGES, DECISIONS, COMPLETIONS, POLICY_CHANGES, FORMAT_CHANGES)
 BY_NAME = {table.name: table for table in TABLES}
 """All of them: what is archived, and what the log can be made again from."""

@@ -42,15 +42,19 @@ class Fleet:
         """Start the server on its data, which may be from a life before."""
         self.server = await start_server(self.folder / "data", port=self.port)
 
-    async def start(self, name: str, *arguments: str) -> None:
-        """Start a process of the command line, such as `router`."""
-        command = [sys.executable, "-m", "services.cli", *arguments]
+    async def start(self, name: str, *arguments: str, program: str = "services.cli") -> None:
+        """Start a process of the command line, such as `router`; `program` is the module that runs it."""
+        command = [sys.executable, "-m", program, *arguments]
         command += ["--server", self.url, "--fleet", self.name, "--log-format", "json"]
         log = await anyio.open_file(self.folder / f"{name}.log", "ab")
         async with log:
             self._processes[name] = await anyio.open_process(
                 command, stdin=None, stdout=log.wrapped, stderr=STDOUT, start_new_session=True
             )
+
+    async def ended(self, name: str) -> int:
+        """Wait until a process has ended by itself; its exit code."""
+        return await self._processes[name].wait()
 
     async def kill(self, *names: str) -> None:
         """SIGKILL processes, and wait until they are gone."""

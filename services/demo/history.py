@@ -38,6 +38,7 @@ _TABLES: dict[str, tuple[type, ...]] = {
     "decisions": (types.RequestRouted,),
     "completions": (types.RequestCompleted,),
     "policy_changes": (types.PolicyChanged,),
+    "format_changes": (types.FormatRaised,),
 }  # fmt: skip
 
 

@@ -141,7 +141,7 @@ def _keeping(page: Notebook) -> None:
         duckdb -c "SELECT count(*) FROM 'history/archive/decisions/*/*.parquet'"
         python -c "import pandas; print(pandas.read_parquet('history/archive/completions'))"
     """)
-    kept = " and ".join(f"`{name}`" for name in KEPT)
+    kept = ", ".join(f"`{name}`" for name in KEPT)
     page.say(
         "All is kept, unless `kvplane historian` has `--keep-days` or `--keep-gb`: then the oldest files of the "
         "archive go. "
