@@ -44,6 +44,10 @@ class LogUnavailable(LogError):
     code = "log_unavailable"
 
 
+class ConnectionLost(LogUnavailable):
+    """The connection was replaced while an answer was waited for; it may have been lost with it. Ask again."""
+
+
 class LogMissing(LogError):
     """The fleet's stream does not exist, or the server has no JetStream."""
 

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import uuid4
 
 import anyio
 import msgspec
 from nats.errors import Error as NatsError
 from nats.errors import NoRespondersError
 
+from events.errors import ConnectionLost
+from events.log.servers import request as ask_once
+from services.api import RouteRequest
 from services.errors import NoAnswer, Refused
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
+    from nats.aio.msg import Msg
 
 T = TypeVar("T")
 
 ASK_SECONDS = 15.0
+AGAIN_SECONDS = 0.5
+"""A router answers in milliseconds or is gone: a route is asked again after so long, then after twice as long, and so on."""
+PAUSE_SECONDS = 0.02
+NOBODY_SECONDS = 2.0
+"""So long a route is asked again when no router is there: one that changes servers is back soon."""
 _encode = msgspec.msgpack.Encoder().encode
 
 
@@ -25,13 +35,17 @@ async def ask(
 ) -> T:
     """Send a request in MessagePack and return the answer, as `form` or as plain data.
 
-    Raises `Refused` with the service's own code and sentence, or `NoAnswer`.
+    A route is asked again when its answer does not come, under one id, so that it counts once. Raises `Refused` with the
+    service's own code and sentence, or `NoAnswer`.
     """
     try:
-        answer = await client.request(subject, _encode(request), timeout=seconds)
+        if isinstance(request, RouteRequest):
+            answer = await _ask_until_answered(client, subject, request, seconds)
+        else:
+            answer = await client.request(subject, _encode(request), timeout=seconds)
     except NoRespondersError:
         raise NoAnswer(f"no service answers on {subject}; {_who(subject)}") from None
-    except (NatsError, TimeoutError, OSError) as error:
+    except (NatsError, TimeoutError, OSError, ConnectionLost) as error:
         raise NoAnswer(f"no answer on {subject} in {seconds:g} s ({type(error).__name__})") from None
     headers = answer.headers or {}
     status = headers.get("Nats-Service-Error-Code")
@@ -47,6 +61,26 @@ async def ask(
         plain: T = msgspec.msgpack.decode(answer.data)
         return plain
     return msgspec.msgpack.decode(answer.data, type=form)
+
+
+async def _ask_until_answered(client: Client, subject: str, request: RouteRequest, seconds: float) -> Msg:
+    if not request.request:
+        request = msgspec.structs.replace(request, request=uuid4().hex)
+    body = _encode(request)
+    begin = anyio.current_time()
+    patience = AGAIN_SECONDS
+    while True:
+        left = begin + seconds - anyio.current_time()
+        try:
+            return await ask_once(client, subject, body, seconds=max(0.001, min(patience, left)))
+        except NoRespondersError:
+            if anyio.current_time() - begin > min(seconds, NOBODY_SECONDS):
+                raise
+        except (NatsError, OSError, TimeoutError, ConnectionLost):
+            if anyio.current_time() - begin >= seconds:
+                raise
+            patience *= 2
+        await anyio.sleep(PAUSE_SECONDS)
 
 
 async def instances(

@@ -44,14 +44,12 @@ _log = structlog.get_logger("kvplane.snapshots")
 class Compaction:
     """Takes snapshots of one replica's state, and purges the log."""
 
-    def __init__(
-        self, client: Client, replica: Replica, *, replicas: int = 1, commits: int = SNAPSHOT_COMMITS
-    ) -> None:  # fmt: skip
+    def __init__(self, client: Client, replica: Replica, *, commits: int = SNAPSHOT_COMMITS) -> None:
         self._replica = replica
         self._client = client
         self._fleet = replica.state.fleet
         self._commits = commits
-        self.store = SnapshotStore(self._client, self._fleet, replicas=replicas)
+        self.store = SnapshotStore(self._client, self._fleet)
         self._one = anyio.Lock()
 
     async def run(self) -> None:

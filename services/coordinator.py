@@ -18,7 +18,8 @@ import structlog
 from events.errors import BadName, KvplaneError, LogUnavailable, LostRace
 from events.hashing import unpack_hashes
 from events.log.append import Appender, new_writer
-from events.log.stream import open_stream
+from events.log.servers import in_cluster
+from events.log.stream import COPIES, open_stream
 from events.subjects import pulse_subject
 from projections.overview import node_row, summary
 from services import api, formats, placement
@@ -52,14 +53,14 @@ class Coordinator:
     """One coordinator of a fleet."""
 
     def __init__(
-        self, client: Client, fleet: str, *, replicas: int = 1, snapshot_commits: int = SNAPSHOT_COMMITS
+        self, client: Client, fleet: str, *, replicas: int | None = None, snapshot_commits: int = SNAPSHOT_COMMITS
     ) -> None:  # fmt: skip
         self.client = client
         self.fleet = fleet
         self.writer = new_writer("coordinator")
         self.replica = Replica(client, fleet)
         self.state = self.replica.state
-        self.compaction = Compaction(client, self.replica, replicas=replicas, commits=snapshot_commits)
+        self.compaction = Compaction(client, self.replica, commits=snapshot_commits)
         self.liveness = Liveness()
         self.races_lost = 0
         self._replicas = replicas
@@ -68,8 +69,9 @@ class Coordinator:
         self._turns: WeakValueDictionary[str, anyio.Lock] = WeakValueDictionary()
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
-        """Answer until cancelled; creates the fleet's log when there is none."""
-        await open_stream(self.client.jetstream(), self.fleet, replicas=self._replicas, create=True)
+        """Answer until cancelled; creates the fleet's log when there is none, on a cluster in `COPIES`."""
+        replicas = self._replicas or (COPIES if in_cluster(self.client) else 1)
+        await open_stream(self.client.jetstream(), self.fleet, replicas=replicas, create=True)
         async with anyio.create_task_group() as group:
             group.start_soon(self.replica.run)
             await self.replica.follower.caught_up.wait()

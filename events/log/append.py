@@ -20,6 +20,7 @@ from nats.js.errors import NotFoundError
 
 from events import codec
 from events.errors import CommitTooLarge, LogError, LogUnavailable, LostRace
+from events.log.servers import request
 from events.subjects import stream_name
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ LOOK_BACK = 1000
 """Among how many later messages of the subject a retried commit is looked for."""
 
 _WRONG_LAST_SEQUENCE = {10071, 10164}
+_TRY_AGAIN = {409, 429, 503}
+"""Codes of refusals that pass: the same id is being stored just now, too much at once, no leader or quorum."""
 
 
 def new_writer(role: str) -> str:
@@ -156,7 +159,7 @@ class Appender:
                 return sequence
 
     async def _publish(self, subject: str, body: bytes, headers: dict[str, str], *, retried: bool) -> int:
-        reply = (await self.client.request(subject, body, timeout=ACK_SECONDS, headers=headers)).data
+        reply = (await request(self.client, subject, body, seconds=ACK_SECONDS, headers=headers)).data
         try:
             answer = json.loads(reply)
             error = answer.get("error")
@@ -181,7 +184,7 @@ class Appender:
                 headers[EXPECTED] = "0"
                 return await self._publish(subject, body, headers, retried=retried)
             raise LostRace(f"another writer changed {subject} first")
-        if error.get("code") == 503:
+        if error.get("code") in _TRY_AGAIN:
             raise LogUnavailable(error.get("description", "JetStream is not available"))
         raise LogError(f"the log refused a commit on {subject}: {error.get('description')} ({error.get('err_code')})")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -13,6 +14,7 @@ from nats.errors import Error as NatsError
 from nats.errors import StaleConnectionError, UnexpectedEOF
 
 from events.errors import LogUnavailable
+from events.log.servers import lost, move
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
 DEFAULT_URL = "nats://127.0.0.1:4222"
 CONNECT_SECONDS = 10.0
 LEAVE_SECONDS = 3.0
-
+PING_SECONDS = 2.0
+"""A server that answered none of two pings is left: a stopped one is noticed after three times this."""
 _log = structlog.get_logger("kvplane.nats")
 
 
@@ -60,13 +63,22 @@ async def connected(
         _log.error("nats_error", client=name, error=str(error) or type(error).__name__)
 
     leaving = False
+    moves: list[asyncio.Task[None]] = []
+
+    async def on_lame_duck() -> None:
+        _log.info("nats_server_leaves", client=name)
+        moves[:] = [each for each in moves if not each.done()]
+        if not moves:
+            moves.append(asyncio.create_task(move(client)))
 
     async def on_disconnected() -> None:
+        lost(client)
         if not leaving:
             _log.warning("nats_disconnected", client=name)
 
     async def on_reconnected() -> None:
-        _log.info("nats_reconnected", client=name)
+        where = client.connected_url
+        _log.info("nats_reconnected", client=name, server=where.netloc if where else "")
 
     try:
         client = await nats.connect(
@@ -77,12 +89,13 @@ async def connected(
             allow_reconnect=True,
             max_reconnect_attempts=max(3, int(connect_seconds / 0.1)),
             reconnect_time_wait=0.1,
-            ping_interval=5,
+            ping_interval=PING_SECONDS,
             max_outstanding_pings=2,
             pending_size=0,
             flush_timeout=5,
             error_cb=on_error,
             disconnected_cb=on_disconnected,
+            lame_duck_mode_cb=on_lame_duck,
             reconnected_cb=on_reconnected,
         )
     except (NatsError, OSError) as error:
@@ -97,6 +110,8 @@ async def connected(
         yield client
     finally:
         leaving = True
+        for each in moves:
+            each.cancel()
         # A client that is left open goes on reconnecting and can't even be cancelled then.
         with anyio.CancelScope(shield=True):
             with anyio.move_on_after(LEAVE_SECONDS), suppress(NatsError, OSError, TimeoutError):

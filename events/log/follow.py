@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 HEARTBEAT_SECONDS = 1.0
 LOOK_SECONDS = 0.1
 """How often the follower looks whether the connection was replaced."""
+SOON_SECONDS = 1.0
+"""How long the server has to answer. What is asked while a cluster elects a leader is never answered."""
+PATIENT_TRIES, PATIENT_SECONDS = 10, 10.0
+"""After so many tries it has longer: it may be slow."""
 PENDING_BYTES = 256 << 20
 """Bytes that may wait in the client; the server's flow control keeps below it."""
 
@@ -92,7 +96,7 @@ class Follower:
 
     async def run(self) -> None:
         """Follow until cancelled. Raises `LogCorrupt`, `LogMissing`, or what `handle` raised."""
-        state = await open_stream(self._client.jetstream(), self._fleet)
+        state = await self._first_look()
         self._check(state)
         self.target = state.last_seq
         if self.applied >= self.target:
@@ -105,6 +109,15 @@ class Follower:
         finally:
             with anyio.CancelScope(shield=True), contextlib.suppress(NatsError, OSError):
                 await self._stop()
+
+    async def _first_look(self) -> StreamState:
+        """State of the log; a cluster that elects a leader is waited for."""
+        js = self._client.jetstream(timeout=SOON_SECONDS)
+        for _ in range(PATIENT_TRIES):
+            with contextlib.suppress(LogUnavailable):
+                return await open_stream(js, self._fleet)
+            await anyio.sleep(LOOK_SECONDS)
+        return await open_stream(self._client.jetstream(timeout=PATIENT_SECONDS), self._fleet)
 
     def _check(self, state: StreamState) -> None:
         """Raise `LogCorrupt` when the stream can't go on where this follower is."""
@@ -121,12 +134,15 @@ class Follower:
 
     async def _start(self) -> None:
         self._restart = anyio.Event()
+        tries = 0
         while True:
             try:
+                tries += 1
+                js = self._client.jetstream(timeout=SOON_SECONDS if tries < PATIENT_TRIES else PATIENT_SECONDS)
                 await self._stop()
                 if self.restarts:
                     # What came back may not be what went away.
-                    self._check(await open_stream(self._client.jetstream(), self._fleet))
+                    self._check(await open_stream(js, self._fleet))
                 self._delivered = 0
                 # What an earlier consumer still delivers is not for this one.
                 self._generation += 1
@@ -137,7 +153,7 @@ class Follower:
                     pending_msgs_limit=-1,
                     pending_bytes_limit=PENDING_BYTES,
                 )
-                await self._client.jetstream().add_consumer(
+                await js.add_consumer(
                     self._stream,
                     ConsumerConfig(
                         deliver_subject=inbox,
@@ -151,7 +167,6 @@ class Follower:
                         mem_storage=True,
                         num_replicas=1,
                     ),
-                    timeout=2,
                 )
             except (NatsError, APIError, OSError, TimeoutError, LogUnavailable, LogMissing) as error:
                 self.healthy = False

@@ -15,6 +15,7 @@ from nats.js.errors import APIError, BucketNotFoundError, NotFoundError
 from nats.js.errors import Error as JetStreamError
 
 from events.errors import LogUnavailable
+from events.log.stream import stream_info
 from events.subjects import check_fleet
 
 if TYPE_CHECKING:
@@ -30,11 +31,10 @@ _FAILURES = (NatsError, JetStreamError, APIError, OSError, TimeoutError, ValueEr
 class SnapshotStore:
     """The snapshots of one fleet. Every method raises `LogUnavailable` when the server does not answer as it must."""
 
-    def __init__(self, client: Client, fleet: str, *, replicas: int = 1) -> None:
+    def __init__(self, client: Client, fleet: str) -> None:
         self._client = client
         self._fleet = fleet
         self._bucket = f"KV_{check_fleet(fleet)}_snapshots"
-        self._replicas = replicas
         self._store: ObjectStore | None = None
 
     async def _open(self, *, create: bool = False) -> ObjectStore | None:
@@ -45,8 +45,9 @@ class SnapshotStore:
             except (BucketNotFoundError, NotFoundError):
                 if not create:
                     return None
+                copies = (await stream_info(js, self._fleet)).config.num_replicas or 1
                 config = ObjectStoreConfig(
-                    description=f"snapshots of fleet {self._fleet}", storage=StorageType.FILE, replicas=self._replicas
+                    description=f"snapshots of fleet {self._fleet}", storage=StorageType.FILE, replicas=copies
                 )
                 self._store = await js.create_object_store(self._bucket, config=config)
         return self._store

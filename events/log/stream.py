@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import anyio
+import structlog
 from nats.errors import Error as NatsError
 from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
 from nats.js.errors import APIError, NotFoundError, ServiceUnavailableError
@@ -17,6 +19,15 @@ if TYPE_CHECKING:
 
 DUPLICATE_WINDOW_SECONDS = 120
 """How long the server remembers message ids. Duplicates beyond it are known by the writer's counter."""
+COPIES = 3
+"""Of a log, on a cluster, unless told: any one server may be lost, or restarted, while it goes on."""
+CREATE_SECONDS = 30.0
+"""How long the creation of a log waits for enough servers; those of a cluster don't start in one moment."""
+
+NO_JETSTREAM = "the server has no JetStream; start it with `kvplane up` or with -js"
+_NO_CLUSTER = 10074
+
+_log = structlog.get_logger("kvplane.log")
 
 
 def stream_config(fleet: str, *, replicas: int = 1) -> StreamConfig:
@@ -36,28 +47,63 @@ def stream_config(fleet: str, *, replicas: int = 1) -> StreamConfig:
 
 
 async def open_stream(js: JetStreamContext, fleet: str, *, replicas: int = 1, create: bool = False) -> StreamState:
-    """State of the fleet's stream, created if asked for.
+    """State of the fleet's stream; when there is none and that is asked for, it is created with so many copies.
 
     Raises `LogMissing`, `LogUnavailable`, or `LogCorrupt` when it isn't the stream that kvplane needs.
     """
-    name = stream_name(fleet)
+    if create:
+        await _create(js, fleet, replicas)
+    return (await stream_info(js, fleet)).state
+
+
+async def stream_info(js: JetStreamContext, fleet: str) -> StreamInfo:
+    """State, settings and copies of the fleet's stream. Raises as `open_stream`."""
     try:
-        info = await js.stream_info(name)
+        info = await js.stream_info(stream_name(fleet))
     except NotFoundError:
-        if not create:
-            raise LogMissing(
-                f"fleet {fleet!r} has no log yet; `kvplane up` or `kvplane coordinator` creates it"
-            ) from None
-        try:
-            info = await js.add_stream(stream_config(fleet, replicas=replicas))
-        except (APIError, NatsError) as error:
-            raise LogUnavailable(f"the log of fleet {fleet!r} could not be created: {error}") from error
-    except ServiceUnavailableError:
-        raise LogMissing("the server has no JetStream; start it with `kvplane up` or with -js") from None
+        raise LogMissing(f"fleet {fleet!r} has no log yet; `kvplane up` or `kvplane coordinator` creates it") from None
+    except ServiceUnavailableError as error:
+        if error.err_code is None:
+            raise LogMissing(NO_JETSTREAM) from None
+        raise LogUnavailable(f"the log of fleet {fleet!r} is not available: {error.description}") from error
     except (APIError, NatsError) as error:
         raise LogUnavailable(f"the log of fleet {fleet!r} does not answer: {error!r}") from error
     _check(fleet, info)
-    return info.state
+    return info
+
+
+async def _create(js: JetStreamContext, fleet: str, replicas: int) -> None:
+    """Create the stream unless it is there."""
+    deadline = anyio.current_time() + (CREATE_SECONDS if replicas > 1 else 0)
+    told = False
+    while True:
+        try:
+            await js.stream_info(stream_name(fleet))
+        except NotFoundError:
+            pass
+        except ServiceUnavailableError as error:
+            if error.err_code is None:
+                raise LogMissing(NO_JETSTREAM) from None
+        else:
+            return
+        try:
+            await js.add_stream(stream_config(fleet, replicas=replicas))
+        except (APIError, NatsError) as error:
+            code, what = (error.err_code, error.description) if isinstance(error, APIError) else (None, repr(error))
+            if code == _NO_CLUSTER:
+                raise LogUnavailable(
+                    f"a single server can't keep {replicas} copies of the log of fleet {fleet!r}: connect to a cluster of "
+                    "so many, or say --replicas 1"
+                ) from None
+            if anyio.current_time() >= deadline:
+                hint = f"; do {replicas} servers of the cluster run?" if replicas > 1 else ""
+                raise LogUnavailable(f"the log of fleet {fleet!r} could not be created: {what}{hint}") from error
+            if not told:
+                told = True
+                _log.warning("log_creation_waits", fleet=fleet, replicas=replicas, error=what)
+            await anyio.sleep(0.5)
+        else:
+            return
 
 
 def _check(fleet: str, info: StreamInfo) -> None:

@@ -133,7 +133,7 @@ async def _run_router(common: Common) -> None:
 
 def coordinator(
     *,
-    replicas: int = 1,
+    replicas: int | None = None,
     snapshot_commits: int = SNAPSHOT_COMMITS,
     policy_module: PolicyModules = (),
     common: Common = COMMON,
@@ -143,7 +143,7 @@ def coordinator(
     Parameters
     ----------
     replicas
-        Copies of the log, if this coordinator creates it: 1, or 3 on a cluster.
+        Copies of the log, if this coordinator creates it: 1, 3 or 5. By itself 3 on a cluster and 1 on a single server.
     snapshot_commits
         Take a snapshot of the state when so many commits have come since the last one.
     policy_module
@@ -151,14 +151,14 @@ def coordinator(
     """
     start(common)
     allow(policy_module)
-    if replicas not in {1, 3, 5}:
+    if replicas not in {None, 1, 3, 5}:
         raise BadRequest(f"--replicas is {replicas}; it must be 1, 3 or 5")
     if snapshot_commits < 1:
         raise BadRequest(f"--snapshot-commits is {snapshot_commits}; it must be at least 1")
     run_until_signal(_run_coordinator, replicas, snapshot_commits, common)
 
 
-async def _run_coordinator(replicas: int, snapshot_commits: int, common: Common) -> None:
+async def _run_coordinator(replicas: int | None, snapshot_commits: int, common: Common) -> None:
     async with connected(common.server, "kvplane-coordinator") as client:
         await Coordinator(client, common.fleet, replicas=replicas, snapshot_commits=snapshot_commits).run()
 
