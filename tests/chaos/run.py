@@ -87,10 +87,8 @@ class Run:
                     group.start_soon(probe.run)
                     rest = Rest(world, client, self.checker, self.messages)
                     number = 0
-                    while not number or anyio.current_time() + 20 < deadline:
-                        left = max(10.0, deadline - anyio.current_time())
-                        seconds = min(settings.round_seconds, left)
-                        await self._round(world, load, rest, client, number, seconds)
+                    while not number or anyio.current_time() + 15 < deadline:
+                        await self._round(world, load, rest, client, number)
                         number += 1
                     group.cancel_scope.cancel()
                 servers = world.net.kind
@@ -105,8 +103,10 @@ class Run:
         return self._report(begin, load, probe, rest, servers)
 
     async def _round(
-        self, world: World, load: Load, rest: Rest, client: Client, number: int, seconds: float
+        self, world: World, load: Load, rest: Rest, client: Client, number: int
     ) -> None:  # fmt: skip
+        # The same in every run with these settings: a schedule is drawn for its length.
+        seconds = min(self.settings.round_seconds, self.settings.minutes * 40)
         faults = schedule(self.settings.seed, number, seconds, world.ground)
         lines = [fault.line() for fault in faults]
         self.schedules.append(lines)
