@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
     from events.types import Event
 
-ACK_SECONDS = 2.0
-"""How long one try waits for its acknowledgement."""
+ACK_SECONDS, ACK_MOST_SECONDS = 0.5, 4.0
+"""How long the first try waits for its acknowledgement, and the longest that a later one does; each waits twice as long
+as the one before. A leader that steps down never answers what it had not yet proposed."""
 RETRY_SECONDS = 0.05
 """First pause between tries; doubled up to a second."""
 HEADERS_BYTES = 512
@@ -136,12 +137,13 @@ class Appender:
     ) -> int:
         deadline = anyio.current_time() + give_up
         pause = RETRY_SECONDS
+        patience = ACK_SECONDS
         retried = False
         # A group writer has nobody to tell: it also waits for a full disk or a missing stream to be mended.
         worth_a_retry = (NatsError, OSError, TimeoutError, LogUnavailable if on_try is None else LogError)
         while True:
             try:
-                sequence = await self._publish(subject, body, headers, retried=retried)
+                sequence = await self._publish(subject, body, headers, patience, retried=retried)
             except worth_a_retry as error:
                 if on_try is not None:
                     on_try(available=False)
@@ -153,13 +155,16 @@ class Appender:
                 retried = True
                 await anyio.sleep(pause)
                 pause = min(1.0, pause * 2)
+                patience = min(ACK_MOST_SECONDS, patience * 2)
             else:
                 if on_try is not None:
                     on_try(available=True)
                 return sequence
 
-    async def _publish(self, subject: str, body: bytes, headers: dict[str, str], *, retried: bool) -> int:
-        reply = (await request(self.client, subject, body, seconds=ACK_SECONDS, headers=headers)).data
+    async def _publish(
+        self, subject: str, body: bytes, headers: dict[str, str], patience: float = ACK_SECONDS, *, retried: bool
+    ) -> int:  # fmt: skip
+        reply = (await request(self.client, subject, body, seconds=patience, headers=headers)).data
         try:
             answer = json.loads(reply)
             error = answer.get("error")
@@ -182,7 +187,7 @@ class Appender:
             if await self._purged(headers):
                 # The server has nothing left on the subject. The fold still judges the commit by what it was based on.
                 headers[EXPECTED] = "0"
-                return await self._publish(subject, body, headers, retried=retried)
+                return await self._publish(subject, body, headers, patience, retried=retried)
             raise LostRace(f"another writer changed {subject} first")
         if error.get("code") in _TRY_AGAIN:
             raise LogUnavailable(error.get("description", "JetStream is not available"))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nats.aio.client import Client
     from nats.aio.msg import Msg
 
-SPREAD_SECONDS = 2.0
+SPREAD_SECONDS = 1.5
 """Clients leave a server that is about to stop within this time, not all at once."""
 ANSWERING_SECONDS = 1.0
 """How long a client that leaves a server goes on answering what had arrived."""

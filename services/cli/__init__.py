@@ -31,7 +31,7 @@ app = App(
 COMMANDS = (
     "run:up", "run:router", "run:coordinator", "history:historian", "run:simnode", "ask:node", "ask:policy", "ask:route",
     "past:state", "past:diff", "past:explain", "whatif:whatif", "sql:sql", "report:report", "history:history", "log:events",
-    "snapshot:snapshot", "snapshot:compact", "format:format", "doctor:doctor",
+    "snapshot:snapshot", "snapshot:compact", "format:format", "copies:copies", "doctor:doctor",
     "demo:demo", "simulate:simulate", "simulate:workload",
 )  # fmt: skip
 for name in COMMANDS:

@@ -35,6 +35,8 @@ class Fleet:
         self.port = port
         self.name = fleet
         self.url = f"nats://127.0.0.1:{port}"
+        self.urls = [self.url]
+        """Where the processes connect."""
         self.server: Server | None = None
         self._processes: dict[str, Process] = {}
 
@@ -45,7 +47,8 @@ class Fleet:
     async def start(self, name: str, *arguments: str, program: str = "services.cli") -> None:
         """Start a process of the command line, such as `router`; `program` is the module that runs it."""
         command = [sys.executable, "-m", program, *arguments]
-        command += ["--server", self.url, "--fleet", self.name, "--log-format", "json"]
+        command += [option for url in self.urls for option in ("--server", url)]
+        command += ["--fleet", self.name, "--log-format", "json"]
         log = await anyio.open_file(self.folder / f"{name}.log", "ab")
         async with log:
             self._processes[name] = await anyio.open_process(

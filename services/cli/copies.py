@@ -1,0 +1,34 @@
+"""The command `copies`."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from events.log.connection import connected
+from events.log.copies import set_copies
+from services.cli.ask import CONNECT_SECONDS
+from services.cli.common import COMMON, Common, run_async, start
+from services.errors import BadRequest
+
+WAIT_SECONDS = 120.0
+
+
+def copies(count: int, /, *, common: Common = COMMON) -> None:
+    """Have so many servers of the cluster keep the log and its snapshots; both stay in use meanwhile.
+
+    Parameters
+    ----------
+    count
+        1, 3 or 5. With 3, any one server may be lost.
+    """
+    start(common, quiet=True)
+    if count not in {1, 3, 5}:
+        raise BadRequest(f"copies are {count}; 1, 3 or 5 can be kept")
+    done = run_async(_set, count, common)
+    said = "all are current" if done else "some are not current yet; `kvplane doctor` says which"
+    Console().print(f"{count} of the log and of its snapshots; {said}", highlight=False)
+
+
+async def _set(count: int, common: Common) -> bool:
+    async with connected(common.server, "kvplane-copies", connect_seconds=CONNECT_SECONDS) as client:
+        return await set_copies(client, common.fleet, count, seconds=WAIT_SECONDS)
