@@ -13,8 +13,8 @@ import anyio
 import msgspec
 import structlog
 from nats.errors import Error as NatsError
-from nats.errors import MaxPayloadError
-from nats.micro import add_service
+from nats.errors import FlushTimeoutError, MaxPayloadError
+from nats.micro.service import Service, ServiceConfig
 
 from events.errors import KvplaneError
 from events.versions import FORMAT
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from anyio.abc import TaskGroup
     from nats.aio.client import Client
     from nats.micro.request import Request
-    from nats.micro.service import Service
 
 STOP_SECONDS = 1.0
 
@@ -68,11 +67,16 @@ async def serve(
 ) -> Service:
     """Start a micro service. Concurrent endpoints answer from tasks of `group`, the others in turn."""
     about = {"kvplane": package_version(), "format": str(FORMAT), **metadata}
-    service = await add_service(client, name=name, version=package_version(), description=description, metadata=about)
+    config = ServiceConfig(name=name, version=package_version(), description=description, metadata=about)
+    service = Service(client, config)
+    with suppress(FlushTimeoutError):
+        await service.start()
     for endpoint in endpoints:
         handler = _concurrent(endpoint, group) if endpoint.concurrent else _in_turn(endpoint)
         await service.add_endpoint(name=endpoint.name, subject=endpoint.subject, handler=handler)
-    await client.flush()
+    # A connection that is replaced just now subscribes again by itself.
+    with suppress(FlushTimeoutError):
+        await client.flush()
     return service
 
 

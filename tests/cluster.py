@@ -191,7 +191,7 @@ class Cluster:
     async def stop(self) -> None:
         """Kill all that still runs."""
         with anyio.CancelScope(shield=True):
-            await self.kill(*NAMES)
+            await self.kill(*self.members)
 
 
 async def monitor(member: Member, what: str) -> Any:

@@ -28,13 +28,17 @@ def main() -> int:
     parser.add_argument(
         "--round", type=float, default=ROUND_SECONDS, help="seconds of faults between two checks (default: %(default)g)"
     )
+    parser.add_argument(
+        "--drills", type=int, help="kill the leader so often before, alone (default: 5 in a run of 5 minutes)"
+    )
     parser.add_argument("--out", type=Path, help="where the report goes, as JSON")
     parser.add_argument("--folder", type=Path, help="where logs, ledger and schedules go (default: a new one)")
     options = parser.parse_args()
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(1_000_000)
     folder = options.folder or Path(mkdtemp(prefix="kvplane-chaos-"))
     settings = Settings(
-        seed=seed, minutes=options.minutes, servers=options.servers, cuts=options.cuts, round_seconds=options.round
+        seed=seed, minutes=options.minutes, servers=options.servers, cuts=options.cuts, round_seconds=options.round,
+        drills=options.drills if options.drills is not None else 5 if options.minutes >= 5 and options.servers > 1 else 0,
     )  # fmt: skip
     logs.configure("error")
 

@@ -6,6 +6,7 @@ a time, so that two of three servers are always there, but for the phase at the 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -46,17 +47,17 @@ def _service(rng: random.Random, ground: Ground) -> str:
 
 def _short(rng: random.Random) -> float:
     """Mostly short, sometimes long: between 0.1 and 20 seconds."""
-    return 0.1 * 200 ** rng.random()
+    return 0.1 * math.pow(200, rng.random())
 
 
 def _cut(rng: random.Random) -> float:
     """Between 0.5 and 30 seconds."""
-    return 0.5 * 60 ** rng.random()
+    return 0.5 * math.pow(60, rng.random())
 
 
 def _away(rng: random.Random) -> float:
     """How long a process that was ended stays away."""
-    return 0.1 * 60 ** rng.random()
+    return 0.1 * math.pow(60, rng.random())
 
 
 Kind = tuple[str, float, Callable[[random.Random, Ground], str], Callable[[random.Random], float]]

@@ -216,7 +216,8 @@ class Proxies(Plain):
                     both.cancel_scope.cancel()
 
         listener = await anyio.create_tcp_listener(local_host="127.0.0.1", local_port=own)
-        await listener.serve(handle)
+        async with listener:
+            await listener.serve(handle)
 
     async def _pump(self, here: SocketStream, there: SocketStream, pair: tuple[str, str]) -> None:
         broken = (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError, OSError)

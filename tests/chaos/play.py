@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from tests.chaos.faults import Fault
     from tests.chaos.world import World
 
+DRILL_SECONDS = 12.0
+
 
 class Play:
     """One round of faults."""
@@ -31,6 +33,17 @@ class Play:
             for fault in faults:
                 await anyio.sleep(max(0.0, begin + fault.at - anyio.current_time()))
                 group.start_soon(self._one, fault)
+
+    async def drill(self) -> None:
+        """Kill the leader and nothing else, so that what stands still stands still for it alone."""
+        world = self._world
+        leader, begin = await world.leader(), world.ledger.now
+        await world.servers.kill(leader)
+        await anyio.sleep(DRILL_SECONDS)
+        await world.servers.begin(leader)
+        await world.servers.settled()
+        world.ledger.note("drill", on=[leader], began=begin)
+        await anyio.sleep(DRILL_SECONDS / 3)
 
     async def _one(self, fault: Fault) -> None:
         world = self._world

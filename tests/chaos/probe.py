@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tests.chaos.world import World
 
 EVERY_SECONDS = 0.05
-AFTER_SECONDS = 25.0
+AFTER_SECONDS = 12.0
 """So long after a leader was killed a stall is put down to it."""
 ROUTE_SECONDS = 0.5
 
@@ -69,15 +69,21 @@ class Probe:
 
     def stalls(self) -> dict[str, Any]:
         """Longest stall after each kill of a leader, of writers and of routers, in seconds."""
-        kills = [
+        ledger = self._world.ledger
+        among = [
             fault["began"]
-            for fault in self._world.ledger.of("fault")
+            for fault in ledger.of("fault")
             if fault["what"] == "kill" and fault["leader"] and len(fault["on"]) == 1
         ]
+        alone = [drill["began"] for drill in ledger.of("drill")]
+        self.routed.sort()
         return {
-            "leader_kills": len(kills),
-            "writers": _summed([_longest(self.written, at) for at in kills]),
-            "routers": _summed([_longest(sorted(self.routed), at) for at in kills]),
+            what: {
+                "leader_kills": len(kills),
+                "writers": _summed([_longest(self.written, at) for at in kills]),
+                "routers": _summed([_longest(self.routed, at) for at in kills]),
+            }
+            for what, kills in (("alone", alone), ("among_other_faults", among))
         }
 
 

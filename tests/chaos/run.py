@@ -45,6 +45,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     servers: int = 3
     cuts: str = "auto"
     round_seconds: float = ROUND_SECONDS
+    drills: int = 0
 
 
 class Run:
@@ -86,6 +87,11 @@ class Run:
                     group.start_soon(follower.run)
                     group.start_soon(probe.run)
                     rest = Rest(world, client, self.checker, self.messages)
+                    if settings.drills:
+                        self._say(f"the leader is killed {settings.drills} times, and nothing else")
+                        async with load.on():
+                            for _ in range(settings.drills):
+                                await Play(world, -1).drill()
                     number = 0
                     while not number or anyio.current_time() + 15 < deadline:
                         await self._round(world, load, rest, client, number)

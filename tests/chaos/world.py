@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from subprocess import DEVNULL, STDOUT
 from typing import TYPE_CHECKING
 
@@ -134,7 +135,7 @@ class World:
             own = ["--history", str(self.folder / "history")] if name == "historian" else []
             self.services[name] = Service(
                 name, [*command, *own, "--fleet", self.fleet, "--log-format", "json"],
-                lambda name=name: self.urls(name), self.folder, self.ledger, self.net.prefix(name),
+                partial(self.urls, name), self.folder, self.ledger, self.net.prefix(name),
             )  # fmt: skip
             group.start_soon(self.services[name].watch)
         for name, service in self.services.items():
