@@ -236,6 +236,8 @@ class Follower:
         if isinstance(stopped, LogCorrupt):
             try:
                 await self._believed(self._first_look)
+            except LogMissing:
+                pass
             except LogUnavailable:
                 # The gap is found again when the log can be asked.
                 return
