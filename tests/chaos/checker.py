@@ -127,17 +127,18 @@ class Checker:
         key = (message.subject, commit.writer, commit.writer_seq)
         copies = self.commits[key]
         copies.append(Stored(sequence, codec.checksum(message.body), skipped))
-        if len(copies) > 1 and skipped != "duplicate":
+        if len(copies) > 1 and commit.writer_seq and skipped != "duplicate":
             self.say("once", f"commit {commit.writer_seq} of {commit.writer} is applied at {sequence} once more")
         if commit.place.room in {"node", "cache", "session", "control"}:
             self.kinds[sequence] = (first, skipped)
-        if isinstance(first, _CONCLUSIONS) and skipped not in {None, "duplicate"}:
+        if isinstance(first, _CONCLUSIONS) and skipped not in {None, "duplicate", "stale"}:
+            # Stale is one that a placement came before: it is decided again.
             self.say("concluded once", f"{type(first).__name__} of {first.node!r} at {sequence} is skipped: {skipped}")
         if commit.writer.startswith("group-") and skipped != "duplicate":
             self._batches[message.subject, commit.writer] += [event.batch for event in commit.events]  # type: ignore[attr-defined]
+        self._capacity(sequence, commit)
         if skipped is not None:
             return
-        self._capacity(sequence, commit)
         for event in commit.events:
             if isinstance(event, types.RequestRouted):
                 self._decision(sequence, event)
