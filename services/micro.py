@@ -17,7 +17,7 @@ import anyio
 import msgspec
 import structlog
 from nats.errors import Error as NatsError
-from nats.errors import MaxPayloadError
+from nats.errors import FlushTimeoutError, MaxPayloadError
 from nats.micro.service import Service, ServiceConfig
 from structlog.contextvars import bound_contextvars
 
@@ -109,12 +109,15 @@ async def serve(
     service = _Service(
         client, ServiceConfig(name=name, version=package_version(), description=description, metadata=about)
     )
-    await service.start()
+    with suppress(FlushTimeoutError):
+        await service.start()
     for endpoint in endpoints:
         tally.expect(endpoint.name, waits=endpoint.concurrent)
         handler = _concurrent(endpoint, tally, group) if endpoint.concurrent else _in_turn(endpoint, tally)
         await service.add_endpoint(name=endpoint.name, subject=endpoint.subject, handler=handler)
-    await client.flush()
+    # A connection that is replaced just now subscribes again by itself.
+    with suppress(FlushTimeoutError):
+        await client.flush()
     return service
 
 

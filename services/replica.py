@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import structlog
 
-from events.errors import LogError, LogUnavailable
+from events.errors import LogError, LogPurged, LogUnavailable
 from events.log.follow import Follower
 from events.log.snapshots import SnapshotStore
 from events.log.stream import open_stream
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from projections.fleet import Applied
 
 RECENT_NS = int(RECENT_SECONDS * 1e9)
+SNAPSHOT_TRIES = 30
+"""How often snapshots are asked for when the log alone is not enough."""
 SKIPS_KNOWN = 10_000
 """For how many skipped commits their reason is kept for those who wait for their own."""
 
@@ -108,7 +110,7 @@ class Replica:
         """Follow the log until cancelled, from the newest snapshot that can be used."""
         await self._restore()
         async with anyio.create_task_group() as group:
-            group.start_soon(self.follower.run)
+            group.start_soon(self._follow)
             await self.follower.caught_up.wait()
             # Millions of long-lived segments: keep the collector from walking them again and again.
             gc.collect()
@@ -116,27 +118,53 @@ class Replica:
             group.start_soon(self.checkpoints.run)
             _log.info("replica_ready", fleet=self.state.fleet, sequence=self.state.sequence, skipped=self.state.skipped)
 
-    async def _restore(self) -> None:
-        """Begin with a snapshot, if there is one; what can't be used is passed over with a warning."""
+    async def _follow(self) -> None:
+        """Follow the log; where it was purged beyond what is applied, go on from a snapshot."""
+        while True:
+            try:
+                await self.follower.run()
+            except LogPurged as error:
+                _log.warning("log_purged_meanwhile", applied=self.state.sequence, error=str(error))
+                if not await self._go_on():
+                    raise
+
+    async def _go_on(self) -> bool:
+        """Begin again with a snapshot of later than now; whether there is one."""
+        applied = self.state.sequence
+        for _ in range(SNAPSHOT_TRIES):
+            if await self._restore():
+                return self.state.sequence > applied
+            await anyio.sleep(1)
+        return False
+
+    async def _restore(self) -> bool:
+        """Begin with a snapshot, if one leads on; what can't be used is passed over with a warning.
+
+        False when it could not be known whether there is one.
+        """
+        applied = self.state.sequence
         try:
-            sequences = await self.snapshots.sequences()
             recent = []
-            for sequence in sequences:
+            for sequence in await self.snapshots.sequences():
+                if sequence <= applied:
+                    break
                 # What other routers decided in the last minute is read from the log, not from a snapshot of it ...
                 if not await self._load(sequence, before=time.time_ns() - RECENT_NS):
                     recent.append(sequence)
-                if self.began:
-                    return
+                if self.state.sequence > applied:
+                    return True
             first = (await open_stream(self._client.jetstream(), self.state.fleet)).first_seq
-            if first > 1:
+            if first > applied + 1:
                 # ... unless the log has it no more.
                 for sequence in reversed(recent):
                     await self._load(sequence, before=None)
-                    if self.began:
-                        return
+                    if self.state.sequence > applied:
+                        return True
                 await self._ask_history(first)
         except LogError as error:
             _log.warning("snapshots_not_read", error=str(error))
+            return False
+        return True
 
     async def _ask_history(self, first: int) -> None:
         """Begin with what a historian makes of its rows: no snapshot leads to the log, which begins at `first`.

@@ -20,7 +20,7 @@ from events.subjects import stream_name
 from services.server import free_port, server_binary
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
     from anyio.abc import Process
 
@@ -35,9 +35,12 @@ STOP_SECONDS = 60.0
 class Member:
     """One server: its ports, its folder, and its process while it runs."""
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path, host: str = "127.0.0.1", prefix: Sequence[str] = ()) -> None:
         self.name = name
         self.folder = folder
+        self.host = host
+        self.prefix = list(prefix)
+        """What comes before the server's command, such as `ip netns exec`."""
         self.port, self.cluster_port, self.monitor_port = free_port(), free_port(), free_port()
         self.process: Process | None = None
         self.paused = False
@@ -45,7 +48,7 @@ class Member:
     @property
     def url(self) -> str:
         """Where clients connect."""
-        return f"nats://127.0.0.1:{self.port}"
+        return f"nats://{self.host}:{self.port}"
 
     @property
     def log(self) -> Path:
@@ -102,24 +105,28 @@ class Cluster:
                 auth.mkdir()
                 for empty in ("client.conf", "cluster.conf"):
                     (auth / empty).touch()
-        routes = ", ".join(f"nats://127.0.0.1:{each.cluster_port}" for each in self.members.values())
+        routes = ", ".join(self.route(member, each) for each in self.members.values())
         environment = {
             **os.environ,
             "NATS_NAME": member.name,
-            "NATS_HOST": "127.0.0.1",
+            "NATS_HOST": member.host,
             "NATS_PORT": str(member.port),
-            "NATS_ADVERTISE": f"127.0.0.1:{member.port}",
+            "NATS_ADVERTISE": f"{member.host}:{member.port}",
             "NATS_CLUSTER_PORT": str(member.cluster_port),
             "NATS_ROUTES": f"[{routes}]",
             "NATS_DATA": str(member.folder / "data"),
-            "NATS_MONITOR": f"127.0.0.1:{member.monitor_port}",
+            "NATS_MONITOR": f"{member.host}:{member.monitor_port}",
         }
         with member.log.open("ab") as log:
             member.process = await anyio.open_process(
-                [server_binary(), "-c", CONFIGURATION.name], cwd=member.folder, env=environment, stdin=DEVNULL,
+                [*member.prefix, server_binary(), "-c", CONFIGURATION.name], cwd=member.folder, env=environment, stdin=DEVNULL,
                 stdout=log, stderr=STDOUT, start_new_session=True,
             )  # fmt: skip
         member.paused = False
+
+    def route(self, source: Member, target: Member) -> str:  # noqa: ARG002 - where proxies are between, it matters
+        """Where one server connects to another."""
+        return f"nats://{target.host}:{target.cluster_port}"
 
     async def settled(self) -> None:
         """Wait until the cluster has a leader and every server that runs has caught up with it. Raises `TimeoutError`."""
@@ -184,14 +191,14 @@ class Cluster:
     async def stop(self) -> None:
         """Kill all that still runs."""
         with anyio.CancelScope(shield=True):
-            await self.kill(*NAMES)
+            await self.kill(*self.members)
 
 
 async def monitor(member: Member, what: str) -> Any:
     """A page of the server's monitoring, which needs no credentials; nothing when it does not answer."""
     with suppress(aiohttp.ClientError, OSError, TimeoutError, ValueError):
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=1)) as session:
-            answer = await session.get(f"http://127.0.0.1:{member.monitor_port}/{what}")
+            answer = await session.get(f"http://{member.host}:{member.monitor_port}/{what}")
             return await answer.json(content_type=None)
     return {}
 

@@ -10,10 +10,10 @@ import anyio.lowlevel
 import pytest
 
 from events import types
-from events.errors import LogCorrupt
+from events.errors import LogCorrupt, LogPurged
 from events.hashing import pack_hashes
 from events.log.append import Appender, new_writer
-from events.log.follow import replay, single
+from events.log.follow import Follower, replay, single
 from events.log.snapshots import SnapshotStore
 from events.log.stream import open_stream
 from events.subjects import stream_name
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nats.aio.client import Client
+    from nats.js.api import StreamState
 
     from services.server import Server
 
@@ -224,6 +225,43 @@ async def test_a_replica_without_a_snapshot_does_not_guess(fleet: Fleet, server:
             raise single(errors) from None
     assert server.process.returncode is None
     assert (await fleet.client.jetstream().stream_info(stream_name("default"))).state.messages > 0
+
+
+async def test_a_replica_that_compaction_overtakes_goes_on_from_a_snapshot(fleet: Fleet) -> None:
+    coordinator = await fleet.coordinator()
+    await fleet.router()
+    await live(fleet)
+    client = await fleet.connect("slow")
+    late = replica.Replica(client, "default")
+    late.follower.pause()
+    async with anyio.create_task_group() as group:
+        group.start_soon(late.run)
+        await until(lambda: late.follower.target)
+        taken = await fleet.ask("coordinator.snapshot", api.StatusRequest())
+        await fleet.ask("coordinator.compact", api.CompactRequest(without_history=True))
+        # What the server had sent already goes with the connection.
+        await client.force_reconnect()
+        await until(lambda: late.began)
+        late.follower.resume()
+        await until(lambda: late.ready and late.state.sequence == coordinator.state.sequence)
+        group.cancel_scope.cancel()
+    assert late.began == taken["sequence"]
+    assert digest(late.state) == digest(coordinator.state)
+
+
+async def test_a_purge_between_two_looks_at_the_log_is_no_gap(client: Client) -> None:
+    class Overtaken(Follower):
+        async def _first_look(self) -> StreamState:
+            state = await super()._first_look()
+            await client.jetstream().purge_stream(stream_name("default"), seq=4)
+            return state
+
+    await open_stream(client.jetstream(), "default", create=True)
+    appender = Appender(client, "default", new_writer("test"))
+    for batch in range(5):
+        await appender.append("kv.default.cache.a", [types.CacheCleared("a", 1, batch)])
+    with anyio.fail_after(10), pytest.raises(LogPurged, match="begins at 4, but 1 is needed"):
+        await Overtaken(client, "default", lambda _: None).run()
 
 
 async def test_a_coordinator_takes_snapshots_by_itself(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,13 +19,14 @@ from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 from nats.js.errors import APIError
 
 from events.codec import Message
-from events.errors import KvplaneError, LogCorrupt, LogMissing, LogUnavailable
+from events.errors import KvplaneError, LogCorrupt, LogMissing, LogPurged, LogShrunk, LogUnavailable
 from events.log.client import check_open
+from events.log.servers import in_cluster
 from events.log.stream import open_stream
 from events.subjects import stream_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from nats.aio.client import Client
     from nats.aio.msg import Msg
@@ -39,6 +40,8 @@ SOON_SECONDS = 1.0
 """How long the server has to answer. What is asked while a cluster elects a leader is never answered."""
 PATIENT_TRIES, PATIENT_SECONDS = 10, 10.0
 """After so many tries it has longer: it may be slow."""
+CUT_OFF_SECONDS = 30.0
+"""So long a server that lost the others may still take itself for the leader, and some more."""
 PENDING_BYTES = 256 << 20
 """Bytes that may wait in the client; the server's flow control keeps below it."""
 
@@ -108,9 +111,12 @@ class Follower:
             paused.set()
 
     async def run(self) -> None:
-        """Follow until cancelled. Raises `LogCorrupt`, `LogMissing`, `LoginRefused`, or what `handle` raised."""
-        state = await self._first_look()
-        self._check(state)
+        """Follow until cancelled. Raises `LogCorrupt`, `LogMissing`, `LoginRefused`, or what `handle` raised.
+
+        After `LogPurged` it may be called again, with `applied` set to where a snapshot was taken.
+        """
+        self._stopped = None
+        state = await self._believed(self._first_look)
         self.target = state.last_seq
         if self.applied >= self.target:
             self.caught_up.set()
@@ -132,15 +138,33 @@ class Follower:
             await anyio.sleep(LOOK_SECONDS)
         return await open_stream(self._client.jetstream(timeout=PATIENT_SECONDS), self._fleet)
 
+    async def _believed(self, look: Callable[[], Awaitable[StreamState]]) -> StreamState:
+        """State of the log, checked. Raises `LogCorrupt`.
+
+        A server of a cluster that was cut off may lead an old copy until it notices; only one that insists is believed.
+        """
+        patience = anyio.current_time() + (CUT_OFF_SECONDS if in_cluster(self._client) else 0)
+        while True:
+            state = await look()
+            try:
+                self._check(state)
+            except LogShrunk as error:
+                if anyio.current_time() >= patience:
+                    raise
+                _log.warning("log_seems_shorter", fleet=self._fleet, error=str(error))
+                await anyio.sleep(1)
+            else:
+                return state
+
     def _check(self, state: StreamState) -> None:
         """Raise `LogCorrupt` when the stream can't go on where this follower is."""
         if self.applied + 1 < state.first_seq and state.first_seq > 1:
-            raise LogCorrupt(
+            raise LogPurged(
                 f"the log of fleet {self._fleet!r} begins at {state.first_seq}, but {self.applied + 1} is needed next; "
                 "there is no snapshot that leads there. A historian that has it can give it: start one, and this again"
             )
         if self.applied > state.last_seq:
-            raise LogCorrupt(
+            raise LogShrunk(
                 f"the log of fleet {self._fleet!r} ends at {state.last_seq}, but {self.applied} was applied already; "
                 "it was replaced or has lost messages"
             )
@@ -156,7 +180,7 @@ class Follower:
                 await self._stop()
                 if self.restarts:
                     # What came back may not be what went away.
-                    self._check(await open_stream(js, self._fleet))
+                    await self._believed(partial(open_stream, js, self._fleet))
                 self._delivered = 0
                 # What an earlier consumer still delivers is not for this one.
                 self._generation += 1
@@ -206,7 +230,8 @@ class Follower:
             with anyio.move_on_after(LOOK_SECONDS):
                 await self._restart.wait()
             if self._stopped is not None:
-                raise self._stopped
+                await self._say_why()
+                return
             if self._restart.is_set():
                 return
             check_open(self._client)
@@ -221,6 +246,20 @@ class Follower:
                 self.healthy = False
                 _log.warning("follower_restarts", fleet=self._fleet, applied=self.applied)
                 return
+
+    async def _say_why(self) -> None:
+        """Raise what stopped the follower. A gap at the beginning of the log is a compaction that was faster."""
+        stopped, self._stopped = self._stopped, None
+        if isinstance(stopped, LogCorrupt):
+            try:
+                await self._believed(self._first_look)
+            except LogMissing:
+                pass
+            except LogUnavailable:
+                # The gap is found again when the log can be asked.
+                return
+        if stopped is not None:
+            raise stopped
 
     async def _receive(self, generation: int, message: Msg) -> None:
         while self._paused is not None:

@@ -78,17 +78,11 @@ async def _create(js: JetStreamContext, fleet: str, replicas: int) -> None:
     told = False
     while True:
         try:
-            await js.stream_info(stream_name(fleet))
-        except NotFoundError:
-            pass
-        except ServiceUnavailableError as error:
-            if error.err_code is None:
-                raise LogMissing(NO_JETSTREAM) from None
-        else:
-            return
-        try:
-            await js.add_stream(stream_config(fleet, replicas=replicas))
+            if not await _exists(js, fleet):
+                await js.add_stream(stream_config(fleet, replicas=replicas))
         except (APIError, NatsError) as error:
+            if isinstance(error, ServiceUnavailableError) and error.err_code is None:
+                raise LogMissing(NO_JETSTREAM) from None
             code, what = (error.err_code, error.description) if isinstance(error, APIError) else (None, repr(error))
             if code == _NO_CLUSTER:
                 raise LogUnavailable(
@@ -104,6 +98,14 @@ async def _create(js: JetStreamContext, fleet: str, replicas: int) -> None:
             await anyio.sleep(0.5)
         else:
             return
+
+
+async def _exists(js: JetStreamContext, fleet: str) -> bool:
+    try:
+        await js.stream_info(stream_name(fleet))
+    except NotFoundError:
+        return False
+    return True
 
 
 def _check(fleet: str, info: StreamInfo) -> None:

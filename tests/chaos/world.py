@@ -1,0 +1,200 @@
+"""The fleet under attack: servers, coordinators, routers, a historian and simulated nodes, all of the command line."""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from subprocess import DEVNULL, STDOUT
+from typing import TYPE_CHECKING
+
+import anyio
+
+from services.server import server_binary
+from tests.chaos.faults import Ground
+from tests.chaos.network import network
+from tests.chaos.processes import Service
+from tests.cluster import CONFIGURATION, NAMES, Cluster, Member, monitor, until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from anyio.abc import TaskGroup
+
+    from tests.chaos.ledger import Ledger
+    from tests.chaos.network import Network
+
+FLEET = "chaos"
+MODEL, MANAGED = "sim", "simm"
+"""Models of the simulated nodes that report their caches, and of those that are managed."""
+ROUTERS, COORDINATORS = 3, 2
+SNAPSHOT_COMMITS = 3000
+READY_SECONDS = 90.0
+STUTTER = (0.05, 0.15)
+"""Seconds that a stuttering process runs and stands still."""
+
+COMMANDS: dict[str, list[str]] = {
+    **{f"coordinator-{n + 1}": ["coordinator", "--snapshot-commits", str(SNAPSHOT_COMMITS)] for n in range(COORDINATORS)},
+    **{f"router-{n + 1}": ["router"] for n in range(ROUTERS)},
+    "historian": ["historian"],
+    "nodes": ["simnode", "sim-a", "sim-b", "sim-c", "--model", MODEL, "--decode-speed", "400"],
+    "managed": [
+        "simnode", "man-a", "man-b", "--model", MANAGED, "--cache-mode", "managed", "--capacity-blocks", "200",
+        "--decode-speed", "400",
+    ],
+}  # fmt: skip
+
+
+class Servers(Cluster):
+    """The servers of a world, each where the network puts it."""
+
+    def __init__(self, folder: Path, net: Network, names: tuple[str, ...]) -> None:
+        super().__init__(folder, auth=None)
+        self.members = {name: Member(name, folder / name, net.host(name), net.prefix(name)) for name in names}
+        self._net = net
+
+    def route(self, source: Member, target: Member) -> str:
+        """Through the network."""
+        host, port = self._net.way(source.name, target.name, target.host, target.cluster_port)
+        return f"nats://{host}:{port}"
+
+    async def _open(self, member: Member) -> None:
+        if len(self.members) > 1:
+            auth = member.folder / "auth"
+            if not auth.exists():
+                auth.mkdir(parents=True)
+                (member.folder / CONFIGURATION.name).write_text(CONFIGURATION.read_text())
+                (auth / "client.conf").touch()
+                # Otherwise servers tell each other and clients of ways around the proxies.
+                (auth / "cluster.conf").write_text("no_advertise: true\n" if self._net.kind == "proxy" else "")
+            await super()._open(member)
+            return
+        member.folder.mkdir(parents=True, exist_ok=True)
+        single = CONFIGURATION.with_name("single.conf")
+        command = [server_binary(), "-c", str(single), "-a", member.host, "-p", str(member.port)]
+        command += ["-m", str(member.monitor_port), "-sd", str(member.folder / "data"), "-n", member.name]
+        with member.log.open("ab") as log:
+            member.process = await anyio.open_process(
+                [*member.prefix, *command], cwd=member.folder, env=os.environ, stdin=DEVNULL, stdout=log, stderr=STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+        member.paused = False
+
+    async def settled(self) -> None:
+        """Wait until the servers are what they should be."""
+        if len(self.members) > 1:
+            await super().settled()
+            return
+
+        async def healthy() -> bool:
+            return all([(await monitor(each, "healthz")).get("status") == "ok" for each in self.running])
+
+        await until(healthy)
+
+    async def begin(self, *names: str) -> None:
+        """Start servers that don't run, and don't wait for them."""
+        for name in names:
+            member = self.members[name]
+            if member.process is None or member.process.returncode is not None:
+                await self._open(member)
+
+
+class World:
+    """All processes by name."""
+
+    def __init__(self, folder: Path, net: Network, ledger: Ledger, *, servers: int = 3) -> None:
+        self.folder = folder
+        self.net = net
+        self.ledger = ledger
+        self.names = NAMES[:servers]
+        self.fleet = FLEET
+        self.services: dict[str, Service] = {}
+        self.servers: Servers
+
+    @property
+    def ground(self) -> Ground:
+        """What there is to be attacked."""
+        return Ground(self.names, tuple(COMMANDS), self.net.kind != "none")
+
+    def urls(self, name: str) -> list[str]:
+        """Where a process finds the servers."""
+        found = []
+        for member in self.servers.members.values():
+            host, port = self.net.way(name, member.name, member.host, member.port)
+            found.append(f"nats://{host}:{port}")
+        return found
+
+    async def open(self, group: TaskGroup) -> None:
+        """Start everything and wait until it is ready."""
+        await self.net.open(self.names, list(COMMANDS), group)
+        self.servers = Servers(self.folder / "servers", self.net, self.names)
+        await self.servers.start(*self.names)
+        for name, command in COMMANDS.items():
+            own = ["--history", str(self.folder / "history")] if name == "historian" else []
+            self.services[name] = Service(
+                name, [*command, *own, "--fleet", self.fleet, "--log-format", "json"],
+                partial(self.urls, name), self.folder, self.ledger, self.net.prefix(name),
+            )  # fmt: skip
+            group.start_soon(self.services[name].watch)
+        for name, service in self.services.items():
+            await service.start()
+            # The first coordinator makes the log; nobody else starts without one.
+            if name == "coordinator-1":
+                await self.ready(name)
+        await self.ready()
+
+    async def ready(self, *names: str) -> None:
+        """Wait until services have said that they are ready, all of them unless told. Raises `TimeoutError`."""
+
+        async def ready() -> bool:
+            return all(self.services[name].up for name in names or self.services)
+
+        await until(ready, READY_SECONDS)
+
+    async def restore(self) -> None:
+        """End all faults: mend the network, resume and start everything, and wait until it is ready."""
+        await self.net.mend()
+        for member in self.servers.members.values():
+            if member.paused:
+                self.servers.resume(member.name)
+        await self.servers.begin(*self.names)
+        await self.servers.settled()
+        for service in self.services.values():
+            service.resume()
+            await service.start()
+        await self.ready()
+
+    async def leader(self) -> str:
+        """Server that leads the log; any that runs when nobody knows."""
+        if len(self.names) > 1:
+            with anyio.move_on_after(3):
+                found = await self.servers.leader(self.fleet)
+                if found is not None:
+                    return found
+        return next((member.name for member in self.servers.running), self.names[0])
+
+    async def close(self) -> None:
+        """Stop the services in good order, kill the servers, and take the network away."""
+        with anyio.CancelScope(shield=True):
+            async with anyio.create_task_group() as group:
+                for service in self.services.values():
+                    group.start_soon(service.end, signal.SIGTERM)
+            with suppress(AttributeError):
+                await self.servers.kill(*self.names)
+            await self.net.close()
+
+
+@asynccontextmanager
+async def world_in(folder: Path, ledger: Ledger, *, servers: int = 3, cuts: str = "auto") -> AsyncIterator[World]:
+    """A world for the length of a block."""
+    folder.mkdir(parents=True, exist_ok=True)
+    async with anyio.create_task_group() as group:
+        world = World(folder, await network(cuts), ledger, servers=servers)
+        try:
+            await world.open(group)
+            yield world
+        finally:
+            await world.close()
+            group.cancel_scope.cancel()

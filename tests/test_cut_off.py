@@ -1,0 +1,75 @@
+"""A server that was cut off from the others leads an old copy of the log until it notices: it is not believed at once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import anyio
+import pytest
+
+from events import types
+from events.errors import LogUnavailable
+from events.log.append import Appender, new_writer
+from events.log.connection import connected
+from events.log.follow import Follower
+from events.log.stream import open_stream
+from tests.chaos.network import Proxies
+from tests.chaos.world import Servers
+from tests.cluster import NAMES
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = [
+    pytest.mark.anyio,
+    # nats-py forgets a connection on which a stopped server never said a word.
+    pytest.mark.filterwarnings("ignore:unclosed <StreamWriter:ResourceWarning"),
+]
+
+NAME = "cut"
+SUBJECT = f"kv.{NAME}.cache.a"
+
+
+async def test_a_leader_that_was_cut_off_is_no_shorter_log(tmp_path: Path) -> None:
+    net = Proxies()
+    read: list[int] = []
+    async with anyio.create_task_group() as group:
+        await net.open(NAMES, [], group)
+        servers = Servers(tmp_path, net, NAMES)
+        try:
+            await servers.start(*NAMES)
+            async with connected(servers.urls, "test") as client:
+                await open_stream(client.jetstream(), NAME, replicas=3, create=True)
+                await Appender(client, NAME, new_writer("test")).append(SUBJECT, [types.CacheCleared("a", 1, 1)])
+            old = await servers.leader(NAME)
+            assert old is not None
+            others = [name for name in NAMES if name != old]
+            for other in others:
+                await net.cut(old, other)
+                await net.cut(other, old)
+            behind = connected([servers.members[old].url], "behind")
+            ahead = connected([servers.members[name].url for name in others], "ahead")
+            async with behind as here, ahead as there:
+                appender = Appender(there, NAME, new_writer("test"))
+                last = await appender.append(SUBJECT, [types.CacheCleared("a", 1, 2)], give_up=60)
+                follower = Follower(here, NAME, lambda message: read.append(message.sequence), applied=last)
+                group.start_soon(follower.run)
+                seen = 0
+                with anyio.move_on_after(10):
+                    while True:
+                        try:
+                            seen = (await open_stream(here.jetstream(timeout=1), NAME)).last_seq
+                        except LogUnavailable:
+                            break
+                        await anyio.sleep(0.2)
+                # It did say so for a while, or this attacked nothing.
+                assert seen == last - 1
+                await net.mend()
+                following = await appender.append(SUBJECT, [types.CacheCleared("a", 1, 3)], give_up=60)
+                with anyio.fail_after(30):
+                    while not read:
+                        await anyio.sleep(0.1)
+                assert read == [following]
+        finally:
+            await servers.stop()
+            group.cancel_scope.cancel()
