@@ -26,7 +26,7 @@ from events.hashing import pack_hashes
 from events.log.connection import connected, errors_of
 from events.subjects import subject
 from projections.fleet import FleetState
-from services import api
+from services import api, logs
 from services.cli import run
 from services.demo.workload import conversations
 from services.metrics import catalog
@@ -299,6 +299,7 @@ def test_up_serves_metrics_where_it_is_told_and_says_when_the_port_is_taken(tmp_
 
 
 def test_up_goes_on_without_when_its_own_port_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    logs.configure("warning")
     with closing(socket.socket()) as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
