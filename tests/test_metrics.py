@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ import pytest
 from prometheus_client.openmetrics import exposition
 from prometheus_client.parser import text_string_to_metric_families as plain_families
 from prometheus_client.registry import CollectorRegistry
+from structlog.testing import capture_logs
 
 from events import codec, types
 from events.durations import MICRO, Durations
@@ -23,7 +26,8 @@ from events.hashing import pack_hashes
 from events.log.connection import connected, errors_of
 from events.subjects import subject
 from projections.fleet import FleetState
-from services import api
+from services import api, logs
+from services.cli import run
 from services.demo.workload import conversations
 from services.metrics import catalog
 from services.metrics.page import make
@@ -51,8 +55,8 @@ async def work_through(fleet: Fleet) -> list[str]:
             model="sim", hashes=work.hashes, tokens_count=work.tokens, session=work.session or ""
         )
         routed = await fleet.ask("route", request, api.RouteAnswer)
-        run = api.ServeRequest(request=routed.request, hashes=work.hashes, tokens=work.tokens, output_tokens=2)
-        await fleet.ask(routed.address.removeprefix("kv.default."), run, api.ServeAnswer)
+        serve = api.ServeRequest(request=routed.request, hashes=work.hashes, tokens=work.tokens, output_tokens=2)
+        await fleet.ask(routed.address.removeprefix("kv.default."), serve, api.ServeAnswer)
     small = pack_hashes(range(1, 9))
     for first in range(4):
         await fleet.ask("coordinator.cache.admit", api.AdmitRequest(model="small", hashes=pack_hashes([first + 1])))
@@ -276,7 +280,7 @@ def test_up_serves_metrics_where_it_is_told_and_says_when_the_port_is_taken(tmp_
         try:
             for address, service in ((http, "simnode"), (http + 1, "historian")):
                 site = Http(f"127.0.0.1:{address}")
-                deadline = time.monotonic() + 40
+                deadline = time.monotonic() + 120
                 while site.ask("/readyz")[0] != 200:
                     assert process.poll() is None
                     assert time.monotonic() < deadline
@@ -292,6 +296,21 @@ def test_up_serves_metrics_where_it_is_told_and_says_when_the_port_is_taken(tmp_
         finally:
             process.terminate()
             process.wait(20)
+
+
+def test_up_goes_on_without_when_its_own_port_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    logs.configure("warning")
+    with closing(socket.socket()) as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(run, "UP_HTTP", f"127.0.0.1:{port}")
+        with capture_logs() as said:
+            assert run._up_http(None)[0] is None
+        assert f"127.0.0.1:{port}" in [line["address"] for line in said if line["event"] == "http_taken"]
+        # Who asks for it by name is told that it can't be had, when it is listened on.
+        assert run._up_http(f"127.0.0.1:{port}") == (f"127.0.0.1:{port}", f"127.0.0.1:{port + 1}")
+        assert run._up_http("off") == (None, None)
 
 
 @pytest.mark.parametrize("address", ["9464", "127.0.0.1", ":9464", "127.0.0.1:http", "127.0.0.1:99999"])
