@@ -20,6 +20,7 @@ from projections.overview import summary
 from projections.snapshot import load, peek
 from services.checkpoints import Checkpoints
 from services.errors import LogAway, NotReady, WorkerDied
+from services.hugepages import collapse
 from services.routing.overlay import RECENT_SECONDS
 from services.version import package_version
 
@@ -113,6 +114,8 @@ class Replica:
             # Millions of long-lived segments: keep the collector from walking them again and again.
             gc.collect()
             gc.freeze()
+            # Nobody waits for an answer yet; copies that are forked later are cheaper.
+            collapse()
             group.start_soon(self.checkpoints.run)
             _log.info("replica_ready", fleet=self.state.fleet, sequence=self.state.sequence, skipped=self.state.skipped)
 
