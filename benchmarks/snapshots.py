@@ -102,7 +102,7 @@ async def measure(*, quick: bool) -> list[Row]:
             chains = await write(client, memberships)
             router, fold_seconds = started("router", url)
             with router:
-                folded = router.ask("memory")
+                folded, fold_cpu = router.ask("memory"), router.hello["cpu"]
             coordinator, _ = started("coordinator", url)
             with coordinator:
                 taken: dict[str, Any] = await ask(
@@ -126,10 +126,11 @@ async def measure(*, quick: bool) -> list[Row]:
     }
     return [
         row(f"start of a router, {title}, with a snapshot", start_seconds, "s", limit=START,
-            note=f"from the start of its process; {loaded / 1e6:,.0f} MB then"),
+            note=f"from its process's start; {router.hello['cpu']:.1f} s of them computing; {loaded / 1e6:,.0f} MB then"),
         row(f"start of a router, {title}, without", fold_seconds, "s",
-            note=f"{memberships / fold_seconds / 1e6:.2f} M memberships a second; {folded / 1e6:,.0f} MB then"),
-        row("snapshot, bytes a membership", size, "B", limit=SIZE, note=f"{taken['bytes'] / 1e6:,.0f} MB in {taken['seconds']:.1f} s"),
+            note=f"{fold_cpu:.1f} s of them computing; {folded / 1e6:,.0f} MB then"),
+        row("snapshot, bytes a membership", size, "B", limit=SIZE,
+            note=f"{taken['bytes'] / 1e6:,.0f} MB in {taken['seconds']:.1f} s"),
         row("pause of a coordinator that takes a snapshot", gaps["snapshot"][0], "ms", limit=PAUSE, beside="none taken",
             other=gaps["coordinator at rest"][0], note=f"{work['snapshot']}; the fork took {gaps['fork']:.0f} ms"),
         row("pause of a router that notes a checkpoint", gaps["digest"][0], "ms", limit=PAUSE, beside="none noted",
@@ -210,7 +211,12 @@ async def service(role: str, url: str) -> None:
         await client.flush()
         group.start_soon(ticker.run)
         index = one.state.caches.by_model["m"]
-        hello = {"writer": one.writer, "began": one.replica.began, "memberships": index.memberships}
+        hello = {
+            "writer": one.writer,
+            "began": one.replica.began,
+            "memberships": index.memberships,
+            "cpu": time.process_time(),
+        }
         print(msgspec.json.encode(hello).decode(), flush=True)
         while line := await anyio.to_thread.run_sync(sys.stdin.readline, abandon_on_cancel=True):
             print(msgspec.json.encode(commands[msgspec.json.decode(line)["do"]]()).decode(), flush=True)

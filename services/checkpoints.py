@@ -13,7 +13,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
-import anyio.to_thread
 import msgspec
 import structlog
 from msgspec import Struct
@@ -25,7 +24,6 @@ from projections.digest import digest
 from projections.overview import summary
 from services.errors import WorkerDied
 from services.forked import Copy
-from services.hugepages import collapse
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -116,7 +114,6 @@ class Checkpoints:
         """Note and compare until cancelled; a replica that still reads the past does not run this yet."""
         if not self.writer:
             return
-        await anyio.to_thread.run_sync(collapse)
         subscription = await self._client.subscribe(checkpoint_subject(self._state.fleet, "*"), cb=self._hear)
         try:
             async with anyio.create_task_group() as group:
@@ -164,7 +161,6 @@ class Checkpoints:
         message = _encode(Checkpoint(self.writer, sequence, told))
         with suppress(NatsError, OSError):
             await self._client.publish(checkpoint_subject(self._state.fleet, self.writer), message)
-        await anyio.to_thread.run_sync(collapse)
         await anyio.sleep(SETTLE_SECONDS)
         self.settle(sequence)
 

@@ -12,7 +12,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
-import anyio.to_thread
 import structlog
 from nats.errors import Error as NatsError
 from nats.js.errors import Error as JetStreamError
@@ -25,7 +24,6 @@ from services import api
 from services.client import ask, of_fleet
 from services.errors import Conflict, LogAway, NoAnswer
 from services.forked import in_copy
-from services.hugepages import collapse
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
@@ -102,7 +100,6 @@ class Compaction:
             await self._store.put(sequence, data)
             for old in sorted([*known, sequence], reverse=True)[KEPT:]:
                 await self._store.delete(old)
-            await anyio.to_thread.run_sync(collapse)
             took = time.monotonic() - begin
         _log.info("snapshot_taken", fleet=self._fleet, sequence=sequence, bytes=size, seconds=round(took, 2))
         self.taken += 1

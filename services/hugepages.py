@@ -10,16 +10,16 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-_MADV_COLLAPSE = 25
+_MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
 LEAST_BYTES = 16 << 20
 """Smaller regions are left as they are."""
 
 
 def collapse() -> int:
-    """Move large regions of memory into huge pages; the bytes that were moved, or were there already.
+    """Move large regions of memory into huge pages, and have the kernel keep them so; the bytes that could be moved.
 
-    Takes a second a gigabyte, of a thread: the interpreter and other threads go on meanwhile. What is written while a forked
-    copy lives leaves its huge page, so this is done again afterwards.
+    Takes a second a gigabyte, for which threads that need memory wait: for the time before a service answers. What is written
+    while a forked copy lives leaves its huge page; the kernel moves it back in its own time.
     """
     if not sys.platform.startswith("linux"):
         return 0
@@ -31,6 +31,6 @@ def collapse() -> int:
             where, permissions, _, _, inode, *name = line.split(maxsplit=5)
             begin, end = (int(bound, 16) for bound in where.split("-"))
             private = permissions == "rw-p" and inode == "0" and (not name or name[0] == "[heap]")
-            if private and end - begin >= LEAST_BYTES and madvise(begin, end - begin, _MADV_COLLAPSE) == 0:
-                moved += end - begin
+            if private and end - begin >= LEAST_BYTES and madvise(begin, end - begin, _MADV_HUGEPAGE) == 0:
+                moved += end - begin if madvise(begin, end - begin, _MADV_COLLAPSE) == 0 else 0
     return moved

@@ -21,6 +21,7 @@ from projections.snapshot import load, peek
 from services.checkpoints import Checkpoints
 from services.errors import LogAway, NotReady, ServiceFault, WorkerDied
 from services.history.pieces import snapshot_at
+from services.hugepages import collapse
 from services.routing.overlay import RECENT_SECONDS
 from services.version import package_version
 
@@ -115,6 +116,8 @@ class Replica:
             # Millions of long-lived segments: keep the collector from walking them again and again.
             gc.collect()
             gc.freeze()
+            # Nobody waits for an answer yet; copies that are forked later are cheaper.
+            collapse()
             group.start_soon(self.checkpoints.run)
             _log.info("replica_ready", fleet=self.state.fleet, sequence=self.state.sequence, skipped=self.state.skipped)
 
