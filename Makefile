@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+MINUTES ?= 30
+SEED ?=
 
-.PHONY: help demo test check bench lock clean
+.PHONY: help demo test chaos check bench lock clean
 .DEFAULT_GOAL := help
 
 help: ## show the targets
@@ -23,6 +25,9 @@ demo: $(READY) ## start a fleet, show every feature, kill it, bring it back
 
 test: $(READY) ## run the tests
 	$(BIN)/pytest
+
+chaos: $(READY) ## kill, stop and cut a fleet under load: make chaos MINUTES=30 SEED=1, report in build/chaos.json
+	$(BIN)/python -m tests.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) --out build/chaos.json
 
 check: $(READY) ## style, types, imports, purity
 	$(BIN)/ruff check

@@ -98,7 +98,7 @@ def schedule(seed: int, number: int, seconds: float, ground: Ground) -> list[Fau
     calm = number % 3 == 2
     found: list[Fault] = []
     last = seconds
-    if not calm and number % 2 == 0 and seconds >= 15:
+    if not calm and number % 2 == 0 and seconds >= 40:
         last = seconds - 10
         down = rng.choice(["two", "all"])
         found.append(Fault(round(last, 2), "kill", down, round(rng.uniform(0.5, 6), 2)))

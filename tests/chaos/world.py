@@ -18,7 +18,7 @@ from tests.chaos.processes import Service
 from tests.cluster import CONFIGURATION, NAMES, Cluster, Member, monitor, until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
     from anyio.abc import TaskGroup
@@ -50,8 +50,12 @@ COMMANDS: dict[str, list[str]] = {
 class Servers(Cluster):
     """The servers of a world, each where the network puts it."""
 
-    def __init__(self, folder: Path, net: Network, names: tuple[str, ...]) -> None:
+    def __init__(
+        self, folder: Path, net: Network, names: tuple[str, ...], settings: Callable[[str], str] = str
+    ) -> None:  # fmt: skip
         super().__init__(folder, auth=None)
+        self._settings = settings
+        """What becomes of the configuration's text before it is used."""
         self.members = {name: Member(name, folder / name, net.host(name), net.prefix(name)) for name in names}
         self._net = net
 
@@ -65,19 +69,20 @@ class Servers(Cluster):
             auth = member.folder / "auth"
             if not auth.exists():
                 auth.mkdir(parents=True)
-                (member.folder / CONFIGURATION.name).write_text(CONFIGURATION.read_text())
+                (member.folder / CONFIGURATION.name).write_text(self._settings(CONFIGURATION.read_text()))
                 (auth / "client.conf").touch()
                 # Otherwise servers tell each other and clients of ways around the proxies.
                 (auth / "cluster.conf").write_text("no_advertise: true\n" if self._net.kind == "proxy" else "")
             await super()._open(member)
             return
         member.folder.mkdir(parents=True, exist_ok=True)
-        single = CONFIGURATION.with_name("single.conf")
+        single = member.folder / "single.conf"
+        single.write_text(self._settings(CONFIGURATION.with_name("single.conf").read_text()))
         command = [server_binary(), "-c", str(single), "-a", member.host, "-p", str(member.port)]
-        command += ["-m", str(member.monitor_port), "-sd", str(member.folder / "data"), "-n", member.name]
+        command += ["-m", str(member.monitor_port), "-n", member.name]
         with member.log.open("ab") as log:
             member.process = await anyio.open_process(
-                [*member.prefix, *command], cwd=member.folder, env=os.environ, stdin=DEVNULL, stdout=log, stderr=STDOUT,
+                [*member.prefix, *command], cwd=member.folder, env=dict(os.environ), stdin=DEVNULL, stdout=log, stderr=STDOUT,
                 start_new_session=True,
             )  # fmt: skip
         member.paused = False
