@@ -12,7 +12,7 @@ from projections import fleet as rules
 from projections.digest import digest
 from projections.load import ACTIVE_SECONDS, NodeLoad
 from projections.sessions import Session
-from tests.given import SECOND, START, Given, registered, replayed
+from tests.given import SECOND, Given, registered, replayed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -365,29 +365,6 @@ def test_a_request_that_nobody_ends_is_over_by_the_time_of_the_log(two: Given) -
     two.raw("kv.f.control", b"nonsense", after=1)
     assert list(two.state.load.running) == ["r"]
     assert load(two, "a").active == 1
-
-
-def test_a_clock_that_goes_back_a_little_is_not_followed(two: Given) -> None:
-    two.routes("q", "a", 1)
-    two.routes("r", "a", 1, after=-60)
-    assert two.state.time == START + 5 * SECOND
-    assert {run.time for run in two.state.load.running.values()} == {two.state.time}
-
-
-def test_a_clock_that_was_a_year_ahead_leaves_nothing_behind(two: Given) -> None:
-    """Else the node would have a year of prefill before it, and no request would ever be over."""
-    year = 365 * 86400
-    two.routes("old", "a", 1, tokens=1000)
-    two.routes("ahead", "a", 2, tokens=1000, after=year)
-    assert list(two.state.load.running) == ["ahead"]
-    two.routes("right", "a", 3, tokens=1000, after=1 - year)
-    now = two.now / SECOND
-    assert two.state.time == two.now
-    assert [run.time for run in two.state.load.running.values()] == [two.now, two.now]
-    busy = load(two, "a").prefill_done - now
-    assert 1.5 < busy < 2.5
-    two.routes("later", "b", 9, after=901)
-    assert list(two.state.load.running) == ["later"]
 
 
 def test_a_policy_holds_from_its_sequence_on(two: Given) -> None:

@@ -27,7 +27,7 @@ from events.log.connection import connected, errors_of
 from events.subjects import subject
 from projections.fleet import FleetState
 from services import api, logs
-from services.cli import run
+from services.cli import up
 from services.demo.workload import conversations
 from services.metrics import catalog
 from services.metrics.page import make
@@ -304,13 +304,13 @@ def test_up_goes_on_without_when_its_own_port_is_taken(monkeypatch: pytest.Monke
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        monkeypatch.setattr(run, "UP_HTTP", f"127.0.0.1:{port}")
+        monkeypatch.setattr(up, "UP_HTTP", f"127.0.0.1:{port}")
         with capture_logs() as said:
-            assert run._up_http(None)[0] is None
+            assert up._up_http(None)[0] is None
         assert f"127.0.0.1:{port}" in [line["address"] for line in said if line["event"] == "http_taken"]
         # Who asks for it by name is told that it can't be had, when it is listened on.
-        assert run._up_http(f"127.0.0.1:{port}") == (f"127.0.0.1:{port}", f"127.0.0.1:{port + 1}")
-        assert run._up_http("off") == (None, None)
+        assert up._up_http(f"127.0.0.1:{port}") == (f"127.0.0.1:{port}", f"127.0.0.1:{port + 1}")
+        assert up._up_http("off") == (None, None)
 
 
 @pytest.mark.parametrize("address", ["9464", "127.0.0.1", ":9464", "127.0.0.1:http", "127.0.0.1:99999"])
