@@ -3,7 +3,7 @@
 Every error is answered, with `Nats-Service-Error-Code`, a sentence, and a body `{"code", "error"}`; none ends a service.
 
 A reply subject is the asker's choice, and servers let a consumer be aimed at any subject. So what names a subject of the log
-or of the server as its inbox, or none, or was sent to another subject than the endpoint's, is dropped before anything is done.
+or of the server as its inbox, or none, is dropped before anything is done.
 """
 
 from __future__ import annotations
@@ -141,12 +141,10 @@ def _traced(endpoint: Endpoint, tally: Tally, said: str, field: str) -> str:
 
 
 def _genuine(endpoint: Endpoint, message: Msg) -> bool:
-    """Whether the message was sent to this endpoint by one who can be answered."""
-    subject = endpoint.subject
-    meant = message.subject == subject or (subject.endswith(".*") and message.subject.startswith(subject[:-1]))
-    if meant and (message.reply or endpoint.unasked) and not message.reply.startswith(_NOT_INBOXES):
+    """Whether the message is of someone who can be answered. A consumer's delivery has a reply subject of the server."""
+    if (message.reply or endpoint.unasked) and answerable(message.reply):
         return True
-    _log.warning("request_dropped", endpoint=subject, subject=message.subject, reply=message.reply)
+    _log.warning("request_dropped", endpoint=endpoint.subject, subject=message.subject, reply=message.reply)
     return False
 
 

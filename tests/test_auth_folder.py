@@ -337,11 +337,11 @@ async def test_three_servers_let_each_other_in_by_their_certificates_and_nobody_
                         await anyio.sleep(0.5)
         assert status["ready"]
         assert info.config.num_replicas == 3
+        bare = socket.create_connection(("127.0.0.1", ports["n1"][1]), timeout=5)
         with (
-            socket.create_connection(("127.0.0.1", ports["n1"][1]), timeout=5) as bare,
             pytest.raises((SSLError, ConnectionError)),
+            trust(held.ca).wrap_socket(bare, server_hostname="n1") as guest,
         ):
-            guest = trust(held.ca).wrap_socket(bare, server_hostname="n1")
             guest.sendall(b"PING\r\n")
             while guest.recv(4096):
                 pass
