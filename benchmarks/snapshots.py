@@ -10,6 +10,7 @@ import random
 import sys
 import tempfile
 import time
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,19 +73,21 @@ async def write(client: Client, memberships: int) -> list[bytes]:
 
 
 async def load(client: Client, chains: list[bytes]) -> None:
-    """Ask for decisions, one after the other, and put new blocks on the log, until cancelled."""
+    """Ask for decisions, one after the other, and have nodes store what others hold, until cancelled.
+
+    New blocks would make the index grow, and a dictionary that grows stands still for a moment of its own.
+    """
     bodies = [
         msgspec.msgpack.encode(
             api.RouteRequest(model="m", hashes=chain, tokens_count=CHAIN * BLOCK_SIZE + 1, dry_run=True)
         )
         for chain in chains
     ]
-    draw = random.Random(6)
-    while True:
-        for body in bodies:
-            await client.request(ROUTE, body, timeout=30)
-            event = BlocksStored("n0", 1, 0, draw.randbytes(64 * 8))
-            await client.publish(subject(FLEET, "cache", "n0"), codec.encode([event]))
+    for number in count():
+        node, at = number // len(chains) % NODES, number % len(chains)
+        await client.request(ROUTE, bodies[at], timeout=30)
+        event = BlocksStored(f"n{node}", node + 1, 0, chains[at][: 64 * 8])
+        await client.publish(subject(FLEET, "cache", f"n{node}"), codec.encode([event]))
 
 
 def started(role: str, url: str) -> tuple[Worker, float]:
