@@ -44,6 +44,20 @@ def _survive_headers(client: Client, name: str) -> None:
     client._process_headers = process  # type: ignore[method-assign]  # noqa: SLF001
 
 
+def _survive_late_pongs(client: Client) -> None:
+    """Make the answer to a flush that was given up harmless: the client's read loop would end on it."""
+    process = client._process_pong  # noqa: SLF001 - there is no other way in
+
+    async def process_pong() -> None:
+        waiting = client._pongs  # noqa: SLF001 - the same
+        if waiting and waiting[0].done():
+            # It belongs to nobody, but each answers one ping, in turn.
+            waiting[0] = asyncio.Future()
+        await process()
+
+    client._process_pong = process_pong  # type: ignore[method-assign]  # noqa: SLF001
+
+
 @asynccontextmanager
 async def connected(
     servers: Sequence[str], name: str, *, connect_seconds: float = CONNECT_SECONDS
@@ -106,6 +120,7 @@ async def connected(
         ) from None
     client.options["max_reconnect_attempts"] = -1
     _survive_headers(client, name)
+    _survive_late_pongs(client)
     try:
         yield client
     finally:

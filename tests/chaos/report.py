@@ -27,6 +27,10 @@ def _told(report: dict[str, Any]) -> list[str]:
     if report["servers"] != 3:
         options += f" --servers {report['servers']}"
     alone, among = report["stalls"]["alone"], report["stalls"]["among_other_faults"]
+    both = (
+        f"writers at most {among['writers']['max']:.1f} s, median {among['writers']['median']:.1f} s; routers "
+        f"{among['routers']['max']:.1f} s and {among['routers']['median']:.1f} s"
+    )
     rows = [
         ("acknowledged commits tried, lost", f"{report['acknowledged']:,}, {report['lost']}"),
         ("acknowledged events of a group writer", f"{report['acknowledged_events']:,}"),
@@ -44,11 +48,7 @@ def _told(report: dict[str, Any]) -> list[str]:
             f"at most {alone['writers']['max']:.1f} s, median {alone['writers']['median']:.1f} s",
         ),
         ("routers do", f"at most {alone['routers']['max']:.2f} s, median {alone['routers']['median']:.2f} s"),
-        (
-            f"the same of {among['leader_kills']} among other faults",
-            f"writers at most {among['writers']['max']:.1f} s, median {among['writers']['median']:.1f} s; "
-            + f"routers {among['routers']['max']:.1f} s and {among['routers']['median']:.1f} s",
-        ),
+        (f"the same of {among['leader_kills']} among other faults", both),
         (
             f"from the last fault until {report['rounds'][-1]['replicas']} replicas and the history are at one sequence",
             f"at most {max(report['rest_seconds']):.1f} s in {len(report['rest_seconds'])} rounds",
