@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.chaos.faults import Ground, schedule
+from tests.chaos.report import PAGE, made, written
 from tests.chaos.run import Run, Settings
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ async def test_nothing_promised_is_broken_by_chaos(tmp_path: Path, seed: int) ->
     assert report["answers"] > 20
     assert report["routes"] > 20
     assert sum(report["faults"].values()) >= 3
+    page = written(PAGE.read_text(), made([report]))
+    assert f"--seed {seed} " in page
+    assert written(page, made([report])) == page
 
 
 def test_a_seed_gives_the_same_schedule_every_time() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING
 
 import anyio
 import anyio.lowlevel
 import pytest
 from nats.aio.msg import Msg
+from nats.errors import FlushTimeoutError
 from nats.js.api import StorageType, StreamConfig
 
 from events import codec, types
@@ -278,6 +280,21 @@ async def test_no_server_is_one_clear_sentence() -> None:
     with pytest.raises(LogUnavailable, match="no NATS server answers at .*kvplane up"):
         async with connected([f"nats://127.0.0.1:{free_port()}"], "test", connect_seconds=0.3):
             pass
+
+
+async def test_a_client_outlives_a_flush_that_is_answered_too_late(client: Client, server: Server) -> None:
+    appender = await opened(client)
+    server.process.send_signal(signal.SIGSTOP)
+    with pytest.raises(FlushTimeoutError):
+        await client.flush(timeout=1)
+    with anyio.move_on_after(0.5):
+        await client.flush()
+    server.process.send_signal(signal.SIGCONT)
+    await client.flush()
+    assert await appender.append(NODE, [cordoned()]) == 1
+    # The same connection, and somebody still reads it.
+    assert client.stats["reconnects"] == 0
+    assert not client._reading_task.done()
 
 
 async def test_other_streams_of_the_server_do_not_matter(client: Client) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from asyncio import Future
 from secrets import token_urlsafe
 from typing import Any
 
@@ -105,6 +106,13 @@ class LogClient(Client):
         await self._transport.connect(
             s.uri, buffer_size=DEFAULT_BUFFER_SIZE, connect_timeout=self.options["connect_timeout"]
         )
+
+    async def _process_pong(self) -> None:
+        """The answer to a ping that was given up is nobody's: the client's read loop would end on it."""
+        if self._pongs and self._pongs[0].done():
+            # Each answers one ping, in turn.
+            self._pongs[0] = Future()
+        await super()._process_pong()
 
     def _connect_command(self) -> bytes:
         if self._encrypted and not self._server_info.get("tls_required"):

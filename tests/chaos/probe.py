@@ -31,6 +31,9 @@ class Probe:
 
     def __init__(self, world: World) -> None:
         self._world = world
+        self.resting = False
+        """Nothing is written while everybody is to come to one sequence."""
+        self._rested: list[float] = []
         self.written: list[float] = []
         self.routed: list[float] = []
 
@@ -47,6 +50,10 @@ class Probe:
             subject = f"kv.{self._world.fleet}.cache.probe"
             batch = 0
             while True:
+                if self.resting:
+                    self._rested.append(self._world.ledger.now)
+                    await anyio.sleep(EVERY_SECONDS)
+                    continue
                 batch += 1
                 with suppress(LogError):
                     await appender.put(subject, [types.CacheCleared("probe", 1, batch)], give_up=120)
@@ -80,7 +87,7 @@ class Probe:
         return {
             what: {
                 "leader_kills": len(kills),
-                "writers": _summed([_longest(self.written, at) for at in kills]),
+                "writers": _summed([_longest(sorted([*self.written, *self._rested]), at) for at in kills]),
                 "routers": _summed([_longest(self.routed, at) for at in kills]),
             }
             for what, kills in (("alone", alone), ("among_other_faults", among))

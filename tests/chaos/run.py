@@ -94,7 +94,7 @@ class Run:
                                 await Play(world, -1).drill()
                     number = 0
                     while not number or anyio.current_time() + 15 < deadline:
-                        await self._round(world, load, rest, client, number)
+                        await self._round(world, load, probe, rest, client, number)
                         number += 1
                     group.cancel_scope.cancel()
                 servers = world.net.kind
@@ -109,7 +109,7 @@ class Run:
         return self._report(begin, load, probe, rest, servers)
 
     async def _round(
-        self, world: World, load: Load, rest: Rest, client: Client, number: int
+        self, world: World, load: Load, probe: Probe, rest: Rest, client: Client, number: int
     ) -> None:  # fmt: skip
         # The same in every run with these settings: a schedule is drawn for its length.
         seconds = min(self.settings.round_seconds, self.settings.minutes * 40)
@@ -125,9 +125,11 @@ class Run:
                 await Play(world, number).run(faults)
                 over = self.ledger.now
                 await world.restore()
+            probe.resting = True
             # A writer that never gives up may be the last to be done.
             await self._reached(client)
             looked = await rest.look()
+            probe.resting = False
         self.rests.append(round(self.ledger.now - over, 2))
         self.rounds.append({**looked, "rest_seconds": self.rests[-1]})
         before = len(self.violations)
@@ -162,6 +164,8 @@ class Run:
         routed = of("routed")
         report = {
             "seed": self.settings.seed,
+            "asked_minutes": self.settings.minutes,
+            "round_seconds": self.settings.round_seconds,
             "minutes": round((time.time() - begin) / 60, 1),
             "servers": self.settings.servers,
             "cuts": cuts,
