@@ -13,7 +13,7 @@ from events.log.append import Appender, new_writer
 from events.log.client import LogClient
 from events.log.snapshots import SnapshotStore
 from projections.digest import digest
-from services import api
+from services import api, checkpoints
 from services.client import ask
 from services.doctor import judge
 from services.examine import examine
@@ -55,8 +55,9 @@ async def told(client: Client, endpoint: str, request: Any, form: Any = None) ->
 
 
 async def test_a_whole_fleet_works_with_each_part_under_its_own_role(
-    fleet: Guarded, violations: list[str], tmp_path: Path
+    fleet: Guarded, violations: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(checkpoints, "LEAST_COMMITS", 4)
     coordinator = await fleet.coordinator()
     routers = [await fleet.router(), await fleet.router()]
     await fleet.node("node-a")
@@ -97,8 +98,21 @@ async def test_a_whole_fleet_works_with_each_part_under_its_own_role(
     await until(lambda: {router.state.sequence for router in (*routers, late)} == {sequence})
     assert len({digest(router.state) for router in (*routers, late)} | {digest(coordinator.state)}) == 1
 
+    readers = (await told(client, "coordinator.format.show", api.StatusRequest()))["readers"]
+    assert sorted(reader["service"] for reader in readers) == [
+        "kvplane-coordinator", "kvplane-historian", *["kvplane-router"] * 3
+    ]  # fmt: skip
+    assert not (await told(admin, "coordinator.format.raise", api.FormatRequest()))["changed"]
+    assert all(replica.checkpoints.own for replica in (coordinator.replica, routers[0].replica))
+    assert coordinator.replica.checkpoints._heard
+
     findings = judge(await examine(admin, NAME))
     assert [finding for finding in findings if finding.level == "problem"] == []
+
+    # No snapshot that can be used: the history helps.
+    await SnapshotStore(admin, NAME).put(taken["sequence"], b"spoilt")
+    helped = await fleet.router()
+    assert helped.replica.began == taken["sequence"]
     assert violations == []
 
 

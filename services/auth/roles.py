@@ -34,12 +34,15 @@ _READ_SNAPSHOTS = (
 _WRITE_SNAPSHOTS = (
     "$O.{box}.C.*", "$O.{box}.M.*", "$JS.API.STREAM.CREATE.{snapshots}", "$JS.API.STREAM.PURGE.{snapshots}",
 )  # fmt: skip
+# Digests at checkpoints, and a state from the history where no snapshot leads to the log.
+_BE_REPLICA = ("kv.{f}.checkpoint.*", "kv.{f}.history.snapshot", "kv.{f}.history.*.piece", INBOXES)
 _LIST_SERVICES = ("$SRV.PING", "$SRV.PING.>", "$SRV.INFO", "$SRV.INFO.>", "$SRV.STATS", "$SRV.STATS.>")
 _ASK = (
     "kv.{f}.route", "kv.{f}.complete", "kv.{f}.serve.*", "kv.{f}.sql", "kv.{f}.sql.*", "kv.{f}.explain",
     "kv.{f}.history.state", "kv.{f}.history.changes", "kv.{f}.history.sequence", "kv.{f}.history.snapshot",
-    "kv.{f}.history.*.piece", "kv.{f}.history.status", "kv.{f}.coordinator.node.list",
-    "kv.{f}.coordinator.cache.lookup", "kv.{f}.coordinator.status", "kv.{f}.coordinator.*.status", "kv.{f}.router.*.status",
+    "kv.{f}.history.*.piece", "kv.{f}.history.status", "kv.{f}.history.*.status", "kv.{f}.coordinator.node.list",
+    "kv.{f}.coordinator.cache.lookup", "kv.{f}.coordinator.format.show", "kv.{f}.coordinator.status",
+    "kv.{f}.coordinator.*.status", "kv.{f}.router.*.status",
 )  # fmt: skip
 
 PUBLISH: dict[Role, tuple[str, ...]] = {
@@ -50,10 +53,11 @@ PUBLISH: dict[Role, tuple[str, ...]] = {
         "$JS.API.CONSUMER.NAMES.{log}", "$JS.API.CONSUMER.LIST.{log}", "$JS.API.CONSUMER.INFO.{log}.*",
     ),
     "coordinator": (
-        "kv.{f}.node.*", "kv.{f}.cache.*", "kv.{f}.session.*", "kv.{f}.control", "kv.{f}.history.status", INBOXES,
+        "kv.{f}.node.*", "kv.{f}.cache.*", "kv.{f}.session.*", "kv.{f}.control", "kv.{f}.history.status",
+        "kv.{f}.history.*.status", *_BE_REPLICA, *_LIST_SERVICES,
         "$JS.API.STREAM.CREATE.{log}", "$JS.API.STREAM.PURGE.{log}", *_READ_LOG, *_READ_SNAPSHOTS, *_WRITE_SNAPSHOTS,
     ),
-    "router": ("kv.{f}.access.*", "kv.{f}.session.*", INBOXES, *_READ_LOG, *_READ_SNAPSHOTS),
+    "router": ("kv.{f}.access.*", "kv.{f}.session.*", *_BE_REPLICA, *_READ_LOG, *_READ_SNAPSHOTS),
     "historian": (INBOXES, *_READ_LOG, *_READ_SNAPSHOTS),
     "node": (
         "kv.{f}.cache.{name}", "kv.{f}.access.{access}", "kv.{f}.pulse.{name}", "kv.{f}.coordinator.node.register.{name}",
@@ -72,12 +76,13 @@ def _listed(service: str) -> tuple[str, ...]:
 
 SUBSCRIBE: dict[Role, tuple[str, ...]] = {
     "admin": ("kv.{f}.>",),
-    "coordinator": ("kv.{f}.coordinator.>", "kv.{f}.pulse.*", *_listed("kvplane-coordinator")),
+    "coordinator": ("kv.{f}.coordinator.>", "kv.{f}.pulse.*", "kv.{f}.checkpoint.*", *_listed("kvplane-coordinator")),
     "router": (
-        "kv.{f}.route", "kv.{f}.complete", "kv.{f}.router.*.status", "kv.{f}.router.*.flush", *_listed("kvplane-router"),
+        "kv.{f}.route", "kv.{f}.complete", "kv.{f}.router.*.status", "kv.{f}.router.*.flush", "kv.{f}.checkpoint.*",
+        *_listed("kvplane-router"),
     ),
     "historian": (
-        "kv.{f}.sql", "kv.{f}.sql.*", "kv.{f}.explain", "kv.{f}.history.*", "kv.{f}.history.*.piece",
+        "kv.{f}.sql", "kv.{f}.sql.*", "kv.{f}.explain", "kv.{f}.history.*", "kv.{f}.history.*.piece", "kv.{f}.history.*.status",
         *_listed("kvplane-historian"),
     ),
     "node": ("kv.{f}.node.{name}", "kv.{f}.serve.{name}", *_listed("kvplane-simnode")),
