@@ -293,6 +293,7 @@ async def test_a_client_outlives_a_flush_that_is_answered_too_late(client: Clien
     assert await appender.append(NODE, [cordoned()]) == 1
     # The same connection, and somebody still reads it.
     assert client.stats["reconnects"] == 0
+    assert client._reading_task is not None
     assert not client._reading_task.done()
 
 
