@@ -70,10 +70,6 @@ class LogPurged(LogCorrupt):
     """The log begins later than where the reader is: it was compacted meanwhile. A newer snapshot leads on."""
 
 
-class LogShrunk(LogCorrupt):
-    """The log ends before what was read from it. A server that was cut off from the others says so, too, for a while."""
-
-
 class NewerFormat(LogError):
     """The log has gone on to a format that this kvplane does not know. Never guessed at."""
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 DEFAULT_URL = "nats://127.0.0.1:4222"
 CONNECT_SECONDS = 10.0
 LEAVE_SECONDS = 3.0
+PONG_SECONDS = 1
 PING_SECONDS = 2
 """A server that answered none of two pings is left: a stopped one is noticed after three times this."""
 REFUSED_SECONDS = 30.0
@@ -215,6 +216,8 @@ async def connected(
         with anyio.CancelScope(shield=True):
             with anyio.move_on_after(LEAVE_SECONDS), suppress(NatsError, OSError, TimeoutError):
                 if client.is_connected:
+                    # A drain that is cut short complains for ever; who does not answer a ping is not asked for one.
+                    await client.flush(timeout=PONG_SECONDS)
                     await client.drain()
             with suppress(NatsError, OSError, TimeoutError):
                 await client.close()

@@ -19,7 +19,7 @@ from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 from nats.js.errors import APIError
 
 from events.codec import Message
-from events.errors import KvplaneError, LogCorrupt, LogMissing, LogPurged, LogShrunk, LogUnavailable
+from events.errors import KvplaneError, LogCorrupt, LogMissing, LogPurged, LogUnavailable
 from events.log.client import check_open
 from events.log.servers import in_cluster
 from events.log.stream import open_stream
@@ -139,22 +139,10 @@ class Follower:
         return await open_stream(self._client.jetstream(timeout=PATIENT_SECONDS), self._fleet)
 
     async def _believed(self, look: Callable[[], Awaitable[StreamState]]) -> StreamState:
-        """State of the log, checked. Raises `LogCorrupt`.
-
-        A server of a cluster that was cut off may lead an old copy until it notices; only one that insists is believed.
-        """
-        patience = anyio.current_time() + (CUT_OFF_SECONDS if in_cluster(self._client) else 0)
-        while True:
-            state = await look()
-            try:
-                self._check(state)
-            except LogShrunk as error:
-                if anyio.current_time() >= patience:
-                    raise
-                _log.warning("log_seems_shorter", fleet=self._fleet, error=str(error))
-                await anyio.sleep(1)
-            else:
-                return state
+        """State of the log, checked. Raises `LogCorrupt`."""
+        state = await not_cut_off(self._client, look, self.applied)
+        self._check(state)
+        return state
 
     def _check(self, state: StreamState) -> None:
         """Raise `LogCorrupt` when the stream can't go on where this follower is."""
@@ -164,7 +152,7 @@ class Follower:
                 "there is no snapshot that leads there. A historian that has it can give it: start one, and this again"
             )
         if self.applied > state.last_seq:
-            raise LogShrunk(
+            raise LogCorrupt(
                 f"the log of fleet {self._fleet!r} ends at {state.last_seq}, but {self.applied} was applied already; "
                 "it was replaced or has lost messages"
             )
@@ -318,6 +306,20 @@ class Follower:
             "from a replica or a backup, or start from a snapshot behind them"
         )
         self._restart.set()
+
+
+async def not_cut_off(client: Client, look: Callable[[], Awaitable[StreamState]], applied: int) -> StreamState:
+    """State of the log, by a server that can be believed when it says that the log ends before what was read from it.
+
+    One of a cluster that was cut off from the others may lead its old copy until it notices; only who insists is believed.
+    """
+    patience = anyio.current_time() + (CUT_OFF_SECONDS if in_cluster(client) else 0)
+    while True:
+        state = await look()
+        if state.last_seq >= applied or anyio.current_time() >= patience:
+            return state
+        _log.warning("log_seems_shorter", applied=applied, last=state.last_seq)
+        await anyio.sleep(1)
 
 
 async def replay(

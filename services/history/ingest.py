@@ -17,10 +17,12 @@ import anyio
 import anyio.to_thread
 import duckdb
 import structlog
+from nats.errors import Error as NatsError
+from nats.js.errors import APIError
 
 from events.durations import MILLI, Durations
-from events.errors import LogCorrupt
-from events.log.follow import Follower
+from events.errors import LogCorrupt, LogUnavailable
+from events.log.follow import Follower, not_cut_off
 from events.log.snapshots import SnapshotStore
 from events.log.stream import open_stream
 from events.subjects import stream_name
@@ -165,7 +167,8 @@ class Ingest:
         """Come to where the history ends: from a snapshot, through rows that the log has no more."""
         await self.in_thread(self.opened)
         checkpoint = self.store.checkpoint
-        log = await open_stream(self.client.jetstream(), self.fleet)
+        look = partial(open_stream, self.client.jetstream(), self.fleet)
+        log = await not_cut_off(self.client, look, checkpoint.sequence)
         if checkpoint.sequence > log.last_seq:
             raise LogCorrupt(
                 f"the history holds {checkpoint.sequence} commits, the log of fleet {self.fleet!r} ends at {log.last_seq}; "
@@ -214,7 +217,10 @@ class Ingest:
         """Raise `LogCorrupt` when the last commit that is stored is not the one that the log has there."""
         if not max(1, log.first_seq) <= sequence <= log.last_seq:
             return
-        message = await self.client.jetstream().get_msg(stream_name(self.fleet), sequence)
+        try:
+            message = await self.client.jetstream().get_msg(stream_name(self.fleet), sequence)
+        except (NatsError, APIError, OSError, TimeoutError) as error:
+            raise LogUnavailable(f"commit {sequence} of fleet {self.fleet!r} can't be read: {error!r}") from error
         found = await self.in_thread(
             lambda: self.store.connection.execute("SELECT time FROM commits WHERE sequence = ?", [sequence]).fetchall()
         )

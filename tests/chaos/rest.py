@@ -27,14 +27,7 @@ if TYPE_CHECKING:
 
 REST_SECONDS = 90.0
 """How long the fleet may take until all of it says the same."""
-NEVER = (
-    "Traceback",
-    "endpoint_failed",
-    "begins at",
-    "are missing on the log",
-    "was replaced or has lost",
-    "this is a defect",
-)
+NEVER = ("Traceback", "endpoint_failed", "[log_corrupt]", "this is a defect")
 """What no process may ever say."""
 SERVER_NEVER = ("panic:", "fatal error:", "[FTL]")
 UNABLE = (
