@@ -126,6 +126,11 @@ async def fleet_on(url: str, client: Client) -> AsyncIterator[Fleet]:
         group.cancel_scope.cancel()
 
 
+def stopped(pid: int) -> bool:
+    """Whether SIGSTOP has reached all of a process; until then it may still answer."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
 async def until(holds: Callable[[], object], seconds: float = 10) -> None:
     """Wait until something holds."""
     with anyio.fail_after(seconds):

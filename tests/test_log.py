@@ -20,7 +20,7 @@ from events.log.follow import Follower, replay
 from events.log.group import GroupWriter
 from events.log.stream import open_stream, stream_config
 from services.server import free_port, start_server
-from tests.conftest import until
+from tests.conftest import stopped, until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -285,6 +285,7 @@ async def test_no_server_is_one_clear_sentence() -> None:
 async def test_a_client_outlives_a_flush_that_is_answered_too_late(client: Client, server: Server) -> None:
     appender = await opened(client)
     server.process.send_signal(signal.SIGSTOP)
+    await until(lambda: stopped(server.pid))
     with pytest.raises(FlushTimeoutError):
         await client.flush(timeout=1)
     with anyio.move_on_after(0.5):
