@@ -1,7 +1,7 @@
 """A watch on a service's connection: a client whose read loop has ended hears nothing and says that it is connected.
 
-It ends on any exception that it does not expect, and one of them is made by asking: an answer to a ping that was given up
-(`rtt`, `flush` with a timeout that passed) ends it. So the loop itself is looked at, and a ping is never given up.
+It ends on any exception that it does not expect. Those that are known are survived (`events.log.client`); for the others the
+loop itself is looked at, and a ping is never given up.
 """
 
 from __future__ import annotations
