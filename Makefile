@@ -42,6 +42,8 @@ bench: $(READY) ## measure, as a table and build/bench.json
 lock: ## pin all dependencies again
 	uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate --python-version 3.11 \
 	  --extra dev pyproject.toml -o requirements.lock
+	uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate --python-version 3.11 \
+	  --constraints requirements.lock pyproject.toml -o compose/requirements.lock
 
 clean: ## remove what make made
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .hypothesis

@@ -20,7 +20,16 @@ from msgspec import Meta
 from events import types, versions
 from events.errors import BadCommit, BadHashes, BadName
 from events.hashing import format_hash, pack_hashes, parse_hash, unpack_hashes
-from events.subjects import NAME_LIMIT, Place, Room, check_name, place_of
+from events.subjects import (
+    NAME_LIMIT,
+    NODE_ACCESS,
+    NODE_ACCESS_LONG,
+    Place,
+    Room,
+    access_name,
+    check_name,
+    place_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -50,6 +59,7 @@ DEPTH_LIMIT = 32
 
 _PACKED_FIELDS = ("hashes", "stored", "evicted")
 _HASH_BYTES = 8
+_AT_TRACE = ".trace`"
 
 
 class Message(NamedTuple):
@@ -158,6 +168,10 @@ def _from_plain(raw: Any, form: Any) -> list[types.Event]:  # noqa: ANN401 - wha
         if known is not None:
             for field in event.keys() - known:
                 del event[field]
+            trace = event.get("trace", "")
+            if not isinstance(trace, str) or len(trace) > types.TRACE_LIMIT:
+                # To readers that are older than this field it is unknown, whatever is in it.
+                del event["trace"]
     events: list[types.Event] = msgspec.convert(raw, form, builtin_types=(bytes,))
     return events
 
@@ -209,7 +223,7 @@ def _decoded(room: Room, body: bytes) -> Sequence[types.Event]:
         try:
             return decoder.decode(body)
         except msgspec.ValidationError as error:
-            if "unknown field" not in str(error):
+            if "unknown field" not in str(error) and not str(error).endswith(_AT_TRACE):
                 raise
         return _from_plain(msgspec.msgpack.decode(body), form)
     except msgspec.ValidationError as error:
@@ -292,6 +306,10 @@ def validate(place: Place, events: Sequence[types.Event]) -> None:
         for event in events:
             if event.model != name:  # type: ignore[attr-defined]
                 raise BadCommit("wrong_subject", f"the subject is of model {name!r}, an event of another")
+    elif room == "access" and name.startswith((NODE_ACCESS, NODE_ACCESS_LONG)):
+        for event in events:
+            if type(event) is not types.RequestCompleted or access_name(event.node) != name:
+                raise BadCommit("wrong_subject", "a node may say of requests that it completed them, and no more")
 
 
 def decode(fleet: str, message: Message, in_force: int = versions.FORMAT) -> Commit:
@@ -317,7 +335,7 @@ def decode(fleet: str, message: Message, in_force: int = versions.FORMAT) -> Com
             raise BadCommit("bad_header", f"{WRITER} must be at most {NAME_LIMIT} printable characters")
     events = decode_body(place.room, body, versions.FORMAT if remade else in_force)
     validate(place, events)
-    if place.room == "access" and writer and writer != place.name:
+    if place.room == "access" and writer and writer != place.name and not writer.startswith(f"{place.name}."):
         raise BadCommit("wrong_subject", f"the subject is of writer {place.name!r}, {WRITER} says {writer!r}")
     return Commit(place, events, writer, writer_seq, based_on)
 

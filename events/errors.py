@@ -32,6 +32,12 @@ class BadCommit(KvplaneError):
         self.code = reason
 
 
+class BadCredentials(KvplaneError):
+    """A file of credentials or certificates that can't be used. The caller's fault."""
+
+    code = "bad_credentials"
+
+
 class LogError(KvplaneError):
     """The log could not be used."""
 
@@ -68,6 +74,24 @@ class NewerFormat(LogError):
     """The log has gone on to a format that this kvplane does not know. Never guessed at."""
 
     code = "newer_format"
+
+
+class LoginRefused(LogError):
+    """The server does not let these credentials in, or no longer. Trying again won't help."""
+
+    code = "login_refused"
+
+
+class NotAllowed(LogError):
+    """The credentials are valid and may not do this. Another role's may."""
+
+    code = "not_allowed"
+
+
+class UntrustedServer(LogError):
+    """The server's certificate is not one that was to be trusted, or it offers no encryption where it must."""
+
+    code = "untrusted_server"
 
 
 class LostRace(LogError):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
+from hashlib import sha256
 from typing import Literal, NamedTuple
 from urllib.parse import quote, unquote
 
@@ -22,6 +23,10 @@ NAME_LIMIT = 128
 
 Room = Literal["node", "cache", "session", "access", "control"]
 ROOMS: tuple[Room, ...] = ("node", "cache", "session", "access", "control")
+
+NODE_ACCESS, NODE_ACCESS_LONG = "node/", "node:"
+"""How names of nodes in the room `access` begin; the second is of those that are too long, and a hash follows."""
+_ACCESS_LIMIT = 100
 
 _FLEET = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -89,6 +94,20 @@ def subject(fleet: str, room: Room, name: str = "") -> str:
 def pulse_subject(fleet: str, node: str) -> str:
     """Subject of a node's heartbeats and load gauges: core NATS, never stored."""
     return f"kv.{fleet}.pulse.{token(node)}"
+
+
+def checkpoint_subject(fleet: str, writer: str) -> str:
+    """Subject on which a replica tells its digests, `*` for those of all: core NATS, never stored."""
+    return f"kv.{fleet}.checkpoint.{writer if writer == '*' else token(writer)}"
+
+
+def access_name(node: str) -> str:
+    """Name in the room `access` that is this node's alone, so that its credentials can be bound to it.
+
+    A writer there may call itself by the name, or by the name, a dot and anything: a life of its own.
+    """
+    name = f"{NODE_ACCESS}{node}"
+    return name if len(name) <= _ACCESS_LIMIT else f"{NODE_ACCESS_LONG}{sha256(node.encode()).hexdigest()}"
 
 
 @lru_cache(maxsize=65536)

@@ -25,6 +25,9 @@ Length = Annotated[int, Meta(ge=0, le=LENGTH_LIMIT)]
 Hash = Annotated[int, Meta(ge=0)]
 Packed = Annotated[bytes, Meta(max_length=HASHES_LIMIT * 8)]
 Seconds = Annotated[float, Meta(ge=0)]
+TRACE_LIMIT = 64
+Trace = Annotated[str, Meta(max_length=TRACE_LIMIT)]
+"""W3C traceparent of a request, empty without one. No fold reads it."""
 Tier = Literal["gpu", "cpu", "disk"]
 TIERS: tuple[Tier, ...] = ("gpu", "cpu", "disk")
 
@@ -182,6 +185,7 @@ class RequestRouted(Event, frozen=True, tag=_tag):
     """When, by the router's clock, in unix microseconds."""
     exclude: Annotated[list[Name], Meta(max_length=4096)] = []
     """Nodes that the request would not have."""
+    trace: Trace = ""
 
 
 class RequestCompleted(Event, frozen=True, tag=_tag):
@@ -195,6 +199,7 @@ class RequestCompleted(Event, frozen=True, tag=_tag):
     output_tokens: Count = 0
     ttft: Seconds = 0.0
     duration: Seconds = 0.0
+    trace: Trace = ""
 
 
 class PolicyChanged(Event, frozen=True, tag=_tag):

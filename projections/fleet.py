@@ -34,6 +34,16 @@ WRITERS_LIMIT = 100_000
 """Most (subject, writer) counters remembered; the least recently used are forgotten."""
 REMOVED_LIMIT = 100_000
 """Most removed nodes whose last change is remembered."""
+HEADS_LIMIT = 100_000
+"""Most subjects of nodes and caches whose last sequence is remembered; the one longest without a message is forgotten."""
+NODES_LIMIT = 10_000
+"""Most nodes of a fleet."""
+OVERFULL = 2
+"""So many times its capacity a reported node may say to hold: more is a report that lost its removals."""
+TIER_LIMIT = 1 << 26
+"""Most blocks that one tier of a node may say to hold, whatever it registered; and the last commit's beyond that."""
+BACK_SECONDS = 60
+"""Log time that goes back further than this was wrong before: a server's clock was set right."""
 
 DEFAULT_POLICY = "ttft"
 
@@ -48,7 +58,8 @@ REASONS = {
     "node_lost": "the node is lost",
     "not_held": "a block to be evicted is not held, named twice, or stored by the same commit",
     "protected": "a block to be evicted is used by a running request",
-    "capacity": "the node would hold more blocks than its capacity",
+    "capacity": "the node would hold more blocks than its capacity, or than twice of it where the engine reports",
+    "too_many_nodes": "the fleet has as many nodes as it can have",
     "defect": "kvplane failed on it, alike everywhere; report it with the commit",
 }
 """Why a valid commit is skipped, beside `codec.REASONS`."""
@@ -113,6 +124,10 @@ class FleetState:
         kept = {"fleet": self.fleet, "_deciding": self._deciding, "_on_event": self._on_event}
         self.__dict__.update({**vars(other), **kept})
 
+    def head(self, subject: str) -> int | None:
+        """Last sequence on a subject of a node or cache, which a writer must expect; none when that was forgotten."""
+        return self.heads.get(subject, 0 if len(self.heads) < HEADS_LIMIT else None)
+
     def apply(self, message: Message) -> Applied:
         """Apply one message of the log. A message at or below `sequence` is a redelivery and changes nothing.
 
@@ -121,10 +136,9 @@ class FleetState:
         if message.sequence <= self.sequence:
             return Applied(None, "redelivered")
         self.sequence = message.sequence
-        self.time = max(self.time, message.time)
-        self._expire()
+        self._pass_time(message.time)
         if message.subject.startswith(self._deciding):
-            self.heads[message.subject] = message.sequence
+            self._head(message.subject)
         try:
             commit = decode(self.fleet, message, self.format)
             self._check_writer(message.subject, commit)
@@ -166,9 +180,20 @@ class FleetState:
         if commit.based_on < changed:
             raise Skip("stale")
 
-    def _expire(self) -> None:
+    def _pass_time(self, time: int) -> None:
+        if time < self.time - BACK_SECONDS * 10**9:
+            self.load.set_back(self.time - time)
+            self.time = time
+        else:
+            self.time = max(self.time, time)
         for request in self.load.expired(self.time):
             self._over(request)
+
+    def _head(self, subject: str) -> None:
+        self.heads.pop(subject, None)
+        self.heads[subject] = self.sequence
+        if len(self.heads) > HEADS_LIMIT:
+            del self.heads[next(iter(self.heads))]
 
     def _ignore(self, reason: str) -> None:
         self.ignored[reason] = self.ignored.get(reason, 0) + 1
@@ -186,6 +211,8 @@ class FleetState:
             if shared and other.registered.block_size != event.block_size:
                 raise Skip("block_size")
         before = self.nodes.get(event.node)
+        if before is None and len(self.nodes) >= NODES_LIMIT:
+            raise Skip("too_many_nodes")
         node = Node(name=event.node, registered=event, epoch=self.sequence, changed=self.sequence, slots={})
         if before is not None:
             self._forget_cache(before)
@@ -256,8 +283,11 @@ class FleetState:
         for event in commit.events:
             if event.epoch != epoch:  # type: ignore[attr-defined]
                 raise Skip("stale_epoch")
-            if type(event) is not types.CacheCleared and (type(event) is types.BlocksPlaced) is not managed:
+            kind = type(event)
+            if kind is not types.CacheCleared and (kind is types.BlocksPlaced) is not managed:
                 raise Skip("wrong_mode")
+            if kind is types.BlocksStored and self._overfull(node, event.tier):  # type: ignore[attr-defined]
+                raise Skip("capacity")
         if managed:
             # Only on managed nodes do decisions rest on the cache.
             self._check_based_on(commit)
@@ -279,6 +309,11 @@ class FleetState:
                     recency.clear()
             else:
                 self._on_event[kind](event)
+
+    def _overfull(self, node: Node, tier: types.Tier) -> bool:
+        """Whether the node said already that it holds far more than it can: memory is bounded by what was registered."""
+        capacity = node.registered.capacity_blocks.get(tier, TIER_LIMIT)
+        return self.caches.held(node, tier) > min(OVERFULL * capacity, TIER_LIMIT)
 
     def _placed(self, event: types.BlocksPlaced) -> None:
         node = self.nodes[event.node]

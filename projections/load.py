@@ -18,6 +18,7 @@ from array import array
 from typing import TYPE_CHECKING, NamedTuple
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 if TYPE_CHECKING:
     from events.types import RequestRouted
@@ -39,6 +40,8 @@ TRUSTED_SECONDS = 2.0
 TRUSTED_ALIKE_SECONDS = 100.0
 """How many measured seconds of one node weigh as much as what was measured of all."""
 
+RUNNING_LIMIT = 1_000_000
+"""Most requests that run at once; beyond it the oldest are taken as over."""
 EARLY_LIMIT = 100_000
 """Most completions remembered of requests that are not known to run; the oldest are forgotten."""
 
@@ -319,14 +322,24 @@ class Load:
         return self.early.pop(event.request)
 
     def expired(self, time: int) -> list[str]:
-        """Requests that have run longer than `ACTIVE_SECONDS` at this log time."""
+        """Requests that have run longer than `ACTIVE_SECONDS` at this log time, or are the oldest of too many."""
         before = time - ACTIVE_SECONDS * _NS
-        old = []
+        many = len(self.running) - RUNNING_LIMIT
+        old: list[str] = []
         for request, active in self.running.items():
-            if active.time > before:
+            if active.time > before and len(old) >= many:
                 break
             old.append(request)
         return old
+
+    def set_back(self, by: int) -> None:
+        """The log's clock was ahead by so many nanoseconds and is right again: all times that it gave move with it."""
+        self.running = {request: replace(active, time=active.time - by) for request, active in self.running.items()}
+        self.early = {request: early._replace(time=early.time - by) for request, early in self.early.items()}
+        for at, prefills in enumerate(self.prefills):
+            prefills.since -= by / _NS
+            self.prefill_done[at] -= by / _NS
+        self.turned -= by
 
     def node_gone(self, node: str) -> None:
         """Stop counting for a node; the requests that ran there are over."""

@@ -29,8 +29,8 @@ def summary(state: FleetState, *, digests: bool) -> dict[str, Any]:
         "format": state.format,
         "policy": state.policy,
         "parameters": state.parameters,
-        "skipped": state.skipped,
-        "ignored": state.ignored,
+        "skipped": dict(state.skipped),
+        "ignored": dict(state.ignored),
     }
 
 

@@ -22,11 +22,13 @@ from __future__ import annotations
 from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from events.hashing import unpack_hashes
 from projections.segment import ALL, KEY, SEGMENT_BYTES, Segment, common, keys_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
 _BITS = [tuple(offset for offset in range(8) if byte >> offset & 1) for byte in range(256)]
 
@@ -77,7 +79,8 @@ class PrefixIndex:
     def adopt(self, segments: Sequence[Segment]) -> None:
         """Fill an empty index that has the slots with segments. Raises `ValueError` when a block is in two places."""
         counts = [len(segment.packed) >> 3 for segment in segments]
-        keys = chain.from_iterable([keys_of(segment.packed) for segment in segments])
+        packed = np.frombuffer(b"".join([segment.packed for segment in segments]), "<u8")
+        keys = (packed & np.uint64(KEY)).tolist()
         self._where = dict(zip(keys, chain.from_iterable(map(repeat, segments, counts)), strict=True))
         if len(self._where) != sum(counts):
             self._where = {}
@@ -428,15 +431,19 @@ class PrefixIndex:
         segment, position = found
         return bool(segment.get(slot) >> position & 1)
 
-    def held(self, slot: int) -> Iterator[int]:
+    def held(self, slot: int) -> tuple[int, ...]:
         """Block hashes that the slot holds, in no particular order."""
+        return unpack_hashes(self.packed(slot))
+
+    def packed(self, slot: int) -> bytes:
+        """Block hashes that the slot holds, packed, in no particular order."""
         if slot >= len(self._bits):
-            return
-        bit = self._bits[slot]
+            return b""
+        runs = []
         for segment in self._held[slot]:
-            blocks = unpack_hashes(segment.packed)
-            if segment.full & bit:
-                yield from blocks
+            mask, packed = segment.get(slot), segment.packed
+            if mask & (mask + 1):
+                runs += [packed[at << 3 : (at + 1) << 3] for at in range(mask.bit_length()) if mask >> at & 1]
             else:
-                mask = segment.get(slot)
-                yield from (block for position, block in enumerate(blocks) if mask >> position & 1)
+                runs.append(packed[: mask.bit_length() << 3])
+        return b"".join(runs)

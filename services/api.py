@@ -43,6 +43,8 @@ class RouteRequest(Struct, frozen=True, kw_only=True):
     exclude: Annotated[list[str], Meta(max_length=4096)] = []
     dry_run: bool = False
     """Only ask: the decision is neither recorded nor counted as load."""
+    traceparent: str = ""
+    """W3C trace context, for those who can't set a header of this name."""
 
 
 class RouteAnswer(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -77,6 +79,7 @@ class CompleteRequest(Struct, frozen=True, kw_only=True):
     output_tokens: Count = 0
     ttft: Seconds = 0.0
     duration: Seconds = 0.0
+    traceparent: str = ""
 
 
 class RegisterRequest(Struct, frozen=True, kw_only=True):
@@ -174,6 +177,7 @@ class ServeRequest(Struct, frozen=True, kw_only=True):
     hashes: Packed
     tokens: Count
     output_tokens: Count = 16
+    traceparent: str = ""
 
 
 class ServeAnswer(Struct, frozen=True, kw_only=True):

@@ -105,6 +105,13 @@ async def instances(
     return found
 
 
+async def of_fleet(client: Client, service: str, fleet: str, *, seconds: float) -> list[dict[str, str]]:
+    """Metadata of all instances of a micro service that answer for a fleet. Raises errors of NATS."""
+    return [
+        metadata for metadata in await instances(client, service, seconds=seconds) if metadata.get("fleet") == fleet
+    ]
+
+
 def _who(subject: str) -> str:
     """Who would answer, and how it is started."""
     words = subject.split(".")

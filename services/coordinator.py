@@ -21,14 +21,16 @@ from events.log.append import Appender, new_writer
 from events.log.servers import in_cluster
 from events.log.stream import COPIES, open_stream
 from events.subjects import pulse_subject
-from projections.overview import node_row, summary
+from projections.overview import node_row
 from services import api, formats, placement
-from services.compaction import SNAPSHOT_COMMITS, Compaction
+from services.compaction import SNAPSHOT_BYTES, SNAPSHOT_COMMITS, Compaction
 from services.errors import Conflict, LogAway, UnknownModel
 from services.liveness import Liveness
 from services.micro import Endpoint, serve
+from services.readiness import Readiness, readiness
 from services.replica import Replica
 from services.routing.policies import check
+from services.tally import Tally
 
 if TYPE_CHECKING:
     from anyio.abc import TaskStatus
@@ -37,9 +39,8 @@ if TYPE_CHECKING:
 
     from services.placement import Proposal
 
-TRIES = 50
-"""How often a decision is made again after a lost race."""
 ANSWER_SECONDS = 10.0
+"""How long a commit is tried, and after lost races decided anew."""
 LOOK_SECONDS = 0.25
 """How often silence is looked for."""
 
@@ -49,24 +50,42 @@ _decode_pulse = msgspec.msgpack.Decoder(api.Pulse).decode
 Decide = Callable[[Any, Any], "Proposal | None"]
 
 
+class _Turn:
+    """Whose turn it is to change one thing; `free` is when the next may begin."""
+
+    def __init__(self) -> None:
+        self.lock = anyio.Lock()
+        self.free = 0.0
+
+
 class Coordinator:
     """One coordinator of a fleet."""
 
+    role = "coordinator"
+
     def __init__(
-        self, client: Client, fleet: str, *, replicas: int | None = None, snapshot_commits: int = SNAPSHOT_COMMITS
+        self, client: Client, fleet: str, *, replicas: int | None = None, snapshot_commits: int = SNAPSHOT_COMMITS,
+        snapshot_bytes: int = SNAPSHOT_BYTES,
     ) -> None:  # fmt: skip
         self.client = client
         self.fleet = fleet
         self.writer = new_writer("coordinator")
-        self.replica = Replica(client, fleet)
+        self.replica = Replica(client, fleet, writer=self.writer)
         self.state = self.replica.state
-        self.compaction = Compaction(client, self.replica, commits=snapshot_commits)
+        self.compaction = Compaction(client, self.replica, commits=snapshot_commits, size=snapshot_bytes)
         self.liveness = Liveness()
         self.races_lost = 0
+        self.conclusions = {"lost": 0, "recovered": 0, "failed": 0}
+        """What it concluded of nodes from their pulses; `failed` are those that could not be committed."""
+        self.bad_pulses = 0
+        self.tally = Tally()
+        self.serving = False
         self._replicas = replicas
-        self._appender = Appender(client, fleet, self.writer)
-        # A lock lives as long as someone holds it or waits for it.
-        self._turns: WeakValueDictionary[str, anyio.Lock] = WeakValueDictionary()
+        self.appender = Appender(client, fleet, self.writer)
+        self.most_tries = 0
+        """How often the unluckiest decision was made."""
+        # A turn lives as long as someone has it or waits for it.
+        self._turns: WeakValueDictionary[str, _Turn] = WeakValueDictionary()
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Answer until cancelled; creates the fleet's log when there is none, on a cluster in `COPIES`."""
@@ -100,24 +119,43 @@ class Coordinator:
                 for name, form, answer in table
             ]
             own = f"{base}.{self.writer}.status"
-            endpoints.append(Endpoint("status_of_one", own, api.StatusRequest, self.status, concurrent=True))
+            endpoints += [
+                Endpoint("status_of_one", own, api.StatusRequest, self.status, concurrent=True),
+                # What a node asks for itself, on a subject to which its credentials can be bound.
+                Endpoint(
+                    "register_oneself", f"{base}.node.register.*", api.RegisterRequest, self.register, concurrent=True
+                ),
+                Endpoint("admit_to_oneself", f"{base}.cache.admit.*", api.AdmitRequest, self.admit, concurrent=True),
+            ]
             await serve(
                 self.client, group, "kvplane-coordinator", f"coordinates fleet {self.fleet}", endpoints,
-                {"fleet": self.fleet, "writer": self.writer},
+                {"fleet": self.fleet, "writer": self.writer}, self.tally,
             )  # fmt: skip
+            self.serving = True
             group.start_soon(self._watch)
             group.start_soon(self.compaction.run)
             _log.info("coordinator_ready", fleet=self.fleet, writer=self.writer, applied=self.state.sequence)
             task_status.started()
+
+    def readiness(self) -> Readiness:
+        """Whether it can decide: not without the log, for what it answers is on it."""
+        follower = self.replica.follower
+        away = "" if follower.healthy and self.client.is_connected else "the log is away: nothing can be committed"
+        return readiness(follower, serving=self.serving, reason=away)
 
     async def commit(self, decide: Decide, request: object, turn: str) -> tuple[Proposal | None, int]:
         """Decide and commit until the fold accepts it; what was committed and its sequence. `turn` names what it changes.
 
         One decision at a time a turn: deciding side by side on one node would only lose races.
         """
-        lock = self._turns.setdefault(turn, anyio.Lock())
-        async with lock:
-            for _ in range(TRIES):
+        mine = self._turns.setdefault(turn, _Turn())
+        async with mine.lock:
+            await anyio.sleep_until(mine.free)
+            give_up = anyio.current_time() + ANSWER_SECONDS
+            tries = 0
+            while (begin := anyio.current_time()) < give_up:
+                tries += 1
+                self.most_tries = max(self.most_tries, tries)
                 based_on = self.state.sequence
                 proposal = decide(self.state, request)
                 if proposal is None:
@@ -125,10 +163,10 @@ class Coordinator:
                 target = proposal.subject(self.fleet)
                 deciding = proposal.room in {"node", "cache"}
                 try:
-                    sequence = await self._appender.append(
+                    sequence = await self.appender.append(
                         target,
                         [proposal.event],
-                        expected=self.state.heads.get(target, 0) if deciding else None,
+                        expected=self.state.head(target) if deciding else None,
                         based_on=based_on if deciding else None,
                         give_up=ANSWER_SECONDS,
                     )
@@ -141,9 +179,12 @@ class Coordinator:
                 await self.replica.reached(sequence)
                 skipped = self.replica.skipped(sequence)
                 if skipped is None:
+                    if tries > 1:
+                        # Others race for it: let them have as long a time as this took, or the fastest would win for ever.
+                        mine.free = 2 * anyio.current_time() - begin
                     return proposal, sequence
                 self.races_lost += 1
-            raise Conflict(f"{turn!r} changed {TRIES} times while this was decided; try again later")
+            raise Conflict(f"{turn!r} changed {tries} times while this was decided; try again later")
 
     async def _change(self, decide: Decide, request: api.NodeRequest | api.BlocksRequest) -> dict[str, object]:
         self.replica.check_ready()
@@ -231,11 +272,9 @@ class Coordinator:
     async def status(self, request: api.StatusRequest) -> dict[str, object]:
         """What this coordinator is and knows."""
         return {
-            "writer": self.writer,
-            "ready": self.replica.ready,
             "races_lost": self.races_lost,
-            "began": self.replica.began,
-            **summary(self.state, digests=request.digest),
+            "most_tries": self.most_tries,
+            **await self.replica.about(digests=request.digest),
         }
 
     async def snapshot(self, request: api.StatusRequest) -> dict[str, object]:  # noqa: ARG002 - nothing to choose
@@ -251,6 +290,7 @@ class Coordinator:
         try:
             pulse = _decode_pulse(message.data)
         except msgspec.DecodeError as error:
+            self.bad_pulses += 1
             _log.warning("bad_pulse", subject=message.subject, error=str(error))
             return
         try:
@@ -275,19 +315,24 @@ class Coordinator:
             if silent:
                 # One a turn: the next is judged anew, with what was heard meanwhile.
                 name, quiet = silent[0]
-                await self._conclude(placement.lost, name, f"no pulse for {quiet:.1f} s")
+                if await self._conclude(placement.lost, name, f"no pulse for {quiet:.1f} s"):
+                    self.liveness.concluded(name)
             for name in self.liveness.back(self.state, now):
                 await self._conclude(placement.recovered, name, "")
             self.liveness.forget(self.state)
             looked = time.monotonic()
             await anyio.sleep(LOOK_SECONDS)
 
-    async def _conclude(self, decide: Decide, name: str, reason: str) -> None:
+    async def _conclude(self, decide: Decide, name: str, reason: str) -> bool:
+        """Commit a conclusion; false when it was not to be had."""
         try:
             proposal, sequence = await self.commit(decide, api.NodeRequest(node=name, reason=reason), name)
         except KvplaneError as error:
+            self.conclusions["failed"] += 1
             _log.warning("conclusion_failed", node=name, error=str(error))
-        else:
-            if proposal is not None:
-                event = type(proposal.event).__name__
-                _log.warning("node_concluded", node=name, conclusion=event, reason=reason, sequence=sequence)
+            return False
+        if proposal is not None:
+            self.conclusions["lost" if decide is placement.lost else "recovered"] += 1
+            event = type(proposal.event).__name__
+            _log.warning("node_concluded", node=name, conclusion=event, reason=reason, sequence=sequence)
+        return True

@@ -1,215 +1,250 @@
-"""What is wrong with a fleet, as far as it can be seen from outside: findings, each with what to do.
-
-`examine` asks everything that answers; `judge` decides, without asking anybody.
-"""
+"""What is wrong with a fleet: findings, each with what to do. `judge` decides from what `services.examine` saw."""
 
 from __future__ import annotations
 
-import time
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-import anyio
 from msgspec import Struct
-from nats.errors import Error as NatsError
 
-from events.errors import LogError, LogUnavailable
-from events.log.snapshots import SnapshotStore
-from events.log.stream import open_stream
-from events.subjects import stream_name
-from services import api
-from services.client import ask, instances
+from services.checkpoints import odd
 from services.compaction import SNAPSHOT_COMMITS
-from services.errors import ServiceFault
 
 if TYPE_CHECKING:
-    from nats.aio.client import Client
+    from collections.abc import Iterator
 
-ANSWER_SECONDS = 0.5
-"""How long everybody has to say that they are there."""
+    from services.examine import Examined, Plain
+
 LAG_COMMITS = 1000
 SKEW_SECONDS = 1.0
-TRIES = 20
-"""How often replicas are asked until all of them answer for one sequence."""
+SILENT_SECONDS = 4.0
+"""Servers hear of each other's copies every second; that one is offline they say much later."""
+FULL = 0.8
+"""Storage of which more is used will soon be full."""
 
-Level = Literal["ok", "warning", "problem"]
+Level = Literal["ok", "unseen", "warning", "problem"]
 
 
 class Finding(Struct, frozen=True):
-    """One thing that was looked at."""
+    """One thing that was looked at. `unseen` is what can't be seen from here, and so may be wrong."""
 
     level: Level
     what: str
     said: str
 
 
-class Examined(Struct, kw_only=True):
-    """What was found out."""
-
-    log: dict[str, Any] | None = None
-    log_error: str = ""
-    now: float = 0.0
-    routers: list[dict[str, Any]] = []
-    coordinators: list[dict[str, Any]] = []
-    nodes: list[dict[str, Any]] = []
-    history: dict[str, Any] | None = None
-    snapshots: list[int] = []
-
-
-async def examine(client: Client, fleet: str) -> Examined:
-    """Ask everything that answers."""
-    found = Examined(now=time.time())
-    js = client.jetstream()
-    try:
-        state = await open_stream(js, fleet)
-        newest = 0.0
-        if state.messages:
-            message = await js.get_msg(stream_name(fleet), state.last_seq)
-            newest = message.time.timestamp() if message.time is not None else 0.0
-        found.log = {"first": state.first_seq, "last": state.last_seq, "bytes": state.bytes, "newest": newest}
-    except LogError as error:
-        found.log_error = str(error)
-        return found
-    writers = await _instances(client, "kvplane-router", fleet)
-    coordinators = await _instances(client, "kvplane-coordinator", fleet)
-    for _ in range(TRIES):
-        found.routers = [
-            status for writer in writers if (status := await _status(client, f"kv.{fleet}.router.{writer}.status"))
-        ]
-        found.coordinators = [
-            status
-            for writer in coordinators
-            if (status := await _status(client, f"kv.{fleet}.coordinator.{writer}.status"))
-        ]
-        if len({status["sequence"] for status in (*found.routers, *found.coordinators)}) < 2:
-            break
-        await anyio.sleep(0.1)
-    try:
-        answer: dict[str, Any] = await ask(client, f"kv.{fleet}.coordinator.node.list", api.ListRequest(), seconds=5)
-        found.nodes = answer["nodes"]
-    except ServiceFault:
-        found.nodes = []
-    found.history = await _status(client, f"kv.{fleet}.history.status")
-    try:
-        found.snapshots = await SnapshotStore(client, fleet).sequences()
-    except LogUnavailable:
-        found.snapshots = []
-    return found
-
-
-async def _status(client: Client, subject: str) -> dict[str, Any] | None:
-    try:
-        status: dict[str, Any] = await ask(client, subject, api.StatusRequest(digest=True), seconds=10)
-    except ServiceFault:
-        return None
-    return status
-
-
-async def _instances(client: Client, service: str, fleet: str) -> list[str]:
-    """Writers of all instances of a service that answer for the fleet."""
-    found: list[dict[str, str]] = []
-    with suppress(NatsError, TimeoutError):
-        found = await instances(client, service, seconds=ANSWER_SECONDS)
-    return [metadata["writer"] for metadata in found if metadata.get("fleet") == fleet]
-
-
 def judge(found: Examined) -> list[Finding]:
     """What is wrong, and what is not."""
-    if found.log is None:
-        return [Finding("problem", "log", found.log_error)]
-    findings = [Finding("ok", "log", f"{found.log['last']:,} commits, from {found.log['first']:,} on, nothing missing")]
-    ahead = found.log["newest"] - found.now
-    if ahead > SKEW_SECONDS:
-        findings.append(
-            Finding(
-                "problem",
-                "clock",
-                f"the log's newest commit is {ahead:.1f} s in the future; set the clocks right (NTP)",
-            )
-        )
+    durable = list(_servers(found.servers))
+    log = found.log
+    if log is None:
+        return [Finding("problem", "log", found.log_error), *durable]
+    last = log["state"]["last_seq"]
     return [
-        *findings, *_replicas(found, found.log["last"]), *_digests(found), *_skipped(found), *_nodes(found),
-        *_history(found, found.log["last"]), *_snapshots(found, found.log["last"]),
+        Finding("ok", "log", f"{last:,} commits, from {log['state']['first_seq']:,} on, nothing missing"),
+        *durable, *_copies(found, log), *_room(found, log), *_clocks(found, log), *_replicas(found, last),
+        *_versions(found), *_digests(found), *_skipped(found), *_nodes(found), *_histories(found, last),
+        *_snapshots(found, last),
     ]  # fmt: skip
 
 
-def _replicas(found: Examined, last: int) -> list[Finding]:
-    findings = []
+def _servers(servers: list[Plain]) -> Iterator[Finding]:
+    """Whether acknowledged means on disk."""
+    if not servers:
+        said = (
+            "whether servers force what they acknowledge to the disk can't be seen by a client; --monitor URL asks them"
+        )
+        yield Finding("unseen", "durability", said)
+    for server in servers:
+        if "error" in server:
+            yield Finding("problem", "durability", f"{server['url']} does not answer: {server['error']}")
+        elif "config" not in server:
+            yield Finding("warning", "durability", f"server {server['name']} has no JetStream")
+        elif not server["config"].get("sync_always"):
+            seconds = server["config"].get("sync_interval", 0) / 1e9
+            said = f"server {server['name']} loses what it acknowledged in the last {seconds:g} s when the power fails"
+            yield Finding("problem", "durability", f"{said}; set sync_interval: always")
+        else:
+            yield Finding("ok", "durability", f"server {server['name']} forces what it acknowledges to the disk")
+
+
+def _copies(found: Examined, log: Plain) -> Iterator[Finding]:
+    """Whether the log's copies are there and at the same place."""
+    config, cluster = log["config"], log.get("cluster") or {}
+    if not cluster.get("leader"):
+        yield Finding("problem", "copies", "the log has no leader, so nothing can be written; are most servers up?")
+    others = cluster.get("replicas") or []
+    current = 0
+    for copy in others:
+        silent = copy.get("active", 0) / 1e9
+        if copy.get("offline") or silent > SILENT_SECONDS:
+            said = f"server {copy['name']} has a copy of the log, and was last heard {silent:.0f} s ago; is it up?"
+            yield Finding("problem", "copies", said)
+        elif not copy.get("current"):
+            yield Finding("warning", "copies", f"the copy on server {copy['name']} is behind by {copy.get('lag', 0):,}")
+        else:
+            current += 1
+    copies = config["num_replicas"]
+    if copies == 1 and cluster.get("name"):
+        said = f"one, though cluster {cluster['name']} has several servers; when that server is lost, so is the log"
+        yield Finding("warning", "copies", f"{said}. `kvplane copies 3` makes it three")
+    stream = found.snapshots_stream
+    if stream is not None and stream["config"]["num_replicas"] < copies:
+        yield Finding("warning", "copies", f"snapshots have {stream['config']['num_replicas']}, the log has {copies}")
+    if current == len(others) and cluster.get("leader"):
+        yield Finding("ok", "copies", f"{copies} of the log, all current")
+
+
+def _room(found: Examined, log: Plain) -> Iterator[Finding]:
+    """Whether storage is full soon: then nobody can write."""
+    config, state = log["config"], log["state"]
+    limits = [
+        ("the log's max_bytes", state["bytes"], config.get("max_bytes", -1)),
+        ("the log's max_msgs", state["messages"], config.get("max_msgs", -1)),
+        ("the account's storage", found.account.get("storage", 0), found.account.get("limits", {}).get("max_storage", -1)),
+        *(
+            (f"storage of server {server['name']}", server["stats"]["storage"], server["config"]["max_storage"])
+            for server in found.servers
+            if "config" in server and "stats" in server
+        ),
+    ]  # fmt: skip
+    near = [(what, used, limit) for what, used, limit in limits if limit > 0 and used > FULL * limit]
+    for what, used, limit in near:
+        said = f"{used / limit:.0%} of {what} is used; `kvplane compact` purges the log below the snapshots, or raise the limit"
+        yield Finding("problem" if used >= 0.95 * limit else "warning", "room", said)
+    if not near:
+        known = sum(limit > 0 for _, _, limit in limits)
+        level: Level = "ok" if known else "unseen"
+        yield Finding(
+            level, "room", f"{known} limits, none is near" if known else "no limit can be seen; --monitor URL asks"
+        )
+
+
+def _clocks(found: Examined, log: Plain) -> Iterator[Finding]:
+    """Clocks beside that of the log's leader: the log's time is what the fold goes by, and overlays compare it with theirs."""
+    server = log["skew"]
+    ahead = log["newest"] - log["clock"]
+    remedy = "set the clocks right (NTP)"
+    wrong = [
+        (status["writer"] if "writer" in status else f"historian {status['historian']}", status["skew"] - server)
+        for status in (*found.replicas, *found.histories)
+    ]  # fmt: skip
+    wrong.append(("this machine", -server))
+    wrong = [(who, skew) for who, skew in wrong if abs(skew) > SKEW_SECONDS]
+    for who, skew in wrong:
+        where = "ahead of" if skew > 0 else "behind"
+        yield Finding("problem", "clock", f"{who} is {abs(skew):.1f} s {where} the log's server; {remedy}")
+    if ahead > SKEW_SECONDS:
+        yield Finding("problem", "clock", f"the log's newest commit is {ahead:.1f} s in its server's future; {remedy}")
+    if not wrong and ahead <= SKEW_SECONDS:
+        yield Finding("ok", "clock", f"no clock is more than {SKEW_SECONDS:g} s off")
+
+
+def _replicas(found: Examined, last: int) -> Iterator[Finding]:
     for name, statuses, start in (
         ("routers", found.routers, "kvplane router"), ("coordinators", found.coordinators, "kvplane coordinator"),
     ):  # fmt: skip
         if not statuses:
-            findings.append(Finding("problem", name, f"none answers; start one with `{start}`"))
+            yield Finding("problem", name, f"none answers; start one with `{start}`")
             continue
         behind = max(last - status["sequence"] for status in statuses)
         level: Level = "problem" if behind > LAG_COMMITS else "ok"
-        findings.append(
-            Finding(level, name, f"{len(statuses)} answer, at most {max(0, behind):,} commits behind the log")
-        )
+        yield Finding(level, name, f"{len(statuses)} answer, at most {max(0, behind):,} commits behind the log")
     for status in found.routers:
         who = status["writer"]
         if status["degraded"]:
-            findings.append(
-                Finding("problem", who, "its decisions are not recorded at the moment; can it reach the log?")
-            )
+            yield Finding("problem", who, "its decisions are not recorded at the moment; can it reach the log?")
         if status["unrecorded"]:
-            findings.append(
-                Finding("problem", who, f"{status['unrecorded']:,} decisions were dropped while the log was away")
-            )
+            yield Finding("problem", who, f"{status['unrecorded']:,} decisions were dropped while the log was away")
         if status["policy_failures"]:
-            findings.append(
-                Finding(
-                    "problem", who, f"the policy failed {status['policy_failures']:,} times: {status['policy_failure']}"
-                )
-            )
-    return findings
+            said = f"the policy failed {status['policy_failures']:,} times: {status['policy_failure']}"
+            yield Finding("problem", who, said)
+    for status in found.coordinators:
+        if not status.get("healthy", True):
+            yield Finding("problem", status["writer"], "it does not hear from the log; can it reach the servers?")
 
 
-def _digests(found: Examined) -> list[Finding]:
-    at: dict[int, set[str]] = {}
-    for status in (*found.routers, *found.coordinators):
-        at.setdefault(status["sequence"], set()).add(status["digest"])
-    forked = [sequence for sequence, digests in at.items() if len(digests) > 1]
+def _versions(found: Examined) -> Iterator[Finding]:
+    by_version: dict[str, list[str]] = {}
+    for status in (*found.replicas, *found.histories):
+        by_version.setdefault(status.get("version", "unknown"), []).append(status.get("writer", "a historian"))
+    if len(by_version) > 1:
+        said = "; ".join(f"{version}: {', '.join(sorted(who)[:5])}" for version, who in sorted(by_version.items()))
+        yield Finding("warning", "versions", f"services are of several, end the upgrade: {said}")
+
+
+def _digests(found: Examined) -> Iterator[Finding]:
+    """Compare at checkpoints, and at the sequences that replicas were at when they were asked."""
+    told: dict[int, dict[str, str]] = {}
+    for status in found.replicas:
+        known = {int(sequence): digest for sequence, digest in status.get("checkpoints", {}).items()}
+        if "digest" in status:
+            known[status["sequence"]] = status["digest"]
+        for sequence, digest in known.items():
+            told.setdefault(sequence, {})[status["writer"]] = digest
+    forked = [(sequence, others) for sequence, digests in sorted(told.items()) if (others := odd(digests))]
+    remedy = "Restart them; if they differ again, report it with the log"
     if forked:
-        said = f"replicas differ at sequence {forked[0]:,}; do all run the same kvplane? Restart them, and report it"
-        return [Finding("problem", "digests", said)]
-    if len(at) > 1:
-        return [Finding("warning", "digests", "replicas never came to one sequence while they were asked; ask again")]
-    return [Finding("ok", "digests", "all replicas that answer hold the same state")] if at else []
+        sequence, others = forked[-1]
+        every = len(others) == len(told[sequence])
+        who = (
+            f"{', '.join(sorted(others))} differ, and nobody has a majority" if every else f"{', '.join(others)} differ"
+        )
+        yield Finding("problem", "digests", f"at sequence {sequence:,} {who}. {remedy}")
+        return
+    claims = [status for status in found.replicas if status.get("differs")]
+    for status in claims:
+        said = f"{status['writer']} found itself to differ at checkpoint {status['differs']:,}. {remedy}"
+        yield Finding("problem", "digests", said)
+    common = [sequence for sequence, digests in told.items() if len(digests) == len(found.replicas)]
+    if claims or not found.replicas:
+        return
+    if not common:
+        yield Finding(
+            "warning", "digests", "replicas have no sequence in common yet; ask again after some more commits"
+        )
+    elif len(found.replicas) == 1:
+        yield Finding("ok", "digests", "there is one replica, and nothing to compare it with")
+    else:
+        yield Finding("ok", "digests", f"{len(found.replicas)} replicas had the same state at sequence {max(common):,}")
 
 
-def _skipped(found: Examined) -> list[Finding]:
+def _skipped(found: Examined) -> Iterator[Finding]:
     skipped: dict[str, int] = next((status["skipped"] for status in (*found.coordinators, *found.routers)), {})
-    if not skipped:
-        return []
-    said = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()))
-    hint = "; `kvplane sql 'SELECT * FROM skipped_commits'` says whose"
-    return [Finding("problem" if "defect" in skipped else "warning", "skipped commits", said + hint)]
+    if skipped:
+        said = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()))
+        hint = "; `kvplane sql 'SELECT * FROM skipped_commits'` says whose"
+        yield Finding("problem" if "defect" in skipped else "warning", "skipped commits", said + hint)
 
 
-def _nodes(found: Examined) -> list[Finding]:
+def _nodes(found: Examined) -> Iterator[Finding]:
     if not found.nodes:
-        return [Finding("warning", "nodes", "none is registered")]
+        yield Finding("warning", "nodes", "none is registered")
+        return
     lost = [f"{row['node']} ({row['reason']})" for row in found.nodes if row["state"] == "lost"]
     up = sum(row["state"] == "up" for row in found.nodes)
-    findings = [Finding("ok" if up else "problem", "nodes", f"{up} of {len(found.nodes)} take requests")]
+    yield Finding("ok" if up else "problem", "nodes", f"{up} of {len(found.nodes)} take requests")
     if lost:
-        findings.append(Finding("warning", "nodes", f"lost: {', '.join(lost[:5])}"))
-    return findings
+        yield Finding("warning", "nodes", f"lost: {', '.join(lost[:5])}")
 
 
-def _history(found: Examined, last: int) -> list[Finding]:
-    if found.history is None:
-        return [Finding("warning", "history", "no historian answers; `kvplane historian` keeps one")]
-    if not found.history["healthy"]:
-        return [Finding("problem", "history", found.history["failure"] or "the historian does not hear from the log")]
-    behind = max(0, last - found.history["stored"])
-    return [Finding("problem" if behind > LAG_COMMITS else "ok", "history", f"{behind:,} commits behind the log")]
+def _histories(found: Examined, last: int) -> Iterator[Finding]:
+    if not found.histories:
+        yield Finding("warning", "history", "no historian answers; `kvplane historian` keeps one")
+    if len(found.histories) > 1:
+        said = f"{len(found.histories)} historians answer, each with a history of its own: questions go to any of them"
+        yield Finding("warning", "history", said)
+    for history in found.histories:
+        if not history["healthy"]:
+            yield Finding("problem", "history", history["failure"] or "the historian does not hear from the log")
+            continue
+        behind = max(0, last - history["stored"])
+        yield Finding("problem" if behind > LAG_COMMITS else "ok", "history", f"{behind:,} commits behind the log")
 
 
-def _snapshots(found: Examined, last: int) -> list[Finding]:
+def _snapshots(found: Examined, last: int) -> Iterator[Finding]:
     newest = found.snapshots[0] if found.snapshots else 0
     if last - newest > 2 * SNAPSHOT_COMMITS:
         said = f"the newest is {last - newest:,} commits old; do coordinators run, and is there room on the servers' disks?"
-        return [Finding("warning", "snapshots", said)]
-    return [Finding("ok", "snapshots", f"{len(found.snapshots)}, {last - newest:,} commits since")]
+        yield Finding("warning", "snapshots", said)
+    else:
+        yield Finding("ok", "snapshots", f"{len(found.snapshots)}, {last - newest:,} commits since")

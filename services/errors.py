@@ -19,6 +19,13 @@ class BadRequest(ServiceFault):
     code = "bad_request"
 
 
+class NotYours(ServiceFault):
+    """A node asked on its own subject for something about another node."""
+
+    status = 403
+    code = "not_yours"
+
+
 class UnknownModel(ServiceFault):
     """No node of the fleet serves the model."""
 
@@ -86,6 +93,18 @@ class LogAway(ServiceFault):
 
     status = 503
     code = "log_unavailable"
+
+
+class ConnectionBroken(KvplaneError):
+    """The connection to the NATS server is broken for good; the service must be started anew."""
+
+    code = "connection_broken"
+
+
+class HttpFailed(KvplaneError):
+    """The address for metrics and health can't be listened on."""
+
+    code = "http_failed"
 
 
 class ServerFailed(KvplaneError):

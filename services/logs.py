@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 Level = Literal["debug", "info", "warning", "error"]
 
 
+def _worth_saying(record: logging.LogRecord) -> bool:
+    # Said at every end of an encrypted connection, by design of asyncio's streams.
+    return "eof_received() has no effect when using ssl" not in record.getMessage()
+
+
 def configure(level: Level = "info", form: Literal["auto", "text", "json"] = "auto") -> None:
     """Set up logging for this process."""
     as_json = form == "json" or (form == "auto" and not sys.stderr.isatty())
@@ -26,6 +31,7 @@ def configure(level: Level = "info", form: Literal["auto", "text", "json"] = "au
         processors += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     else:
         processors.append(structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()))
+    logging.getLogger("asyncio").addFilter(_worth_saying)
     structlog.configure(
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import structlog
@@ -16,9 +16,14 @@ from events.log.snapshots import SnapshotStore
 from events.log.stream import open_stream
 from projections.errors import BadSnapshot
 from projections.fleet import FleetState
+from projections.overview import summary
 from projections.snapshot import load, peek
-from services.errors import LogAway, NotReady
+from services.checkpoints import Checkpoints
+from services.errors import LogAway, NotReady, ServiceFault, WorkerDied
+from services.history.pieces import snapshot_at
+from services.hugepages import collapse
 from services.routing.overlay import RECENT_SECONDS
+from services.version import package_version
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,16 +43,23 @@ _log = structlog.get_logger("kvplane.replica")
 
 
 class Replica:
-    """One fold of a fleet's log. `before` is called before a message is applied, `observe` with what became of it."""
+    """One fold of a fleet's log. `before` is called before a message is applied, `observe` with what became of it.
+
+    With the name of a `writer` it takes part in the comparison of digests at checkpoints.
+    """
 
     def __init__(
         self, client: Client, fleet: str, observe: Callable[[Message, Applied], None] | None = None,
-        *, before: Callable[[], None] | None = None,
+        *, before: Callable[[], None] | None = None, writer: str = "",
     ) -> None:  # fmt: skip
+        self.writer = writer
         self.state = FleetState(fleet)
+        self.checkpoints = Checkpoints(client, self.state, writer)
         self.follower = Follower(client, fleet, self._handle)
         self.snapshots = SnapshotStore(client, fleet)
         self._client = client
+        self.bytes_read = 0
+        """Bytes of commits that were applied since it began."""
         self.began = 0
         """Sequence of the snapshot that this replica began with; 0 when it began with the log."""
         self._observe = observe
@@ -73,6 +85,7 @@ class Replica:
         if self._before is not None:
             self._before()
         applied = self.state.apply(message)
+        self.bytes_read += len(message.body)
         if applied.skipped is not None:
             self._skips[message.sequence] = (applied.skipped, applied.detail)
             self._order.append(message.sequence)
@@ -89,6 +102,7 @@ class Replica:
             )
         if self._observe is not None:
             self._observe(message, applied)
+        self.checkpoints.applied()
         if self._waiting:
             self._advanced.set()
             self._advanced = anyio.Event()
@@ -102,6 +116,9 @@ class Replica:
             # Millions of long-lived segments: keep the collector from walking them again and again.
             gc.collect()
             gc.freeze()
+            # Nobody waits for an answer yet; copies that are forked later are cheaper.
+            collapse()
+            group.start_soon(self.checkpoints.run)
             _log.info("replica_ready", fleet=self.state.fleet, sequence=self.state.sequence, skipped=self.state.skipped)
 
     async def _follow(self) -> None:
@@ -139,16 +156,34 @@ class Replica:
                     recent.append(sequence)
                 if self.state.sequence > applied:
                     return True
-            if recent and (await open_stream(self._client.jetstream(), self.state.fleet)).first_seq > applied + 1:
+            first = (await open_stream(self._client.jetstream(), self.state.fleet)).first_seq
+            if first > applied + 1:
                 # ... unless the log has it no more.
                 for sequence in reversed(recent):
                     await self._load(sequence, before=None)
                     if self.state.sequence > applied:
                         return True
+                await self._ask_history(first)
         except LogError as error:
             _log.warning("snapshots_not_read", error=str(error))
             return False
         return True
+
+    async def _ask_history(self, first: int) -> None:
+        """Begin with what a historian makes of its rows: no snapshot leads to the log, which begins at `first`.
+
+        So it is when the log was purged and the fold of this kvplane is another one than that of the snapshots.
+        """
+        _log.warning("no_snapshot_to_begin_with", fleet=self.state.fleet, log_begins=first, asks="the historian")
+        try:
+            self._begin(await snapshot_at(self._client, self.state.fleet, first))
+        except (ServiceFault, BadSnapshot) as error:
+            _log.error("history_does_not_help", error=str(error))
+
+    def _begin(self, data: bytes) -> None:
+        self.state.become(load(self.state.fleet, data))
+        self.began = self.follower.applied = self.state.sequence
+        _log.info("snapshot_loaded", fleet=self.state.fleet, sequence=self.began)
 
     async def _load(self, sequence: int, *, before: int | None) -> bool:
         """Begin with this snapshot if it can be used; false when it can, but is of a later time than `before`."""
@@ -156,13 +191,29 @@ class Replica:
             data = await self.snapshots.get(sequence)
             if before is not None and peek(data).time > before:
                 return False
-            self.state.become(load(self.state.fleet, data))
+            self._begin(data)
         except (BadSnapshot, LogUnavailable) as error:
             _log.warning("snapshot_passed_over", sequence=sequence, error=str(error))
-        else:
-            self.began = self.follower.applied = self.state.sequence
-            _log.info("snapshot_loaded", fleet=self.state.fleet, sequence=self.began)
         return True
+
+    async def about(self, *, digests: bool) -> dict[str, Any]:
+        """What `status` says of a replica: who and when it is, what its state holds, its digests at checkpoints.
+
+        With `digests` also the digest now. Raises `WorkerDied`.
+        """
+        whole = {
+            "writer": self.writer,
+            "version": package_version(),
+            "clock": time.time(),
+            "ready": self.ready,
+            "healthy": self.follower.healthy,
+            "began": self.began,
+            **self.checkpoints.told(),
+        }
+        try:
+            return whole | (await self.checkpoints.now() if digests else summary(self.state, digests=False))
+        except OSError as error:
+            raise WorkerDied(f"no copy of the process could be made for the digest: {error}") from error
 
     async def reached(self, sequence: int, *, seconds: float = 10.0) -> None:
         """Wait until this sequence is applied. Raises `LogAway` after `seconds`."""

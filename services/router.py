@@ -13,18 +13,20 @@ import anyio
 import structlog
 
 from events import types
+from events.durations import MICRO, Durations
 from events.errors import BadHashes
 from events.hashing import block_hashes
 from events.log.append import Appender, new_writer
 from events.log.group import GroupWriter, Writers
 from events.subjects import subject
-from projections.overview import summary
 from services.api import CompleteRequest, RouteAnswer, RouteRequest, StatusRequest, names, one_of
 from services.errors import BadRequest, NoTokenizer
 from services.micro import Endpoint, serve, stop
+from services.readiness import Readiness, readiness
 from services.replica import Replica
 from services.routing.decide import Chooser, Query
 from services.routing.overlay import Overlay
+from services.tally import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,19 +54,30 @@ _WARN_NS = 60 * 10**9
 class Router:
     """One router of a fleet."""
 
+    role = "router"
+
     def __init__(self, client: Client, fleet: str) -> None:
         self.client = client
         self.fleet = fleet
         self.writer = new_writer("router")
         self.overlay = Overlay()
-        self.replica = Replica(client, fleet, self._observe, before=self.settle)
+        self.replica = Replica(client, fleet, self._observe, before=self.settle, writer=self.writer)
         self.state = self.replica.state
         self.chooser = Chooser(self.state, self.overlay)
         self.decisions = {"exact": 0, "prefix": 0, "miss": 0, "refused": 0}
-        self._appender = Appender(client, fleet, self.writer)
-        self._writers = Writers()
+        self.sessions = {"kept": 0, "moved": 0, "new": 0}
+        """Decisions about requests with a session."""
+        self.matched_blocks = 0
+        self.asked_blocks = 0
+        """Blocks that decisions could have matched at the most."""
+        self.seconds = Durations(MICRO)
+        """How long decisions took."""
+        self.tally = Tally()
+        self.serving = False
+        self.appender = Appender(client, fleet, self.writer)
+        self.writers = Writers()
         self._access = self._writer(subject(fleet, "access", self.writer))
-        self._sessions: dict[str, GroupWriter] = {}
+        self._session_writers: dict[str, GroupWriter] = {}
         self._requests = 0
         self._warned = 0
         self._unsettled: tuple[Query, Decision, int, int] | None = None
@@ -73,18 +86,20 @@ class Router:
         """Answer until cancelled. Started means: the log is read and requests are taken."""
         async with anyio.create_task_group() as group:
             group.start_soon(self.replica.run)
-            group.start_soon(self._writers.run)
+            group.start_soon(self.writers.run)
             try:
                 service = await self._serve(group)
+                self.serving = True
                 task_status.started()
                 try:
                     await anyio.sleep_forever()
                 finally:
+                    self.serving = False
                     # Nothing may be answered any more that could not be recorded.
                     await stop(service)
             finally:
                 self.settle()
-                await self._writers.close()
+                await self.writers.close()
 
     async def _serve(self, group: TaskGroup) -> Service:
         await self.replica.follower.caught_up.wait()
@@ -92,28 +107,30 @@ class Router:
         service = await serve(
             self.client, group, "kvplane-router", f"routes requests of fleet {self.fleet}",
             [
-                Endpoint("route", f"{base}.route", RouteRequest, self.route, after=self.settle),
-                Endpoint("complete", f"{base}.complete", CompleteRequest, self.complete),
-                Endpoint("status", f"{base}.router.{self.writer}.status", StatusRequest, self.status),
+                Endpoint("route", f"{base}.route", RouteRequest, self.route, after=self.settle, traced=True),
+                Endpoint("complete", f"{base}.complete", CompleteRequest, self.complete, traced=True, unasked=True),
+                Endpoint("status", f"{base}.router.{self.writer}.status", StatusRequest, self.status, concurrent=True),
                 Endpoint("flush", f"{base}.router.{self.writer}.flush", StatusRequest, self.flush, concurrent=True),
             ],
-            {"fleet": self.fleet, "writer": self.writer},
+            {"fleet": self.fleet, "writer": self.writer}, self.tally,
         )  # fmt: skip
         _log.info("router_ready", fleet=self.fleet, writer=self.writer, applied=self.state.sequence)
         return service
 
-    def route(self, request: RouteRequest) -> RouteAnswer:
+    def route(self, request: RouteRequest, trace: str = "") -> RouteAnswer:
         """Decide and answer; `settle` records. Raises the faults of `services.errors`."""
         self.settle()
         # In microseconds, as it is recorded: a decision must be the same when it is made again.
         now = time.time_ns() // 1000 * 1000
-        query = self._query(request)
+        query = self._query(request, trace)
         failures = self.chooser.policy_failures
+        begin = time.perf_counter()
         try:
             decision = self.chooser.decide(query, now)
         except Exception:
             self.decisions["refused"] += 1
             raise
+        self.seconds.add(time.perf_counter() - begin)
         if self.chooser.policy_failures > failures and now - self._warned > _WARN_NS:
             self._warned = now
             _log.warning(
@@ -122,6 +139,10 @@ class Router:
             )  # fmt: skip
         if not request.dry_run:
             self.decisions[decision.kind] += 1
+            self.matched_blocks += decision.match
+            self.asked_blocks += query.blocks
+            if decision.session:
+                self.sessions[decision.session] += 1
             self._unsettled = (query, decision, now, self.state.sequence)
         return RouteAnswer(
             request=query.id,
@@ -152,7 +173,14 @@ class Router:
         """Whether decisions can't be recorded at the moment."""
         return not (self._access.available and self.client.is_connected and self.replica.follower.healthy)
 
-    def _query(self, request: RouteRequest) -> Query:
+    def readiness(self) -> Readiness:
+        """Whether it can answer. It can while the log is away: then it is degraded, and still better than none."""
+        return readiness(
+            self.replica.follower, serving=self.serving, degraded=self.degraded,
+            waiting=sum(writer.waiting for writer in self.writers), unrecorded=sum(w.dropped for w in self.writers),
+        )  # fmt: skip
+
+    def _query(self, request: RouteRequest, trace: str) -> Query:
         form = one_of(request)
         pairs = [(request.model, "model")]
         if request.session:
@@ -181,7 +209,8 @@ class Router:
         blocks = min(count, max(0, tokens - 1) // size)
         self._requests += 1
         identity = request.request or f"{self.writer}.{self._requests:x}"
-        return Query(identity, request.model, hashes, tokens, blocks, size, request.session, frozenset(request.exclude))
+        exclude = frozenset(request.exclude)
+        return Query(identity, request.model, hashes, tokens, blocks, size, request.session, exclude, trace)
 
     def _tokenize(self, request: RouteRequest, nodes: Sequence[Node]) -> list[int]:
         """Token ids of a prompt. Only the byte tokenizer of simulated nodes is built in."""
@@ -199,22 +228,22 @@ class Router:
             self._session_writer(query.model).put(assigned)
 
     def _session_writer(self, model: str) -> GroupWriter:
-        writer = self._sessions.get(model)
+        writer = self._session_writers.get(model)
         if writer is None:
-            writer = self._sessions[model] = self._writer(subject(self.fleet, "session", model))
+            writer = self._session_writers[model] = self._writer(subject(self.fleet, "session", model))
         return writer
 
     def _writer(self, target: str) -> GroupWriter:
-        return self._writers.add(GroupWriter(self._appender, target, linger=LINGER_SECONDS, limit=BUFFER_EVENTS))
+        return self.writers.add(GroupWriter(self.appender, target, linger=LINGER_SECONDS, limit=BUFFER_EVENTS))
 
-    def complete(self, request: CompleteRequest) -> dict[str, object]:
+    def complete(self, request: CompleteRequest, trace: str = "") -> dict[str, object]:
         """Record how a request ended, for clients that can't write to the log."""
         names((request.request, "request"), (request.node, "node"))
         self._access.put(
             types.RequestCompleted(
                 request=request.request, node=request.node, status=request.status[:512],
                 prompt_tokens=request.prompt_tokens, cached_tokens=request.cached_tokens,
-                output_tokens=request.output_tokens, ttft=request.ttft, duration=request.duration,
+                output_tokens=request.output_tokens, ttft=request.ttft, duration=request.duration, trace=trace,
             )
         )  # fmt: skip
         return {"request": request.request, "degraded": self.degraded}
@@ -223,27 +252,24 @@ class Router:
         if applied.commit is not None:
             self.overlay.observe(applied.commit, message.time, self.state, self.writer, time.time_ns())
 
-    def status(self, request: StatusRequest) -> dict[str, object]:
+    async def status(self, request: StatusRequest) -> dict[str, object]:
         """What this router is and knows."""
         self.settle()
         return {
-            "writer": self.writer,
-            "healthy": self.replica.follower.healthy,
             "degraded": self.degraded,
             "decisions": self.decisions,
             "policy_failures": self.chooser.policy_failures,
             "policy_failure": self.chooser.last_failure,
-            "recorded": sum(writer.acknowledged for writer in self._writers),
-            "waiting": sum(writer.waiting for writer in self._writers),
-            "unrecorded": sum(writer.dropped for writer in self._writers),
-            "began": self.replica.began,
-            **summary(self.state, digests=request.digest),
+            "recorded": sum(writer.acknowledged for writer in self.writers),
+            "waiting": sum(writer.waiting for writer in self.writers),
+            "unrecorded": sum(writer.dropped for writer in self.writers),
+            **await self.replica.about(digests=request.digest),
         }
 
     async def flush(self, request: StatusRequest) -> dict[str, object]:
         """Wait until everything decided so far is on disk and read back."""
         self.settle()
-        await self._writers.flush()
-        for writer in self._writers:
+        await self.writers.flush()
+        for writer in self.writers:
             await self.replica.reached(writer.last_sequence)
-        return self.status(request)
+        return await self.status(request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
@@ -46,14 +47,17 @@ def free_port() -> int:
         return port
 
 
-def configuration(data: Path, *, name: str, host: str, port: int) -> str:
-    """Text of the server's configuration file."""
+def configuration(data: Path, *, name: str, host: str, port: int, include: Path | None = None) -> str:
+    """Text of the server's configuration file; `include` is one with TLS and users."""
+    # A server takes every include from the folder of the file that holds it, one that begins with / as well.
+    included = "" if include is None else f'include "{os.path.relpath(include.resolve(), data.resolve())}"\n'
     return f"""\
 # Written by `kvplane up` at every start.
 server_name: "{name}"
 host: "{host}"
 port: {port}
-max_payload: {MAX_PAYLOAD}
+pid_file: "{data / "nats-server.pid"}"
+{included}max_payload: {MAX_PAYLOAD}
 max_pending: 268435456
 jetstream {{
   store_dir: "{data / "jetstream"}"
@@ -93,7 +97,9 @@ class Server:
             self.process.send_signal(signal.SIGKILL)
 
 
-async def start_server(data: Path, *, host: str = "127.0.0.1", port: int = 4222) -> Server:
+async def start_server(
+    data: Path, *, host: str = "127.0.0.1", port: int = 4222, include: Path | None = None
+) -> Server:  # fmt: skip
     """Start a server whose streams lie in `data`, and wait until it takes connections. Raises `ServerFailed`."""
     binary = server_binary()
     data = data.absolute()
@@ -101,7 +107,7 @@ async def start_server(data: Path, *, host: str = "127.0.0.1", port: int = 4222)
     try:
         data.mkdir(parents=True, exist_ok=True)
         config = data / "nats-server.conf"
-        config.write_text(configuration(data, name=name, host=host, port=port))
+        config.write_text(configuration(data, name=name, host=host, port=port, include=include))
     except OSError as error:
         raise ServerFailed(f"the data folder can't be written ({error}); choose another with --data") from None
     log = data / "nats-server.log"
@@ -109,10 +115,11 @@ async def start_server(data: Path, *, host: str = "127.0.0.1", port: int = 4222)
         process = await anyio.open_process(
             [binary, "-c", str(config)], stdin=DEVNULL, stdout=output, stderr=STDOUT, start_new_session=True
         )
-    server = Server(process, f"nats://{host}:{port}", log)
+    reached = "127.0.0.1" if host == "0.0.0.0" else host  # noqa: S104 - it is what was asked for
+    server = Server(process, f"nats://{reached}:{port}", log)
     try:
         with anyio.fail_after(START_SECONDS):
-            while not await _answers(host, port, name):
+            while not await _answers(reached, port, name):
                 if process.returncode is not None:
                     raise ServerFailed(_why(log, port))
                 await anyio.sleep(0.02)
@@ -146,9 +153,11 @@ def _why(log: Path, port: int) -> str:
 
 
 @asynccontextmanager
-async def embedded_server(data: Path, *, host: str = "127.0.0.1", port: int = 4222) -> AsyncIterator[Server]:
+async def embedded_server(
+    data: Path, *, host: str = "127.0.0.1", port: int = 4222, include: Path | None = None
+) -> AsyncIterator[Server]:  # fmt: skip
     """A server for the length of a block."""
-    server = await start_server(data, host=host, port=port)
+    server = await start_server(data, host=host, port=port, include=include)
     try:
         yield server
     finally:

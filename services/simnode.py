@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 import anyio
@@ -18,18 +19,23 @@ from nats.errors import Error as NatsError
 from events import codec, types
 from events.errors import BadCommit
 from events.hashing import pack_hashes, unpack_hashes
-from events.log.append import Appender, new_writer
+from events.log.append import Appender, new_life
+from events.log.client import check_open
 from events.log.group import GroupWriter, Writers
-from events.subjects import pulse_subject, subject, token
+from events.subjects import access_name, pulse_subject, subject, token
 from projections.load import PREFILL_LABEL
 from services import api
 from services.blockcache import BlockCache
 from services.client import ask
 from services.errors import ServiceFault
 from services.micro import Endpoint, serve
+from services.readiness import Readiness
+from services.tally import Tally
 
 if TYPE_CHECKING:
-    from anyio.abc import TaskStatus
+    from collections.abc import Sequence
+
+    from anyio.abc import TaskGroup, TaskStatus
     from nats.aio.client import Client
     from nats.aio.msg import Msg
 
@@ -64,7 +70,7 @@ class Registered(msgspec.Struct):
 class SimNode:
     """One simulated node."""
 
-    def __init__(self, client: Client, fleet: str, config: NodeConfig) -> None:
+    def __init__(self, client: Client, fleet: str, config: NodeConfig, tally: Tally | None = None) -> None:
         self.client = client
         self.fleet = fleet
         self.config = config
@@ -73,16 +79,20 @@ class SimNode:
         self.active = 0
         self.waiting = 0
         self.address = f"kv.{fleet}.serve.{token(config.name)}"
-        writer = new_writer(f"node-{config.name}"[:100])
-        appender = Appender(client, fleet, writer)
-        self._writers = Writers()
+        access = access_name(config.name)
+        self.appender = Appender(client, fleet, new_life(access))
+        self.tally = tally or Tally()
+        self.registrations = 0
+        self.not_admitted = 0
+        """Requests whose blocks the coordinator did not take."""
+        self.writers = Writers()
         self._cache_log, self._access_log = (
-            self._writers.add(GroupWriter(appender, target, linger=LINGER_SECONDS))
-            for target in (subject(fleet, "cache", config.name), subject(fleet, "access", writer))
+            self.writers.add(GroupWriter(self.appender, target, linger=LINGER_SECONDS))
+            for target in (subject(fleet, "cache", config.name), subject(fleet, "access", access))
         )
         self._prefill = anyio.Lock()
         self._batch = 0
-        self._reporting = False
+        self.reporting = False
         self._register_again = anyio.Event()
         self._finished = anyio.Event()
         """Set when blocks come out of use."""
@@ -92,32 +102,39 @@ class SimNode:
         """Whether the coordinator owns this node's evictions."""
         return self.config.cache_mode == "managed"
 
+    def _coordinator(self, what: str) -> str:
+        """Where this node asks for something for itself."""
+        return f"kv.{self.fleet}.coordinator.{what}.{token(self.config.name)}"
+
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled. Started means: registered and taking requests."""
         async with anyio.create_task_group() as group:
-            group.start_soon(self._writers.run)
-            await self.client.subscribe(subject(self.fleet, "node", self.config.name), cb=self._concluded)
-            endpoint = Endpoint("serve", self.address, api.ServeRequest, self.serve, concurrent=True)
-            await serve(
-                self.client, group, "kvplane-simnode", f"simulated node {self.config.name!r}", [endpoint],
-                {"fleet": self.fleet, "node": self.config.name},
-            )  # fmt: skip
-            await self._register()
-            group.start_soon(self._pulse)
-            task_status.started()
+            group.start_soon(self.writers.run)
             try:
+                await self._serve(group)
+                task_status.started()
                 while True:
                     await self._register_again.wait()
                     await self._register()
             finally:
-                await self._writers.close()
+                await self.writers.close()
+
+    async def _serve(self, group: TaskGroup) -> None:
+        await self.client.subscribe(subject(self.fleet, "node", self.config.name), cb=self._concluded)
+        endpoint = Endpoint("serve", self.address, api.ServeRequest, self.serve, concurrent=True, traced=True)
+        await serve(
+            self.client, group, "kvplane-simnode", f"simulated node {self.config.name!r}", [endpoint],
+            {"fleet": self.fleet, "node": self.config.name}, self.tally,
+        )  # fmt: skip
+        await self._register()
+        group.start_soon(self._pulse)
 
     async def _register(self) -> None:
         """Register until it succeeds, and report what the cache holds."""
         self._register_again = anyio.Event()
         # A commit must not hold events of two epochs: what is on its way goes first, what comes meanwhile is told anew.
         await self._cache_log.flush()
-        self._reporting = False
+        self.reporting = False
         config = self.config
         request = api.RegisterRequest(
             node=config.name, address=self.address, models=[config.model], block_size=config.block_size,
@@ -127,15 +144,16 @@ class SimNode:
         )  # fmt: skip
         while True:
             try:
-                answer = await ask(self.client, f"kv.{self.fleet}.coordinator.node.register", request, Registered)
+                answer = await ask(self.client, self._coordinator("node.register"), request, Registered)
             except ServiceFault as error:
                 _log.info("registration_waits", node=config.name, error=str(error))
                 await anyio.sleep(REGISTER_SECONDS)
             else:
                 break
         self.epoch = answer.epoch
+        self.registrations += 1
         self._batch = 0
-        self._reporting = True
+        self.reporting = True
         if self.managed:
             self.cache = BlockCache(config.capacity_blocks)
         elif self.cache.blocks:
@@ -156,6 +174,7 @@ class SimNode:
 
     async def _pulse(self) -> None:
         while True:
+            check_open(self.client)
             pulse = api.Pulse(
                 node=self.config.name, epoch=self.epoch, active=self.active, waiting=self.waiting,
                 used_blocks=len(self.cache.blocks),
@@ -164,7 +183,7 @@ class SimNode:
                 await self.client.publish(pulse_subject(self.fleet, self.config.name), _encode(pulse))
             await anyio.sleep(self.config.pulse_seconds)
 
-    async def serve(self, request: api.ServeRequest) -> api.ServeAnswer:
+    async def serve(self, request: api.ServeRequest, trace: str = "") -> api.ServeAnswer:
         """Run a request: wait for room, prefill what is not cached, decode, report."""
         arrived = time.monotonic()
         hashes = unpack_hashes(request.hashes)
@@ -197,7 +216,7 @@ class SimNode:
             types.RequestCompleted(
                 request=request.request, node=self.config.name, prompt_tokens=request.tokens,
                 cached_tokens=answer.cached_tokens, output_tokens=request.output_tokens, ttft=ttft,
-                duration=answer.duration,
+                duration=answer.duration, trace=trace,
             )
         )  # fmt: skip
         return answer
@@ -216,7 +235,7 @@ class SimNode:
         return allocation.cached
 
     def _report(self, event: types.Event) -> None:
-        if self._reporting:
+        if self.reporting:
             self._cache_log.put(event)
 
     def _next_batch(self) -> int:
@@ -231,8 +250,9 @@ class SimNode:
             model=self.config.model, hashes=request.hashes, node=self.config.name, request=request.request
         )
         try:
-            answer: dict[str, bytes] = await ask(self.client, f"kv.{self.fleet}.coordinator.cache.admit", admit)
+            answer: dict[str, bytes] = await ask(self.client, self._coordinator("cache.admit"), admit)
         except ServiceFault as error:
+            self.not_admitted += 1
             _log.info("not_admitted", node=self.config.name, request=request.request, error=str(error))
             return
         for block in unpack_hashes(answer["evicted"]):
@@ -241,11 +261,37 @@ class SimNode:
             self.cache.blocks.setdefault(block, 0)
 
 
+class SimNodes:
+    """Several nodes in one process, on one connection, or on one each."""
+
+    role = "simnode"
+
+    def __init__(self, clients: Sequence[Client], fleet: str, configs: Sequence[NodeConfig]) -> None:
+        self.client = clients[0]
+        self.fleet = fleet
+        self.tally = Tally()
+        self.nodes = [
+            SimNode(client, fleet, config, self.tally) for client, config in zip(cycle(clients), configs, strict=False)
+        ]
+
+    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled. Started means: all are registered."""
+        async with anyio.create_task_group() as group:
+            for node in self.nodes:
+                await group.start(node.run)
+            task_status.started()
+
+    def readiness(self) -> Readiness:
+        """Whether all of them are registered."""
+        missing = [node.config.name for node in self.nodes if not node.reporting]
+        reason = (
+            f"{len(missing)} of {len(self.nodes)} nodes are not registered, such as {missing[0]}" if missing else ""
+        )
+        return Readiness(reason, {"nodes": len(self.nodes)})
+
+
 async def run_nodes(
     client: Client, fleet: str, configs: list[NodeConfig], *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
 ) -> None:
-    """Several nodes in one process, on one connection."""
-    async with anyio.create_task_group() as group:
-        for config in configs:
-            await group.start(SimNode(client, fleet, config).run)
-        task_status.started()
+    """`SimNodes.run` for those who need nothing else of them."""
+    await SimNodes([client], fleet, configs).run(task_status=task_status)

@@ -19,9 +19,10 @@ from services.errors import ServiceFault
 from services.router import Router
 from services.server import Server, free_port, start_server
 from services.simnode import NodeConfig, run_nodes
+from tests.disks import small_disk
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Iterator
 
     import msgspec
     from nats.aio.client import Client
@@ -53,6 +54,13 @@ def trace() -> Path:
     if not TRACE.exists():
         pytest.skip("the published trace is not on this machine")
     return TRACE
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk of a few megabytes."""
+    with small_disk(tmp_path / "small") as folder:
+        yield folder
 
 
 @pytest.fixture
@@ -116,6 +124,11 @@ async def fleet_on(url: str, client: Client) -> AsyncIterator[Fleet]:
     async with AsyncExitStack() as stack, anyio.create_task_group() as group:
         yield Fleet(url, client, group, stack)
         group.cancel_scope.cancel()
+
+
+def stopped(pid: int) -> bool:
+    """Whether SIGSTOP has reached all of a process; until then it may still answer."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 async def until(holds: Callable[[], object], seconds: float = 10) -> None:

@@ -37,8 +37,8 @@ class Ledger:
 
     def __init__(self, fleet: str) -> None:
         self.fleet = fleet
-        self.committed: dict[int, tuple[str, int]] = {}
-        """Sequence of an acknowledged commit, its subject and the number in it."""
+        self.committed: dict[int, tuple[str, int, int]] = {}
+        """Sequence of an acknowledged commit, its subject, and epoch and number in it."""
         self.routed: set[str] = set()
         """Requests that a router answered."""
         self.degraded = 0
@@ -65,7 +65,7 @@ class Ledger:
                 # Not promised: it may be on the log or not.
                 continue
             self.stalls[name] = max(self.stalls.get(name, 0.0), anyio.current_time() - begin)
-            self.committed[sequence] = (subject, number)
+            self.committed[sequence] = (subject, epoch, number)
             await anyio.sleep(PAUSE_SECONDS)
 
     async def route(self, client: Client, stop: anyio.Event, *, name: str = "ledger") -> None:
@@ -102,8 +102,8 @@ class Ledger:
         wanted = await self._replicas(client, routers, coordinators)
         state = FleetState(self.fleet)
         found: dict[int, str] = {}
-        numbers: list[tuple[str, int]] = []
-        at: dict[int, tuple[str, int]] = {}
+        numbers: list[tuple[str, int, int]] = []
+        at: dict[int, tuple[str, int, int]] = {}
         requests: set[str] = set()
         identities: list[str] = []
 
@@ -112,7 +112,7 @@ class Ledger:
             identities.append((message.headers or {})["Nats-Msg-Id"])
             for event in commit.events if commit is not None else codec.decode(self.fleet, message).events:
                 if isinstance(event, types.CacheCleared):
-                    numbers.append((message.subject, event.batch))
+                    numbers.append((message.subject, event.epoch, event.batch))
                     at[message.sequence] = numbers[-1]
                 elif isinstance(event, types.RequestRouted):
                     requests.add(event.request)

@@ -88,10 +88,21 @@ class Reference:
 
     def pass_time(self, time: int) -> None:
         self.sequence += 1
+        if time < self.clock - 60 * SECOND:
+            self.set_clock_back(self.clock - time)
         self.clock = max(self.clock, time)
         for request, (_, since) in list(self.running.items()):
             if self.clock - since >= LIMIT * SECOND:
                 self.finish(request)
+
+    def set_clock_back(self, by: int) -> None:
+        """It was wrong before, and whatever it gave a time to was as much too late."""
+        self.clock -= by
+        self.running = {request: (event, since - by) for request, (event, since) in self.running.items()}
+        self.early = {request: (node, when - by, served) for request, (node, when, served) in self.early.items()}
+        for node in self.nodes.values():
+            node.queue -= by / SECOND
+            node.since -= by / SECOND
 
     def tick(self) -> int:
         self.stamp += 1
@@ -117,6 +128,10 @@ class Reference:
                 kinds = (types.BlocksPlaced,) if node.managed else (types.BlocksStored, types.BlocksRemoved)
                 if not isinstance(event, (*kinds, types.CacheCleared)):
                     return "wrong_mode"
+                if isinstance(event, types.BlocksStored):
+                    limit = 2 * node.told.capacity_blocks.get(event.tier, 1 << 40)
+                    if len(self.held(name, event.tier)) > limit:
+                        return "capacity"
             if node.managed and based_on is not None and int(based_on) < node.changed:
                 return "stale"
             return self.cache(name, node, events)

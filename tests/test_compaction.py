@@ -285,7 +285,7 @@ async def test_what_is_computed_in_a_copy_sees_the_moment_of_the_fork() -> None:
 
         async def compute() -> None:
             copied = await in_copy(lambda: bytes(state) * size)
-            assert copied.data == bytes([1, 2, 3]) * size
+            assert copied.data.read() == bytes([1, 2, 3]) * size
             state.append(99)
 
         group.start_soon(compute)
@@ -294,3 +294,24 @@ async def test_what_is_computed_in_a_copy_sees_the_moment_of_the_fork() -> None:
     assert state == [7, 99]
     with pytest.raises(WorkerDied):
         await in_copy(partial(bytes, -1))
+
+
+async def test_without_a_usable_snapshot_replicas_begin_with_what_the_history_has(fleet: Fleet, tmp_path: Path) -> None:
+    """An upgrade that changes the fold makes all snapshots useless, and the log behind them was purged."""
+    first = await fleet.coordinator()
+    await fleet.router()
+    history = Historian(await fleet.connect("historian"), "default", tmp_path / "history", servers=[fleet.url])
+    await fleet._group.start(history.run)
+    await live(fleet)
+    taken = await fleet.ask("coordinator.snapshot", api.StatusRequest())
+    await until(lambda: history.ingest.stored >= taken["sequence"])
+    await fleet.ask("coordinator.compact", api.CompactRequest())
+    store = SnapshotStore(fleet.client, "default")
+    data = bytearray(await store.get(taken["sequence"]))
+    data[-1] ^= 1
+    await store.put(taken["sequence"], bytes(data))
+    second, router = await fleet.coordinator(), await fleet.router()
+    assert second.replica.began == router.replica.began == taken["sequence"]
+    await second.replica.reached(first.state.sequence)
+    await router.replica.reached(first.state.sequence)
+    assert digest(second.state) == digest(first.state) == digest(router.state)

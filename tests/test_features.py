@@ -168,7 +168,7 @@ async def test_a_router_whose_policy_fails_goes_on_counts_it_and_says_so(fleet: 
         for count in (1, 2):
             answer = await fleet.ask("route", api.RouteRequest(model="sim", prompt="hello"), api.RouteAnswer)
             assert (answer.node, answer.policy) == ("a", "least_loaded")
-            status = router.status(api.StatusRequest())
+            status = await router.status(api.StatusRequest())
             assert (status["policy_failures"], status["policy_failure"]) == (count, "ZeroDivisionError: ")
     warnings = [entry for entry in said if entry["event"] == "policy_failed"]
     assert [(entry["policy"], entry["instead"]) for entry in warnings] == [("tests.test_decide:raises", "least_loaded")]
@@ -189,7 +189,7 @@ async def test_the_router_goes_on_while_the_log_is_away(fleet: Fleet, client: Cl
     await until(lambda: router.degraded)
     answer = await fleet.ask("route", request, api.RouteAnswer)
     assert (answer.node, answer.degraded) == ("a", True)
-    status = router.status(api.StatusRequest())
+    status = await router.status(api.StatusRequest())
     assert status["waiting"] == 2
     assert status["unrecorded"] == 0
 

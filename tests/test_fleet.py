@@ -12,7 +12,7 @@ from projections import fleet as rules
 from projections.digest import digest
 from projections.load import ACTIVE_SECONDS, NodeLoad
 from projections.sessions import Session
-from tests.given import SECOND, START, Given, registered, replayed
+from tests.given import SECOND, Given, registered, replayed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -365,13 +365,6 @@ def test_a_request_that_nobody_ends_is_over_by_the_time_of_the_log(two: Given) -
     two.raw("kv.f.control", b"nonsense", after=1)
     assert list(two.state.load.running) == ["r"]
     assert load(two, "a").active == 1
-
-
-def test_a_clock_that_goes_back_is_not_followed(two: Given) -> None:
-    two.routes("q", "a", 1)
-    two.routes("r", "a", 1, after=-5000)
-    assert two.state.time == START + 5 * SECOND
-    assert {run.time for run in two.state.load.running.values()} == {two.state.time}
 
 
 def test_a_policy_holds_from_its_sequence_on(two: Given) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import anyio
@@ -15,6 +14,7 @@ from services import api
 from services.errors import ServiceFault
 from services.history import ingest as ingestion
 from tests.conftest import until
+from tests.disks import filled
 from tests.historians import (
     FAR,
     NAME,
@@ -30,7 +30,6 @@ from tests.historians import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from nats.aio.client import Client
@@ -38,34 +37,6 @@ if TYPE_CHECKING:
     from services.server import Server
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def small(tmp_path: Path) -> Iterator[Path]:
-    """A folder on a disk of a few megabytes."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"a small disk can't be mounted here: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-@contextmanager
-def filled(disk: Path, *, free: int = 0) -> Iterator[None]:
-    """Take the disk's room away, all but a few bytes."""
-    ballast = disk / "ballast"
-    with ballast.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
-        while file.write(b"x" * 65536):
-            pass
-    if free:
-        with ballast.open("rb+") as file:
-            file.truncate(ballast.stat().st_size - free)
-    yield
-    ballast.unlink()
 
 
 @pytest.mark.parametrize("free", [0, 100_000])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from events import codec, types
 from events.codec import Message
 from projections.fleet import FleetState
@@ -80,6 +82,52 @@ def test_a_lost_node_that_pulses_again_is_back() -> None:
     # A forged life does not silence the true one.
     liveness.heard(state, Pulse(node="a", epoch=1), 11)
     assert liveness.back(state, 11) == ["a"]
+
+
+def test_pulses_that_waited_while_the_coordinator_was_stopped_are_of_the_past() -> None:
+    state, liveness = fleet("a"), Liveness()
+    liveness.heard(state, Pulse(node="a", epoch=1), 0)
+    put(state, types.NodeLost("a"))
+    # It wakes up, and reads at once what came in half a minute: the node has died since.
+    liveness.heard(state, Pulse(node="a", epoch=1), 29.99)
+    assert liveness.back(state, 29.99) == ["a"]
+    liveness.listen(30)
+    for number in range(30):
+        liveness.heard(state, Pulse(node="a", epoch=1), 30 + number / 1000)
+        assert liveness.back(state, 30 + number / 1000) == []
+    assert liveness.back(state, 31) == []
+    # A node that lives goes on to pulse.
+    liveness.heard(state, Pulse(node="a", epoch=1), 31)
+    assert liveness.back(state, 31) == ["a"]
+
+
+def test_a_coordinator_that_hears_badly_does_not_contradict_for_ever() -> None:
+    """One coordinator hears a node, one does not: what it concludes is put right, and it learns."""
+    state, deaf, hearing = fleet("a"), Liveness(), Liveness()
+    concluded = []
+    now = 0.0
+    deaf.heard(state, Pulse(node="a", epoch=1), now)
+    while now < 600:
+        now += 0.25
+        if now % PULSE == 0:
+            hearing.heard(state, Pulse(node="a", epoch=1), now)
+        for liveness in (deaf, hearing):
+            for name in lost(liveness, state, now):
+                put(state, types.NodeLost(name))
+                liveness.concluded(name)
+                concluded.append((now, "lost"))
+            for name in liveness.back(state, now):
+                put(state, types.NodeRecovered(name))
+                concluded.append((now, "back"))
+    times = [when for when, what in concluded if what == "lost"]
+    assert 3 <= len(times) <= 8
+    apart = [later - earlier for earlier, later in pairwise(times)]
+    assert apart == sorted(apart)
+    assert apart[-1] > 100
+    # A pulse that it hears makes it as patient as it was.
+    deaf.heard(state, Pulse(node="a", epoch=1), now)
+    assert lost(deaf, state, now + PATIENCE) == []
+    assert lost(deaf, state, now + PATIENCE + 0.5) == ["a"]
 
 
 def test_strangers_are_not_remembered() -> None:

@@ -20,7 +20,7 @@ from events.log.follow import Follower, replay
 from events.log.group import GroupWriter
 from events.log.stream import open_stream, stream_config
 from services.server import free_port, start_server
-from tests.conftest import until
+from tests.conftest import stopped, until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -119,6 +119,7 @@ async def test_a_log_that_lost_its_end_is_an_alarm(client: Client) -> None:
 async def test_a_gap_in_what_is_delivered_is_an_alarm(client: Client) -> None:
     handled: list[int] = []
     follower = Follower(client, "default", lambda message: handled.append(message.sequence))
+    follower._consumer = "c"
     for sequence, delivery in ((1, 1), (3, 2)):
         reply = f"$JS.ACK.KV_default.c.1.{sequence}.{delivery}.1700000000000000000.0"
         await follower._receive(0, Msg(_client=client, subject=NODE, reply=reply, data=b"x"))
@@ -284,6 +285,7 @@ async def test_no_server_is_one_clear_sentence() -> None:
 async def test_a_client_outlives_a_flush_that_is_answered_too_late(client: Client, server: Server) -> None:
     appender = await opened(client)
     server.process.send_signal(signal.SIGSTOP)
+    await until(lambda: stopped(server.pid))
     with pytest.raises(FlushTimeoutError):
         await client.flush(timeout=1)
     with anyio.move_on_after(0.5):

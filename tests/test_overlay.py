@@ -188,3 +188,18 @@ def test_decisions_that_never_reached_the_log_stop_counting_though_nothing_is_pr
         overlay.decided(routed("q"), 0, 16, at(second))
         overlay.on_log("q")
     assert list(overlay.active) == [0]
+
+
+def test_a_clock_that_was_ahead_does_not_end_predictions() -> None:
+    overlay = Overlay()
+    overlay.decided(routed("ahead"), 0, 16, at(86400), predict="m")
+    overlay.decided(routed("right", "b"), 1, 16, at(0), predict="m")
+    assert (soon(overlay, 0), soon(overlay, 1)) == (0, 8)
+    assert list(overlay.pending) == ["right"]
+
+
+def test_a_late_message_is_no_other_clock() -> None:
+    overlay = Overlay()
+    overlay.decided(routed("now", "b"), 1, 16, at(60), predict="m")
+    overlay.predict("m", "a", 0, pack_hashes(CHAIN), at(0))
+    assert soon(overlay, 1) == 8

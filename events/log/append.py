@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from typing import TYPE_CHECKING, Protocol
 from uuid import uuid4
 
@@ -19,7 +20,8 @@ from nats.errors import Error as NatsError
 from nats.js.errors import NotFoundError
 
 from events import codec
-from events.errors import CommitTooLarge, LogError, LogUnavailable, LostRace
+from events.durations import MILLI, Durations
+from events.errors import CommitTooLarge, LogError, LogUnavailable, LostRace, NotAllowed
 from events.log.servers import request
 from events.subjects import stream_name
 
@@ -33,8 +35,8 @@ if TYPE_CHECKING:
 ACK_SECONDS, ACK_MOST_SECONDS = 0.5, 4.0
 """How long the first try waits for its acknowledgement, and the longest that a later one does; each waits twice as long
 as the one before. A leader that steps down never answers what it had not yet proposed."""
-RETRY_SECONDS = 0.05
-"""First pause between tries; doubled up to a second."""
+RETRY_SECONDS, RETRY_MOST_SECONDS = 0.05, 0.25
+"""First pause between tries, and the longest. While a cluster elects a leader the refusal comes at once."""
 HEADERS_BYTES = 512
 """Room for headers, kept free below the server's message limit."""
 
@@ -52,10 +54,15 @@ def new_writer(role: str) -> str:
     return f"{role}-{uuid4().hex[:16]}"
 
 
-class OnTry(Protocol):
-    """Learns whether a try was acknowledged."""
+def new_life(access: str) -> str:
+    """The same for a writer whose name in the room `access` stays the same."""
+    return f"{access}.{uuid4().hex[:16]}"
 
-    def __call__(self, *, available: bool) -> None:
+
+class OnTry(Protocol):
+    """Learns whether a try was acknowledged, and what was wrong when it was not."""
+
+    def __call__(self, *, available: bool, error: str) -> None:
         """The log did, or did not, acknowledge."""
 
 
@@ -66,6 +73,12 @@ class Appender:
         self.client = client
         self.fleet = fleet
         self.writer = writer
+        self.commits = 0
+        """Commits that were acknowledged."""
+        self.retries = 0
+        """Tries that were not."""
+        self.seconds = Durations(MILLI)
+        """How long each acknowledged commit took, its retries included."""
         self._stream = stream_name(fleet)
         self._counters: dict[str, int] = {}
         self._locks: dict[str, anyio.Lock] = {}
@@ -135,6 +148,7 @@ class Appender:
         give_up: float,
         on_try: OnTry | None,
     ) -> int:
+        begin = time.perf_counter()
         deadline = anyio.current_time() + give_up
         pause = RETRY_SECONDS
         patience = ACK_SECONDS
@@ -145,8 +159,9 @@ class Appender:
             try:
                 sequence = await self._publish(subject, body, headers, patience, retried=retried)
             except worth_a_retry as error:
+                self.retries += 1
                 if on_try is not None:
-                    on_try(available=False)
+                    on_try(available=False, error=repr(error))
                 if anyio.current_time() + pause > deadline:
                     raise LogUnavailable(
                         f"the log did not acknowledge a commit on {subject} in {give_up:g} s ({error!r}); "
@@ -154,11 +169,13 @@ class Appender:
                     ) from error
                 retried = True
                 await anyio.sleep(pause)
-                pause = min(1.0, pause * 2)
+                pause = min(RETRY_MOST_SECONDS, pause * 2)
                 patience = min(ACK_MOST_SECONDS, patience * 2)
             else:
+                self.commits += 1
+                self.seconds.add(time.perf_counter() - begin)
                 if on_try is not None:
-                    on_try(available=True)
+                    on_try(available=True, error="")
                 return sequence
 
     async def _publish(
@@ -172,7 +189,11 @@ class Appender:
                 if answer["stream"] != self._stream or type(answer["seq"]) is not int:
                     raise ValueError(answer)  # noqa: TRY301
                 sequence: int = answer["seq"]
-                return sequence
+                if not answer.get("duplicate") or await self._is_ours(subject, body, sequence):
+                    return sequence
+                # Someone else has used the id, so that the server takes ours for stored.
+                headers["Nats-Msg-Id"] = f"{self.writer}.{headers[codec.WRITER_SEQ]}.{uuid4().hex}"
+                return await self._publish(subject, body, headers, retried=retried)
         except (ValueError, KeyError, AttributeError, RecursionError):
             raise LogUnavailable(
                 f"something else than the log answered a commit on {subject}: {reply[:80]!r}"
@@ -192,6 +213,14 @@ class Appender:
         if error.get("code") in _TRY_AGAIN:
             raise LogUnavailable(error.get("description", "JetStream is not available"))
         raise LogError(f"the log refused a commit on {subject}: {error.get('description')} ({error.get('err_code')})")
+
+    async def _is_ours(self, subject: str, body: bytes, sequence: int) -> bool:
+        """Whether the message that the server holds for a duplicate is this commit, as far as this writer may look."""
+        try:
+            stored = await self.client.jetstream().get_msg(self._stream, sequence)
+        except (NotFoundError, NotAllowed):
+            return True
+        return stored.subject == subject and stored.data == body
 
     async def _purged(self, headers: dict[str, str]) -> bool:
         """Whether the message that was expected is one that the log no longer has."""

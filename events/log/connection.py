@@ -1,83 +1,149 @@
-"""Connecting to NATS the way a control plane must: never give up, never buffer blindly, never fail in silence."""
+"""Connecting to NATS the way a control plane must: never give up, never buffer blindly, never fail in silence.
+
+Only a login that is refused is given up: the server has answered, and its answer is no.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import ssl
+import time
+from collections import Counter
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 from uuid import uuid4
+from weakref import WeakKeyDictionary
 
 import anyio
-import nats
 import structlog
+from nats.errors import AuthorizationError, SlowConsumerError, StaleConnectionError, UnexpectedEOF
 from nats.errors import Error as NatsError
-from nats.errors import StaleConnectionError, UnexpectedEOF
 
-from events.errors import LogUnavailable
+from events.errors import KvplaneError, LoginRefused, LogUnavailable, UntrustedServer
+from events.log.client import LogClient
+from events.log.credentials import read_seed, trust
 from events.log.servers import lost, move
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
+    from pathlib import Path
 
     from nats.aio.client import Client
+
+    from events.log.credentials import Seed
 
 DEFAULT_URL = "nats://127.0.0.1:4222"
 CONNECT_SECONDS = 10.0
 LEAVE_SECONDS = 3.0
 PONG_SECONDS = 1
-PING_SECONDS = 2.0
+PING_SECONDS = 2
 """A server that answered none of two pings is left: a stopped one is noticed after three times this."""
+REFUSED_SECONDS = 30.0
+"""So long a client that was connected before knocks at servers that refuse it: they may be reading a new configuration."""
+
 _log = structlog.get_logger("kvplane.nats")
+_errors: WeakKeyDictionary[Client, Counter[str]] = WeakKeyDictionary()
 
 
-def _survive_headers(client: Client, name: str) -> None:
-    """Make malformed headers harmless: the client's read loop would end on them, and `is_connected` stay true."""
-    parse = client._process_headers  # noqa: SLF001 - there is no other way in
-
-    async def process(headers: bytes) -> dict[str, str] | None:
-        try:
-            parsed: dict[str, str] | None = await parse(headers)
-        except Exception as error:  # noqa: BLE001 - whatever a stranger's bytes cause
-            _log.warning("malformed_headers", client=name, error=repr(error))
-            return None
-        return parsed
-
-    client._process_headers = process  # type: ignore[method-assign]  # noqa: SLF001
+def errors_of(client: Client) -> Counter[str]:
+    """How often a client was told of a `slow_consumer`, a `permission` that it lacks, or an `other` error."""
+    return _errors.setdefault(client, Counter())
 
 
-def _survive_late_pongs(client: Client) -> None:
-    """Make the answer to a flush that was given up harmless: the client's read loop would end on it."""
-    process = client._process_pong  # noqa: SLF001 - there is no other way in
+def _kind(error: Exception) -> str:
+    if isinstance(error, SlowConsumerError):
+        return "slow_consumer"
+    return "permission" if "permissions violation" in str(error).lower() else "other"
 
-    async def process_pong() -> None:
-        waiting = client._pongs  # noqa: SLF001 - the same
-        if waiting and waiting[0].done():
-            # It belongs to nobody, but each answers one ping, in turn.
-            waiting[0] = asyncio.Future()
-        await process()
 
-    client._process_pong = process_pong  # type: ignore[method-assign]  # noqa: SLF001
+def _refusal(error: Exception, seed: Seed | None) -> KvplaneError | None:
+    """What the server's no means, if the error is one."""
+    if isinstance(error, KvplaneError):
+        return error
+    if isinstance(error, AuthorizationError) or "authorization violation" in str(error).lower():
+        if seed is None:
+            return LoginRefused(
+                "the server asks for credentials; give a seed file with --credentials or KVPLANE_CREDENTIALS"
+            )
+        return LoginRefused(
+            f"the server does not know the credentials {seed.public}; `kvplane auth list` shows whose they are, and servers "
+            "learn of new ones by SIGHUP"
+        )
+    return _untrusted(error)
+
+
+def _untrusted(error: Exception) -> UntrustedServer | None:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        reason = error.verify_message
+        if "mismatch" in reason.lower() or "doesn't match" in reason.lower():
+            return UntrustedServer(
+                f"the server's certificate is for another name ({reason}); use a name that it has, or make it anew with "
+                "`kvplane auth init --also NAME --renew`"
+            )
+        return UntrustedServer(
+            f"the server's certificate is not trusted ({reason}); give the fleet's CA with --ca or KVPLANE_CA: ca.pem of the "
+            "auth folder"
+        )
+    if isinstance(error, ssl.SSLError):
+        return UntrustedServer(
+            f"no TLS with the server ({error.reason or error}); is it configured by `kvplane auth init`?"
+        )
+    return None
+
+
+def _new_inbox(seed: Seed | None) -> str:
+    # A permission binds whole tokens, so the key is one; the rest is not to be guessed.
+    return f"_INBOX_{uuid4().hex[:12]}" if seed is None else f"_INBOX.{seed.public}.{uuid4().hex}"
 
 
 @asynccontextmanager
 async def connected(
-    servers: Sequence[str], name: str, *, connect_seconds: float = CONNECT_SECONDS
+    servers: Sequence[str],
+    name: str,
+    *,
+    connect_seconds: float = CONNECT_SECONDS,
+    credentials: Path | str | None = None,
+    ca: Path | str | None = None,
+    refused_seconds: float = REFUSED_SECONDS,
 ) -> AsyncIterator[Client]:
     """A client of these servers, drained at the end.
 
-    Once connected it reconnects for ever. Publishing while it is disconnected is refused instead of buffered: a commit
-    that was given up must not be stored later. Raises `LogUnavailable` when no server answers in `connect_seconds`.
+    `credentials` is a seed file to log in with, `ca` the certificate that the servers' must be signed by. Once connected it
+    reconnects for ever, unless all that servers say for `refused_seconds` is no: then it is closed, and `check_open` raises.
+    Publishing while it is disconnected is refused instead of buffered: a commit that was given up must not be stored later.
+
+    Raises `LogUnavailable` when no server answers in `connect_seconds`, `LoginRefused`, `UntrustedServer`, `BadCredentials`.
     """
+    errors: Counter[str] = Counter()
+    seed = None if credentials is None else read_seed(credentials)
+    client = LogClient(encrypted=ca is not None)
+    leaving = connected_once = False
+    refusals = 0
+    refused_since: float | None = None
 
     async def on_error(error: Exception) -> None:
+        nonlocal refusals, refused_since
+        refusal = _refusal(error, seed)
+        if refusal is not None and not connected_once:
+            refusals += 1
+            if refusals >= len(servers):
+                raise refusal
+        elif refusal is not None:
+            _log.error("login_refused", client=name, error=str(refusal))
+            refused_since = refused_since or time.monotonic()
+            if time.monotonic() - refused_since >= refused_seconds:
+                client.refused = str(refusal)
+                # Not from within: this is called by what closing ends.
+                closing.append(asyncio.ensure_future(client.close()))
+            return
         if isinstance(error, OSError | UnexpectedEOF | StaleConnectionError):
             # Every try to reconnect ends here; `nats_disconnected` has said it already.
             _log.debug("nats_retry", client=name, error=str(error))
             return
         # Slow consumers and permission violations are only ever reported here.
+        errors[_kind(error)] += 1
         _log.error("nats_error", client=name, error=str(error) or type(error).__name__)
 
-    leaving = False
     moves: list[asyncio.Task[None]] = []
 
     async def on_lame_duck() -> None:
@@ -92,18 +158,30 @@ async def connected(
             _log.warning("nats_disconnected", client=name)
 
     async def on_reconnected() -> None:
+        nonlocal refused_since
+        refused_since = None
         where = client.connected_url
         _log.info("nats_reconnected", client=name, server=where.netloc if where else "")
 
+    async def on_closed() -> None:
+        if leaving or client.refused:
+            return
+        reason = _refusal(client.last_error, seed) if client.last_error else None
+        client.refused = str(reason or f"the server closed the connection for good: {client.last_error}")
+        _log.error("nats_closed", client=name, error=client.refused)
+
+    closing: list[asyncio.Future[None]] = []
     try:
-        client = await nats.connect(
+        await client.connect(
             servers=list(servers),
             name=name,
-            inbox_prefix=f"_INBOX_{uuid4().hex[:12]}",
+            inbox_prefix=_new_inbox(seed),
+            nkeys_seed_str=None if seed is None else seed.text,
+            tls=None if ca is None else trust(ca),
             connect_timeout=2,
             allow_reconnect=True,
             max_reconnect_attempts=max(3, int(connect_seconds / 0.1)),
-            reconnect_time_wait=0.1,
+            reconnect_time_wait=0.1,  # type: ignore[arg-type] # it is slept for
             ping_interval=PING_SECONDS,
             max_outstanding_pings=2,
             pending_size=0,
@@ -112,6 +190,7 @@ async def connected(
             disconnected_cb=on_disconnected,
             lame_duck_mode_cb=on_lame_duck,
             reconnected_cb=on_reconnected,
+            closed_cb=on_closed,
         )
     except (NatsError, OSError) as error:
         where = ", ".join(servers)
@@ -119,9 +198,14 @@ async def connected(
             f"no NATS server answers at {where}; start one with `kvplane up`, or name yours with --server or "
             f"KVPLANE_SERVER ({type(error).__name__})"
         ) from None
+    except KvplaneError:
+        leaving = True
+        with suppress(NatsError, OSError, TimeoutError):
+            await client.close()
+        raise
+    connected_once = True
     client.options["max_reconnect_attempts"] = -1
-    _survive_headers(client, name)
-    _survive_late_pongs(client)
+    _errors[client] = errors
     try:
         yield client
     finally:

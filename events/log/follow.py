@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from functools import partial
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 import anyio
 import structlog
@@ -19,6 +20,7 @@ from nats.js.errors import APIError
 
 from events.codec import Message
 from events.errors import KvplaneError, LogCorrupt, LogMissing, LogPurged, LogUnavailable
+from events.log.client import check_open
 from events.log.servers import in_cluster
 from events.log.stream import open_stream
 from events.subjects import stream_name
@@ -50,13 +52,13 @@ _log = structlog.get_logger("kvplane.log")
 _SHORT, _LONG = 9, 12
 
 
-def _metadata(reply: str) -> tuple[int, int, int]:
-    """Stream sequence, consumer sequence and time of a delivered message."""
+def _metadata(reply: str) -> tuple[str, int, int, int]:
+    """Consumer, stream sequence, consumer sequence and time of a delivered message."""
     parts = reply.split(".")
     base = 5 if len(parts) == _SHORT else 7
     if len(parts) not in (_SHORT, _LONG - 1, _LONG):
         raise ValueError(reply)
-    return int(parts[base]), int(parts[base + 1]), int(parts[base + 2])
+    return parts[base - 2], int(parts[base]), int(parts[base + 1]), int(parts[base + 2])
 
 
 class Follower:
@@ -78,13 +80,24 @@ class Follower:
         self.healthy = False
         """Whether messages or heartbeats arrive."""
         self.restarts = 0
+        self._last_reply = ""
         self._subscription: Subscription | None = None
         self._generation = 0
+        self._consumer = ""
         self._delivered = 0
         self._heard = False
         self._stopped: KvplaneError | Exception | None = None
         self._restart = anyio.Event()
         self._paused: anyio.Event | None = None
+
+    @property
+    def behind(self) -> int:
+        """Commits that are on the log and were not handed on, as the server said with the last one that was."""
+        said = self._last_reply.split(".")
+        if len(said) < _SHORT:
+            return max(0, self.target - self.applied)
+        # The number of pending messages comes after the time.
+        return int(said[8 if len(said) == _SHORT else 10])
 
     def pause(self) -> None:
         """Hand on nothing until `resume`; the server holds back what is on its way."""
@@ -98,7 +111,7 @@ class Follower:
             paused.set()
 
     async def run(self) -> None:
-        """Follow until cancelled. Raises `LogCorrupt`, `LogMissing`, or what `handle` raised.
+        """Follow until cancelled. Raises `LogCorrupt`, `LogMissing`, `LoginRefused`, or what `handle` raised.
 
         After `LogPurged` it may be called again, with `applied` set to where a snapshot was taken.
         """
@@ -136,7 +149,7 @@ class Follower:
         if self.applied + 1 < state.first_seq and state.first_seq > 1:
             raise LogPurged(
                 f"the log of fleet {self._fleet!r} begins at {state.first_seq}, but {self.applied + 1} is needed next; "
-                "start from a snapshot"
+                "there is no snapshot that leads there. A historian that has it can give it: start one, and this again"
             )
         if self.applied > state.last_seq:
             raise LogCorrupt(
@@ -148,6 +161,7 @@ class Follower:
         self._restart = anyio.Event()
         tries = 0
         while True:
+            check_open(self._client)
             try:
                 tries += 1
                 js = self._client.jetstream(timeout=SOON_SECONDS if tries < PATIENT_TRIES else PATIENT_SECONDS)
@@ -158,6 +172,7 @@ class Follower:
                 self._delivered = 0
                 # What an earlier consumer still delivers is not for this one.
                 self._generation += 1
+                self._consumer = f"follower-{uuid4().hex}"
                 inbox = self._client.new_inbox()
                 self._subscription = await self._client.subscribe(
                     inbox,
@@ -168,6 +183,7 @@ class Follower:
                 await js.add_consumer(
                     self._stream,
                     ConsumerConfig(
+                        name=self._consumer,
                         deliver_subject=inbox,
                         deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
                         opt_start_seq=self.applied + 1,
@@ -206,6 +222,7 @@ class Follower:
                 return
             if self._restart.is_set():
                 return
+            check_open(self._client)
             self.healthy = self._client.is_connected
             if self._heard or self._paused is not None:
                 self._heard = False
@@ -246,8 +263,11 @@ class Follower:
         if self._stopped is not None or self._restart.is_set():
             return
         try:
-            sequence, delivery, time = _metadata(message.reply)
+            consumer, sequence, delivery, time = _metadata(message.reply)
         except ValueError:
+            return
+        if consumer != self._consumer:
+            # A stranger's consumer, of this log or another, that was aimed at this inbox.
             return
         if delivery != self._delivered + 1:
             self._restart.set()
@@ -264,6 +284,7 @@ class Follower:
             self._restart.set()
             return
         self.applied = sequence
+        self._last_reply = message.reply
         if sequence >= self.target and not self.caught_up.is_set():
             self.caught_up.set()
 

@@ -73,6 +73,9 @@ class GroupWriter:
         while len(self._waiting) > self._limit or (self._bytes > LIMIT_BYTES and len(self._waiting) > 1):
             self._bytes -= len(self._waiting.popleft())
             self.dropped += 1
+            # At the first one, and when they have doubled: it may go on for hours.
+            if not self.dropped & (self.dropped - 1):
+                _log.error("events_dropped", subject=self._subject, dropped=self.dropped, waiting=self.waiting)
         if not self._wake.is_set():
             self._wake.set()
         if len(self._waiting) >= ENOUGH_EVENTS and not self._enough.is_set():
@@ -133,11 +136,11 @@ class GroupWriter:
         """Append until acknowledged: the writer's counter stays the same, however long the log is away."""
         self.last_sequence = await self._appender.append_forever(self._subject, codec.join(group), self._set_available)
 
-    def _set_available(self, *, available: bool) -> None:
+    def _set_available(self, *, available: bool, error: str) -> None:
         if available is not self.available:
             self.available = available
-            event = "log_is_back" if available else "log_is_away"
-            _log.warning(event, subject=self._subject, waiting=self.waiting, dropped=self.dropped)
+            event, why = ("log_is_back", {}) if available else ("log_is_away", {"error": error})
+            _log.warning(event, subject=self._subject, waiting=self.waiting, dropped=self.dropped, **why)
 
 
 class Writers:

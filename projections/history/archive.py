@@ -17,7 +17,7 @@ import duckdb
 
 from projections.errors import BadHistory
 from projections.history.store import LIVE, fault
-from projections.history.tables import TABLES, VERSION
+from projections.history.tables import READABLE, TABLES, VERSION
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,6 +52,7 @@ class File(NamedTuple):
     last: int
     rows: int
     bytes: int
+    version: int = VERSION
 
 
 def closed(cursor: duckdb.DuckDBPyConnection, now: int) -> Part | None:
@@ -125,7 +126,7 @@ def adopt(store: Store, part: Part, files: list[File]) -> None:
 
 def _list(connection: duckdb.DuckDBPyConnection, files: list[File]) -> None:
     for file in files:
-        connection.execute("INSERT INTO archive_files VALUES (?, ?, ?, ?, ?, ?, ?)", list(file))
+        connection.execute("INSERT INTO archive_files VALUES (?, ?, ?, ?, ?, ?, ?, ?)", list(file))
 
 
 def listed(store: Store, cursor: duckdb.DuckDBPyConnection | None = None) -> list[File]:
@@ -133,7 +134,7 @@ def listed(store: Store, cursor: duckdb.DuckDBPyConnection | None = None) -> lis
     rows = (
         (cursor or store.connection)
         .execute(
-            "SELECT name, table_name, strftime(day, '%Y-%m-%d'), first_sequence, last_sequence, row_count, bytes "
+            "SELECT name, table_name, strftime(day, '%Y-%m-%d'), first_sequence, last_sequence, row_count, bytes, version "
             "FROM archive_files ORDER BY first_sequence, table_name"
         )
         .fetchall()
@@ -222,10 +223,12 @@ def recover(store: Store) -> int:
                 f"the archive in {store.folder.name} is of fleet {meta.get('kvplane_fleet')!r}, not {store.fleet!r}; choose "
                 "another folder with --history"
             )
-        if meta.get("kvplane_version") != str(VERSION):
+        version = meta.get("kvplane_version", "")
+        if version not in READABLE:
             continue
         events[first, last] = events.get((first, last), 0) + told - (0 if name.parts[0] == "commits" else count)
-        file = File(str(name), name.parts[0], match[1], first, last, count, path.stat().st_size)
+        size = path.stat().st_size
+        file = File(str(name), name.parts[0], match[1], first, last, count, size, int(version))
         parts.setdefault((first, last), []).append(file)
     for key, files in parts.items():
         # What is kept for ever outlives its commits.

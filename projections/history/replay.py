@@ -147,8 +147,7 @@ def decision_of(row: Mapping[str, Any]) -> types.RequestRouted:
         request=row["request"], model=row["model"], node=row["node"], match=row["match"], blocks=row["blocks"],
         tokens=row["tokens"], hashes=row["hashes"], session=row["session"], policy=row["policy"], applied=row["applied"],
         candidates=[types.Candidate(**candidate) for candidate in row["candidates"]], best=row["best_match"] or 0,
-        decided=row["decided"] or 0,
-        exclude=row["exclude"],
+        decided=row["decided"] or 0, exclude=row["exclude"], trace=row["trace"] or "",
     )  # fmt: skip
 
 
@@ -159,8 +158,11 @@ def decision_events(table: pa.Table) -> Events:
 
 def completion_events(table: pa.Table) -> Events:
     """Events of `completions`."""
-    fields = types.RequestCompleted.__struct_fields__
-    return {_key(row): types.RequestCompleted(**{name: row[name] for name in fields}) for row in _rows(table)}
+    fields = [name for name in types.RequestCompleted.__struct_fields__ if name != "trace"]
+    return {
+        _key(row): types.RequestCompleted(**{name: row[name] for name in fields}, trace=row["trace"] or "")
+        for row in _rows(table)
+    }
 
 
 def policy_events(table: pa.Table) -> Events:

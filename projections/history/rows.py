@@ -354,6 +354,7 @@ def _decisions(rows: Sequence[_Row]) -> dict[str, Any]:
         "prefix": _prefixes(hashes, sizes),
         "hashes": hashes,
         "candidates": pa.ListArray.from_arrays(offsets, structs),
+        "trace": [event.trace or None for event in events],
     }
 
 
@@ -380,6 +381,7 @@ def _completions(rows: Sequence[_Row]) -> dict[str, Any]:
         "model": [routed.model if routed is not None else None for routed in known],
         "policy": [routed.policy if routed is not None else None for routed in known],
         "predicted_tokens": [routed.predicted_tokens if routed is not None else None for routed in known],
+        "trace": [event.trace or None for event in events],
     }
 
 

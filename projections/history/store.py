@@ -18,7 +18,7 @@ import duckdb
 
 from projections.errors import BadHistory, HistoryFull
 from projections.history.rows import MATCHED_SECONDS, Routed, Waiting
-from projections.history.tables import ADDED, TABLES, VERSION
+from projections.history.tables import ADDED, SINCE_1, TABLES, VERSION
 from projections.history.views import VIEWS
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ class Store:
         self.archive = folder / ARCHIVE
         self.spill = folder / SPILL
         self.fleet = fleet
+        self.raised = False
+        """Whether the file was of version 1 and has the columns of this one since it was opened."""
         try:
             self.archive.mkdir(parents=True, exist_ok=True)
             self.connection = self._open()
@@ -94,7 +96,8 @@ class Store:
         if known:
             # Another version may have other columns.
             said = (connection.sql("SELECT * FROM checkpoint").to_arrow_table().to_pylist() or [{}])[0]
-            if said.get("version") != VERSION:
+            older = said.get("version") == 1
+            if said.get("version") != VERSION and not older:
                 raise BadHistory(
                     f"the history in {self.folder.name} is of version {said.get('version')}, this kvplane reads {VERSION}; "
                     "`kvplane history rebuild` makes it again from the log and the archive"
@@ -105,7 +108,11 @@ class Store:
                     "folder with --history"
                 )
             self._check_archive(connection)
+            connection.execute("BEGIN")
+            if older:
+                self._raise_version(connection)
             self.refresh(connection)
+            connection.execute("COMMIT")
             return
         connection.execute("BEGIN")
         for table in ADDED:
@@ -115,7 +122,7 @@ class Store:
             connection.execute(table.ddl(LIVE))
         connection.execute(
             "CREATE TABLE archive_files (name VARCHAR, table_name VARCHAR, day DATE, first_sequence UBIGINT, "
-            "last_sequence UBIGINT, row_count UBIGINT, bytes UBIGINT)"
+            "last_sequence UBIGINT, row_count UBIGINT, bytes UBIGINT, version INTEGER)"
         )
         connection.execute(
             "CREATE TABLE checkpoint (version INTEGER, fleet VARCHAR, sequence UBIGINT, time UBIGINT, archived UBIGINT)"
@@ -123,6 +130,14 @@ class Store:
         connection.execute("INSERT INTO checkpoint VALUES (?, ?, 0, 0, 0)", [VERSION, self.fleet])
         self.refresh(connection)
         connection.execute("COMMIT")
+
+    def _raise_version(self, connection: duckdb.DuckDBPyConnection) -> None:
+        """Give a history of version 1 the columns that it lacks; files of the archive stay as they are."""
+        for table, column in SINCE_1:
+            connection.execute(f"ALTER TABLE {LIVE}.{table.name} ADD COLUMN {column.name} {column.sql}")
+        connection.execute("ALTER TABLE archive_files ADD COLUMN version INTEGER DEFAULT 1")
+        connection.execute("UPDATE checkpoint SET version = ?", [VERSION])
+        self.raised = True
 
     def _check_archive(self, connection: duckdb.DuckDBPyConnection) -> None:
         """Raise `BadHistory` when listed files are not there, or not as long as they were."""
@@ -141,12 +156,15 @@ class Store:
         """Make the views over live and archived rows anew; in the transaction that changes the list of archived files."""
         for table in TABLES:
             files = connection.execute(
-                "SELECT name FROM archive_files WHERE table_name = ? ORDER BY first_sequence", [table.name]
+                "SELECT version, list(name ORDER BY first_sequence) FROM archive_files WHERE table_name = ? "
+                "GROUP BY version ORDER BY version",
+                [table.name],
             ).fetchall()
             query = f"SELECT * FROM {LIVE}.{table.name}"
-            if files:
-                names = ", ".join("'" + str(self.archive / name).replace("'", "''") + "'" for (name,) in files)
-                query += f" UNION ALL BY NAME SELECT * FROM read_parquet([{names}], hive_partitioning = false)"
+            # Files of one version have the same columns; to look into each of them would make every query slow.
+            for _, names in files:
+                paths = ", ".join("'" + str(self.archive / name).replace("'", "''") + "'" for name in names)
+                query += f" UNION ALL BY NAME SELECT * FROM read_parquet([{paths}], hive_partitioning = false)"
             connection.execute(f"CREATE OR REPLACE VIEW main.{table.name} AS {query}")
             _comment(connection, table.name, table.meaning, [(c.name, c.meaning) for c in table.columns])
         for view in VIEWS:

@@ -12,7 +12,9 @@ from typing import NamedTuple
 import pyarrow as pa
 
 VERSION = 2
-"""Of the tables. A history of another version is made again from the log and the archive."""
+"""Of the tables. A history of version 1 gets the columns in `SINCE_1`; any other is made again from the log and the archive."""
+READABLE = ("1", "2")
+"""Versions of archived files that can be read; columns that they don't have are null."""
 
 CANDIDATE = pa.struct([("node", pa.string()), ("match", pa.uint64()), ("cost", pa.float64())])
 
@@ -66,6 +68,9 @@ class Table(NamedTuple):
 _SEQUENCE = Column("sequence", "UBIGINT", "sequence of the commit on the log")
 _TIME = Column("time", "TIMESTAMP", "when the log stored it, UTC")
 _EVENT = (_SEQUENCE, Column("event", "USMALLINT", "place of the event in its commit, from 0"), _TIME)
+_TRACE = Column(
+    "trace", "VARCHAR", "W3C traceparent that came with it; null without one. `trace[4:35]` is the trace's id"
+)
 _REASON = Column("reason", "VARCHAR", "why, in the writer's words")
 
 COMMITS = Table(
@@ -163,6 +168,7 @@ DECISIONS = Table(
         Column("prefix", "UBIGINT", "block that ends the first 512 tokens, or the last full block of a shorter prompt"),
         Column("hashes", "UBIGINT[]", "blocks of the prompt; empty where not recorded"),
         Column("candidates", 'STRUCT(node VARCHAR, "match" UBIGINT, cost DOUBLE)[]', "the best few nodes, by cost"),
+        _TRACE,
     ),
 )  # fmt: skip
 
@@ -182,6 +188,7 @@ COMPLETIONS = Table(
         Column("model", "VARCHAR", "model, by its decision"),
         Column("policy", "VARCHAR", "policy, by its decision"),
         Column("predicted_tokens", "UBIGINT", "tokens that the router expected to be cached"),
+        _TRACE,
     ),
 )  # fmt: skip
 
@@ -242,5 +249,7 @@ ADDED = (WHATIF_RUNS, WHATIF_REQUESTS)
 """What people add to the history. It does not follow from the log, so making the history again does not bring it back."""
 
 TABLES = (COMMITS, NODE_CHANGES, CACHE_CHANGES, SESSION_CHANGES, DECISIONS, COMPLETIONS, POLICY_CHANGES, FORMAT_CHANGES)
+SINCE_1 = ((DECISIONS, _TRACE), (COMPLETIONS, _TRACE))
+"""Columns that a history of version 1 does not have."""
 BY_NAME = {table.name: table for table in TABLES}
 """All of them: what is archived, and what the log can be made again from."""

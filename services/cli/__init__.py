@@ -1,7 +1,7 @@
 """The command `kvplane`.
 
 `run` has what runs on, `ask` what asks a running fleet, `log` what reads the log, `history`, `past`, `sql`, `report` and
-`whatif` what a historian answers, `simulate` what needs no fleet.
+`whatif` what a historian answers, `auth` what makes credentials, `simulate` what needs no fleet.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ app = App(
 )
 # By name, so that a command loads what it needs and no other.
 COMMANDS = (
-    "run:up", "run:router", "run:coordinator", "history:historian", "run:simnode", "ask:node", "ask:policy", "ask:route",
+    "up:up", "run:router", "run:coordinator", "history:historian", "run:simnode", "ask:node", "ask:policy", "ask:route",
     "past:state", "past:diff", "past:explain", "whatif:whatif", "sql:sql", "report:report", "history:history", "log:events",
-    "snapshot:snapshot", "snapshot:compact", "format:format", "copies:copies", "doctor:doctor",
+    "snapshot:snapshot", "snapshot:compact", "copies:copies", "format:format", "doctor:doctor", "auth:auth",
     "demo:demo", "simulate:simulate", "simulate:workload",
 )  # fmt: skip
 for name in COMMANDS:

@@ -12,7 +12,6 @@ from rich.table import Table
 
 from events.errors import BadHashes
 from events.hashing import pack_hashes, parse_hash
-from events.log.connection import connected
 from services import api
 from services.cli.common import COMMON, Common, run_async, start
 from services.client import ASK_SECONDS, ask
@@ -36,7 +35,7 @@ def question(common: Common, endpoint: str, request: msgspec.Struct, *, seconds:
     start(common, quiet=True)
 
     async def run() -> dict[str, Any]:
-        async with connected(common.server, "kvplane-cli", connect_seconds=CONNECT_SECONDS) as client:
+        async with common.connected("kvplane-cli", seconds=CONNECT_SECONDS) as client:
             answer: dict[str, Any] = await ask(client, f"kv.{common.fleet}.{endpoint}", request, seconds=seconds)
             return answer
 

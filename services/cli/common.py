@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import signal
 from dataclasses import dataclass
+from pathlib import Path  # noqa: TC003 - options are read by their types
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import anyio
 from cyclopts import Parameter
 
-from events.log.connection import DEFAULT_URL
+from events.log.connection import CONNECT_SECONDS, DEFAULT_URL, connected
 from events.subjects import check_fleet
 from services import logs
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from contextlib import AbstractAsyncContextManager
+
+    from nats.aio.client import Client
 
 T = TypeVar("T")
 
@@ -30,10 +34,18 @@ class Common:
     """NATS server, as a URL; may be repeated."""
     fleet: Annotated[str, Parameter(env_var="KVPLANE_FLEET")] = "default"
     """Name of the fleet."""
+    credentials: Annotated[Path | None, Parameter(env_var="KVPLANE_CREDENTIALS")] = None
+    """Seed file to log in with, where servers ask for one; `kvplane auth` makes it."""
+    ca: Annotated[Path | None, Parameter(env_var="KVPLANE_CA")] = None
+    """Certificate that the servers' must be signed by: ca.pem of the auth folder."""
     log_level: Annotated[logs.Level, Parameter(env_var="KVPLANE_LOG_LEVEL")] = "info"
     """Least level that is logged."""
     log_format: Annotated[Literal["auto", "text", "json"], Parameter(env_var="KVPLANE_LOG_FORMAT")] = "auto"
     """How to log: for people on a terminal and as JSON elsewhere, or always the same."""
+
+    def connected(self, name: str, *, seconds: float = CONNECT_SECONDS) -> AbstractAsyncContextManager[Client]:
+        """A client of the servers, see `events.log.connection`."""
+        return connected(self.server, name, connect_seconds=seconds, credentials=self.credentials, ca=self.ca)
 
 
 COMMON = Common()

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
 from msgspec import to_builtins
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from events.log.connection import connected
 from services.cli.ask import CONNECT_SECONDS, Json, show_json
 from services.cli.common import COMMON, Common, run_async, start
-from services.doctor import Finding, examine, judge
+from services.doctor import Finding, judge
+from services.examine import examine
 
-_COLOURS = {"ok": "green", "warning": "yellow", "problem": "bold red"}
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Monitor = Annotated[tuple[str, ...], Parameter(env_var="KVPLANE_MONITOR", negative="")]
+
+_COLOURS = {"ok": "green", "unseen": "dim", "warning": "yellow", "problem": "bold red"}
 
 
-def doctor(*, json: Json = False, common: Common = COMMON) -> int:
-    """Look whether all is well: log, replicas and their digests, history, nodes. Exit code 1 when something is wrong.
+def doctor(*, monitor: Monitor = (), json: Json = False, common: Common = COMMON) -> int:
+    """Look whether all is well: log, servers, clocks, replicas and their digests, history, nodes.
+
+    Exit code 1 when there is a problem. What can't be seen from here is called unseen, and is no problem.
 
     Parameters
     ----------
+    monitor
+        Monitoring endpoint of a server, such as http://127.0.0.1:8222; it says whether the server is durable, and how full.
     json
         Print JSON.
     """
     start(common, quiet=True)
-    findings = run_async(_examine, common)
+    findings = run_async(_examine, monitor, common)
     if json:
         show_json(to_builtins(findings))
     else:
@@ -36,6 +48,6 @@ def doctor(*, json: Json = False, common: Common = COMMON) -> int:
     return 1 if any(finding.level == "problem" for finding in findings) else 0
 
 
-async def _examine(common: Common) -> list[Finding]:
-    async with connected(common.server, "kvplane-doctor", connect_seconds=CONNECT_SECONDS) as client:
-        return judge(await examine(client, common.fleet))
+async def _examine(monitors: Sequence[str], common: Common) -> list[Finding]:
+    async with common.connected("kvplane-doctor", seconds=CONNECT_SECONDS) as client:
+        return judge(await examine(client, common.fleet, monitors))

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from events.log.connection import connected
 from projections.history import archive
 from projections.history.store import ARCHIVE, FILE
 from services import api
@@ -22,6 +21,7 @@ from services.errors import BadRequest
 from services.history.historian import Historian
 from services.history.ingest import Ingest, Retention, give_way, relax_collector
 from services.history.pages import Limits
+from services.web import check_address, observing
 
 history = App(name="history", help="See how far the history is, or make it again.")
 
@@ -38,6 +38,7 @@ def historian(
     max_rows: int = 1_000_000,
     memory_gb: float = 2.0,
     policy_module: PolicyModules = (),
+    http: str | None = None,
     common: Common = COMMON,
 ) -> None:
     """Keep the fleet's history for SQL, and answer questions about the past. One for each fleet.
@@ -58,8 +59,11 @@ def historian(
         Gigabytes of memory for queries and ingestion.
     policy_module
         Modules from which policies of the form module:attr may be taken, to explain their decisions.
+    http
+        HOST:PORT of metrics and health (/metrics, /healthz, /readyz), such as 127.0.0.1:9464; default is none.
     """
     start(common)
+    check_address(http)
     for value, option in ((keep_days, "keep-days"), (keep_gb, "keep-gb"), (timeout, "timeout"), (max_rows, "max-rows")):
         if value is not None and value <= 0:
             raise BadRequest(f"--{option} is {value:g}; it must be more than 0")
@@ -70,16 +74,19 @@ def historian(
     relax_collector()
     limits = Limits(seconds=timeout, rows=max_rows, memory=int(memory_gb * 1e9))
     retention = Retention(keep_days, None if keep_gb is None else int(keep_gb * 1e9))
-    run_until_signal(_historian, history, limits, retention, tuple(policy_module), common)
+    run_until_signal(_historian, history, limits, retention, tuple(policy_module), http, common)
 
 
 async def _historian(
-    folder: Path, limits: Limits, retention: Retention, modules: tuple[str, ...], common: Common
+    folder: Path, limits: Limits, retention: Retention, modules: tuple[str, ...], http: str | None, common: Common
 ) -> None:
-    async with connected(common.server, "kvplane-historian") as client:
-        await Historian(
-            client, common.fleet, folder, servers=common.server, limits=limits, retention=retention, modules=modules
-        ).run()
+    async with common.connected("kvplane-historian") as client:
+        service = Historian(
+            client, common.fleet, folder, servers=common.server, limits=limits, retention=retention, modules=modules,
+            credentials=common.credentials, ca=common.ca,
+        )  # fmt: skip
+        async with observing(http, service):
+            await service.run()
 
 
 @history.command
@@ -129,7 +136,7 @@ def rebuild(*, history: Folder = DEFAULT_FOLDER, from_log: bool = False, common:
 
 async def _rebuild(folder: Path, from_log: bool, common: Common) -> None:  # noqa: FBT001
     console = Console(stderr=True)
-    async with connected(common.server, "kvplane-rebuild", connect_seconds=CONNECT_SECONDS) as client:
+    async with common.connected("kvplane-rebuild", seconds=CONNECT_SECONDS) as client:
         path = folder / FILE
         if path.exists():
             # Whoever has it open keeps it: a lock is asked for first.

@@ -14,7 +14,6 @@ from rich.markup import escape
 
 from events import codec
 from events.errors import BadCommit
-from events.log.connection import connected
 from events.log.follow import Follower, single
 from events.log.stream import open_stream
 from services.cli.ask import CONNECT_SECONDS, Json
@@ -63,7 +62,7 @@ async def _tail(last: int, since: int | None, follow: bool, json: bool, common: 
                 console.print(as_text(line))
         sys.stdout.flush()
 
-    async with connected(common.server, "kvplane-tail", connect_seconds=CONNECT_SECONDS) as client:
+    async with common.connected("kvplane-tail", seconds=CONNECT_SECONDS) as client:
         held = await open_stream(client.jetstream(), common.fleet)
         first = since if since is not None else held.last_seq - max(0, last) + 1
         applied = min(held.last_seq, max(first, held.first_seq, 1) - 1)

@@ -12,7 +12,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from events.log.connection import connected
 from events.log.follow import single
 from projections.overview import summary
 from services import api
@@ -67,7 +66,7 @@ def moment(nanoseconds: int) -> str:
 
 
 async def _rebuild(common: Common) -> dict[str, Any]:
-    async with connected(common.server, "kvplane-state", connect_seconds=CONNECT_SECONDS) as client:
+    async with common.connected("kvplane-state", seconds=CONNECT_SECONDS) as client:
         replica = Replica(client, common.fleet)
         columns = (TextColumn("reading the log"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         try:
@@ -162,6 +161,7 @@ def _show(answer: dict[str, Any]) -> None:
         ("request", f"{answer['request']}: {recorded['tokens']:,} tokens in {recorded['blocks']:,} full blocks"),
         ("model", recorded["model"]),
         ("session", recorded["session"] or "none"),
+        ("trace", recorded["trace"] or (answer["outcome"] or {}).get("trace") or "none"),
         ("sent to", f"{recorded['node']}, {answer['kind']} match of {recorded['match']} blocks, longest {recorded['best']}"),
         ("decided", f"{decided} by {answer['router']}"),
         ("sequence", f"{answer['applied']:,} was applied, the decision is {answer['sequence']:,}"),

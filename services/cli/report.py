@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from events.log.connection import connected
 from services.cli.ask import CONNECT_SECONDS, Json, grid, show_json
 from services.cli.common import COMMON, Common, run_async, start
 from services.cli.simulate import progress_bar
@@ -120,7 +119,7 @@ def report(
 async def _collect(
     span: Range, charts: bool, common: Common  # noqa: FBT001
 ) -> tuple[Report | None, tuple[datetime, datetime] | None]:  # fmt: skip
-    async with connected(common.server, "kvplane-report", connect_seconds=CONNECT_SECONDS) as client:
+    async with common.connected("kvplane-report", seconds=CONNECT_SECONDS) as client:
         ask = partial(historian.table, client, common.fleet)
         found = await collect(ask, common.fleet, span, charts=charts)
         return found, await extent(ask) if found is None else None

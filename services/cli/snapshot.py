@@ -7,7 +7,6 @@ from typing import Annotated
 from cyclopts import App, Parameter
 from rich.console import Console
 
-from events.log.connection import connected
 from events.log.snapshots import SnapshotStore
 from services import api
 from services.cli.ask import CONNECT_SECONDS, Json, grid, question, show_json
@@ -58,7 +57,7 @@ def list_snapshots(*, json: Json = False, common: Common = COMMON) -> None:
 
 
 async def _sequences(common: Common) -> list[int]:
-    async with connected(common.server, "kvplane-snapshot", connect_seconds=CONNECT_SECONDS) as client:
+    async with common.connected("kvplane-snapshot", seconds=CONNECT_SECONDS) as client:
         return await SnapshotStore(client, common.fleet).sequences()
 
 

@@ -19,7 +19,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from events.errors import KvplaneError
-from events.log.connection import connected
 from projections.history.tables import ADDED, TABLES
 from projections.history.views import VIEWS
 from services.cli.ask import CONNECT_SECONDS, Json
@@ -112,7 +111,7 @@ def choose(*, json: bool, csv: bool, parquet: Path | None, arrow: Path | None) -
 async def _once(
     query: str, writer: Callable[[pa.Schema], Any], seconds: float | None, rows: int | None, common: Common
 ) -> None:  # fmt: skip
-    async with connected(common.server, "kvplane-sql", connect_seconds=CONNECT_SECONDS) as client:
+    async with common.connected("kvplane-sql", seconds=CONNECT_SECONDS) as client:
         await _run(client, common.fleet, query, writer, seconds, rows)
 
 
@@ -267,7 +266,7 @@ async def _prompt(
         ".quit",
     ]
     console = Console()
-    async with connected(common.server, "kvplane-sql", connect_seconds=CONNECT_SECONDS) as client:
+    async with common.connected("kvplane-sql", seconds=CONNECT_SECONDS) as client:
         session: PromptSession[str] = PromptSession(history=typed, completer=WordCompleter(words, ignore_case=True))
         console.print(f"history of fleet {common.fleet!r}; .help helps", highlight=False)
         waiting = ""

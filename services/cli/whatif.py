@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from events.log.connection import connected
 from projections.history.tables import WHATIF_RUNS
 from services import api
 from services.cli.ask import CONNECT_SECONDS, Json, show_json
@@ -122,7 +121,7 @@ def whatif(
 
 
 async def _recorded(since: str | None, until: str | None, warm: float, common: Common) -> tuple[Span, int, int]:
-    async with connected(common.server, "kvplane-whatif", connect_seconds=CONNECT_SECONDS) as client:
+    async with common.connected("kvplane-whatif", seconds=CONNECT_SECONDS) as client:
         return await recorded_span(client, common.fleet, since, until, warm=warm)
 
 
@@ -130,7 +129,7 @@ async def _keep(
     run: str, span: tuple[int, int], names: Sequence[str], outcomes: Sequence[Outcome], served: Sequence[Sequence[Served]],
     results: Sequence[Result], begin: int, common: Common,
 ) -> None:  # fmt: skip
-    async with connected(common.server, "kvplane-whatif", connect_seconds=CONNECT_SECONDS) as client:
+    async with common.connected("kvplane-whatif", seconds=CONNECT_SECONDS) as client:
         for name, outcome, each in zip(names, outcomes, served, strict=True):
             rows = what.request_rows(run, name, outcome, each, begin)
             step = max(1, client.max_payload // 512)

@@ -55,6 +55,10 @@ class Fleet:
                 command, stdin=None, stdout=log.wrapped, stderr=STDOUT, start_new_session=True
             )
 
+    def signal(self, name: str, number: signal.Signals) -> None:
+        """Send a signal to a process."""
+        self._processes[name].send_signal(number)
+
     async def ended(self, name: str) -> int:
         """Wait until a process has ended by itself; its exit code."""
         return await self._processes[name].wait()

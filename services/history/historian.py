@@ -7,6 +7,7 @@ kv.<fleet>.history.changes    what changed between two moments
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,9 @@ from services.history.pages import Pages
 from services.history.past import Past
 from services.history.pieces import Pieces
 from services.micro import Endpoint, serve, stop
+from services.readiness import Readiness, readiness
+from services.tally import Tally
+from services.version import package_version
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,20 +47,25 @@ _log = structlog.get_logger("kvplane.history")
 
 
 class Historian:
-    """One fleet's historian. `servers` and `modules` are for the process that folds past states."""
+    """One fleet's historian. `servers`, `credentials`, `ca` and `modules` are for the process that folds past states."""
+
+    role = "historian"
 
     def __init__(
         self, client: Client, fleet: str, folder: Path, *, servers: Sequence[str], limits: Limits | None = None,
-        retention: Retention | None = None, modules: Sequence[str] = (),
+        retention: Retention | None = None, modules: Sequence[str] = (), credentials: Path | None = None,
+        ca: Path | None = None,
     ) -> None:  # fmt: skip
         self.client = client
         self.fleet = fleet
         self.id = uuid4().hex[:12]
         self.ingest = Ingest(client, fleet, folder, retention)
         _check_new(self.ingest.store)
-        self.past = Past(self.ingest, servers, modules)
+        self.past = Past(self.ingest, servers, modules, credentials=credentials, ca=ca)
         self.pieces = Pieces(f"kv.{fleet}.history.{self.id}.piece", client)
         self.pages = Pages(self.ingest, f"kv.{fleet}.sql.{self.id}", limits)
+        self.tally = Tally()
+        self.serving = False
         self._known: tuple[Checkpoint, list[archive.File]] = (Checkpoint(0, 0, 0), [])
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
@@ -81,16 +90,39 @@ class Historian:
                     Endpoint("piece", self.pieces.subject, api.PieceRequest, self.pieces.more, concurrent=True),
                     Endpoint("whatif", f"{base}.history.whatif", api.WhatifRequest, self.whatif, concurrent=True),
                     Endpoint("status", f"{base}.history.status", api.StatusRequest, self.status, concurrent=True),
+                    Endpoint(
+                        "status_of_one", f"{base}.history.{self.id}.status", api.StatusRequest, self.status, concurrent=True
+                    ),
                 ],
-                {"fleet": self.fleet, "historian": self.id},
+                {"fleet": self.fleet, "historian": self.id}, self.tally,
             )  # fmt: skip
+            self.serving = True
             _log.info("historian_ready", fleet=self.fleet, stored=self.ingest.stored)
             task_status.started()
             try:
                 await anyio.sleep_forever()
             finally:
+                self.serving = False
                 await stop(service)
                 self.past.close()
+
+    def readiness(self) -> Readiness:
+        """Whether it answers questions. It does while it can't store; what is missing then is what is new."""
+        ingest = self.ingest
+        degraded = bool(ingest.failure) or not ingest.follower.healthy
+        return readiness(
+            ingest.follower, serving=self.serving, degraded=degraded, stored=ingest.stored, failure=ingest.failure
+        )
+
+    @property
+    def live_bytes(self) -> int:
+        """What the part of the history that is not archived takes on the disk."""
+        size = 0
+        for path in self.ingest.store.folder.glob("history.duckdb*"):
+            # DuckDB removes its log when it has written all of it to the file.
+            with suppress(FileNotFoundError):
+                size += path.stat().st_size
+        return size
 
     async def explain(self, request: api.ExplainRequest) -> dict[str, Any]:
         """Why a request went where it went."""
@@ -129,21 +161,18 @@ class Historian:
         with suppress(BadHistory):
             self._known = await ingest.in_thread(lambda: (ingest.store.checkpoint, archive.listed(ingest.store)))
         checkpoint, files = self._known
-        size = 0
-        for path in ingest.store.folder.glob("history.duckdb*"):
-            # DuckDB removes its log when it has written all of it to the file.
-            with suppress(FileNotFoundError):
-                size += path.stat().st_size
         return {
             "fleet": self.fleet,
             "historian": self.id,
+            "version": package_version(),
+            "clock": time.time(),
             "healthy": ingest.follower.healthy and not ingest.failure,
             "failure": ingest.failure,
             "log": log.last_seq,
             "applied": ingest.state.sequence,
             "stored": checkpoint.sequence,
             "archived": checkpoint.archived,
-            "live_bytes": size,
+            "live_bytes": self.live_bytes,
             "archive_files": len(files),
             "archive_bytes": sum(file.bytes for file in files),
             "archive_days": [files[0].day, files[-1].day] if files else [],

@@ -20,6 +20,7 @@ import structlog
 from nats.errors import Error as NatsError
 from nats.js.errors import APIError
 
+from events.durations import MILLI, Durations
 from events.errors import LogCorrupt, LogUnavailable
 from events.log.follow import Follower, not_cut_off
 from events.log.snapshots import SnapshotStore
@@ -31,6 +32,7 @@ from projections.history import archive
 from projections.history.replay import messages
 from projections.history.rows import Rows
 from projections.history.store import FILE, Store, fault
+from projections.history.tables import VERSION
 from projections.snapshot import load
 from services.history.snapshots import Snapshots, nearest
 
@@ -90,6 +92,10 @@ class Ingest:
         self.client = client
         self.fleet = fleet
         self.store = Store(folder, fleet)
+        if self.store.raised:
+            _log.warning(
+                "history_raised", folder=folder.name, version=VERSION, why="the history was of an earlier version"
+            )
         self.snapshots = Snapshots(folder / "snapshots", fleet)
         self.remote = SnapshotStore(client, fleet)
         self.retention = retention or Retention()
@@ -99,6 +105,11 @@ class Ingest:
         """Sequence of the last commit that is stored."""
         self.failure = ""
         """Why nothing is stored at the moment."""
+        self.failures = 0
+        """Tries to store that failed."""
+        self.rows_stored = 0
+        self.seconds = Durations(MILLI)
+        """How long it took to store each batch of rows."""
         self.opened: Callable[[], None] = lambda: None
         """Called when the store was opened, before anything else is done with it."""
         self.closing: Callable[[], None] = lambda: None
@@ -256,16 +267,20 @@ class Ingest:
             rows, self._rows = self._rows, Rows()
             work = partial(self._write, rows, self.state.time)
             while True:
+                begin = time.perf_counter()
                 try:
                     await self.in_thread(work)
                 except BadHistory as error:
                     self._broken = True
+                    self.failures += 1
                     if str(error) != self.failure:
                         _log.error("history_not_stored", error=str(error), waiting=len(rows))
                     self.failure = str(error)
                     await anyio.sleep(RETRY_SECONDS)
                 else:
                     break
+            self.seconds.add(time.perf_counter() - begin)
+            self.rows_stored += len(rows) + sum(map(len, rows.events.values()))
             self.stored = max(self.stored, rows.last)
             if self.failure:
                 _log.warning("history_goes_on", stored=self.stored)

@@ -39,6 +39,8 @@ class Way(Struct, kw_only=True):
 
     fleet: str
     servers: list[str]
+    credentials: str | None = None
+    ca: str | None = None
     snapshots: list[str]
     """Paths of snapshots that may be begun with, the nearest first."""
     rows: str = ""
@@ -82,8 +84,9 @@ class Walk:
             anyio.run(self._through_log, sequence, step, backend_options={"use_uvloop": True})
 
     async def _through_log(self, sequence: int, step: Callable[[Message], object]) -> None:
-        async with connected(self._way.servers, "kvplane-moment") as client:
-            await replay(client, self._way.fleet, step, applied=self.state.sequence, last=sequence)
+        way = self._way
+        async with connected(way.servers, "kvplane-moment", credentials=way.credentials, ca=way.ca) as client:
+            await replay(client, way.fleet, step, applied=self.state.sequence, last=sequence)
 
 
 @contextmanager

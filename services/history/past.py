@@ -42,9 +42,14 @@ _SKEW_SECONDS = 5.0
 class Past:
     """Answers questions about the past of one history."""
 
-    def __init__(self, ingest: Ingest, servers: Sequence[str], modules: Sequence[str]) -> None:
+    def __init__(
+        self, ingest: Ingest, servers: Sequence[str], modules: Sequence[str], *, credentials: Path | None = None,
+        ca: Path | None = None,
+    ) -> None:  # fmt: skip
         self._ingest = ingest
         self._servers = list(servers)
+        self._credentials = None if credentials is None else str(credentials)
+        self._ca = None if ca is None else str(ca)
         self._modules = list(modules)
         # A past state takes as much memory as the present one: one at a time.
         self._worker = Worker(logs.configure, "warning")
@@ -117,7 +122,8 @@ class Past:
             if rows:
                 first = await self._read(partial(_export, rows, base, rows_last))
             way = moment.Way(
-                fleet=ingest.fleet, servers=self._servers, snapshots=[str(path) for path in snapshots], rows=rows,
+                fleet=ingest.fleet, servers=self._servers, credentials=self._credentials, ca=self._ca,
+                snapshots=[str(path) for path in snapshots], rows=rows,
                 rows_last=rows_last, first=first, modules=self._modules,
             )  # fmt: skip
             return await self._worker.call(work, way, *arguments)
@@ -187,13 +193,16 @@ class Past:
 
     async def _outcome(self, request: str, sequence: int, size: int, event: RequestRouted) -> dict[str, Any] | None:
         rows = await self._asked(
-            "SELECT sequence, node, status, prompt_tokens, cached_tokens, output_tokens, ttft, duration FROM completions "
+            "SELECT sequence, node, status, prompt_tokens, cached_tokens, output_tokens, ttft, duration, coalesce(trace, '') "
+            "FROM completions "
             "WHERE request = ? AND sequence >= ? ORDER BY sequence, event LIMIT 1",
             request, sequence,
         )  # fmt: skip
         if not rows:
             return None
-        names = ("sequence", "node", "status", "prompt_tokens", "cached_tokens", "output_tokens", "ttft", "duration")
+        names = (
+            "sequence", "node", "status", "prompt_tokens", "cached_tokens", "output_tokens", "ttft", "duration", "trace"
+        )  # fmt: skip
         return {**dict(zip(names, rows[0], strict=True)), "predicted_tokens": event.match * size}
 
 
@@ -202,6 +211,7 @@ def _recorded(event: RequestRouted) -> dict[str, Any]:
         "node": event.node, "model": event.model, "session": event.session, "policy": event.policy, "match": event.match,
         "best": event.best, "blocks": event.blocks, "tokens": event.tokens, "exclude": event.exclude,
         "candidates": [[candidate.node, candidate.match, candidate.cost] for candidate in event.candidates],
+        "trace": event.trace,
     }  # fmt: skip
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 IDLE_SECONDS = 60.0
 """So long after its last piece it is forgotten."""
 PIECE_BYTES = 4 << 20
+PATIENCE_SECONDS = 600.0
+"""How long a historian may fold for a past state."""
 
 
 class Pieces:
@@ -58,6 +60,13 @@ class Pieces:
             result=name, offset=offset, size=len(data), data=data[offset : offset + size],
             next="" if last else self.subject,
         )  # fmt: skip
+
+
+async def snapshot_at(client: Client, fleet: str, sequence: int) -> bytes:
+    """The fleet's state at a sequence as a historian folds it. Raises `Refused` with its code, or `NoAnswer`."""
+    request = api.SnapshotRequest(at=str(sequence))
+    first = await ask(client, f"kv.{fleet}.history.snapshot", request, api.Piece, seconds=PATIENCE_SECONDS)
+    return await whole(client, first)
 
 
 async def whole(client: Client, piece: api.Piece) -> bytes:

@@ -12,7 +12,7 @@ from services import api
 from services.client import ask
 from services.errors import BadRequest
 from services.history.client import table
-from services.history.pieces import whole
+from services.history.pieces import snapshot_at
 from services.simulator.recorded import Recorded, RecordedChange, RecordedRequest, recorded_from
 from services.simulator.world import Outcome, Served, Settings
 
@@ -132,14 +132,7 @@ async def recorded_span(
     # Before the first node there is nothing to simulate.
     (noded,) = await _rows(client, fleet, "SELECT coalesce(min(sequence), 0) FROM node_changes")
     first = min(max(warmed, noded), begin)
-    piece = await ask(
-        client,
-        f"kv.{fleet}.history.snapshot",
-        api.SnapshotRequest(at=str(first)),
-        api.Piece,
-        seconds=PATIENCE_SECONDS,
-    )
-    state = load(fleet, await whole(client, piece))
+    state = load(fleet, await snapshot_at(client, fleet, first))
     spans = {"since": first, "until": end}
     tables = [
         await table(client, fleet, query.format(**spans), seconds=None) for query in (REQUESTS, USED, NODES, POLICIES)

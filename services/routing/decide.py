@@ -49,6 +49,8 @@ class Query(NamedTuple):
     block_size: int
     session: str = ""
     exclude: frozenset[str] = frozenset()
+    trace: str = ""
+    """W3C traceparent; no decision depends on it."""
 
 
 class Decision(NamedTuple):
@@ -77,7 +79,7 @@ class Decision(NamedTuple):
             request=query.id, model=query.model, node=self.node.name, match=self.match, blocks=blocks,
             tokens=query.tokens, hashes=query.hashes if blocks <= HASHES_RECORDED else b"", session=query.session,
             policy=self.policy, applied=applied, candidates=self.candidates, best=self.best, decided=now // 1000,
-            exclude=sorted(name for name in query.exclude if name in known) if query.exclude else [],
+            exclude=sorted(name for name in query.exclude if name in known) if query.exclude else [], trace=query.trace,
         )  # fmt: skip
 
 

@@ -31,6 +31,9 @@ PENDING_SECONDS = 120.0
 RECENT_SECONDS = 60.0
 """What another router decided longer ago than this predicts nothing any more, so it need not be looked at."""
 
+SET_BACK_PERIODS = 8
+"""Time that is so many periods earlier than before is another clock's, not a late message's."""
+
 _NS = 1_000_000_000
 _GENERATION_NS = int(PREDICTION_SECONDS * _NS)
 
@@ -128,6 +131,8 @@ class Overlay:
     def turn(self, now: int) -> None:
         """Forget what is too old."""
         generation = now // _GENERATION_NS
+        if self._generation - generation > SET_BACK_PERIODS:
+            self._set_back(generation, now)
         if generation <= self._generation:
             return
         # After a long pause both generations are too old.
@@ -137,6 +142,13 @@ class Overlay:
         # By the period, not by the moment: who looks first must make no difference.
         before = generation * _GENERATION_NS - int(PENDING_SECONDS * _NS)
         for request in [request for request, pending in self.pending.items() if pending.time < before]:
+            self.on_log(request)
+
+    def _set_back(self, generation: int, now: int) -> None:
+        """The clock was ahead and is right again: what it said would never come to an end."""
+        self._young, self._old = {}, {}
+        self._generation = generation
+        for request in [request for request, pending in self.pending.items() if pending.time > now]:
             self.on_log(request)
 
     def observe(self, commit: Commit, time: int, state: FleetState, writer: str, now: int) -> None:

@@ -1,0 +1,134 @@
+"""The NATS client with what a control plane needs beside.
+
+It survives bad headers, can't be answered by guessing, never falls back to plain text, and learns what it may not publish.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from asyncio import Future
+from secrets import token_urlsafe
+from typing import Any
+
+import structlog
+from nats.aio.client import DEFAULT_BUFFER_SIZE, Client, Srv
+from nats.aio.transport import TcpTransport
+from nats.nuid import NUID
+
+from events.errors import LoginRefused, NotAllowed, UntrustedServer
+
+_FORBIDDEN = re.compile(r"permissions violation for (publish|subscription) to \"([^\"]+)\"", re.IGNORECASE)
+CLOSE_SECONDS = 0.5
+_TOKEN = 26
+"""Characters of a request's own token: that of `_Random` and four that the client adds."""
+
+_log = structlog.get_logger("kvplane.nats")
+
+
+class _Random(NUID):
+    """Reply subjects hold 128 random bits: one that was seen says nothing about the next."""
+
+    def next(self) -> bytearray:
+        return bytearray(token_urlsafe(16).encode())
+
+
+class _Transport(TcpTransport):
+    """A connection that can be closed when its TLS handshake has failed; asyncio never says that such a one is closed."""
+
+    async def wait_closed(self) -> None:
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await super().wait_closed()  # type: ignore[no-untyped-call]
+        except TimeoutError:
+            if self._io_writer is not None:
+                self._io_writer.transport.abort()
+
+
+class LogClient(Client):
+    """A client of the fleet's servers, made by `events.log.connection`."""
+
+    def __init__(self, *, encrypted: bool) -> None:
+        super().__init__()
+        self._nuid = _Random()
+        self._encrypted = encrypted
+        self._asked: dict[str, list[asyncio.Future[Any]]] = {}
+        self.refused = ""
+        """Why the server wants this client no more; empty as long as it does."""
+
+    async def publish(
+        self, subject: str, payload: bytes = b"", reply: str = "", headers: dict[str, Any] | None = None
+    ) -> None:
+        """Publish; the server's refusal of a request reaches the one who asked."""
+        prefix = self._resp_sub_prefix
+        if reply and prefix and reply.startswith(prefix.decode()):
+            future = self._resp_map.get(reply[-_TOKEN:])
+            if future is not None:
+                self._asked.setdefault(subject, []).append(future)
+                future.add_done_callback(lambda done: self._answered(subject, done))
+        await super().publish(subject, payload, reply, headers)
+
+    def _answered(self, subject: str, done: asyncio.Future[Any]) -> None:
+        waiting = self._asked.get(subject, [])
+        if done in waiting:
+            waiting.remove(done)
+        if not waiting:
+            self._asked.pop(subject, None)
+
+    async def _process_err(self, err_msg: str) -> None:
+        found = _FORBIDDEN.search(err_msg)
+        told = False
+        if found and found[1].lower() == "publish":
+            # The client has made small letters of all.
+            for subject in [subject for subject in self._asked if subject.lower() == found[2]]:
+                for future in self._asked.pop(subject):
+                    if not future.done():
+                        said = f"these credentials may not ask {subject}; use those of another role"
+                        future.set_exception(NotAllowed(said))
+                        told = True
+        if not told:
+            await super()._process_err(err_msg)
+
+    async def _process_headers(self, headers: bytes) -> dict[str, str] | None:
+        """Malformed headers are none: the client's read loop would end on them, and `is_connected` stay true."""
+        try:
+            parsed: dict[str, str] | None = await super()._process_headers(headers)
+        except Exception as error:  # noqa: BLE001 - whatever a stranger's bytes cause
+            _log.warning("malformed_headers", client=self.options.get("name"), error=repr(error))
+            return None
+        return parsed
+
+    async def _connect_to_server(self, s: Srv) -> None:
+        s.last_attempt = time.monotonic()
+        if self._transport is None:
+            self._transport = _Transport()  # type: ignore[no-untyped-call]
+        await self._transport.connect(
+            s.uri, buffer_size=DEFAULT_BUFFER_SIZE, connect_timeout=self.options["connect_timeout"]
+        )
+
+    async def _process_pong(self) -> None:
+        """The answer to a ping that was given up is nobody's: the client's read loop would end on it."""
+        if self._pongs and self._pongs[0].done():
+            # Each answers one ping, in turn.
+            self._pongs[0] = Future()
+        await super()._process_pong()
+
+    def _connect_command(self) -> bytes:
+        if self._encrypted and not self._server_info.get("tls_required"):
+            # Who can change what is on the wire can take the offer of TLS away.
+            raise UntrustedServer(
+                f"the server at {self._where()} offers no TLS, though --ca was given; include the auth folder's client.conf "
+                "in its configuration"
+            )
+        command: bytes = super()._connect_command()
+        return command
+
+    def _where(self) -> str:
+        return self._current_server.uri.netloc if self._current_server else "?"
+
+
+def check_open(client: Client) -> None:
+    """Raise `LoginRefused` when the client was shut out for good: its credentials were taken back."""
+    if isinstance(client, LogClient) and client.is_closed and client.refused:
+        raise LoginRefused(client.refused)

@@ -1,0 +1,192 @@
+"""The command `up`: a server with its log in a folder, and the services on it."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import anyio
+import structlog
+from cyclopts import Parameter
+from rich.console import Console
+
+from events.errors import KvplaneError
+from services.auth.folder import FIRST, AuthFolder
+from services.cli.common import COMMON, Common, run_until_signal, start
+from services.coordinator import Coordinator
+from services.errors import BadRequest
+from services.keeper import kept
+from services.router import Router
+from services.server import start_server
+from services.simnode import NodeConfig, SimNodes
+from services.web import address, is_free, observing
+from services.workers import beside
+
+if TYPE_CHECKING:
+    from nats.aio.client import Client
+
+    from services.auth.roles import Role
+    from services.metrics.collect import Service
+
+UP_HTTP = "127.0.0.1:9464"
+"""Where `up` serves metrics and health if it is not told; the historian, a process of its own, on the next port."""
+RESTART_SECONDS = 5.0
+STOP_SECONDS = 15.0
+
+_log = structlog.get_logger("kvplane.up")
+
+
+def up(
+    *,
+    data: Annotated[Path, Parameter(env_var="KVPLANE_DATA")] = Path("kvplane-data"),
+    host: str = "127.0.0.1",
+    port: Annotated[int, Parameter(env_var="KVPLANE_PORT")] = 4222,
+    simulate: int = 0,
+    bare: bool = False,
+    no_history: Annotated[bool, Parameter(negative="")] = False,
+    http: str | None = None,
+    auth: Annotated[Path | None, Parameter(env_var="KVPLANE_AUTH")] = None,
+    common: Common = COMMON,
+) -> None:
+    """Start a NATS server with its log in a folder, a coordinator, a router and a historian, until Ctrl-C.
+
+    Parameters
+    ----------
+    data
+        Folder of the log. Keep it: it is all that must survive.
+    host
+        Address to listen on.
+    port
+        Port to listen on.
+    simulate
+        Also run this many simulated nodes, named sim-1, sim-2, ... of model `sim`.
+    bare
+        Start the server only.
+    no_history
+        Keep no history; otherwise it lies beside the log, kept by a process of its own.
+    http
+        HOST:PORT of metrics and health (/metrics, /healthz, /readyz), and the port after it for the historian's. Default is
+        127.0.0.1:9464 where these ports are free; `off` is none.
+    auth
+        Folder of `kvplane auth init`: ask everyone for credentials, and encrypt.
+    """
+    start(common)
+    if simulate < 0:
+        raise BadRequest(f"--simulate is {simulate}; it must not be negative")
+    run_until_signal(_up, data, host, port, simulate, bare, not no_history, _up_http(http), _Inside(common, auth))
+
+
+def _up_http(http: str | None) -> tuple[str | None, str | None]:
+    """Addresses for this process and for the historian's. Raises `BadRequest`."""
+    if http == "off":
+        return None, None
+    host, port = address(http or UP_HTTP)
+    asked = f"{host}:{port}" if ":" not in host else f"[{host}]:{port}"
+    both = asked, asked.removesuffix(str(port)) + str(port and port + 1)
+    if http:
+        return both
+    for taken in [each for each in both if not is_free(each)]:
+        _log.warning("http_taken", address=taken, instead="nothing; choose another with --http")
+    own, historian = (each if is_free(each) else None for each in both)
+    return own, historian
+
+
+class _Inside:
+    """How what `up` runs connects to its server: each with credentials of its own, if there are any."""
+
+    def __init__(self, common: Common, auth: Path | None) -> None:
+        self.fleet = common.fleet
+        self.auth = None if auth is None else AuthFolder.existing(auth)
+        self._common = common
+
+    def prepare(self, nodes: list[str]) -> Path | None:
+        """Let everyone in who is to be; what the server includes."""
+        if self.auth is None:
+            return None
+        for role in FIRST:
+            self.auth.add(self.fleet, role)
+        for name in nodes:
+            self.auth.add(self.fleet, "node", name)
+        self.auth.save()
+        return self.auth.place_alone()
+
+    def common(self, url: str, role: Role, name: str = "") -> Common:
+        """Options of one service."""
+        own = replace(self._common, server=(url,))
+        if self.auth is None:
+            return own
+        return replace(own, credentials=self.auth.seed_file(self.fleet, role, name), ca=self.auth.ca)
+
+
+async def _up(
+    data: Path, host: str, port: int, simulate: int, bare: bool, history: bool,  # noqa: FBT001
+    http: tuple[str | None, str | None], inside: _Inside,
+) -> None:  # fmt: skip
+    configs = [NodeConfig(name=f"sim-{number + 1}") for number in range(simulate)]
+    include = inside.prepare([config.name for config in configs])
+    async with AsyncExitStack() as stack:
+        begin = partial(start_server, data, host=host, port=port, include=include)
+        url = (await stack.enter_async_context(kept(begin))).server.url
+
+        async def client(role: Role, name: str = "") -> Client:
+            return await stack.enter_async_context(inside.common(url, role, name).connected(name or role))
+
+        # Clients are entered after the server and so leave before it.
+        if not bare:
+            services: list[Service] = [
+                Coordinator(await client("coordinator"), inside.fleet), Router(await client("router"), inside.fleet)
+            ]  # fmt: skip
+            if configs:
+                engines = [await client("node", config.name) for config in configs]
+                services.append(SimNodes(engines, inside.fleet, configs))
+            await stack.enter_async_context(observing(http[0], *services))
+            group = await stack.enter_async_context(anyio.create_task_group())
+            for service in services:
+                await group.start(service.run)
+            if history:
+                group.start_soon(_keep_history, data / "history", http[1], inside.common(url, "historian"))
+        _say(inside, url, data, http=http[0], simulated=bool(configs), history=history, bare=bare)
+        await anyio.sleep_forever()
+
+
+def _say(
+    inside: _Inside, url: str, data: Path, *, http: str | None, simulated: bool, history: bool, bare: bool
+) -> None:  # fmt: skip
+    """What there is now, and what to try."""
+    console = Console(stderr=True, soft_wrap=True)
+    console.print(f"[bold]kvplane is up[/] at {url}, fleet {inside.fleet!r}, log in {data.absolute()}")
+    option = "" if url == COMMON.server[0] else f" --server {url}"
+    if inside.auth is not None:
+        admin = inside.common(url, "admin")
+        option += f" --ca {admin.ca} --credentials {admin.credentials}"
+        console.print(f"  after `kvplane auth add`: kill -HUP $(cat {data / 'nats-server.pid'})")
+    console.print(f"  kvplane node list{option}\n  kvplane events tail{option}")
+    if history and not bare:
+        console.print(f"  kvplane sql 'SHOW TABLES'{option}")
+    if http and not bare:
+        console.print(f"  curl http://{http}/metrics")
+    if simulated and not bare:
+        console.print(f"  kvplane route sim --prompt 'Hello, which node is mine?'{option}")
+    console.print("Ctrl-C stops it.")
+
+
+async def _keep_history(folder: Path, http: str | None, common: Common) -> None:
+    """Run a historian beside this process, again when it ends: routers don't share their core with it."""
+    while True:
+        code = await beside(_historian, folder, http, common, patience=STOP_SECONDS)
+        _log.error("historian_ended", code=code, again_in=RESTART_SECONDS)
+        await anyio.sleep(RESTART_SECONDS)
+
+
+def _historian(folder: Path, http: str | None, common: Common) -> None:
+    from services.cli.history import historian  # noqa: PLC0415 - DuckDB is loaded in that process only
+
+    try:
+        historian(history=folder, http=http, common=common)
+    except KvplaneError as error:
+        _log.error("historian_failed", error=str(error), code=error.code)
+        sys.exit(1)

@@ -1,0 +1,145 @@
+"""Every metric of kvplane: its name, its type, its labels, what it means, and when to look into it.
+
+Names follow Prometheus: `kvplane_`, units are seconds and bytes and stand at the end, counters end in `_total`. Nothing can be
+exposed that is not listed here.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+EVERY = ("fleet", "service")
+
+
+class Family(NamedTuple):
+    """One metric. `watch` is when somebody should look, empty where its value alone says nothing."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    labels: tuple[str, ...]
+    meaning: str
+    watch: str = ""
+
+
+class Group(NamedTuple):
+    """Metrics that the same services have."""
+
+    title: str
+    families: tuple[Family, ...]
+
+
+def _of(
+    name: str, kind: Literal["counter", "gauge", "histogram"], labels: str, meaning: str, watch: str = ""
+) -> Family:
+    return Family(name, kind, (*EVERY, *labels.split()), meaning, watch)
+
+
+SERVICE = Group("Every service", (
+    Family("kvplane_build_info", "gauge", ("version",), "always 1; the version of kvplane"),
+    _of("kvplane_ready", "gauge", "", "1 when `/readyz` says ready", "0 for longer than a start takes"),
+    _of("kvplane_requests_total", "counter", "endpoint outcome", "requests answered; `outcome` is `ok` or the error's code, "
+            "such as `overloaded`, `no_node`, `no_room`, `time_limit`", "`internal` at all; a rising share that is not `ok`"),
+    _of("kvplane_request_seconds", "histogram", "endpoint", "from when a request is taken up until its answer is made"),
+    _of("kvplane_bad_traceparents_total", "counter", "", "requests whose `traceparent` was none, and was ignored"),
+    _of("kvplane_nats_connected", "gauge", "", "1 while the NATS client is connected", "0 for a minute"),
+    _of("kvplane_nats_round_trip_seconds", "gauge", "", "last ping to the server and back; NaN while there is no answer",
+            "more than a few milliseconds in one data centre"),
+    _of("kvplane_nats_reconnects_total", "counter", "", "connections made after the first", "a steady rise"),
+    _of("kvplane_nats_errors_total", "counter", "kind", "what the server or client reports behind one's back: "
+            "`slow_consumer`, `permission`, `other`", "any"),
+    _of("kvplane_nats_read_loop_failures_total", "counter", "", "connections that heard nothing any more, and were mended",
+            "any; the log says more"),
+    _of("kvplane_nats_messages_total", "counter", "direction", "messages `in` and `out`"),
+    _of("kvplane_nats_bytes_total", "counter", "direction", "bytes `in` and `out`"),
+))  # fmt: skip
+
+READING = Group("Those that follow the log: router, coordinator, historian", (
+    _of("kvplane_log_applied_sequence", "gauge", "", "sequence of the last commit that is applied"),
+    _of("kvplane_log_applied_timestamp_seconds", "gauge", "", "when the log stored that commit, in unix seconds"),
+    _of("kvplane_log_lag_commits", "gauge", "", "commits on the log that are not applied",
+            "it does not come back to about 0"),
+    _of("kvplane_log_follower_healthy", "gauge", "", "1 while commits or heartbeats arrive", "0 for a minute: the log is away"),
+    _of("kvplane_log_follower_restarts_total", "counter", "", "consumers made anew after silence, a gap or a reconnect",
+            "a steady rise"),
+    _of("kvplane_fold_commits_total", "counter", "", "commits applied, those in the snapshot at the start included"),
+    _of("kvplane_fold_skipped_commits_total", "counter", "reason", "commits that every replica skips, by reason "
+            "(decision 2, `kvplane doctor`); `stale` and `duplicate` are how races and retries end", "`defect` at all; "
+            "others rise: somebody writes what is not valid"),
+    _of("kvplane_fold_ignored_events_total", "counter", "reason", "events about what is no longer there"),
+))  # fmt: skip
+
+HOLDING = Group("Those that hold the fleet's state: router, coordinator", (
+    _of("kvplane_fleet_nodes", "gauge", "state", "nodes that are `up`, `cordoned` or `lost`", "`lost` is not 0; `up` is 0"),
+    _of("kvplane_fleet_memberships", "gauge", "", "blocks that nodes hold, each counted once a node and tier"),
+    _of("kvplane_fleet_sessions", "gauge", "", "sessions that are remembered, at the most a million"),
+    _of("kvplane_fleet_active_requests", "gauge", "", "requests that were routed and have not completed"),
+    _of("kvplane_snapshot_loaded_sequence", "gauge", "", "sequence of the snapshot it began with; 0: it read all of the log"),
+))  # fmt: skip
+
+WRITING = Group("Those that write the log: router, coordinator, simnode", (
+    _of("kvplane_log_appended_commits_total", "counter", "", "commits that the log acknowledged: they are on disk"),
+    _of("kvplane_log_append_retries_total", "counter", "", "tries that it did not acknowledge", "a steady rise"),
+    _of("kvplane_log_append_seconds", "histogram", "", "from handing a commit over to its acknowledgement, retries included"),
+    _of("kvplane_log_appended_events_total", "counter", "", "events in them (router, simnode)"),
+    _of("kvplane_log_waiting_events", "gauge", "", "events that wait to be acknowledged, at the most 100,000 a subject",
+            "above 10,000: the log is away or too slow"),
+    _of("kvplane_log_dropped_events_total", "counter", "", "events that could not wait any longer: of a router, decisions that "
+            "nobody will find (`unrecorded`)", "any"),
+    _of("kvplane_log_available", "gauge", "", "1 when the last try was acknowledged (router, simnode)", "0 for a minute"),
+))  # fmt: skip
+
+ROUTER = Group("Router", (
+    _of("kvplane_router_decisions_total", "counter", "kind", "decisions by what the node held: `exact`, `prefix`, `miss`"),
+    _of("kvplane_router_decision_seconds", "histogram", "", "how long a decision takes, dry runs included, without "
+            "reading the request or writing the answer", "p99 above 1 ms"),
+    _of("kvplane_router_matched_blocks_total", "counter", "", "blocks that the nodes held; over asked blocks: the hit rate"),
+    _of("kvplane_router_asked_blocks_total", "counter", "", "blocks that could have been matched at the most"),
+    _of("kvplane_router_session_decisions_total", "counter", "outcome", "decisions about requests with a session, which was "
+            "`kept` on its node, `moved`, or `new`", "the share of `moved` rises"),
+    _of("kvplane_router_degraded", "gauge", "", "1 while it decides from memory and can't record", "1 for a minute"),
+    _of("kvplane_router_policy_failures_total", "counter", "", "decisions for which the policy failed and the least loaded "
+            "node was taken", "any"),
+    _of("kvplane_router_policy", "gauge", "policy", "always 1; the policy in force"),
+    _of("kvplane_router_unseen_decisions", "gauge", "", "own decisions that it has not read back from the log"),
+))  # fmt: skip
+
+COORDINATOR = Group("Coordinator", (
+    _of("kvplane_coordinator_races_lost_total", "counter", "", "decisions made again since another coordinator was first",
+            "near the rate of `kvplane_requests_total`: too many coordinators decide on one node"),
+    _of("kvplane_coordinator_conclusions_total", "counter", "conclusion", "nodes concluded `lost` or `recovered`, and "
+            "conclusions that `failed`", "`lost` rises"),
+    _of("kvplane_coordinator_bad_pulses_total", "counter", "", "pulses that can't be read", "any"),
+    _of("kvplane_node_used_blocks", "gauge", "node tier", "blocks that a node holds"),
+    _of("kvplane_node_capacity_blocks", "gauge", "node tier", "blocks that it can hold"),
+    _of("kvplane_node_active_requests", "gauge", "node", "requests that were routed there and have not completed"),
+    _of("kvplane_snapshots_taken_total", "counter", "", "snapshots written by this coordinator"),
+    _of("kvplane_snapshots_failed_total", "counter", "", "snapshots that were due and could not be written",
+            "any: the log can't be purged"),
+    _of("kvplane_snapshot_sequence", "gauge", "", "sequence of the last one"),
+    _of("kvplane_snapshot_bytes", "gauge", "", "its size"),
+    _of("kvplane_snapshot_pause_seconds", "gauge", "", "for how long the process stood still for it"),
+    _of("kvplane_snapshot_duration_seconds", "gauge", "", "how long it took in all"),
+))  # fmt: skip
+
+HISTORIAN = Group("Historian", (
+    _of("kvplane_historian_stored_sequence", "gauge", "", "sequence up to which the history is complete"),
+    _of("kvplane_historian_unstored_commits", "gauge", "", "commits that were read and are not stored", "it grows"),
+    _of("kvplane_historian_failing", "gauge", "", "1 while nothing can be stored; the disk may be full", "1"),
+    _of("kvplane_historian_failures_total", "counter", "", "tries to store that failed"),
+    _of("kvplane_historian_rows_total", "counter", "", "rows stored"),
+    _of("kvplane_historian_batch_seconds", "histogram", "", "how long it took to store a batch of rows"),
+    _of("kvplane_historian_open_results", "gauge", "", "results of queries that have more pages; 4 queries may run at once"),
+    _of("kvplane_historian_live_bytes", "gauge", "", "size of the database, without the archive"),
+    _of("kvplane_historian_disk_free_bytes", "gauge", "", "room on the disk of the history", "less than a day's growth"),
+))  # fmt: skip
+
+SIMNODE = Group("Simulated nodes", (
+    _of("kvplane_simnode_active_requests", "gauge", "node", "requests on the node"),
+    _of("kvplane_simnode_waiting_requests", "gauge", "node", "of those, not prefilled yet"),
+    _of("kvplane_simnode_used_blocks", "gauge", "node", "blocks in its cache"),
+    _of("kvplane_simnode_registrations_total", "counter", "node", "lives of its cache"),
+    _of("kvplane_simnode_not_admitted_total", "counter", "node", "requests whose blocks the coordinator did not take"),
+))  # fmt: skip
+
+GROUPS = (SERVICE, READING, HOLDING, WRITING, ROUTER, COORDINATOR, HISTORIAN, SIMNODE)
+BY_NAME = {family.name: family for group in GROUPS for family in group.families}

@@ -1,0 +1,40 @@
+"""The log's time when the servers' clocks are wrong: it goes on, and what was wrong leaves nothing behind."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.given import SECOND, START, Given, registered
+
+
+@pytest.fixture
+def two() -> Given:
+    given = Given()
+    for name in ("a", "b"):
+        given.node(registered(name))
+        given.stores(name, 1, 2, 3)
+    return given
+
+
+def test_a_clock_that_goes_back_a_little_is_not_followed(two: Given) -> None:
+    two.routes("q", "a", 1)
+    two.routes("r", "a", 1, after=-60)
+    assert two.state.time == START + 5 * SECOND
+    assert {run.time for run in two.state.load.running.values()} == {two.state.time}
+
+
+def test_a_clock_that_was_a_year_ahead_leaves_nothing_behind(two: Given) -> None:
+    """Else the node would have a year of prefill before it, and no request would ever be over."""
+    year = 365 * 86400
+    two.routes("old", "a", 1, tokens=1000)
+    two.routes("ahead", "a", 2, tokens=1000, after=year)
+    assert list(two.state.load.running) == ["ahead"]
+    two.routes("right", "a", 3, tokens=1000, after=1 - year)
+    now = two.now / SECOND
+    assert two.state.time == two.now
+    assert [run.time for run in two.state.load.running.values()] == [two.now, two.now]
+    load = two.state.load.of("a")
+    assert load is not None
+    assert 1.5 < load.prefill_done - now < 2.5
+    two.routes("later", "b", 9, after=901)
+    assert list(two.state.load.running) == ["later"]
