@@ -51,6 +51,7 @@ async def observing(http: str | None, *services: Service) -> AsyncIterator[None]
 async def _tell(services: Sequence[Service]) -> None:
     """Log when services become ready or are no more, and now and then why they are not."""
     said: dict[str, float] = {}
+    begun: set[str] = set()
     while True:
         # Not at once: most are ready within a second.
         await anyio.sleep(LOOK_SECONDS)
@@ -58,10 +59,14 @@ async def _tell(services: Sequence[Service]) -> None:
             reason, facts = service.readiness()
             if reason and anyio.current_time() - said.get(service.role, -TELL_SECONDS) >= TELL_SECONDS:
                 said[service.role] = anyio.current_time()
-                _log.warning("not_ready", service=service.role, reason=reason)
-            elif not reason and service.role in said:
-                del said[service.role]
-                _log.warning("ready", service=service.role, **facts)
+                # That one which begins is not ready yet is no news.
+                say = _log.warning if service.role in begun else _log.info
+                say("not_ready", service=service.role, reason=reason)
+            elif not reason and (service.role in said or service.role not in begun):
+                say = _log.warning if service.role in begun else _log.info
+                say("ready", service=service.role, **facts)
+                said.pop(service.role, None)
+                begun.add(service.role)
 
 
 def address(http: str) -> tuple[str, int]:
