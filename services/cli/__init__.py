@@ -30,8 +30,8 @@ app = App(
 # By name, so that a command loads what it needs and no other.
 COMMANDS = (
     "run:up", "run:router", "run:coordinator", "history:historian", "run:simnode", "ask:node", "ask:policy", "ask:route",
-    "past:state", "past:diff", "past:explain", "whatif:whatif", "sql:sql", "report:report", "history:history", "log:events",
-    "snapshot:snapshot", "snapshot:compact", "format:format", "doctor:doctor",
+    "attach:attach", "past:state", "past:diff", "past:explain", "whatif:whatif", "sql:sql", "report:report",
+    "history:history", "log:events", "snapshot:snapshot", "snapshot:compact", "format:format", "doctor:doctor",
     "demo:demo", "simulate:simulate", "simulate:workload",
 )  # fmt: skip
 for name in COMMANDS:

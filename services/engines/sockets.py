@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 INBOX_BATCHES = 100_000
 INBOX_BYTES = 256 << 20
 """So much may wait to be translated; beyond it the batches are forgotten, and asked for again."""
-REPLAY_SECONDS = 10.0
+REPLAY_SECONDS = 5.0
 """How long a replay may send nothing."""
 
 _SEQUENCE_BYTES = 8
@@ -142,6 +142,11 @@ class Published:
         told = self.waiting.popleft()
         self._bytes -= len(told[1])
         return told
+
+    def put_back(self, told: list[Told]) -> None:
+        """Let these wait before all others."""
+        self.waiting.extendleft(reversed(told))
+        self._bytes += sum(len(payload) for _, payload in told)
 
     def forget(self) -> None:
         """Let none wait."""
