@@ -166,8 +166,11 @@ class Adapter:
                 await self._check_node()
             if self._stopped is not None:
                 raise self._stopped
-            if self._register_again:
-                await self._register()
+            if self._register_again and anyio.current_time() < self._well_until:
+                # Not for an engine that is gone: it will be another life when it is back.
+                await self._look()
+                if self._register_again:
+                    await self._register()
             self._catch_up()
             published, now = self._published, anyio.current_time()
             due = now >= min(self._look_at, self._settle_at) and now < self._well_until

@@ -20,7 +20,9 @@ class Holding:
         self.copies = 0
         """Copies of all names together."""
         self.shared: dict[EngineHash, int] = {}
-        """Copies of the names that ever had more than one since their first, longest ago first."""
+        """Copies of the names that have more than one, longest ago first."""
+        self._shared_once: dict[EngineHash, None] = {}
+        """Names that had more than one, and have one."""
         self._aliases: dict[int, int] = {}
         """How many names a block has, for those that have several."""
 
@@ -33,6 +35,7 @@ class Holding:
         self.copies += 1
         if name in self.names:
             self.shared[name] = self.shared.get(name, 1) + 1
+            self._shared_once.pop(name, None)
             return False
         self.names[name] = block
         if block in self.blocks:
@@ -56,11 +59,14 @@ class Holding:
     def drop(self, name: EngineHash) -> list[int]:
         """One copy less of a name that is held. The block, when it is held no longer."""
         self.copies -= 1
-        left = self.shared.get(name, 1) - 1
-        if left:
-            self.shared[name] = left
+        copies = self.shared.pop(name, 1)
+        if copies > 1:
+            if copies > 2:
+                self.shared[name] = copies - 1
+            else:
+                self._shared_once[name] = None
             return []
-        self.shared.pop(name, None)
+        self._shared_once.pop(name, None)
         block = self.names.pop(name)
         aliases = self._aliases.pop(block, 1) - 1
         if aliases:
@@ -75,11 +81,11 @@ class Holding:
         self.copies -= self.shared.pop(name, 1) - 1
         return self.drop(name)
 
+    @property
+    def doubtful(self) -> bool:
+        """Whether any name ever had more copies than one."""
+        return bool(self.shared or self._shared_once)
+
     def trim(self) -> list[int]:
-        """One copy less of a name that ever had several. The block, when it is held no longer."""
-        name, copies = next(iter(self.shared.items()))
-        if copies > 1:
-            # To the end of the row, so that all are trimmed alike.
-            del self.shared[name]
-            self.shared[name] = copies
-        return self.drop(name)
+        """One copy less of a name that has several, or else had. The block, when it is held no longer."""
+        return self.drop(next(iter(self.shared or self._shared_once)))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from events.errors import BadHashes
 from events.hashing import block_hashes, pack_hashes, unpack_hashes
-from events.types import BlocksRemoved, BlocksStored
+from events.types import BlocksRemoved, BlocksStored, CacheCleared
 from services.engines.dialect import Cleared, Removed, Stored
 from services.engines.holding import Holding
 
@@ -106,8 +106,7 @@ class Translator:
                 self._remove(event, out)
             elif type(event) is Cleared:
                 self.counts["cleared"] += 1
-                for tier, holding in self._tiers.items():
-                    out.removed(tier, list(holding.blocks))
+                out.cleared()
                 self.clear()
         for kind, count in batch.unknown.items():
             key = f"unknown:{kind}"
@@ -270,7 +269,7 @@ class Translator:
         """An engine can't hold more copies than it has blocks: what is told again, unmarked, leaks copies."""
         for tier, most in self._capacity.items():
             holding = self._tiers.get(tier)
-            while holding is not None and holding.copies > most and holding.shared:
+            while holding is not None and holding.copies > most and holding.doubtful:
                 self.counts["trimmed"] += 1
                 out.removed(tier, holding.trim())
 
@@ -296,6 +295,10 @@ class _Out:
                 self._flush()
                 self._gone_tier = tier
             self._gone += blocks
+
+    def cleared(self) -> None:
+        self._gone = []
+        self._events = [CacheCleared(self._translator.node, self._translator.epoch, self._number, "engine")]
 
     def stored(self, tier: Tier, names: Sequence[EngineHash], blocks: Sequence[int], parent: int | None = None) -> None:
         self._flush()
