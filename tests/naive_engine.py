@@ -1,4 +1,4 @@
-"""An engine's block pool as plainly as it can be written, the dialects it speaks, and block hashes by the letter of the brief."""
+"""An engine's block pool as plainly as it can be written, the dialects it speaks, and block hashes one by one."""
 
 from __future__ import annotations
 

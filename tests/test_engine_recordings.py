@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections import Counter
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -16,6 +15,9 @@ from services.engines.translate import Translator
 from tests.conftest import SHARED
 from tests.folded import Folded
 from tests.naive_engine import naive_hashes
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FOLDER = SHARED / "vllm"
 RUNS = ("run1_int_sha256", "run3_bytes_sha256cbor_buf8", "run4_lora")
