@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test check bench lock clean
+.PHONY: help demo test test-engine check bench lock clean
 .DEFAULT_GOAL := help
 
 help: ## show the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1	\2/'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1	\2/'
 
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -23,6 +23,9 @@ demo: $(READY) ## start a fleet, show every feature, kill it, bring it back
 
 test: $(READY) ## run the tests
 	$(BIN)/pytest
+
+test-engine: $(READY) ## run two real vLLM engines behind a router (installs 3.5 GB into build/)
+	$(BIN)/python -m tests.live_engine
 
 check: $(READY) ## style, types, imports, purity
 	$(BIN)/ruff check
