@@ -45,6 +45,8 @@ class FakeEngine:
         self.running, self.waiting = 2, 1
         self.models: list[Any] = [{"id": "m", "parent": None}, {"id": "ad", "parent": "m"}]
         self.replay_requests = 0
+        self.drops = 0
+        """So many answers of replays lose batches and their end, as when the socket's queue is full."""
         self._up: anyio.CancelScope | None = None
         self._down = anyio.Event()
         self._tasks: anyio.abc.TaskGroup | None = None
@@ -126,9 +128,14 @@ class FakeEngine:
             client, _, start = await router.recv_multipart()
             self.replay_requests += 1
             topic = [] if self.kind == "sglang" else [self.topic]
-            for number, payload in self.cache.replay(int.from_bytes(start, "big")):
+            dropping = self.drops > 0
+            self.drops -= dropping
+            for place, (number, payload) in enumerate(self.cache.replay(int.from_bytes(start, "big"))):
+                if dropping and place % 5 in {2, 3}:
+                    continue
                 await router.send_multipart([client, b"", *topic, number.to_bytes(8, "big"), payload])
-            await router.send_multipart([client, b"", *([b""] if topic else []), END, b""])
+            if not dropping:
+                await router.send_multipart([client, b"", *([b""] if topic else []), END, b""])
 
     def _pages(self) -> web.Application:
         app = web.Application()

@@ -161,6 +161,20 @@ async def test_lost_batches_are_replayed(fleet: Fleet) -> None:
         assert on.adapter.told_anew == 0
 
 
+async def test_replays_that_lose_batches_and_their_end_are_asked_again(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.engines.sockets.REPLAY_SECONDS", 0.3)
+    async with scene(fleet) as on:
+        await on.traffic(*range(12))
+        on.engine.drops = 2
+        await on.attach()
+        await on.settled()
+        assert on.engine.replay_requests > 2
+        assert on.adapter.track.gaps == 0
+        assert on.adapter.track.position == 11
+
+
 async def test_what_left_the_replay_buffer_is_forgotten_and_learned_anew(fleet: Fleet) -> None:
     async with scene(fleet, buffer=2) as on:
         await on.attach()

@@ -365,8 +365,13 @@ class Adapter:
                 )
 
     async def _observe(self) -> None:
-        """Ask the engine how it is."""
+        """Ask the engine how it is, and say when it tells what can't be followed."""
+        said: dict[str, int] = {}
         while True:
+            odd = self.track.translator.oddities()
+            if odd != said:
+                _log.info("not_followed", node=self.config.node, **odd)
+                said = odd
             well = await self.engine.healthy()
             if well:
                 self._well_until = anyio.current_time() + PATIENCE_SECONDS

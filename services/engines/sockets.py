@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from contextlib import suppress
+from itertools import pairwise
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -25,8 +26,12 @@ if TYPE_CHECKING:
 INBOX_BATCHES = 100_000
 INBOX_BYTES = 256 << 20
 """So much may wait to be translated; beyond it the batches are forgotten, and asked for again."""
+TURN_BATCHES = 1000
+"""So many are taken from the socket before others get their turn."""
 REPLAY_SECONDS = 5.0
 """How long a replay may send nothing."""
+REPLAY_ROUNDS = 32
+"""How often what is missing of a replay is asked for again."""
 
 _SEQUENCE_BYTES = 8
 _END = (-1).to_bytes(_SEQUENCE_BYTES, "big", signed=True)
@@ -103,7 +108,7 @@ class Published:
             while True:
                 await self._socket.poll()
                 with suppress(zmq.Again):
-                    while True:
+                    for _ in range(TURN_BATCHES):
                         self._hear(socket.recv_multipart(zmq.NOBLOCK))
                 # Who connected is known before the first batch of it is: the same thread of ZMQ's reports both.
                 self._connections()
@@ -164,31 +169,53 @@ def _told(frames: list[bytes]) -> Told | None:
 async def replay(endpoint: str, host: str, start: int) -> tuple[list[Told], bool]:
     """Batches of the engine's replay buffer from `start` on, in order, and whether their end was reached.
 
-    Answers come as `["", topic, number, payload]`; older engines leave the topic out. The end has the number -1.
+    The engine's socket drops answers that it can't send fast enough, in silence. So what is missing is asked for again, and
+    only what is missing at the beginning of an answer does not exist.
     """
-    replies: list[Told] = []
+    found: dict[int, bytes] = {}
+    ask, ended = start, False
+    for _ in range(REPLAY_ROUNDS):
+        answers, ended = await _ask(endpoint, host, ask)
+        found.update(answers)
+        if not answers and not ended:
+            break
+        known = sorted(found)
+        after = max(ask, answers[0][0] if answers else ask)
+        missing = next((one + 1 for one, two in pairwise(known) if one >= after and two != one + 1), None)
+        if missing is None:
+            if ended:
+                break
+            missing = known[-1] + 1
+        ask = missing
+    return sorted(found.items()), ended
+
+
+async def _ask(endpoint: str, host: str, start: int) -> tuple[list[Told], bool]:
+    """One question. Answers are `["", topic, number, payload]`, from older engines without the topic; the end has number -1."""
+    answers: list[Told] = []
     with zmq.asyncio.Context() as context:
-        socket = context.socket(zmq.DEALER)
+        asked = context.socket(zmq.DEALER)
         try:
-            socket.setsockopt(zmq.RCVHWM, 0)
-            socket.setsockopt(zmq.LINGER, 0)
+            asked.setsockopt(zmq.RCVHWM, 0)
+            asked.setsockopt(zmq.LINGER, 0)
             try:
-                socket.connect(reachable(endpoint, host))
+                asked.connect(reachable(endpoint, host))
             except zmq.ZMQError as error:
                 raise EngineUnfit(
                     f"replays can't be asked for at {endpoint!r} ({error}); give --replay the `replay_endpoint` of the "
                     "engine's --kv-events-config, such as tcp://*:5558"
                 ) from None
-            await socket.send_multipart([b"", start.to_bytes(_SEQUENCE_BYTES, "big")])
-            while True:
-                with anyio.move_on_after(REPLAY_SECONDS) as waited:
-                    frames = await socket.recv_multipart()
-                if waited.cancelled_caught:
-                    return replies, False
-                body = frames[1:] if frames and not frames[0] else frames
-                told = _told(body)
-                if told is None or told[0] < 0:
-                    return replies, told is not None or not any(body)
-                replies.append(told)
+            await asked.send_multipart([b"", start.to_bytes(_SEQUENCE_BYTES, "big")])
+            socket: zmq.Socket[bytes] = zmq.Socket.shadow(asked)
+            while await asked.poll(REPLAY_SECONDS * 1000):
+                with suppress(zmq.Again):
+                    for _ in range(TURN_BATCHES):
+                        frames = socket.recv_multipart(zmq.NOBLOCK)
+                        body = frames[1:] if frames and not frames[0] else frames
+                        told = _told(body)
+                        if told is None or told[0] < 0:
+                            return answers, told is not None or not any(body)
+                        answers.append(told)
+            return answers, False
         finally:
-            socket.close()
+            asked.close()

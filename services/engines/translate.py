@@ -64,6 +64,14 @@ class Translator:
         self._group: int | None = None
         self._others: set[int] = set()
 
+    def oddities(self) -> dict[str, int]:
+        """What was counted beside the ordinary, rounded down to a power of two, so that a stream of it is worth a few lines."""
+        return {
+            name: 1 << (count.bit_length() - 1)
+            for name, count in self.counts.items()
+            if count and name not in {"stored", "removed", "cleared"}
+        }
+
     def held(self, tier: Tier = "gpu") -> set[int]:
         """Block hashes that the engine holds in a tier."""
         holding = self._tiers.get(tier)
