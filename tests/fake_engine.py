@@ -47,6 +47,8 @@ class FakeEngine:
         self.replay_requests = 0
         self.drops = 0
         """So many answers of replays lose batches and their end, as when the socket's queue is full."""
+        self.loading = False
+        """Its sockets are there, and it serves nothing yet."""
         self._up: anyio.CancelScope | None = None
         self._down = anyio.Event()
         self._tasks: anyio.abc.TaskGroup | None = None
@@ -72,7 +74,7 @@ class FakeEngine:
         self._up.cancel()
         await self._down.wait()
 
-    async def restart(self, *, unheard: int = 0) -> None:
+    async def restart(self, *, unheard: int = 0, loading: bool = False) -> None:
         """Another life, of which the first batches come before anyone listens."""
         await self.kill()
         self.life += 1
@@ -81,6 +83,7 @@ class FakeEngine:
             self.cache.request([number + 1000] * 4 * self.cache.size)
             self.cache.step()
         assert self._tasks is not None
+        self.loading = loading
         await self.start(self._tasks)
 
     async def publish(self, *, lost: bool = False) -> None:
@@ -142,6 +145,8 @@ class FakeEngine:
         size, blocks = self.block_size or self.cache.size, self.cache.capacity
 
         async def answer(request: web.Request) -> web.Response:
+            if self.loading:
+                return web.Response(status=503)
             with suppress(KeyError):
                 return web.Response(text=pages[request.path])
             return web.Response(status=404)

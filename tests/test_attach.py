@@ -214,6 +214,20 @@ async def test_an_engine_that_restarts_begins_a_new_epoch(fleet: Fleet, unheard:
         await on.settled()
 
 
+async def test_an_engine_that_publishes_before_it_serves_is_no_node_yet(fleet: Fleet) -> None:
+    async with scene(fleet) as on:
+        await on.attach()
+        await on.traffic(1, 2)
+        await on.settled()
+        epoch = on.epoch
+        await on.engine.restart(unheard=2, loading=True)
+        await until(lambda: on.coordinator.state.nodes["a"].lost)
+        assert on.epoch == epoch
+        on.engine.loading = False
+        await until(lambda: on.epoch > epoch)
+        await on.settled()
+
+
 async def test_without_a_replay_endpoint_a_restart_and_a_loss_empty_the_node(fleet: Fleet) -> None:
     async with scene(fleet, replays=False) as on:
         await on.attach()

@@ -114,6 +114,7 @@ class Adapter:
         self._register_again = False
         self._stopped: EngineUnfit | None = None
         self._restarted = False
+        self._facts_old = False
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Run until cancelled. Started means: registered, and everything that is known is handed to the log.
@@ -168,9 +169,10 @@ class Adapter:
                 raise self._stopped
             if self._register_again and anyio.current_time() < self._well_until:
                 # Not for an engine that is gone: it will be another life when it is back.
+                if self._facts_old:
+                    await self._refresh()
                 await self._look()
-                if self._register_again:
-                    await self._register()
+                await self._register()
             self._catch_up()
             published, now = self._published, anyio.current_time()
             due = now >= min(self._look_at, self._settle_at) and now < self._well_until
@@ -227,9 +229,8 @@ class Adapter:
         elif look.verdict is Verdict.GAP or not position:
             if look.reason:
                 _log.warning("learned_anew", node=self.config.node, reason=look.reason)
-            if self.epoch:
-                self._tell(look.reason or "gap: the engine's replay endpoint answers again")
-        elif self.epoch:
+            self._tell(look.reason or "gap: the engine's replay endpoint answers again")
+        else:
             self._put(look.events)
 
     async def _replay(self, start: int) -> tuple[list[Told], bool]:
@@ -246,24 +247,28 @@ class Adapter:
         return started == self.facts.started if started and self.facts.started else None
 
     async def _begin_again(self) -> None:
-        """The engine has begun another life: nothing that was known holds."""
+        """The engine has begun another life: nothing that was known holds, and it is no node before it is well."""
         _log.warning("engine_restarted", node=self.config.node, epoch=self.epoch)
+        self._put(self.track.cleared("the engine restarted"))
         self.track.restart()
-        try:
-            facts = await self.engine.facts()
-        except EngineUnfit:
-            # It is heard already, and can't be told from a later life without this.
-            facts = msgspec.structs.replace(self.facts, started="")
+        replies, ended = await self._replay(0)
+        self.track.resync(replies, ended=ended, same_life=None)
+        self.epoch = self.track.translator.epoch = 0
+        self._register_again = self._facts_old = True
+        self._well_until = 0.0
+
+    async def _refresh(self) -> None:
+        """Ask what the engine says of its new life."""
+        facts = await self.engine.facts()
         if facts.block_size not in {0, self.facts.block_size}:
             raise EngineUnfit(
                 f"the engine came back with blocks of {facts.block_size} tokens instead of {self.facts.block_size}; "
                 "start the adapter again"
             )
-        self.facts = msgspec.structs.replace(self.facts, started=facts.started, version=facts.version)
-        replies, ended = await self._replay(0)
-        self.track.resync(replies, ended=ended, same_life=None)
-        if self.epoch:
-            await self._register()
+        self.facts = msgspec.structs.replace(
+            self.facts, started=facts.started, version=facts.version, models=facts.models
+        )
+        self._facts_old = False
 
     async def _register(self) -> None:
         """Register until it succeeds, and tell all that is known."""
@@ -299,11 +304,11 @@ class Adapter:
 
     def _tell(self, reason: str) -> None:
         """Take back all that was told in this epoch, and tell what is known."""
-        self.told_anew += 1
+        self.told_anew += self.epoch > 0
         self._put([*self.track.cleared(reason), *self.track.translator.tell(self.track.position)])
 
     def _put(self, events: Sequence[Event]) -> None:
-        if self._behind or not events:
+        if self._behind or not events or not self.epoch:
             return
         if not self._log.waiting:
             self._unsent_blocks = 0
@@ -354,7 +359,7 @@ class Adapter:
         node = self.config.node
         for event in events:
             if isinstance(event, NodeLost | NodeRecovered):
-                self._register_again = self.epoch > 0
+                self._register_again |= self.epoch > 0
             elif isinstance(event, NodeRemoved) and self.epoch:
                 self._stopped = EngineUnfit(
                     f"node {self.config.node!r} was removed from the fleet; attach it again if it is back"
@@ -377,8 +382,8 @@ class Adapter:
                 self._well_until = anyio.current_time() + PATIENCE_SECONDS
                 with suppress(EngineUnfit):
                     self._gauges = await self.engine.load(self.source.rank)
-                    if self._gauges.started and self.facts.started and self._gauges.started != self.facts.started:
-                        self._restarted = True
+                    known = self._gauges.started and self.facts.started and not self._facts_old
+                    self._restarted |= bool(known and self._gauges.started != self.facts.started)
             elif well is False:
                 self._well_until = 0.0
             await anyio.sleep(self.config.pulse_seconds)
@@ -386,7 +391,7 @@ class Adapter:
     async def _pulse(self) -> None:
         """Pulse for as long as the engine is well."""
         while True:
-            if anyio.current_time() < self._well_until:
+            if self.epoch and anyio.current_time() < self._well_until:
                 gauges = self._gauges
                 pulse = api.Pulse(
                     node=self.config.node, epoch=self.epoch, active=gauges.active if gauges else 0,
