@@ -94,6 +94,12 @@ class Scene:
             self.engine.cache.request([prompt] * 3 * self.engine.cache.size)
             await self.engine.publish(lost=lost)
 
+    async def one_by_one(self, *prompts: int) -> None:
+        """Traffic that even a small replay buffer keeps up with: who connects misses what comes before the engine knows it."""
+        for prompt in prompts:
+            await self.traffic(prompt)
+            await self.settled()
+
 
 @asynccontextmanager
 async def scene(fleet: Fleet, **options: Any) -> AsyncIterator[Scene]:
@@ -247,8 +253,7 @@ async def test_without_a_replay_endpoint_a_restart_and_a_loss_empty_the_node(fle
 async def test_an_adapter_that_restarts_takes_its_map_from_the_log(fleet: Fleet) -> None:
     async with scene(fleet, buffer=3) as on:
         await on.attach()
-        await on.traffic(1, 2, 3)
-        await on.settled()
+        await on.one_by_one(1, 2, 3)
         await on.detach()
         # The buffer no longer reaches the beginning, but what was said meanwhile.
         await on.traffic(4, 5)
@@ -256,8 +261,7 @@ async def test_an_adapter_that_restarts_takes_its_map_from_the_log(fleet: Fleet)
         await on.settled()
         assert on.adapter.track.gaps == 0
         # The engine's names are known again: removals are understood.
-        await on.traffic(6, 7, 8)
-        await on.settled()
+        await on.one_by_one(6, 7, 8)
         assert on.adapter.track.translator.counts["unknown_removed"] == 0
 
 
@@ -274,14 +278,15 @@ async def test_an_adapter_that_was_away_for_too_long_begins_anew(fleet: Fleet) -
 
 @pytest.mark.parametrize("tells_life", [True, False])
 async def test_an_engine_that_restarted_while_the_adapter_was_away(fleet: Fleet, tells_life: bool) -> None:
-    """Its new life has said more than the old one, and all of it is in the buffer."""
+    """Its new life has said more than the old one; what the buffer still holds looks like a continuation."""
     async with scene(fleet, tells_life=tells_life, buffer=3) as on:
         await on.attach()
-        await on.traffic(1, 2)
-        await on.settled()
+        await on.one_by_one(1, 2, 3, 4)
         await on.detach()
-        await on.engine.restart(unheard=3)
+        await on.engine.restart(unheard=5)
+        epoch = on.epoch
         await on.attach()
+        await until(lambda: on.epoch > epoch)
         await on.settled()
 
 
@@ -313,6 +318,19 @@ async def test_a_node_that_was_concluded_lost_is_told_anew(fleet: Fleet) -> None
         await until(lambda: on.coordinator.state.nodes["a"].lost)
         on.engine.life += 1
         await on.engine.start(on.tasks)
+        await until(lambda: on.coordinator.state.nodes["a"].lost is None)
+        await on.settled()
+
+
+async def test_an_engine_that_was_not_well_for_a_while_is_told_anew(fleet: Fleet) -> None:
+    async with scene(fleet) as on:
+        await on.attach()
+        await on.traffic(1, 2)
+        await on.settled()
+        on.engine.loading = True
+        await until(lambda: on.coordinator.state.nodes["a"].lost)
+        await on.traffic(3)
+        on.engine.loading = False
         await until(lambda: on.coordinator.state.nodes["a"].lost is None)
         await on.settled()
 
