@@ -6,11 +6,11 @@ READY := $(VENV)/.ready
 MINUTES ?= 30
 SEED ?=
 
-.PHONY: help demo test chaos check bench lock clean
+.PHONY: help demo test chaos test-engine check bench lock clean
 .DEFAULT_GOAL := help
 
 help: ## show the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1	\2/'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1	\2/'
 
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -28,6 +28,9 @@ test: $(READY) ## run the tests
 
 chaos: $(READY) ## kill, stop and cut a fleet under load: make chaos MINUTES=30 SEED=1, report in build/chaos.json
 	$(BIN)/python -m tests.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) --out build/chaos.json
+
+test-engine: $(READY) ## run two real vLLM engines behind a router (installs 3.5 GB into build/)
+	$(BIN)/python -m tests.live_engine
 
 check: $(READY) ## style, types, imports, purity
 	$(BIN)/ruff check

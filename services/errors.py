@@ -195,3 +195,15 @@ class AnswerTooLarge(ServiceFault):
 
     status = 413
     code = "answer_too_large"
+
+
+class BadBatch(KvplaneError):
+    """An engine's message that can't be understood: what it said about its cache is lost."""
+
+    code = "bad_batch"
+
+
+class EngineUnfit(KvplaneError):
+    """An engine that can't be a node as it was started, or can't be reached. The sentence names the flag to set."""
+
+    code = "engine_unfit"

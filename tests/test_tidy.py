@@ -18,6 +18,7 @@ PURE = [
     *(path for path in sorted((ROOT / "projections").rglob("*.py")) if path.name not in {"store.py", "archive.py"}),
     *sorted((ROOT / "services" / "routing").glob("*.py")),
     *(ROOT / "services" / name for name in ("placement.py", "liveness.py", "blockcache.py")),
+    *(ROOT / "services" / "engines" / name for name in ("dialect.py", "holding.py", "translate.py", "sequence.py")),
 ]
 BANNED_MODULES = {
     "time", "datetime", "random", "secrets", "uuid", "os", "pathlib", "io", "socket", "subprocess", "asyncio", "anyio",

@@ -1,0 +1,144 @@
+"""The command `kvplane attach`: a real engine as a node, for as long as the command runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import anyio
+import msgspec
+import structlog
+from cyclopts import App, Parameter
+
+from events.errors import BadName
+from events.subjects import check_name
+from services.cli.common import COMMON, Common, run_until_signal, start
+from services.errors import BadRequest, EngineUnfit
+
+if TYPE_CHECKING:
+    from services.engines.facts import Engine, Facts, Kind, Source
+
+RETRY_SECONDS = 1.0
+
+_log = structlog.get_logger("kvplane.attach")
+
+attach = App(name="attach", help="Make a running engine a node of the fleet, for as long as the command runs.")
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Attached:
+    """Which engine, and as what."""
+
+    engine: str
+    """URL of the engine's API, such as http://127.0.0.1:8000."""
+    node: str
+    """Name of the node; with several data-parallel ranks, NAME-dp0, NAME-dp1, ..."""
+    events: str = ""
+    """Where the engine publishes (`endpoint` of its --kv-events-config); asked of the engine if not given."""
+    replay: str = ""
+    """Its replay endpoint (`replay_endpoint` of its --kv-events-config); asked of the engine with --events not given."""
+    address: str = ""
+    """Where clients reach the engine; its URL if not given."""
+    block_size: int = 0
+    """Tokens a block; asked of the engine if not given."""
+    capacity_blocks: int = 0
+    """Blocks that the engine's cache holds; asked of the engine if not given."""
+    max_active: int = 0
+    """Most requests at once; 0 is no limit."""
+    pulse_seconds: float = 1.0
+    """How often the node pulses while the engine is well."""
+    wait: float = 600.0
+    """How many seconds to wait for the engine to answer."""
+
+
+@attach.command
+def vllm(*, attached: Attached, common: Common = COMMON) -> None:
+    """Attach a vLLM engine; each data-parallel rank is a node of its own.
+
+    Start the engine with `--kv-events-config '{"enable_kv_cache_events": true, "publisher": "zmq", "endpoint":
+    "tcp://*:5557", "replay_endpoint": "tcp://*:5558"}'`.
+    """
+    _attach("vllm", attached, common)
+
+
+@attach.command
+def sglang(*, attached: Attached, common: Common = COMMON) -> None:
+    """Attach an SGLang engine; each data-parallel rank is a node of its own.
+
+    Start the engine with `--enable-metrics --kv-events-config '{"publisher": "zmq", "endpoint": "tcp://*:5557",
+    "replay_endpoint": "tcp://*:5558"}'`.
+    """
+    _attach("sglang", attached, common)
+
+
+def _attach(kind: Kind, attached: Attached, common: Common) -> None:
+    start(common)
+    try:
+        check_name(attached.node, "--node")
+    except BadName as error:
+        raise BadRequest(str(error)) from None
+    if not attached.engine.startswith(("http://", "https://")):
+        raise BadRequest(f"--engine is {attached.engine[:80]!r}; give a URL, such as http://127.0.0.1:8000")
+    if min(attached.block_size, attached.capacity_blocks, attached.max_active) < 0 or attached.pulse_seconds <= 0:
+        raise BadRequest("sizes must not be negative, and --pulse-seconds must be more than 0")
+    run_until_signal(_run, kind, attached, common)
+
+
+async def _run(kind: Kind, attached: Attached, common: Common) -> None:
+    # Loaded here, so that the command's help needs no HTTP.
+    from services.engines.adapter import Adapter, AdapterConfig  # noqa: PLC0415
+    from services.engines.facts import Engine, check  # noqa: PLC0415
+
+    async with Engine(kind, attached.engine) as engine:
+        facts = await _ask(engine, attached.wait)
+        if attached.block_size or attached.capacity_blocks:
+            facts = msgspec.structs.replace(
+                facts,
+                block_size=attached.block_size or facts.block_size,
+                capacity_blocks=attached.capacity_blocks or facts.capacity_blocks,
+            )
+        sources = _sources(attached, facts)
+        check(kind, facts, sources)
+        for source in sources:
+            if not source.replay:
+                _log.warning(
+                    "no_replay_endpoint", node=attached.node,
+                    hint="every lost message and every restart of this adapter empties the node for the fleet; give the "
+                    'engine a "replay_endpoint" in --kv-events-config, such as tcp://*:5558',
+                )  # fmt: skip
+        async with common.connected("kvplane-attach") as client, anyio.create_task_group() as group:
+            for source in sources:
+                node = attached.node if len(sources) == 1 else f"{attached.node}-dp{source.rank}"
+                config = AdapterConfig(
+                    node=node, address=attached.address or engine.url, max_active=attached.max_active,
+                    pulse_seconds=attached.pulse_seconds,
+                )  # fmt: skip
+                group.start_soon(Adapter(client, common.fleet, engine, facts, source, config).run)
+
+
+def _sources(attached: Attached, facts: Facts) -> list[Source]:
+    """Where the engine publishes: as the user says, else as the engine says."""
+    from services.engines.facts import Source  # noqa: PLC0415
+
+    if attached.events:
+        return [Source(rank=0, events=attached.events, replay=attached.replay)]
+    if attached.replay and len(facts.sources) == 1:
+        return [msgspec.structs.replace(facts.sources[0], replay=attached.replay)]
+    return facts.sources
+
+
+async def _ask(engine: Engine, seconds: float) -> Facts:
+    """The engine's facts, once it is well: loading a model takes minutes."""
+    deadline = anyio.current_time() + seconds
+    said = False
+    while not await engine.healthy():
+        if anyio.current_time() >= deadline:
+            raise EngineUnfit(
+                f"no engine is well at {engine.url} after {seconds:g} s; give --engine the URL of its API, or a longer --wait"
+            )
+        if not said:
+            _log.info("engine_waited_for", engine=engine.url, seconds=seconds)
+            said = True
+        await anyio.sleep(RETRY_SECONDS)
+    return await engine.facts()

@@ -1,0 +1,6 @@
+"""Real engines as nodes: what vLLM and SGLang say about their caches, translated to events of the fleet.
+
+`dialect` decodes what they publish, `translate` makes block hashes and events of it, `sequence` notices what is missing and
+which life of the engine speaks; these three are pure. `sockets` hears and asks for replays, `facts` asks over HTTP,
+`memory` reads back what the log says, `adapter` joins them.
+"""

@@ -1,0 +1,413 @@
+"""The adapter beside an engine: makes it a node of the fleet, and keeps what the log says of its cache true.
+
+It takes the engine's batches in order (`sequence`), commits what they mean in groups, and tells everything anew whenever the
+fleet's knowledge ends: after its own start, after the engine's, when the node was concluded to be lost, after a gap, and
+after the log was away for longer than can be buffered. Every start of an adapter is a new epoch, so that what an earlier one
+still has in flight changes nothing.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import anyio
+import anyio.lowlevel
+import msgspec
+import structlog
+from nats.errors import Error as NatsError
+from nats.js.errors import APIError
+
+from events import codec
+from events.errors import BadCommit, LogUnavailable
+from events.log.append import Appender, new_writer
+from events.log.group import GroupWriter, Writers
+from events.subjects import pulse_subject, stream_name, subject
+from events.types import BlocksRemoved, BlocksStored, NodeLost, NodeRecovered, NodeRegistered, NodeRemoved
+from services import api
+from services.client import ask
+from services.engines import memory
+from services.engines.sequence import Track, Verdict
+from services.engines.sockets import Published, replay
+from services.engines.translate import Translator
+from services.errors import EngineUnfit, ServiceFault
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from anyio.abc import TaskStatus
+    from nats.aio.client import Client
+    from nats.aio.msg import Msg
+
+    from events.types import Event
+    from services.engines.facts import Engine, Facts, Gauges, Source
+    from services.engines.sequence import Told
+
+LINGER_SECONDS = 0.002
+REGISTER_SECONDS = 0.5
+"""Pause before a registration is tried again."""
+IDLE_SECONDS = 15.0
+"""How often the replay buffer is asked whether anything was missed. A last batch that got lost shows in no other way."""
+SETTLE_SECONDS = 1.0
+"""Asked again so long after an engine has connected: what it published before it knew of us was lost."""
+PATIENCE_SECONDS = 10.0
+"""How long an engine that is there may be too busy to answer before the node's pulse stops."""
+BUFFER_EVENTS = 20_000
+BUFFER_BLOCKS = 2_000_000
+"""So much waits for the log at the most; beyond it everything is told anew when the log is back."""
+
+ADAPTER_LABEL = "adapter"
+STARTED_LABEL = "engine_started"
+RANK_LABEL = "rank"
+
+_log = structlog.get_logger("kvplane.engines")
+_encode = msgspec.msgpack.Encoder().encode
+
+
+class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What the node is called and how it is attached."""
+
+    node: str
+    address: str
+    max_active: int = 0
+    pulse_seconds: float = 1.0
+    buffer_events: int = BUFFER_EVENTS
+    idle_seconds: float = IDLE_SECONDS
+
+
+class _Registered(msgspec.Struct):
+    epoch: int
+
+
+class Adapter:
+    """One data-parallel rank of an engine as a node of the fleet."""
+
+    def __init__(
+        self, client: Client, fleet: str, engine: Engine, facts: Facts, source: Source, config: AdapterConfig
+    ) -> None:
+        self.client = client
+        self.fleet = fleet
+        self.engine = engine
+        self.facts = facts
+        self.source = source
+        self.config = config
+        self.writer = new_writer(f"node-{config.node}"[:100])
+        self.epoch = 0
+        self.told_anew = 0
+        """How often everything was told anew in an epoch that had begun before."""
+        self.track = Track(Translator(config.node, facts.block_size, {"gpu": facts.capacity_blocks}))
+        self._writers = Writers()
+        self._log = self._writers.add(
+            GroupWriter(
+                Appender(client, fleet, self.writer), subject(fleet, "cache", config.node), linger=LINGER_SECONDS,
+                limit=2 * config.buffer_events,
+            )
+        )  # fmt: skip
+        self._published = Published(source.events, engine.host)
+        self._connections = 0
+        self._gauges: Gauges | None = None
+        self._well_until = 0.0
+        self._look_at = 0.0
+        self._settle_at = float("inf")
+        self._behind = False
+        self._unsent_blocks = 0
+        self._register_again = False
+        self._stopped: EngineUnfit | None = None
+        self._restarted = False
+        self._facts_old = False
+
+    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Run until cancelled. Started means: registered, and everything that is known is handed to the log.
+
+        Raises `EngineUnfit` when the engine can't be a node, or the node was given to someone else.
+        """
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(self._writers.run)
+                try:
+                    group.start_soon(self._published.run)
+                    group.start_soon(self._observe)
+                    node_subject = subject(self.fleet, "node", self.config.node)
+                    await self.client.subscribe(node_subject, cb=self._concluded)
+                    await self._remember()
+                    await self._look()
+                    await self._register()
+                    group.start_soon(self._pulse)
+                    task_status.started()
+                    await self._follow()
+                finally:
+                    await self._writers.close()
+        finally:
+            self._published.close()
+
+    async def _remember(self) -> None:
+        """Take from the log what an earlier adapter knew of this life of the engine."""
+        while True:
+            try:
+                before = await memory.read(self.client, self.fleet, self.config.node)
+            except LogUnavailable as error:
+                _log.warning("log_waited_for", node=self.config.node, error=str(error))
+                await anyio.sleep(REGISTER_SECONDS)
+            else:
+                break
+        if before is None or before.registered is None or before.position is None:
+            return
+        labels = before.registered.labels
+        same = self.facts.started and labels.get(STARTED_LABEL) == self.facts.started
+        if same and before.registered.block_size == self.facts.block_size:
+            self.track.restore(before.names(), before.position)
+            _log.info("remembered", node=self.config.node, batch=before.position, blocks=self.track.translator.used())
+
+    async def _follow(self) -> None:
+        """Apply batches as they come."""
+        reconnects = self.client.stats["reconnects"]
+        while True:
+            if self.client.stats["reconnects"] != reconnects and self.client.is_connected:
+                reconnects = self.client.stats["reconnects"]
+                await self._check_node()
+            if self._stopped is not None:
+                raise self._stopped
+            if self._register_again and anyio.current_time() < self._well_until:
+                # Not for an engine that is gone: it will be another life when it is back.
+                if self._facts_old:
+                    await self._refresh()
+                await self._look()
+                await self._register()
+            self._catch_up()
+            published, now = self._published, anyio.current_time()
+            due = now >= min(self._look_at, self._settle_at) and now < self._well_until
+            if published.connections != self._connections or published.overflowed or self._restarted or due:
+                await self._look()
+                continue
+            arrived = published.arrived
+            if published.waiting:
+                await self._apply_waiting()
+                continue
+            with anyio.move_on_after(max(0.0, min(self._look_at, self._settle_at, now + 0.2) - now)):
+                await arrived.wait()
+
+    async def _apply_waiting(self) -> None:
+        """Apply what waits, up to a change of the connection or a hole."""
+        published, track = self._published, self.track
+        for _ in range(min(len(published.waiting), 256)):
+            if published.connections != self._connections:
+                return
+            number, payload = published.take()
+            events = track.live(number, payload)
+            if events is not None:
+                self._put(events)
+            elif track.next is None or number > track.next:
+                await self._look(missing=[(number, payload)])
+                return
+            # Otherwise a replay has brought it already.
+        await anyio.lowlevel.checkpoint()
+
+    async def _look(self, missing: Sequence[Told] = ()) -> None:
+        """Ask the replay buffer for what was missed, and judge whether it is still the same life of the engine."""
+        published, track = self._published, self.track
+        connected = published.connections != self._connections
+        now = anyio.current_time()
+        self._settle_at = now + SETTLE_SECONDS if connected else float("inf")
+        self._look_at = now + self.config.idle_seconds
+        self._connections = published.connections
+        held = [*missing, *published.waiting]
+        published.forget()
+        lost, published.overflowed = published.overflowed, False
+        restarted, self._restarted = self._restarted, False
+        same_life = await self._same_life() if connected or restarted else True
+        position = track.next is not None
+        replies, ended = await self._replay(track.ask_from)
+        look = track.resync(
+            _joined(held, replies) if ended and same_life else replies, ended=ended, same_life=same_life,
+            missing=bool(missing) or lost,
+        )  # fmt: skip
+        self._check_size()
+        if not ended and same_life:
+            published.put_back(held)
+        if look.verdict is Verdict.RESTARTED:
+            await self._begin_again()
+        elif look.verdict is Verdict.GAP or not position:
+            if look.reason:
+                _log.warning("learned_anew", node=self.config.node, reason=look.reason)
+            self._tell(look.reason or "gap: the engine's replay endpoint answers again")
+        else:
+            self._put(look.events)
+
+    async def _replay(self, start: int) -> tuple[list[Told], bool]:
+        if not self.source.replay:
+            return [], False
+        return await replay(self.source.replay, self.engine.host, start)
+
+    async def _same_life(self) -> bool | None:
+        """Whether the engine is the one that it was, as far as it tells."""
+        try:
+            started = (await self.engine.load(self.source.rank)).started
+        except EngineUnfit:
+            return None
+        return started == self.facts.started if started and self.facts.started else None
+
+    async def _begin_again(self) -> None:
+        """The engine has begun another life: nothing that was known holds, and it is no node before it is well."""
+        _log.warning("engine_restarted", node=self.config.node, epoch=self.epoch)
+        self._put(self.track.cleared("the engine restarted"))
+        self.track.restart()
+        replies, ended = await self._replay(0)
+        self.track.resync(replies, ended=ended, same_life=None)
+        self.epoch = self.track.translator.epoch = 0
+        self._register_again = self._facts_old = True
+        self._well_until = 0.0
+
+    async def _refresh(self) -> None:
+        """Ask what the engine says of its new life."""
+        facts = await self.engine.facts()
+        if facts.block_size not in {0, self.facts.block_size}:
+            raise EngineUnfit(
+                f"the engine came back with blocks of {facts.block_size} tokens instead of {self.facts.block_size}; "
+                "start the adapter again"
+            )
+        self.facts = msgspec.structs.replace(
+            self.facts, started=facts.started, version=facts.version, models=facts.models
+        )
+        self._facts_old = False
+
+    async def _register(self) -> None:
+        """Register until it succeeds, and tell all that is known."""
+        self._register_again = False
+        # A commit must not hold events of two epochs: what is on its way goes first.
+        await self._log.flush()
+        facts, config = self.facts, self.config
+        labels = {ADAPTER_LABEL: self.writer, RANK_LABEL: str(self.source.rank)}
+        if facts.started:
+            labels[STARTED_LABEL] = facts.started
+        request = api.RegisterRequest(
+            node=config.node, address=config.address, models=facts.models, block_size=facts.block_size,
+            capacity_blocks={"gpu": facts.capacity_blocks}, engine=f"{self.engine.kind} {facts.version}".strip(),
+            max_active=config.max_active, pulse_seconds=config.pulse_seconds, labels=labels, replace=True,
+        )  # fmt: skip
+        while True:
+            try:
+                where = f"kv.{self.fleet}.coordinator.node.register"
+                answer = await ask(self.client, where, request, _Registered)
+            except ServiceFault as error:
+                if error.status < 429:
+                    raise
+                _log.warning("registration_waits", node=config.node, error=str(error))
+                await anyio.sleep(REGISTER_SECONDS)
+            else:
+                break
+        self.epoch = self.track.translator.epoch = answer.epoch
+        self._behind, self._unsent_blocks = False, 0
+        for event in self.track.translator.tell(self.track.position):
+            self._log.put(event)
+        blocks = self.track.translator.used()
+        _log.info("node_registered", node=config.node, epoch=self.epoch, blocks=blocks, batch=self.track.position)
+
+    def _tell(self, reason: str) -> None:
+        """Take back all that was told in this epoch, and tell what is known."""
+        self.told_anew += self.epoch > 0
+        self._put([*self.track.cleared(reason), *self.track.translator.tell(self.track.position)])
+
+    def _put(self, events: Sequence[Event]) -> None:
+        if self._behind or not events or not self.epoch:
+            return
+        if not self._log.waiting:
+            self._unsent_blocks = 0
+        self._unsent_blocks += sum(
+            len(event.hashes) >> 3 for event in events if isinstance(event, BlocksStored | BlocksRemoved)
+        )
+        if self._log.waiting + len(events) > self.config.buffer_events or self._unsent_blocks > BUFFER_BLOCKS:
+            self._behind = True
+            _log.warning("log_away_too_long", node=self.config.node, waiting=self._log.waiting)
+            return
+        for event in events:
+            self._log.put(event)
+
+    def _catch_up(self) -> None:
+        """When more was to be said than could wait: say all of it anew as soon as the log takes it."""
+        if self._behind and not self._log.waiting:
+            self._behind = False
+            self._tell("gap: the log was away for longer than could be buffered")
+
+    def _check_size(self) -> None:
+        wrong = self.track.translator.wrong_size
+        if wrong:
+            flag = "--page-size" if self.engine.kind == "sglang" else "--block-size"
+            raise EngineUnfit(
+                f"the engine's blocks have {wrong} tokens, but {self.facts.block_size} were taken; give --block-size {wrong}, "
+                f"or start the engine with {flag} {self.facts.block_size}"
+            )
+
+    async def _check_node(self) -> None:
+        """What happened to the node while this adapter could not hear of it."""
+        try:
+            where = subject(self.fleet, "node", self.config.node)
+            last = await self.client.jetstream().get_last_msg(stream_name(self.fleet), where)
+        except (NatsError, APIError, OSError, TimeoutError):
+            return
+        if (last.seq or 0) > self.epoch:
+            self._conclude(last.data or b"")
+
+    async def _concluded(self, message: Msg) -> None:
+        self._conclude(message.data)
+
+    def _conclude(self, body: bytes) -> None:
+        """The log says something about this node; when it says lost, its blocks are forgotten and must be told again."""
+        try:
+            events = codec.decode_body("node", body)
+        except BadCommit:
+            return
+        node = self.config.node
+        for event in events:
+            if isinstance(event, NodeLost | NodeRecovered):
+                self._register_again |= self.epoch > 0
+            elif isinstance(event, NodeRemoved) and self.epoch:
+                self._stopped = EngineUnfit(
+                    f"node {self.config.node!r} was removed from the fleet; attach it again if it is back"
+                )
+            elif isinstance(event, NodeRegistered) and event.labels.get(ADAPTER_LABEL) != self.writer and self.epoch:
+                self._stopped = EngineUnfit(
+                    f"node {node!r} was registered by someone else; an engine has one adapter, with a --node of its own"
+                )
+
+    async def _observe(self) -> None:
+        """Ask the engine how it is, and say when it tells what can't be followed."""
+        said: dict[str, int] = {}
+        while True:
+            odd = self.track.translator.oddities()
+            if odd != said:
+                _log.info("not_followed", node=self.config.node, **odd)
+                said = odd
+            well = await self.engine.healthy()
+            if well:
+                self._well_until = anyio.current_time() + PATIENCE_SECONDS
+                with suppress(EngineUnfit):
+                    self._gauges = await self.engine.load(self.source.rank)
+                    known = self._gauges.started and self.facts.started and not self._facts_old
+                    self._restarted |= bool(known and self._gauges.started != self.facts.started)
+            elif well is False:
+                self._well_until = 0.0
+            await anyio.sleep(self.config.pulse_seconds)
+
+    async def _pulse(self) -> None:
+        """Pulse for as long as the engine is well."""
+        while True:
+            if self.epoch and anyio.current_time() < self._well_until:
+                gauges = self._gauges
+                pulse = api.Pulse(
+                    node=self.config.node, epoch=self.epoch, active=gauges.active if gauges else 0,
+                    waiting=gauges.waiting if gauges else 0, used_blocks=self.track.translator.used(),
+                )  # fmt: skip
+                with suppress(NatsError, OSError):
+                    await self.client.publish(pulse_subject(self.fleet, self.config.node), _encode(pulse))
+            await anyio.sleep(self.config.pulse_seconds)
+
+
+def _joined(held: Sequence[Told], replies: Sequence[Told]) -> list[Told]:
+    """Batches that were heard and batches that were replayed, of one life, in order."""
+    joined = dict(held)
+    joined.update(replies)
+    if replies:
+        # What was heard before the question and is beyond the answer is of another life.
+        last = replies[-1][0]
+        joined = {number: payload for number, payload in joined.items() if number <= last}
+    return sorted(joined.items())

@@ -1,0 +1,269 @@
+"""What an engine says of itself over HTTP: its models, its blocks, its version, where its events are, and its load.
+
+vLLM: `/v1/models`, `/version`, `/kv_event_sources` (0.32), `/metrics` with `vllm:cache_config_info`. SGLang: `/v1/models`,
+`/server_info` (before 2026 `/get_server_info`), `/metrics` with `--enable-metrics`.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import aiohttp
+from msgspec import Struct
+from prometheus_client.parser import text_string_to_metric_families
+
+from services.engines.sockets import host_of
+from services.errors import EngineUnfit
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+Kind = Literal["vllm", "sglang"]
+"""Engines that can be attached."""
+KINDS: tuple[Kind, ...] = ("vllm", "sglang")
+
+ANSWER_SECONDS = 5.0
+
+_WANTED = (
+    "vllm:cache_config_info", "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:prefix_cache_queries",
+    "process_start_time_seconds",
+    "sglang:num_running_reqs", "sglang:num_queue_reqs",
+)  # fmt: skip
+_TURN_ON = {
+    "vllm": """start vLLM with --enable-prefix-caching --kv-events-config '{"enable_kv_cache_events": true, """
+    """"publisher": "zmq", "endpoint": "tcp://*:5557", "replay_endpoint": "tcp://*:5558"}'""",
+    "sglang": """start SGLang with --kv-events-config '{"publisher": "zmq", "endpoint": "tcp://*:5557", """
+    """"replay_endpoint": "tcp://*:5558"}'""",
+}
+
+
+class Source(Struct, frozen=True, kw_only=True):
+    """Where one data-parallel rank of an engine publishes. `replay` is empty where there is no replay endpoint."""
+
+    rank: int
+    events: str
+    replay: str = ""
+
+
+class Facts(Struct, frozen=True, kw_only=True):
+    """An engine as it was started. Sizes in tokens and blocks; `started` tells its lives apart, and is empty when unknown."""
+
+    models: list[str]
+    version: str = ""
+    block_size: int = 0
+    capacity_blocks: int = 0
+    started: str = ""
+    sources: list[Source] = []
+    caching: bool = True
+    """Whether it reuses what it has computed for earlier requests."""
+
+
+class Gauges(Struct, frozen=True, kw_only=True):
+    """An engine's load now."""
+
+    active: int = 0
+    waiting: int = 0
+    started: str = ""
+
+
+Samples = dict[str, list[tuple[dict[str, str], float]]]
+
+
+def samples(text: str) -> Samples:
+    """The samples of a Prometheus page that are used here, by name."""
+    lines = [line for line in text.splitlines() if line.startswith(_WANTED)]
+    found: Samples = {}
+    try:
+        for family in text_string_to_metric_families("\n".join(lines) + "\n"):
+            for sample in family.samples:
+                found.setdefault(sample.name, []).append((dict(sample.labels), float(sample.value)))
+    except (ValueError, KeyError, IndexError):
+        return {}
+    return found
+
+
+def _of_rank(rows: Iterable[tuple[dict[str, str], float]], rank: int) -> list[tuple[dict[str, str], float]]:
+    """Samples of one data-parallel rank, or all when none names its rank."""
+    told = list(rows)
+    mine = [row for row in told if row[0].get("engine", row[0].get("dp_rank")) == str(rank)]
+    return mine or ([] if any("engine" in row[0] or "dp_rank" in row[0] for row in told) else told)
+
+
+def started(found: Samples) -> str:
+    """When the engine began, as it says itself: the same text for as long as it lives."""
+    for name in ("process_start_time_seconds", "vllm:prefix_cache_queries_created"):
+        rows = found.get(name)
+        if rows:
+            return f"{rows[0][1]:.3f}"
+    return ""
+
+
+def gauges(found: Samples, rank: int) -> Gauges:
+    """Load of one rank."""
+
+    def total(*names: str) -> int:
+        return int(sum(value for name in names for _, value in _of_rank(found.get(name, ()), rank)))
+
+    waiting = total("vllm:num_requests_waiting", "sglang:num_queue_reqs")
+    running = total("vllm:num_requests_running", "sglang:num_running_reqs")
+    return Gauges(active=running + waiting, waiting=waiting, started=started(found))
+
+
+class Engine:
+    """An engine's HTTP endpoints. Use as an asynchronous context manager."""
+
+    def __init__(self, kind: Kind, url: str) -> None:
+        self.kind: Kind = kind
+        self.url = url.rstrip("/")
+        self.host = host_of(self.url)
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        """Open."""
+        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close."""
+        if self._session is not None:
+            await self._session.close()
+
+    async def _get(self, path: str) -> tuple[int, str]:
+        if self._session is None:
+            raise RuntimeError("not opened")
+        try:
+            async with self._session.get(self.url + path) as answer:
+                return answer.status, await answer.text()
+        except (aiohttp.ClientError, TimeoutError, ValueError, OSError) as error:
+            raise EngineUnfit(
+                f"the engine does not answer at {self.url}{path} ({type(error).__name__}); give --engine the address of its "
+                "OpenAI-compatible API, such as http://127.0.0.1:8000"
+            ) from None
+
+    async def _json(self, *paths: str) -> Any:  # noqa: ANN401 - whatever it answers
+        for path in paths:
+            status, text = await self._get(path)
+            if status == 200:
+                try:
+                    return json.loads(text)
+                except ValueError:
+                    continue
+        return None
+
+    async def healthy(self) -> bool | None:
+        """Whether the engine says that it is well; none when it is there and takes too long to say so."""
+        if self._session is None:
+            raise RuntimeError("not opened")
+        try:
+            async with self._session.get(self.url + "/health") as answer:
+                return answer.status == 200
+        except TimeoutError:
+            return None
+        except (aiohttp.ClientError, OSError):
+            return False
+
+    async def load(self, rank: int = 0) -> Gauges:
+        """Load of one rank now; zeros where the engine shows none. Raises `EngineUnfit` when it does not answer."""
+        status, text = await self._get("/metrics")
+        return gauges(samples(text), rank) if status == 200 else Gauges()
+
+    async def facts(self) -> Facts:
+        """Everything that can be asked. Raises `EngineUnfit` when it does not answer."""
+        listed = await self._json("/v1/models")
+        try:
+            models = [
+                model["id"] for model in sorted(listed["data"], key=lambda model: model.get("parent") is not None)
+            ]
+        except (KeyError, TypeError, AttributeError):
+            raise EngineUnfit(
+                f"{self.url}/v1/models lists no models; give --engine the address of an OpenAI-compatible API"
+            ) from None
+        status, text = await self._get("/metrics")
+        found = samples(text) if status == 200 else {}
+        if self.kind == "sglang":
+            return await self._sglang(models, found)
+        version = await self._json("/version")
+        config = [labels for labels, _ in found.get("vllm:cache_config_info", ())]
+        return Facts(
+            models=models,
+            version=str(version.get("version", "")) if isinstance(version, dict) else "",
+            block_size=_number(config[0].get("block_size")) if config else 0,
+            # One block of the pool is never used.
+            capacity_blocks=max(0, _number(config[0].get("num_gpu_blocks")) - 1) if config else 0,
+            started=started(found),
+            sources=_sources(await self._json("/kv_event_sources")),
+            caching=not config or config[0].get("enable_prefix_caching") != "False",
+        )
+
+    async def _sglang(self, models: list[str], found: Samples) -> Facts:
+        info = await self._json("/server_info", "/get_server_info")
+        info = info if isinstance(info, dict) else {}
+        told = info.get("kv_events") or {}
+        size = _number(told.get("block_size") or info.get("page_size"))
+        tokens = _number(info.get("max_total_num_tokens"))
+        for state in info.get("internal_states") or ():
+            if not tokens and isinstance(state, dict):
+                tokens = _number((state.get("memory_usage") or {}).get("token_capacity"))
+        return Facts(
+            models=models, version=str(info.get("version", "")), block_size=size,
+            capacity_blocks=tokens // size if size else 0, started=started(found), sources=_sglang_sources(info),
+        )  # fmt: skip
+
+
+def _number(text: object) -> int:
+    try:
+        return int(float(str(text)))
+    except ValueError:
+        return 0
+
+
+def _sources(told: object) -> list[Source]:
+    """Sources of vLLM's `/kv_event_sources`: publisher configurations by rank, their ports shifted already."""
+    if not isinstance(told, dict):
+        return []
+    return [
+        Source(rank=_number(rank), events=str(source.get("endpoint")), replay=str(source.get("replay_endpoint") or ""))
+        for rank, source in sorted(told.items(), key=lambda item: _number(item[0]))
+        if isinstance(source, dict) and source.get("publisher", "zmq") == "zmq" and source.get("endpoint")
+    ]
+
+
+def _sglang_sources(info: dict[str, Any]) -> list[Source]:
+    try:
+        config = json.loads(info.get("kv_events_config") or "{}")
+    except (ValueError, TypeError):
+        return []
+    endpoint = config.get("endpoint", "tcp://*:5557") if config.get("publisher") == "zmq" else ""
+    ranks = _number(info.get("dp_size")) or 1
+    return [
+        Source(rank=rank, events=shifted(endpoint, rank), replay=shifted(config.get("replay_endpoint") or "", rank))
+        for rank in range(ranks)
+        if endpoint
+    ]
+
+
+def shifted(endpoint: str, rank: int) -> str:
+    """An endpoint of rank 0 as another rank has it: engines shift TCP ports by the rank."""
+    base, colon, port = endpoint.rpartition(":")
+    return f"{base}{colon}{int(port) + rank}" if endpoint.startswith("tcp://") and port.isdigit() else endpoint
+
+
+def check(kind: Kind, facts: Facts, sources: list[Source]) -> None:
+    """Raise `EngineUnfit` for what keeps an engine from being a node."""
+    if not facts.models:
+        raise EngineUnfit("the engine serves no model")
+    if not facts.caching:
+        raise EngineUnfit("the engine keeps nothing for later requests; start it with --enable-prefix-caching")
+    if not sources:
+        raise EngineUnfit(
+            f"the engine publishes no cache events, or does not say where: {_TURN_ON[kind]}, or give --events"
+        )
+    if not facts.block_size:
+        raise EngineUnfit(
+            "the engine does not say how long its blocks are; "
+            + ("leave its metrics on (no --disable-log-stats)" if kind == "vllm" else "use an SGLang with /server_info")
+            + ", or give --block-size"
+        )
+    if not facts.capacity_blocks:
+        raise EngineUnfit("the engine does not say how many blocks its cache holds; give --capacity-blocks")

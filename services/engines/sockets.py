@@ -1,0 +1,221 @@
+"""The engine's two sockets: batches as they are published, and the replay buffer.
+
+A publisher binds when its endpoint holds `*` or `::` or is ipc or inproc, and connects otherwise; then the adapter binds. The
+replay socket always binds. High-water marks are off: with the defaults a long replay loses messages in silence.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from contextlib import suppress
+from itertools import pairwise
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import anyio
+import structlog
+import zmq
+import zmq.asyncio
+from zmq.utils.monitor import parse_monitor_message
+
+from services.errors import EngineUnfit
+
+if TYPE_CHECKING:
+    from services.engines.sequence import Told
+
+INBOX_BATCHES = 100_000
+INBOX_BYTES = 256 << 20
+"""So much may wait to be translated; beyond it the batches are forgotten, and asked for again."""
+TURN_BATCHES = 1000
+"""So many are taken from the socket before others get their turn."""
+REPLAY_SECONDS = 5.0
+"""How long a replay may send nothing."""
+REPLAY_ROUNDS = 32
+"""How often what is missing of a replay is asked for again."""
+
+_SEQUENCE_BYTES = 8
+_END = (-1).to_bytes(_SEQUENCE_BYTES, "big", signed=True)
+_CONNECTED = zmq.EVENT_HANDSHAKE_SUCCEEDED
+
+_log = structlog.get_logger("kvplane.engines")
+
+
+def engine_binds(endpoint: str) -> bool:
+    """Whether an engine with this endpoint binds it."""
+    return "*" in endpoint or "::" in endpoint or endpoint.startswith(("ipc://", "inproc://"))
+
+
+def reachable(endpoint: str, host: str) -> str:
+    """An endpoint that the engine binds, as one to connect to: a wildcard becomes the engine's host."""
+    for wildcard in ("tcp://*:", "tcp://0.0.0.0:", "tcp://[::]:", "tcp://:::"):
+        if endpoint.startswith(wildcard):
+            shown = f"[{host}]" if ":" in host else host
+            return f"tcp://{shown}:{endpoint.removeprefix(wildcard)}"
+    return endpoint
+
+
+def host_of(url: str) -> str:
+    """Host of a URL."""
+    return urlsplit(url).hostname or "127.0.0.1"
+
+
+class Published:
+    """Batches of one engine as they are published. `run` hears them, `take` hands them over."""
+
+    def __init__(self, endpoint: str, host: str) -> None:
+        self.endpoint = endpoint
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.SUB)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
+        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        self._socket.setsockopt(zmq.HEARTBEAT_IVL, 5000)
+        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15000)
+        self._socket.setsockopt(zmq.SUBSCRIBE, b"")
+        self._monitor = self._socket.get_monitor_socket(_CONNECTED)
+        try:
+            if engine_binds(endpoint):
+                self._socket.connect(reachable(endpoint, host))
+            else:
+                self._socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            self.close()
+            raise EngineUnfit(
+                f"events can't be heard at {endpoint!r} ({error}); give --events the `endpoint` of the engine's "
+                "--kv-events-config, such as tcp://*:5557"
+            ) from None
+        self.waiting: deque[Told] = deque()
+        self._bytes = 0
+        self.connections = 0
+        """How often an engine has connected. Batches that wait are of the last connection or of earlier ones."""
+        self.overflowed = False
+        """Batches had to be forgotten because too many waited."""
+        self.malformed = 0
+        self.arrived = anyio.Event()
+
+    def close(self) -> None:
+        """Leave the engine."""
+        with suppress(zmq.ZMQError):
+            self._socket.disable_monitor()
+        self._context.destroy(linger=0)
+
+    async def run(self) -> None:
+        """Hear until cancelled."""
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._watch)
+            socket: zmq.Socket[bytes] = zmq.Socket.shadow(self._socket)
+            while True:
+                await self._socket.poll()
+                with suppress(zmq.Again):
+                    for _ in range(TURN_BATCHES):
+                        self._hear(socket.recv_multipart(zmq.NOBLOCK))
+                # Who connected is known before the first batch of it is: the same thread of ZMQ's reports both.
+                self._connections()
+                self._wake()
+
+    async def _watch(self) -> None:
+        while True:
+            await self._monitor.poll()
+            self._connections()
+            self._wake()
+
+    def _connections(self) -> None:
+        monitor: zmq.Socket[bytes] = zmq.Socket.shadow(self._monitor)
+        with suppress(zmq.Again):
+            while True:
+                if parse_monitor_message(monitor.recv_multipart(zmq.NOBLOCK))["event"] == _CONNECTED:
+                    self.connections += 1
+
+    def _hear(self, frames: list[bytes]) -> None:
+        told = _told(frames)
+        if told is None or told[0] < 0:
+            self.malformed += 1
+            return
+        self.waiting.append(told)
+        self._bytes += len(told[1])
+        if len(self.waiting) > INBOX_BATCHES or self._bytes > INBOX_BYTES:
+            self.forget()
+            self.overflowed = True
+
+    def _wake(self) -> None:
+        self.arrived.set()
+        self.arrived = anyio.Event()
+
+    def take(self) -> Told:
+        """The batch that waits longest."""
+        told = self.waiting.popleft()
+        self._bytes -= len(told[1])
+        return told
+
+    def put_back(self, told: list[Told]) -> None:
+        """Let these wait before all others."""
+        self.waiting.extendleft(reversed(told))
+        self._bytes += sum(len(payload) for _, payload in told)
+
+    def forget(self) -> None:
+        """Let none wait."""
+        self.waiting.clear()
+        self._bytes = 0
+
+
+def _told(frames: list[bytes]) -> Told | None:
+    """Number and payload of `[topic, number, payload]` or `[number, payload]`; none for anything else."""
+    if len(frames) >= 2 and len(frames[-2]) == _SEQUENCE_BYTES:
+        return int.from_bytes(frames[-2], "big", signed=True), frames[-1]
+    return None
+
+
+async def replay(endpoint: str, host: str, start: int) -> tuple[list[Told], bool]:
+    """Batches of the engine's replay buffer from `start` on, in order, and whether their end was reached.
+
+    The engine's socket drops answers that it can't send fast enough, in silence. So what is missing is asked for again, and
+    only what is missing at the beginning of an answer does not exist.
+    """
+    found: dict[int, bytes] = {}
+    ask, ended = start, False
+    for _ in range(REPLAY_ROUNDS):
+        answers, ended = await _ask(endpoint, host, ask)
+        found.update(answers)
+        if not answers and not ended:
+            break
+        known = sorted(found)
+        after = max(ask, answers[0][0] if answers else ask)
+        missing = next((one + 1 for one, two in pairwise(known) if one >= after and two != one + 1), None)
+        if missing is None:
+            if ended:
+                break
+            missing = known[-1] + 1
+        ask = missing
+    return sorted(found.items()), ended
+
+
+async def _ask(endpoint: str, host: str, start: int) -> tuple[list[Told], bool]:
+    """One question. Answers are `["", topic, number, payload]`, from older engines without the topic; the end has number -1."""
+    answers: list[Told] = []
+    with zmq.asyncio.Context() as context:
+        asked = context.socket(zmq.DEALER)
+        try:
+            asked.setsockopt(zmq.RCVHWM, 0)
+            asked.setsockopt(zmq.LINGER, 0)
+            try:
+                asked.connect(reachable(endpoint, host))
+            except zmq.ZMQError as error:
+                raise EngineUnfit(
+                    f"replays can't be asked for at {endpoint!r} ({error}); give --replay the `replay_endpoint` of the "
+                    "engine's --kv-events-config, such as tcp://*:5558"
+                ) from None
+            await asked.send_multipart([b"", start.to_bytes(_SEQUENCE_BYTES, "big")])
+            socket: zmq.Socket[bytes] = zmq.Socket.shadow(asked)
+            while await asked.poll(REPLAY_SECONDS * 1000):
+                with suppress(zmq.Again):
+                    for _ in range(TURN_BATCHES):
+                        frames = socket.recv_multipart(zmq.NOBLOCK)
+                        body = frames[1:] if frames and not frames[0] else frames
+                        told = _told(body)
+                        if told is None or told[0] < 0:
+                            return answers, told is not None or not any(body)
+                        answers.append(told)
+            return answers, False
+        finally:
+            asked.close()
