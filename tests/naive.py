@@ -155,6 +155,10 @@ class Naive:
                 return "wrong_mode"
             if isinstance(event, types.BlocksStored | types.BlocksRemoved) and node.managed:
                 return "wrong_mode"
+            if isinstance(event, types.BlocksStored):
+                most = min(2 * node.registered.capacity_blocks.get(event.tier, 1 << 26), 1 << 26)
+                if len(node.tiers.get(event.tier, ())) > most:
+                    return "capacity"
         if node.managed and based_on is not None and based_on < node.changed:
             return "stale"
         for event in events:

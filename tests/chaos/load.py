@@ -40,6 +40,8 @@ OWN_MANAGED = tuple(f"own-{number}" for number in range(4))
 OWN_REPORTED = ("ext-0", "ext-1")
 GROUPED = "ext-g"
 CAPACITY = 48
+REPORTED_CAPACITY = 110
+"""Half of what its reports say at times, so that some are too much."""
 BLOCK = 16
 POLICIES = ("ttft", "cascade", "least_loaded", "round_robin")
 ASK_SECONDS = 4.0
@@ -191,8 +193,8 @@ class Load:
 
     async def _register(self, client: Client, node: str, mode: str) -> None:
         request = api.RegisterRequest(
-            node=node, address=f"none.{node}", models=[OWN], block_size=BLOCK, capacity_blocks={"gpu": CAPACITY},
-            cache_mode=mode, replace=True,
+            node=node, address=f"none.{node}", models=[OWN], block_size=BLOCK, cache_mode=mode,
+            capacity_blocks={"gpu": CAPACITY if mode == "managed" else REPORTED_CAPACITY}, replace=True,
         )  # fmt: skip
         answer = await self.ask(client, "coordinator.node.register", request)
         if answer is not None:

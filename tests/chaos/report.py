@@ -24,6 +24,7 @@ def _told(report: dict[str, Any]) -> list[str]:
     servers = "one server" if report["servers"] == 1 else f"{report['servers']} servers"
     how = {"netns": "network namespaces", "proxy": "TCP proxies", "none": "nothing"}[report["cuts"]]
     options = f"--seed {report['seed']} --minutes {report['asked_minutes']:g} --round {report['round_seconds']:g}"
+    options += f" --drills {report['stalls']['alone']['leader_kills']}"
     if report["servers"] != 3:
         options += f" --servers {report['servers']}"
     alone, among = report["stalls"]["alone"], report["stalls"]["among_other_faults"]
