@@ -85,6 +85,8 @@ class FleetState:
         self._deciding = (f"kv.{fleet}.node.", f"kv.{fleet}.cache.")
         self.sequence = 0
         self.time = 0
+        self.set_back = 0
+        """How often log time was set back, as far as this process read the log itself."""
         self.nodes: dict[str, Node] = {}
         self.caches = Caches()
         self.sessions = Sessions()
@@ -183,6 +185,7 @@ class FleetState:
     def _pass_time(self, time: int) -> None:
         if time < self.time - BACK_SECONDS * 10**9:
             self.load.set_back(self.time - time)
+            self.set_back += 1
             self.time = time
         else:
             self.time = max(self.time, time)

@@ -84,7 +84,13 @@ class Replica:
     def _handle(self, message: Message) -> None:
         if self._before is not None:
             self._before()
+        time_before, set_back = self.state.time, self.state.set_back
         applied = self.state.apply(message)
+        if self.state.set_back != set_back:
+            _log.warning(
+                "log_time_set_back", sequence=message.sequence, seconds=round((time_before - message.time) / 1e9, 3),
+                remedy="a server's clock was ahead; set the clocks right (NTP)",
+            )  # fmt: skip
         self.bytes_read += len(message.body)
         if applied.skipped is not None:
             self._skips[message.sequence] = (applied.skipped, applied.detail)

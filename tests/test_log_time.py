@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import TYPE_CHECKING
 
+import pytest
+from structlog.testing import capture_logs
+
+from events import codec, types
+from services import logs
+from services.replica import Replica
 from tests.given import SECOND, START, Given, registered
+
+if TYPE_CHECKING:
+    from nats.aio.client import Client
 
 
 @pytest.fixture
@@ -38,3 +47,19 @@ def test_a_clock_that_was_a_year_ahead_leaves_nothing_behind(two: Given) -> None
     assert 1.5 < load.prefill_done - now < 2.5
     two.routes("later", "b", 9, after=901)
     assert list(two.state.load.running) == ["later"]
+
+
+@pytest.mark.anyio
+async def test_a_replica_says_that_a_clock_was_ahead_and_by_how_much(client: Client) -> None:
+    watching = Replica(client, "f")
+    logs.configure("warning")
+    given = Given()
+    for after in (1, 86_400, 1 - 86_400):
+        given.raw("kv.f.control", codec.encode([types.PolicyChanged("ttft")]), after=after)
+    with capture_logs() as said:
+        for message in given.messages:
+            watching._handle(message)
+    assert [(entry["event"], entry["sequence"], entry["seconds"]) for entry in said] == [
+        ("log_time_set_back", 3, 86_399.0)
+    ]
+    assert watching.state.set_back == 1

@@ -66,6 +66,8 @@ READING = Group("Those that follow the log: router, coordinator, historian", (
             "(decision 2, `kvplane doctor`); `stale` and `duplicate` are how races and retries end", "`defect` at all; "
             "others rise: somebody writes what is not valid"),
     _of("kvplane_fold_ignored_events_total", "counter", "reason", "events about what is no longer there"),
+    _of("kvplane_fold_time_set_back_total", "counter", "", "times that the log's clock went back: a server's was ahead", "any"),
+    _of("kvplane_log_format", "gauge", "", "format of the log that is in force"),
 ))  # fmt: skip
 
 HOLDING = Group("Those that hold the fleet's state: router, coordinator", (
@@ -73,6 +75,10 @@ HOLDING = Group("Those that hold the fleet's state: router, coordinator", (
     _of("kvplane_fleet_memberships", "gauge", "", "blocks that nodes hold, each counted once a node and tier"),
     _of("kvplane_fleet_sessions", "gauge", "", "sessions that are remembered, at the most a million"),
     _of("kvplane_fleet_active_requests", "gauge", "", "requests that were routed and have not completed"),
+    _of("kvplane_replica_differs_sequence", "gauge", "", "newest checkpoint at which its digest was not that of the others, "
+            "0 while it is", "not 0"),
+    _of("kvplane_replica_mismatches_total", "counter", "", "checkpoints at which its digest was not that of the others", "any"),
+    _of("kvplane_replica_fork_pause_seconds", "gauge", "", "the longest that making a digest stopped the process"),
     _of("kvplane_snapshot_loaded_sequence", "gauge", "", "sequence of the snapshot it began with; 0: it read all of the log"),
 ))  # fmt: skip
 

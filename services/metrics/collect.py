@@ -122,6 +122,8 @@ def _reading(scrape: Scrape, follower: Follower, state: FleetState, log_end: int
     put("kvplane_fold_commits_total", state.commits)
     for reason in dict.fromkeys((*MALFORMED, *ILLEGAL, *state.skipped)):
         put("kvplane_fold_skipped_commits_total", state.skipped.get(reason, 0), reason=reason)
+    put("kvplane_fold_time_set_back_total", state.set_back)
+    put("kvplane_log_format", state.format)
     for reason, count in state.ignored.items():
         put("kvplane_fold_ignored_events_total", count, reason=reason)
 
@@ -137,6 +139,9 @@ def _holding(scrape: Scrape, replica: Replica) -> None:
     put("kvplane_fleet_sessions", len(state.sessions))
     put("kvplane_fleet_active_requests", len(state.load.running))
     put("kvplane_snapshot_loaded_sequence", replica.began)
+    put("kvplane_replica_differs_sequence", replica.checkpoints.differs)
+    put("kvplane_replica_mismatches_total", replica.checkpoints.mismatches)
+    put("kvplane_replica_fork_pause_seconds", replica.checkpoints.worst_pause)
 
 
 def _appending(scrape: Scrape, *appenders: Appender) -> None:
