@@ -61,6 +61,15 @@ def registered(
     )  # fmt: skip
 
 
+def two_nodes() -> Given:
+    """Two reported nodes of one model, both with a chain of three blocks."""
+    given = Given()
+    for name in ("a", "b"):
+        given.node(registered(name))
+        given.stores(name, 1, 2, 3)
+    return given
+
+
 class Given:
     """A fleet's log and its fold. Each commit is a second after the one before, unless told otherwise."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.lowlevel
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from nats.aio.client import Client
     from nats.js.api import StreamState
 
+    from services.coordinator import Coordinator
     from services.server import Server
 
 pytestmark = pytest.mark.anyio
@@ -72,6 +73,18 @@ async def at_zero(client: Client) -> FleetState:
     return state
 
 
+async def with_history(fleet: Fleet, folder: Path) -> tuple[Coordinator, dict[str, Any]]:
+    """A coordinator, what its snapshot says, and a history that has as much."""
+    first = await fleet.coordinator()
+    await fleet.router()
+    history = Historian(await fleet.connect("historian"), "default", folder / "history", servers=[fleet.url])
+    await fleet._group.start(history.run)
+    await live(fleet)
+    taken = await fleet.ask("coordinator.snapshot", api.StatusRequest())
+    await until(lambda: history.ingest.stored >= taken["sequence"])
+    return first, taken
+
+
 async def test_replicas_begin_with_a_snapshot_and_know_what_a_fold_from_zero_knows(fleet: Fleet) -> None:
     await fleet.coordinator()
     await fleet.router()
@@ -88,13 +101,7 @@ async def test_replicas_begin_with_a_snapshot_and_know_what_a_fold_from_zero_kno
 
 
 async def test_a_purged_log_is_enough_for_those_who_come_later(fleet: Fleet, tmp_path: Path) -> None:
-    first = await fleet.coordinator()
-    await fleet.router()
-    history = Historian(await fleet.connect("historian"), "default", tmp_path / "history", servers=[fleet.url])
-    await fleet._group.start(history.run)
-    await live(fleet)
-    taken = await fleet.ask("coordinator.snapshot", api.StatusRequest())
-    await until(lambda: history.ingest.stored >= taken["sequence"])
+    first, taken = await with_history(fleet, tmp_path)
     purged = await fleet.ask("coordinator.compact", api.CompactRequest())
     assert purged["first"] == taken["sequence"]
     assert (await open_stream(fleet.client.jetstream(), "default")).first_seq == taken["sequence"]
@@ -298,13 +305,7 @@ async def test_what_is_computed_in_a_copy_sees_the_moment_of_the_fork() -> None:
 
 async def test_without_a_usable_snapshot_replicas_begin_with_what_the_history_has(fleet: Fleet, tmp_path: Path) -> None:
     """An upgrade that changes the fold makes all snapshots useless, and the log behind them was purged."""
-    first = await fleet.coordinator()
-    await fleet.router()
-    history = Historian(await fleet.connect("historian"), "default", tmp_path / "history", servers=[fleet.url])
-    await fleet._group.start(history.run)
-    await live(fleet)
-    taken = await fleet.ask("coordinator.snapshot", api.StatusRequest())
-    await until(lambda: history.ingest.stored >= taken["sequence"])
+    first, taken = await with_history(fleet, tmp_path)
     await fleet.ask("coordinator.compact", api.CompactRequest())
     store = SnapshotStore(fleet.client, "default")
     data = bytearray(await store.get(taken["sequence"]))

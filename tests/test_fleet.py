@@ -12,7 +12,7 @@ from projections import fleet as rules
 from projections.digest import digest
 from projections.load import ACTIVE_SECONDS, NodeLoad
 from projections.sessions import Session
-from tests.given import SECOND, Given, registered, replayed
+from tests.given import SECOND, Given, registered, replayed, two_nodes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,12 +22,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def two() -> Given:
-    """Two reported nodes of one model, both with a chain of three blocks."""
-    given = Given()
-    for name in ("a", "b"):
-        given.node(registered(name))
-        given.stores(name, 1, 2, 3)
-    return given
+    return two_nodes()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 from events import codec, types
 from services import logs
 from services.replica import Replica
-from tests.given import SECOND, START, Given, registered
+from tests.given import SECOND, START, Given, two_nodes
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
@@ -18,11 +18,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def two() -> Given:
-    given = Given()
-    for name in ("a", "b"):
-        given.node(registered(name))
-        given.stores(name, 1, 2, 3)
-    return given
+    return two_nodes()
 
 
 def test_a_clock_that_goes_back_a_little_is_not_followed(two: Given) -> None:
