@@ -170,16 +170,17 @@ async def _fold(client: Client, fleet: str, memory: Memory, where: str, end: int
                 idle_heartbeat=HEARTBEAT_SECONDS, inactive_threshold=READ_SECONDS, mem_storage=True, num_replicas=1,
             ),
         )  # fmt: skip
-        while not done:
-            before = heard
+        while True:
+            if not whole:
+                raise TimeoutError("deliveries were lost")
             if memory.entries() > MOST_ENTRIES:
                 raise AnswerTooLarge(
                     f"the log says more than {MOST_ENTRIES:,} things of what the node held before; begin anew"
                 )
+            if done:
+                break
             with anyio.fail_after(READ_SECONDS):
-                await before.wait()
-            if not whole:
-                raise TimeoutError("deliveries were lost")
+                await heard.wait()
     finally:
         with anyio.CancelScope(shield=True), suppress(NatsError, OSError):
             await subscription.unsubscribe()
