@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from anyio.abc import Process
+    from nats.aio.client import Client
 
     from services.coordinator import Coordinator
 
@@ -55,6 +56,22 @@ async def attached(fleet: Guarded, engine: FakeEngine, log: Path) -> AsyncIterat
         if process.returncode is None:
             process.kill()
             await process.wait()
+
+
+async def stored(client: Client, fleet: str, blocks: int, node: str = "a") -> int:
+    """A node that says it holds so many blocks, each with a name of 32 bytes."""
+    request = api.RegisterRequest(
+        node=node, address="x", models=["m"], block_size=4, capacity_blocks={"gpu": blocks}, labels={"k": "v"}
+    )
+    answer = await ask(client, f"kv.{fleet}.coordinator.node.register.{node}", request, Registered)
+    appender = Appender(client, fleet, new_writer(node))
+    for batch, first in enumerate(range(1, blocks + 1, 1000)):
+        hashes = range(first, min(first + 1000, blocks + 1))
+        event = BlocksStored(
+            node, answer.epoch, batch, pack_hashes(hashes), engine_hashes=[h.to_bytes(32) for h in hashes]
+        )
+        await appender.append(f"kv.{fleet}.cache.{node}", [event])
+    return answer.epoch
 
 
 def held(coordinator: Coordinator) -> set[int]:
@@ -91,9 +108,10 @@ async def test_an_adapter_with_credentials_of_its_node_finds_its_names_again(tmp
         assert "iolation" not in said + fleet.server.log.read_text()
 
 
-async def test_a_node_is_told_of_itself_only(tmp_path: Path) -> None:
+async def test_a_node_is_told_of_itself_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)
     async with guarded(tmp_path) as fleet:
-        coordinator = await fleet.coordinator()
+        coordinator, _ = await fleet.coordinator(), await fleet.coordinator()
         node, other = await fleet.connect("node", "node-a"), await fleet.connect("node", "node-b")
         stranger = await fleet.stranger("node", "node-a")
         await stranger.refused_publish(
@@ -106,26 +124,13 @@ async def test_a_node_is_told_of_itself_only(tmp_path: Path) -> None:
             with pytest.raises(Refused, match="the subject is of node 'node-a'"):
                 await ask(node, f"kv.{NAME}.coordinator.{what}.node-a", api.NodeRequest(node="node-b"))
             TRIED.withstood += 1
-        # A consumer that is aimed at the endpoint, or no inbox to answer to: nothing is read.
-        await stranger.sent(f"kv.{NAME}.coordinator.cache.names.node-a", b"{}", reply=f"kv.{NAME}.cache.node-a")
         assert await remembered(other, f"kv.{NAME}.coordinator.cache.names.node-b", "node-b") is None
-        assert coordinator.names._readings == {}
-
-
-async def stored(fleet: Fleet, blocks: int, node: str = "a") -> int:
-    """A node that says it holds so many blocks, each with a name of 32 bytes."""
-    request = api.RegisterRequest(
-        node=node, address="x", models=["m"], block_size=4, capacity_blocks={"gpu": blocks}, labels={"k": "v"}
-    )
-    answer: Registered = await fleet.ask("coordinator.node.register", request, Registered)
-    appender = Appender(fleet.client, fleet.name, new_writer("node-a"))
-    for batch, first in enumerate(range(1, blocks + 1, 1000)):
-        hashes = range(first, min(first + 1000, blocks + 1))
-        event = BlocksStored(
-            node, answer.epoch, batch, pack_hashes(hashes), engine_hashes=[h.to_bytes(32) for h in hashes]
-        )
-        await appender.append(f"kv.{fleet.name}.cache.{node}", [event])
-    return answer.epoch
+        epoch = await stored(node, NAME, 100, "node-a")
+        known = await remembered(node, f"kv.{NAME}.coordinator.cache.names.node-a", "node-a")
+        assert known is not None
+        assert len(known.names()["gpu"]) == 100
+        last = await ask(node, f"kv.{NAME}.coordinator.node.last.node-a", api.NodeRequest(node="node-a"), api.NodeLast)
+        assert last.sequence == epoch
 
 
 async def test_what_a_node_held_comes_in_pieces_from_one_of_several_coordinators(
@@ -133,7 +138,7 @@ async def test_what_a_node_held_comes_in_pieces_from_one_of_several_coordinators
 ) -> None:
     monkeypatch.setattr(pieces, "PIECE_BYTES", 10_000)
     coordinators = [await fleet.coordinator() for _ in range(3)]
-    epoch = await stored(fleet, 5000)
+    epoch = await stored(fleet.client, fleet.name, 5000)
     for _ in range(4):
         known = await remembered(fleet.client, WHERE, "a")
         assert known is not None
@@ -150,7 +155,7 @@ async def test_readings_take_turns_and_who_waits_learns_that_it_goes_on(
     monkeypatch.setattr(names, "POLL_SECONDS", 0.05)
     coordinator = await fleet.coordinator()
     for node in ("a", "b", "c"):
-        await stored(fleet, 10, node)
+        await stored(fleet.client, fleet.name, 10, node)
     found: dict[str, Remembered | None] = {}
 
     async def find(node: str) -> None:
@@ -159,7 +164,7 @@ async def test_readings_take_turns_and_who_waits_learns_that_it_goes_on(
     async with coordinator.names._turn, anyio.create_task_group() as group:
         for node in ("a", "b"):
             group.start_soon(find, node)
-        await until(lambda: coordinator.tally.answers["piece", OK] > 10)
+        await until(lambda: coordinator.tally.answers["piece", OK] > 10 and len(coordinator.names._readings) == 2)
         monkeypatch.setattr(names, "BUSY_SECONDS", 0.2)
         with pytest.raises(Refused, match="ask again") as caught:
             await remembered(fleet.client, f"{WHERE[:-1]}c", "c")
@@ -176,7 +181,7 @@ async def test_a_reading_that_nobody_asks_for_is_given_up(fleet: Fleet, monkeypa
     monkeypatch.setattr(names, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(names, "GONE_SECONDS", 0.3)
     coordinator = await fleet.coordinator()
-    await stored(fleet, 10)
+    await stored(fleet.client, fleet.name, 10)
     async with coordinator.names._turn:
         first = await ask(fleet.client, WHERE, api.NodeRequest(node="a"), api.Piece)
         assert (first.size, first.data, len(coordinator.names._readings)) == (0, b"", 1)
@@ -198,7 +203,7 @@ async def test_what_is_held_for_nodes_and_what_a_node_is_believed_is_bounded(
     monkeypatch.setattr(names, "HELD_BYTES", 30_000)
     coordinator = await fleet.coordinator()
     for node in ("a", "b"):
-        await stored(fleet, 1000, node)
+        await stored(fleet.client, fleet.name, 1000, node)
     for _ in range(3):
         # Asked for again and again, and never fetched: it is held once.
         await ask(fleet.client, WHERE, api.NodeRequest(node="a"), api.Piece)
@@ -222,7 +227,7 @@ async def test_the_last_word_about_a_node(fleet: Fleet) -> None:
     assert await fleet.ask("coordinator.node.last.a", api.NodeRequest(node="a"), api.NodeLast) == api.NodeLast(
         sequence=0, body=b""
     )
-    epoch = await stored(fleet, 1)
+    epoch = await stored(fleet.client, fleet.name, 1)
     told = await fleet.ask("coordinator.node.last.a", api.NodeRequest(node="a"), api.NodeLast)
     assert told.sequence == epoch
     assert isinstance(codec.decode_body("node", told.body)[0], NodeRegistered)
