@@ -105,6 +105,13 @@ class NodeRequest(Struct, frozen=True, kw_only=True):
     reason: str = ""
 
 
+class NodeLast(Struct, frozen=True, kw_only=True):
+    """The log's last commit about a node itself: its sequence, 0 without one, and its body as it was written."""
+
+    sequence: int
+    body: bytes
+
+
 class ListRequest(Struct, frozen=True, kw_only=True):
     """List the nodes, of one model or all."""
 

@@ -24,6 +24,7 @@ from events.subjects import pulse_subject
 from projections.overview import node_row
 from services import api, formats, placement
 from services.compaction import SNAPSHOT_BYTES, SNAPSHOT_COMMITS, Compaction
+from services.engines.names import Names
 from services.errors import Conflict, LogAway, UnknownModel
 from services.liveness import Liveness
 from services.micro import Endpoint, serve
@@ -80,6 +81,7 @@ class Coordinator:
         self.bad_pulses = 0
         self.tally = Tally()
         self.serving = False
+        self.names = Names(client, fleet, f"kv.{fleet}.coordinator.{self.writer}.piece")
         self._replicas = replicas
         self.appender = Appender(client, fleet, self.writer)
         self.most_tries = 0
@@ -94,6 +96,7 @@ class Coordinator:
         async with anyio.create_task_group() as group:
             group.start_soon(self.replica.run)
             await self.replica.follower.caught_up.wait()
+            await group.start(self.names.run)
             await self.client.subscribe(f"kv.{self.fleet}.pulse.*", cb=self._pulse)
             base = f"kv.{self.fleet}.coordinator"
             table: list[tuple[str, type[msgspec.Struct], Callable[[Any], Any]]] = [
@@ -105,6 +108,8 @@ class Coordinator:
                 ("cache.admit", api.AdmitRequest, self.admit),
                 ("cache.touch", api.BlocksRequest, lambda r: self._change(placement.touch, r)),
                 ("cache.evict", api.BlocksRequest, lambda r: self._change(placement.evict, r)),
+                ("node.last", api.NodeRequest, self.names.last),
+                ("cache.names", api.NodeRequest, self.names.first),
                 ("cache.lookup", api.LookupRequest, self.lookup),
                 ("session.end", api.SessionRequest, self.end_session),
                 ("policy.set", api.PolicyRequest, self.set_policy),
@@ -121,11 +126,18 @@ class Coordinator:
             own = f"{base}.{self.writer}.status"
             endpoints += [
                 Endpoint("status_of_one", own, api.StatusRequest, self.status, concurrent=True),
-                # What a node asks for itself, on a subject to which its credentials can be bound.
-                Endpoint(
-                    "register_oneself", f"{base}.node.register.*", api.RegisterRequest, self.register, concurrent=True
-                ),
-                Endpoint("admit_to_oneself", f"{base}.cache.admit.*", api.AdmitRequest, self.admit, concurrent=True),
+                Endpoint("piece", self.names.subject, api.PieceRequest, self.names.more, concurrent=True),
+            ]
+            # What a node asks for itself, on a subject to which its credentials can be bound.
+            own_of_nodes: dict[str, tuple[str, type[msgspec.Struct], Callable[[Any], Any]]] = {
+                "register_oneself": ("node.register", api.RegisterRequest, self.register),
+                "admit_to_oneself": ("cache.admit", api.AdmitRequest, self.admit),
+                "last_of_oneself": ("node.last", api.NodeRequest, self.names.last),
+                "names_of_oneself": ("cache.names", api.NodeRequest, self.names.first),
+            }
+            endpoints += [
+                Endpoint(name, f"{base}.{what}.*", form, answer, concurrent=True)
+                for name, (what, form, answer) in own_of_nodes.items()
             ]
             await serve(
                 self.client, group, "kvplane-coordinator", f"coordinates fleet {self.fleet}", endpoints,

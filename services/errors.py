@@ -88,6 +88,13 @@ class NotReady(ServiceFault):
     code = "not_ready"
 
 
+class Busy(ServiceFault):
+    """Others were before this, and it waited for too long."""
+
+    status = 503
+    code = "busy"
+
+
 class LogAway(ServiceFault):
     """The log does not acknowledge; nothing was decided."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -355,6 +355,66 @@ async def test_a_removed_node_ends_its_adapter(fleet: Fleet) -> None:
         await fleet.ask("coordinator.node.remove", NodeRequest(node="a"))
         await on.ended(on._gone)
         assert "removed from the fleet" in str(on.failure)
+
+
+class Gate:
+    """A way to a server that can be shut."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.opened = anyio.Event()
+        self.opened.set()
+        self.through: list[anyio.CancelScope] = []
+
+    def close(self) -> None:
+        self.opened = anyio.Event()
+        for scope in self.through:
+            scope.cancel()
+
+    async def run(self, *, task_status: anyio.abc.TaskStatus[int]) -> None:
+        listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
+        async with listener:
+            task_status.started(listener.extra(anyio.abc.SocketAttribute.local_port))
+            await listener.serve(self._handle)
+
+    async def _handle(self, near: anyio.abc.SocketStream) -> None:
+        async with near:
+            await self.opened.wait()
+            async with await anyio.connect_tcp("127.0.0.1", self.port) as far, anyio.create_task_group() as both:
+                self.through.append(both.cancel_scope)
+                both.start_soon(self._pump, near, far)
+                await self._pump(far, near)
+                both.cancel_scope.cancel()
+
+    async def _pump(self, here: anyio.abc.SocketStream, there: anyio.abc.SocketStream) -> None:
+        with suppress(anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError):
+            while True:
+                await there.send(await here.receive())
+
+
+@pytest.mark.parametrize("removed", [True, False])
+async def test_what_became_of_a_node_while_its_adapter_was_cut_off_is_asked(fleet: Fleet, removed: bool) -> None:
+    from services.api import NodeRequest  # noqa: PLC0415
+
+    async with scene(fleet) as on:
+        gate = Gate(int(fleet.url.rpartition(":")[2]))
+        url, fleet.url = fleet.url, f"nats://127.0.0.1:{await on.tasks.start(gate.run)}"
+        await on.attach()
+        fleet.url = url
+        await on.traffic(1, 2)
+        await on.settled()
+        gate.close()
+        if removed:
+            await fleet.ask("coordinator.node.remove", NodeRequest(node="a"))
+        else:
+            await until(lambda: on.coordinator.state.nodes["a"].lost)
+        await until(lambda: not on.adapter.client.is_connected)
+        gate.opened.set()
+        if removed:
+            await on.ended(on._gone)
+            assert "removed from the fleet" in str(on.failure)
+        else:
+            await on.settled()
 
 
 async def test_what_keeps_an_engine_from_being_a_node_is_said(fleet: Fleet) -> None:

@@ -15,6 +15,7 @@ from events.errors import LogUnavailable
 from events.log import snapshots
 from events.log.follow import replay
 from events.log.snapshots import SnapshotStore
+from events.log.stream import open_stream
 from projections import snapshot
 from projections.digest import digest
 from projections.fleet import FleetState
@@ -36,6 +37,7 @@ WRITER = """
 import sys, anyio
 from events.log.connection import connected
 from events.log.snapshots import SnapshotStore
+from events.log.stream import open_stream
 
 async def main(url):
     async with connected([url], "writer") as client:
@@ -106,6 +108,7 @@ async def test_a_reader_of_what_is_deleted_gives_up_and_whoever_reads_gets_all_o
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(snapshots, "IDLE_SECONDS", 0.5)
+    await open_stream(client.jetstream(), "default", create=True)
     store, data = SnapshotStore(client, "default"), bytes(range(256)) * (32 * MIB // 256)
     # Listed, and its pieces are gone: the client's own way would be to wait for ever.
     await store.put(1, data)
@@ -149,7 +152,10 @@ async def test_a_newer_one_is_passed_over_with_a_warning_and_the_one_before_is_u
     assert second.replica.began == taken["sequence"]
     assert digest(second.state) == digest(first.state)
     warned = [entry["error"] for entry in said if entry["event"] == "snapshot_passed_over"]
-    assert ["this kvplane has 1; replay the log" in warned[0], "use a newer kvplane" in warned[1]] == [True, True]
+    assert [
+        f"this kvplane has {snapshot.FOLD_REVISION}; replay the log" in warned[0],
+        "use a newer kvplane" in warned[1],
+    ] == [True, True]
 
 
 async def test_many_bytes_are_a_reason_as_well(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,8 @@ PUBLISH: dict[Role, tuple[str, ...]] = {
     "historian": (INBOXES, *_READ_LOG, *_READ_SNAPSHOTS),
     "node": (
         "kv.{f}.cache.{name}", "kv.{f}.access.{access}", "kv.{f}.pulse.{name}", "kv.{f}.coordinator.node.register.{name}",
-        "kv.{f}.coordinator.cache.admit.{name}", INBOXES,
+        "kv.{f}.coordinator.cache.admit.{name}", "kv.{f}.coordinator.node.last.{name}",
+        "kv.{f}.coordinator.cache.names.{name}", "kv.{f}.coordinator.*.piece", INBOXES,
     ),
     "client": (*_ASK, *_LIST_SERVICES),
 }  # fmt: skip

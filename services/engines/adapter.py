@@ -16,21 +16,20 @@ import anyio.lowlevel
 import msgspec
 import structlog
 from nats.errors import Error as NatsError
-from nats.js.errors import APIError
 
 from events import codec
-from events.errors import BadCommit, LogUnavailable
+from events.errors import BadCommit
 from events.log.append import Appender, new_writer
 from events.log.group import GroupWriter, Writers
-from events.subjects import pulse_subject, stream_name, subject
+from events.subjects import pulse_subject, subject, token
 from events.types import BlocksRemoved, BlocksStored, NodeLost, NodeRecovered, NodeRegistered, NodeRemoved
 from services import api
 from services.client import ask
-from services.engines import memory
+from services.engines.names import remembered
 from services.engines.sequence import Track, Verdict
 from services.engines.sockets import Published, replay
 from services.engines.translate import Translator
-from services.errors import EngineUnfit, ServiceFault
+from services.errors import AnswerTooLarge, EngineUnfit, ServiceFault
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -133,6 +132,7 @@ class Adapter:
                     await self._look()
                     await self._register()
                     group.start_soon(self._pulse)
+                    group.start_soon(self._check_node)
                     task_status.started()
                     await self._follow()
                 finally:
@@ -140,31 +140,37 @@ class Adapter:
         finally:
             self._published.close()
 
+    def _coordinator(self, what: str) -> str:
+        """Where this node asks for something for itself."""
+        return f"kv.{self.fleet}.coordinator.{what}.{token(self.config.node)}"
+
     async def _remember(self) -> None:
-        """Take from the log what an earlier adapter knew of this life of the engine."""
-        while True:
+        """Take from the log what an earlier adapter knew of this life of the engine, if it told when it began."""
+        while self.facts.started:
             try:
-                before = await memory.read(self.client, self.fleet, self.config.node)
-            except LogUnavailable as error:
+                before = await remembered(self.client, self._coordinator("cache.names"), self.config.node)
+            except ServiceFault as error:
+                if error.status == AnswerTooLarge.status:
+                    _log.warning("not_remembered", node=self.config.node, error=str(error))
+                    return
+                if error.status < 429:
+                    raise
                 _log.warning("log_waited_for", node=self.config.node, error=str(error))
                 await anyio.sleep(REGISTER_SECONDS)
             else:
                 break
-        if before is None or before.registered is None or before.position is None:
+        else:
             return
-        labels = before.registered.labels
-        same = self.facts.started and labels.get(STARTED_LABEL) == self.facts.started
-        if same and before.registered.block_size == self.facts.block_size:
+        if before is None or before.position is None:
+            return
+        same = before.labels.get(STARTED_LABEL) == self.facts.started
+        if same and before.block_size == self.facts.block_size:
             self.track.restore(before.names(), before.position)
             _log.info("remembered", node=self.config.node, batch=before.position, blocks=self.track.translator.used())
 
     async def _follow(self) -> None:
         """Apply batches as they come."""
-        reconnects = self.client.stats["reconnects"]
         while True:
-            if self.client.stats["reconnects"] != reconnects and self.client.is_connected:
-                reconnects = self.client.stats["reconnects"]
-                await self._check_node()
             if self._stopped is not None:
                 raise self._stopped
             if self._register_again and anyio.current_time() < self._well_until:
@@ -286,8 +292,7 @@ class Adapter:
         )  # fmt: skip
         while True:
             try:
-                where = f"kv.{self.fleet}.coordinator.node.register"
-                answer = await ask(self.client, where, request, _Registered)
+                answer = await ask(self.client, self._coordinator("node.register"), request, _Registered)
             except ServiceFault as error:
                 if error.status < 429:
                     raise
@@ -338,14 +343,22 @@ class Adapter:
             )
 
     async def _check_node(self) -> None:
-        """What happened to the node while this adapter could not hear of it."""
-        try:
-            where = subject(self.fleet, "node", self.config.node)
-            last = await self.client.jetstream().get_last_msg(stream_name(self.fleet), where)
-        except (NatsError, APIError, OSError, TimeoutError):
-            return
-        if (last.seq or 0) > self.epoch:
-            self._conclude(last.data or b"")
+        """After every loss of the connection, ask what happened to the node while this adapter could not hear of it."""
+        asked = self.client.stats["reconnects"]
+        while True:
+            await anyio.sleep(REGISTER_SECONDS)
+            reconnects = self.client.stats["reconnects"]
+            if reconnects == asked or not self.client.is_connected:
+                continue
+            try:
+                request = api.NodeRequest(node=self.config.node)
+                last = await ask(self.client, self._coordinator("node.last"), request, api.NodeLast)
+            except ServiceFault as error:
+                _log.info("node_not_checked", node=self.config.node, error=str(error))
+                continue
+            asked = reconnects
+            if last.sequence > self.epoch:
+                self._conclude(last.body)
 
     async def _concluded(self, message: Msg) -> None:
         self._conclude(message.data)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 import anyio
 import structlog
@@ -15,6 +17,8 @@ from events.errors import BadCommit, LogUnavailable
 from events.hashing import unpack_hashes
 from events.subjects import stream_name, subject
 from events.types import BlocksRemoved, BlocksStored, CacheCleared, NodeRegistered
+from services import api
+from services.errors import AnswerTooLarge
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
@@ -25,6 +29,14 @@ if TYPE_CHECKING:
 
 READ_SECONDS = 30.0
 """How long nothing may arrive while the log is read."""
+HEARTBEAT_SECONDS = 5.0
+PENDING_BYTES = 32 << 20
+"""Bytes that may wait in the client; the server's flow control keeps below it."""
+
+MOST_ENTRIES = 4_000_000
+"""Most blocks and writers of which a node's memory may consist; some 200 bytes each."""
+NAME_BYTES = 64
+"""Longest name of a block that is taken over. Those of engines have 32 at the most."""
 
 _log = structlog.get_logger("kvplane.engines")
 
@@ -55,7 +67,9 @@ class Memory:
             blocks = unpack_hashes(event.hashes)
             tier = self._tiers.setdefault(event.tier, {})
             # What another writer stored without the engine's names can't be followed, so it is not taken over.
-            tier.update(zip(blocks, event.engine_hashes or (), strict=False))
+            for block, name in zip(blocks, event.engine_hashes or (), strict=False):
+                if isinstance(name, int) or len(name) <= NAME_BYTES:
+                    tier[block] = name
         elif isinstance(event, BlocksRemoved):
             tier = self._tiers.setdefault(event.tier, {})
             for block in unpack_hashes(event.hashes):
@@ -66,13 +80,31 @@ class Memory:
             return
         self.position = event.batch
 
+    def entries(self) -> int:
+        """Of how many blocks and writers this consists."""
+        return len(self._writers) + sum(len(blocks) for blocks in self._tiers.values())
+
     def names(self) -> dict[Tier, dict[EngineHash, int]]:
         """Blocks by the engine's names, in each tier."""
         return {tier: {name: block for block, name in blocks.items()} for tier, blocks in self._tiers.items()}
 
 
+async def last(client: Client, fleet: str, node: str) -> api.NodeLast:
+    """The log's last commit about a node itself. Raises `LogUnavailable`."""
+    try:
+        message = await client.jetstream().get_last_msg(stream_name(fleet), subject(fleet, "node", node))
+    except NotFoundError:
+        return api.NodeLast(sequence=0, body=b"")
+    except (NatsError, APIError, OSError, TimeoutError) as error:
+        raise LogUnavailable(f"the log can't be read for what became of node {node!r} ({error!r})") from None
+    return api.NodeLast(sequence=message.seq or 0, body=message.data or b"")
+
+
 async def read(client: Client, fleet: str, node: str) -> Memory | None:
-    """Read the last epoch of a node's cache; none when the log knows of none. Raises `LogUnavailable`."""
+    """Read the last epoch of a node's cache; none when the log knows of none.
+
+    Raises `LogUnavailable`, or `AnswerTooLarge` for more than `MOST_ENTRIES`.
+    """
     try:
         return await _read(client, fleet, node)
     except (NatsError, APIError, OSError, TimeoutError) as error:
@@ -89,36 +121,66 @@ async def _read(client: Client, fleet: str, node: str) -> Memory | None:
         registered = codec.decode_body("node", begun.data or b"")[0]
     except (NotFoundError, BadCommit):
         return None
-    if not isinstance(registered, NodeRegistered) or registered.node != node:
+    end = last.seq or 0
+    if not isinstance(registered, NodeRegistered) or registered.node != node or memory.epoch >= end:
         return None
     memory.registered = registered
-    end, done, heard = last.seq or 0, anyio.Event(), anyio.Event()
+    await _fold(client, fleet, memory, where, end)
+    return memory
+
+
+async def _fold(client: Client, fleet: str, memory: Memory, where: str, end: int) -> None:
+    """Apply what is on one subject after the memory's epoch. Raises `TimeoutError`, `AnswerTooLarge`."""
+    name, inbox = f"memory-{uuid4().hex}", client.new_inbox()
+    delivered, whole, heard = 0, True, anyio.Event()
+    done = False
 
     async def take(message: Msg) -> None:
-        nonlocal heard
-        sequence = message.metadata.sequence.stream
+        nonlocal delivered, whole, heard, done
+        if not message.reply.startswith("$JS.ACK."):
+            stalled = message.reply or (message.headers or {}).get("Nats-Consumer-Stalled")
+            if stalled:
+                await client.publish(stalled)
+            return
+        about = message.metadata
+        if about.consumer != name:
+            # A stranger's consumer that was aimed at this inbox.
+            return
+        delivered += 1
+        whole &= about.sequence.consumer == delivered
+        sequence = about.sequence.stream
         if sequence <= end:
             stored = codec.Message(sequence, message.subject, 0, message.headers, message.data)
             try:
                 memory.apply(codec.decode(fleet, stored))
             except BadCommit:
-                _log.debug("commit_passed_over", node=node, sequence=sequence)
-        if sequence >= end:
-            done.set()
+                _log.debug("commit_passed_over", subject=where, sequence=sequence)
+        done |= sequence >= end
         heard.set()
         heard = anyio.Event()
 
-    reader = await js.subscribe(
-        where, ordered_consumer=True, cb=take, stream=stream,
-        config=ConsumerConfig(
-            deliver_policy=DeliverPolicy.BY_START_SEQUENCE, opt_start_seq=memory.epoch + 1, ack_policy=AckPolicy.NONE
-        ),
-    )  # fmt: skip
+    subscription = await client.subscribe(inbox, cb=take, pending_msgs_limit=-1, pending_bytes_limit=PENDING_BYTES)
     try:
-        while not done.is_set():
-            before = heard
+        # Coordinators may make consumers of the whole log, whose API subject names no filter; then there may be a list.
+        await client.jetstream().add_consumer(
+            stream_name(fleet),
+            ConsumerConfig(
+                name=name, deliver_subject=inbox, filter_subjects=[where], deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
+                opt_start_seq=memory.epoch + 1, ack_policy=AckPolicy.NONE, max_deliver=1, flow_control=True,
+                idle_heartbeat=HEARTBEAT_SECONDS, inactive_threshold=READ_SECONDS, mem_storage=True, num_replicas=1,
+            ),
+        )  # fmt: skip
+        while True:
+            if not whole:
+                raise TimeoutError("deliveries were lost")
+            if memory.entries() > MOST_ENTRIES:
+                raise AnswerTooLarge(
+                    f"the log says more than {MOST_ENTRIES:,} things of what the node held before; begin anew"
+                )
+            if done:
+                break
             with anyio.fail_after(READ_SECONDS):
-                await before.wait()
+                await heard.wait()
     finally:
-        await reader.unsubscribe()
-    return memory
+        with anyio.CancelScope(shield=True), suppress(NatsError, OSError):
+            await subscription.unsubscribe()

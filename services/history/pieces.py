@@ -37,6 +37,15 @@ class Pieces:
             for name in [name for name, (asked, _) in self._held.items() if asked < before]:
                 del self._held[name]
 
+    @property
+    def size(self) -> int:
+        """Bytes that are held."""
+        return sum(len(data) for _, data in self._held.values())
+
+    def forget(self, result: str) -> None:
+        """Give no more of a result, if there is one."""
+        self._held.pop(result, None)
+
     def first(self, data: bytes) -> api.Piece:
         """The first piece."""
         return self._piece(uuid4().hex, data, 0)
