@@ -14,7 +14,8 @@ from events.errors import BadCredentials
 from services.auth.folder import ALONE, DEFAULT, FIRST, SOON, AuthFolder, User, role_of
 from services.cli.ask import Json, show_json
 
-auth = App(name="auth", help="Make and take back credentials: who may log in, and what each may do.")
+# Only what says so comes from the environment: KVPLANE_SERVER has URLs for those that connect, and here are names.
+auth = App(name="auth", help="Make and take back credentials: who may log in, and what each may do.", config=())
 
 Fleet = Annotated[str, Parameter(name="--fleet", env_var="KVPLANE_FLEET")]
 Auth = Annotated[Path, Parameter(name="--auth", env_var="KVPLANE_AUTH")]
@@ -24,7 +25,7 @@ Auth = Annotated[Path, Parameter(name="--auth", env_var="KVPLANE_AUTH")]
 def init(
     folder: Path = DEFAULT,
     *,
-    server: Annotated[tuple[str, ...], Parameter(consume_multiple=True, env_var=())] = (),
+    server: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
     also: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
     server_path: str | None = None,
     fleet: Fleet = "default",
