@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import anyio
 import pytest
@@ -12,6 +14,8 @@ from events.hashing import pack_hashes
 from events.log.append import Appender, new_writer
 from events.log.client import LogClient
 from events.log.snapshots import SnapshotStore
+from events.log.stream import open_stream
+from events.subjects import stream_name
 from projections.digest import digest
 from services import api, checkpoints
 from services.client import ask
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nats.aio.client import Client
+    from nats.aio.msg import Msg
 
 pytestmark = pytest.mark.anyio
 
@@ -135,4 +140,46 @@ async def test_under_flow_control_and_lost_races_nothing_is_refused(fleet: Guard
         await appender.append(f"kv.{NAME}.access.{appender.writer}", events)
     late = await fleet.router()
     assert late.state.sequence >= 107
+    assert violations == []
+
+
+async def test_the_admin_backs_the_log_up_and_puts_it_back(fleet: Guarded, violations: list[str]) -> None:
+    """As `nats stream backup` and `restore` do, which compose/README.md tells to use."""
+    router = await fleet.connect("router")
+    await open_stream((await fleet.connect("coordinator")).jetstream(), NAME, create=True)
+    appender = Appender(router, NAME, new_writer("router"))
+    for _ in range(3):
+        events = [types.RequestCompleted(uuid4().hex, "node-a") for _ in range(2000)]
+        await appender.append(f"kv.{NAME}.access.{appender.writer}", events)
+    admin = await fleet.connect("admin")
+    pieces: list[bytes] = []
+    whole = anyio.Event()
+
+    async def piece(message: Msg) -> None:
+        if not message.data:
+            whole.set()
+            return
+        pieces.append(message.data)
+        if message.reply:
+            await admin.publish(message.reply)
+
+    async def asked(subject: str, request: dict[str, Any]) -> dict[str, Any]:
+        answer: dict[str, Any] = json.loads(
+            (await admin.request(subject, json.dumps(request).encode(), timeout=20)).data
+        )
+        assert "error" not in answer, answer
+        return answer
+
+    inbox = admin.new_inbox()
+    await admin.subscribe(inbox, cb=piece)
+    log = stream_name(NAME)
+    backup = await asked(f"$JS.API.STREAM.SNAPSHOT.{log}", {"deliver_subject": inbox, "chunk_size": 16384})
+    with anyio.fail_after(20):
+        await whole.wait()
+    assert len(pieces) > 1
+    await asked(f"$JS.API.STREAM.DELETE.{log}", {})
+    restore = await asked(f"$JS.API.STREAM.RESTORE.{log}", {"config": backup["config"], "state": backup["state"]})
+    for data in (*pieces, b""):
+        await admin.request(restore["deliver_subject"], data, timeout=20)
+    assert (await fleet.router()).state.sequence == 3
     assert violations == []

@@ -51,6 +51,8 @@ PUBLISH: dict[Role, tuple[str, ...]] = {
         "$JS.API.INFO", "$JS.API.STREAM.LIST", "$JS.API.STREAM.*.{log}", "$JS.API.STREAM.*.{snapshots}",
         "$JS.API.STREAM.LEADER.STEPDOWN.{log}", "$JS.API.STREAM.PEER.REMOVE.{log}",
         "$JS.API.CONSUMER.NAMES.{log}", "$JS.API.CONSUMER.LIST.{log}", "$JS.API.CONSUMER.INFO.{log}.*",
+        # A backup goes on as its pieces are acknowledged; a restore sends them.
+        "$JS.SNAPSHOT.ACK.{log}.>", "$JS.SNAPSHOT.RESTORE.{log}.>",
     ),
     "coordinator": (
         "kv.{f}.node.*", "kv.{f}.cache.*", "kv.{f}.session.*", "kv.{f}.control", "kv.{f}.history.status",
