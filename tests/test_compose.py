@@ -128,3 +128,12 @@ def test_the_lock_of_the_image_is_part_of_the_lock_of_the_project() -> None:
     image, project = entries(COMPOSE / "requirements.lock"), entries(ROOT / "requirements.lock")
     assert image
     assert {name: hashes for name, hashes in image.items() if project.get(name) != hashes} == {}
+
+
+def test_an_upgrade_waits_until_a_service_is_ready_at_the_port_where_it_answers() -> None:
+    """Alive is too early: a replica that still reads the log answers nobody."""
+    port = re.search(r"KVPLANE_HTTP: 0\.0\.0\.0:(\d+)", TEXT)
+    assert port is not None
+    asked = re.search(r"^x-service:.*?healthy, \"(.*?)\"", TEXT, re.MULTILINE | re.DOTALL)
+    assert asked is not None
+    assert asked.group(1) == f"http://127.0.0.1:{port.group(1)}/readyz"
