@@ -14,6 +14,7 @@ from events.codec import decode_body, encode, validate
 from events.errors import BadCommit, BadName
 from events.hashing import derive_hash, pack_hashes, unpack_hashes
 from events.subjects import Place, Room, check_name, subject
+from projections.fleet import NODES_LIMIT, TIER_LIMIT
 from services.errors import BadRequest, Conflict, NodeExists, NoRoom, UnknownModel, UnknownNode
 
 if TYPE_CHECKING:
@@ -65,6 +66,9 @@ def register(state: FleetState, request: RegisterRequest) -> Proposal:
     for what, value in [*request.capacity_blocks.items(), ("max_active", request.max_active)]:
         if value < 0:
             raise BadRequest(f"{what} is {value}; it must not be negative")
+    for tier, blocks in request.capacity_blocks.items():
+        if blocks > TIER_LIMIT:
+            raise BadRequest(f"capacity_blocks says {blocks:,} for {tier}; a tier can have {TIER_LIMIT:,} at the most")
     if not 0 <= request.pulse_seconds <= 3600:
         raise BadRequest(f"pulse_seconds is {request.pulse_seconds}; it must be from 0 to 3600")
     event = types.NodeRegistered(
@@ -77,6 +81,8 @@ def register(state: FleetState, request: RegisterRequest) -> Proposal:
         raise BadRequest("models is empty; name at least one model")
     proposal = propose("node", request.node, event)
     before = state.nodes.get(request.node)
+    if before is None and len(state.nodes) >= NODES_LIMIT:
+        raise Conflict(f"the fleet has {NODES_LIMIT:,} nodes, more it can't have; remove some, or begin another fleet")
     if before is not None and before.lost is None and not request.replace:
         raise NodeExists(
             f"node {request.node!r} is registered already (epoch {before.epoch}); remove it first, or register with "

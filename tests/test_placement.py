@@ -166,6 +166,17 @@ def test_a_living_node_is_registered_again_only_on_purpose() -> None:
     given_.accept(placement.register(given_.state, registration("a")))
 
 
+def test_what_the_fold_would_never_take_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a coordinator would decide it anew until its time is up, as if it had lost races."""
+    given_ = Given("a")
+    with pytest.raises(BadRequest, match="gpu; a tier can have 67,108,864 at the most"):
+        placement.register(given_.state, registration("b", capacity_blocks={"gpu": 1 << 27}))
+    monkeypatch.setattr(placement, "NODES_LIMIT", 1)
+    with pytest.raises(Conflict, match="has 1 nodes, more it can't have"):
+        placement.register(given_.state, registration("b"))
+    given_.accept(placement.register(given_.state, registration("a", replace=True)))
+
+
 def test_placements_go_to_managed_nodes_that_are_there() -> None:
     given_ = Given("a")
     given_.accept(placement.register(given_.state, registration("r", cache_mode="reported")))
