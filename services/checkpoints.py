@@ -19,6 +19,7 @@ from msgspec import Struct
 from nats.errors import Error as NatsError
 
 from events.errors import BadName
+from events.log.follow import LEAVE_SECONDS
 from events.subjects import checkpoint_subject
 from projections.digest import digest
 from projections.overview import summary
@@ -121,7 +122,7 @@ class Checkpoints:
                 await anyio.sleep_forever()
         finally:
             self._group = None
-            with anyio.CancelScope(shield=True), suppress(NatsError, OSError):
+            with anyio.move_on_after(LEAVE_SECONDS, shield=True), suppress(NatsError, OSError):
                 await subscription.unsubscribe()
 
     def applied(self) -> None:

@@ -219,5 +219,6 @@ async def connected(
                     # A drain that is cut short complains for ever; who does not answer a ping is not asked for one.
                     await client.flush(timeout=PONG_SECONDS)
                     await client.drain()
-            with suppress(NatsError, OSError, TimeoutError):
+            # Its flusher may have ended with its queue full, and then it waits for ever.
+            with anyio.move_on_after(LEAVE_SECONDS), suppress(NatsError, OSError, TimeoutError):
                 await client.close()

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from nats.js.api import StreamState
 
 HEARTBEAT_SECONDS = 1.0
+LEAVE_SECONDS = 1.0
+"""How long whoever leaves tries to tell the server so."""
 LOOK_SECONDS = 0.1
 """How often the follower looks whether the connection was replaced."""
 SOON_SECONDS = 1.0
@@ -126,7 +128,7 @@ class Follower:
                 await self._watch()
                 self.restarts += 1
         finally:
-            with anyio.CancelScope(shield=True), contextlib.suppress(NatsError, OSError):
+            with anyio.move_on_after(LEAVE_SECONDS, shield=True), contextlib.suppress(NatsError, OSError):
                 await self._stop()
 
     async def _first_look(self) -> StreamState:

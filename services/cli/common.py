@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import signal
 from dataclasses import dataclass
 from pathlib import Path  # noqa: TC003 - options are read by their types
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from nats.aio.client import Client
 
 T = TypeVar("T")
+
+STOP_SECONDS = 20.0
 
 PolicyModules = Annotated[tuple[str, ...], Parameter(name="--policy-module", consume_multiple=True)]
 
@@ -64,7 +67,10 @@ def run_async(function: Callable[..., Awaitable[T]], *arguments: Any) -> T:  # n
 
 
 def run_until_signal(function: Callable[..., Awaitable[object]], *arguments: Any) -> None:  # noqa: ANN401
-    """Run a coroutine function until it ends, or cancel it in good order on SIGINT or SIGTERM."""
+    """Run a coroutine function until it ends, or cancel it in good order on SIGINT or SIGTERM.
+
+    One that has not ended `STOP_SECONDS` after the signal is ended hard, with exit code 1.
+    """
 
     async def main() -> None:
         async with anyio.create_task_group() as group:
@@ -72,6 +78,8 @@ def run_until_signal(function: Callable[..., Awaitable[object]], *arguments: Any
             async def stop() -> None:
                 with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
                     async for _ in signals:
+                        # Whoever was told to leave leaves: what it hangs on is written to standard error then.
+                        faulthandler.dump_traceback_later(STOP_SECONDS, exit=True)
                         group.cancel_scope.cancel()
                         return
 
@@ -79,4 +87,7 @@ def run_until_signal(function: Callable[..., Awaitable[object]], *arguments: Any
             await function(*arguments)
             group.cancel_scope.cancel()
 
-    run_async(main)
+    try:
+        run_async(main)
+    finally:
+        faulthandler.cancel_dump_traceback_later()

@@ -15,6 +15,7 @@ from nats.js.errors import APIError, NotFoundError
 from events import codec
 from events.errors import BadCommit, LogUnavailable
 from events.hashing import unpack_hashes
+from events.log.follow import LEAVE_SECONDS
 from events.subjects import stream_name, subject
 from events.types import BlocksRemoved, BlocksStored, CacheCleared, NodeRegistered
 from services import api
@@ -182,5 +183,5 @@ async def _fold(client: Client, fleet: str, memory: Memory, where: str, end: int
             with anyio.fail_after(READ_SECONDS):
                 await heard.wait()
     finally:
-        with anyio.CancelScope(shield=True), suppress(NatsError, OSError):
+        with anyio.move_on_after(LEAVE_SECONDS, shield=True), suppress(NatsError, OSError):
             await subscription.unsubscribe()
