@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from events.codec import Message
     from projections.fleet import Applied
 
-MADE_ANEW = {"changes", "slots_made", "_on_event", "_no_index"}
-"""What a loaded state need not have in common with the dumped one: counts of changes, and what every state has."""
+MADE_ANEW = {"changes", "slots_made", "_on_event", "_no_index", "set_back"}
+"""What a loaded state need not have in common with the dumped one: counts of this process, and what every state has."""
 
 
 def picture(thing: Any) -> Any:
