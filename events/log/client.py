@@ -9,6 +9,7 @@ import asyncio
 import re
 import time
 from asyncio import Future
+from collections import Counter
 from secrets import token_urlsafe
 from typing import Any
 
@@ -54,6 +55,8 @@ class LogClient(Client):
         self._nuid = _Random()
         self._encrypted = encrypted
         self._asked: dict[str, list[asyncio.Future[Any]]] = {}
+        self.errors: Counter[str] = Counter()
+        """What it was told behind its back, by kind; counted by `events.log.connection`."""
         self.refused = ""
         """Why the server wants this client no more; empty as long as it does."""
 

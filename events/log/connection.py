@@ -12,7 +12,6 @@ from collections import Counter
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 from uuid import uuid4
-from weakref import WeakKeyDictionary
 
 import anyio
 import structlog
@@ -42,12 +41,11 @@ REFUSED_SECONDS = 30.0
 """So long a client that was connected before knocks at servers that refuse it: they may be reading a new configuration."""
 
 _log = structlog.get_logger("kvplane.nats")
-_errors: WeakKeyDictionary[Client, Counter[str]] = WeakKeyDictionary()
 
 
 def errors_of(client: Client) -> Counter[str]:
     """How often a client was told of a `slow_consumer`, a `permission` that it lacks, or an `other` error."""
-    return _errors.setdefault(client, Counter())
+    return client.errors if isinstance(client, LogClient) else Counter()
 
 
 def _kind(error: Exception) -> str:
@@ -114,7 +112,6 @@ async def connected(
 
     Raises `LogUnavailable` when no server answers in `connect_seconds`, `LoginRefused`, `UntrustedServer`, `BadCredentials`.
     """
-    errors: Counter[str] = Counter()
     seed = None if credentials is None else read_seed(credentials)
     client = LogClient(encrypted=ca is not None)
     leaving = connected_once = False
@@ -141,7 +138,7 @@ async def connected(
             _log.debug("nats_retry", client=name, error=str(error))
             return
         # Slow consumers and permission violations are only ever reported here.
-        errors[_kind(error)] += 1
+        client.errors[_kind(error)] += 1
         _log.error("nats_error", client=name, error=str(error) or type(error).__name__)
 
     moves: list[asyncio.Task[None]] = []
@@ -205,7 +202,6 @@ async def connected(
         raise
     connected_once = True
     client.options["max_reconnect_attempts"] = -1
-    _errors[client] = errors
     try:
         yield client
     finally:
