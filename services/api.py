@@ -38,6 +38,7 @@ class RouteRequest(Struct, frozen=True, kw_only=True):
     tokens_count: Length | None = None
     session: str = ""
     adapter: Annotated[str, Meta(max_length=512)] = ""
+    """LoRA adapter; not needed when `model` is the name of one."""
     salt: Annotated[str, Meta(max_length=512)] = ""
     request: str = ""
     exclude: Annotated[list[str], Meta(max_length=4096)] = []
@@ -61,6 +62,8 @@ class RouteAnswer(Struct, frozen=True, kw_only=True, omit_defaults=True):
     policy: str
     cost: float
     applied: int
+    rank: str = ""
+    """Data-parallel rank to name in `X-data-parallel-rank`, of an engine that has several."""
     session: str = ""
     moved_from: str = ""
     fallbacks: list[str] = []
@@ -69,7 +72,7 @@ class RouteAnswer(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class CompleteRequest(Struct, frozen=True, kw_only=True):
-    """Tell how a routed request ended. Times in seconds."""
+    """Tell how a routed request ended. Times in seconds; without `prompt_tokens`, its usage counts as not known."""
 
     request: str
     node: str

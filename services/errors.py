@@ -214,3 +214,20 @@ class EngineUnfit(KvplaneError):
     """An engine that can't be a node as it was started, or can't be reached. The sentence names the flag to set."""
 
     code = "engine_unfit"
+
+
+class EngineFailed(ServiceFault):
+    """An engine did not do what it was asked; another one may."""
+
+    status = 502
+    code = "engine_failed"
+
+
+class EngineRefused(ServiceFault):
+    """An engine would not have the request. `status` is the engine's; another engine would say the same."""
+
+    code = "engine_refused"
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status

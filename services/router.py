@@ -19,6 +19,7 @@ from events.hashing import block_hashes
 from events.log.append import Appender, new_writer
 from events.log.group import GroupWriter, Writers
 from events.subjects import subject
+from services import labels
 from services.api import CompleteRequest, RouteAnswer, RouteRequest, StatusRequest, names, one_of
 from services.errors import BadRequest, NoTokenizer
 from services.micro import Endpoint, serve, stop
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 BUFFER_EVENTS = 100_000
 """Decisions that may wait for the log; `group.LIMIT_BYTES` bounds their size as well."""
 LINGER_SECONDS = 0.005
-TOKENIZER_LABEL = "tokenizer"
 
 _log = structlog.get_logger("kvplane.router")
 _HASH_BYTES = 8
@@ -148,6 +148,7 @@ class Router:
             request=query.id,
             node=decision.node.name,
             address=decision.node.registered.address,
+            rank=decision.node.registered.labels.get(labels.RANK, ""),
             kind=decision.kind,
             matched_blocks=decision.match,
             matched_tokens=decision.match * query.block_size,
@@ -198,8 +199,9 @@ class Router:
                 raise BadRequest(f"tokens_count {tokens} is less than {count} full blocks of {size} tokens")
         else:
             ids = request.tokens if form == "tokens" else self._tokenize(request, roster.nodes)
+            adapter = request.adapter or (request.model if roster.is_adapter else "")
             try:
-                hashes = block_hashes(ids or [], size, adapter=request.adapter, salt=request.salt)
+                hashes = block_hashes(ids or [], size, adapter=adapter, salt=request.salt)
             except BadHashes as error:
                 raise BadRequest(str(error)) from None
             count, tokens = len(hashes) // _HASH_BYTES, len(ids or [])
@@ -214,7 +216,7 @@ class Router:
 
     def _tokenize(self, request: RouteRequest, nodes: Sequence[Node]) -> list[int]:
         """Token ids of a prompt. Only the byte tokenizer of simulated nodes is built in."""
-        kinds = {node.registered.labels.get(TOKENIZER_LABEL, "") for node in nodes}
+        kinds = {node.registered.labels.get(labels.TOKENIZER, "") for node in nodes}
         if kinds != {"bytes"}:
             raise NoTokenizer(
                 f"no tokenizer is known for model {request.model[:80]!r}; send tokens, or hashes with tokens_count"

@@ -24,7 +24,7 @@ from events.log.client import check_open
 from events.log.group import GroupWriter, Writers
 from events.subjects import access_name, pulse_subject, subject, token
 from projections.load import PREFILL_LABEL
-from services import api
+from services import api, labels
 from services.blockcache import BlockCache
 from services.client import ask
 from services.errors import ServiceFault
@@ -140,7 +140,7 @@ class SimNode:
             node=config.name, address=self.address, models=[config.model], block_size=config.block_size,
             capacity_blocks={"gpu": config.capacity_blocks}, cache_mode=config.cache_mode, engine="kvplane-simnode",
             max_active=config.max_active, pulse_seconds=config.pulse_seconds, replace=True,
-            labels={PREFILL_LABEL: str(config.prefill_speed), "tokenizer": "bytes"},
+            labels={PREFILL_LABEL: str(config.prefill_speed), labels.TOKENIZER: "bytes"},
         )  # fmt: skip
         while True:
             try:

@@ -13,6 +13,7 @@ import zmq
 import zmq.asyncio
 from aiohttp import web
 
+from tests.fake_openai import FakeApi
 from tests.naive_engine import NaiveEngine
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class FakeEngine:
         """So many answers of replays lose batches and their end, as when the socket's queue is full."""
         self.loading = False
         """Its sockets are there, and it serves nothing yet."""
+        self.api = FakeApi(self)
         self._up: anyio.CancelScope | None = None
         self._down = anyio.Event()
         self._tasks: anyio.abc.TaskGroup | None = None
@@ -102,7 +104,7 @@ class FakeEngine:
                     self._pub.bind(self.options_endpoint())
                 else:
                     self._pub.connect(self.options_endpoint())
-                runner = web.AppRunner(self._pages(), access_log=None)
+                runner = web.AppRunner(self._pages(), access_log=None, shutdown_timeout=0.1)
                 await runner.setup()
                 await web.TCPSite(runner, "127.0.0.1", self.ports[0], reuse_address=True).start()
                 try:
@@ -177,8 +179,8 @@ class FakeEngine:
                 "version": "0.9", "page_size": size, "max_total_num_tokens": size * blocks, "dp_size": 1,
                 "kv_events_config": json.dumps(config),
             })  # fmt: skip
-        for path in ("/{any:.*}",):
-            app.router.add_get(path, answer)
+        app.router.add_get("/{any:.*}", answer)
+        self.api.route(app)
         return app
 
 

@@ -55,8 +55,11 @@ class NaiveEngine:
         number = xxh3_64_intdigest(parts, 7)
         return number.to_bytes(8, "big") * 4 if self.names == "bytes" else number
 
-    def request(self, tokens: list[int], adapter: str = "", salt: str = "", *, twice: bool = False) -> None:
-        """Cache a prompt. `twice`: as if it had come together with an identical one, so that nothing is reused."""
+    def request(self, tokens: list[int], adapter: str = "", salt: str = "", *, twice: bool = False) -> int:
+        """Cache a prompt; return how many of its tokens need not be computed.
+
+        `twice`: as if it had come together with an identical one, so that nothing is reused.
+        """
         full = len(tokens) // self.size
         names: list[Any] = []
         for at in range(full):
@@ -80,8 +83,9 @@ class NaiveEngine:
             removed.append(self.blocks.pop(0)[0])
         # One hash an event, as vLLM tells it.
         self.queue += [{"type": "BlockRemoved", "block_hashes": [name], "medium": "GPU"} for name in removed]
+        found = min(hit, (len(tokens) - 1) // self.size) * self.size
         if fresh <= 0:
-            return
+            return found
         stored = names[hit : hit + fresh]
         self.blocks += zip(stored, blocks[hit : hit + fresh], strict=True)
         keys: list[Any] = [[adapter] if adapter else None for _ in stored]
@@ -92,6 +96,7 @@ class NaiveEngine:
             "token_ids": tokens[hit * self.size : (hit + fresh) * self.size], "block_size": self.size,
             "lora_id": 1 if adapter else None, "medium": "GPU", "lora_name": adapter or None, "extra_keys": keys,
         })  # fmt: skip
+        return found
 
     def reset(self) -> None:
         self.blocks = []

@@ -117,7 +117,7 @@ VIEWS = (
         (
             ("hour", "beginning of the hour"),
             ("node", "the node"),
-            ("requests", "requests that completed and whose decision is known"),
+            ("requests", "requests that completed and whose decision and usage are known"),
             ("predicted_tokens", "tokens that the routers expected to be cached"),
             ("cached_tokens", "tokens that the engines found"),
             ("over", "tokens that were expected and not found, summed over requests"),
@@ -130,7 +130,7 @@ VIEWS = (
           sum(CASE WHEN predicted_tokens > cached_tokens THEN predicted_tokens - cached_tokens ELSE 0 END)::UBIGINT AS over,
           sum(CASE WHEN cached_tokens > predicted_tokens THEN cached_tokens - predicted_tokens ELSE 0 END)::UBIGINT AS under,
           avg((predicted_tokens = cached_tokens)::INTEGER) AS "right"
-        FROM completions WHERE status = 'ok' AND routed IS NOT NULL GROUP BY ALL
+        FROM completions WHERE status = 'ok' AND routed IS NOT NULL AND prompt_tokens > 0 GROUP BY ALL
         """,
     ),
     View(

@@ -30,7 +30,7 @@ app = App(
 # By name, so that a command loads what it needs and no other.
 COMMANDS = (
     "up:up", "run:router", "run:coordinator", "history:historian", "run:simnode", "ask:node", "ask:policy", "ask:route",
-    "attach:attach",
+    "attach:attach", "complete:complete",
     "past:state", "past:diff", "past:explain", "whatif:whatif", "sql:sql", "report:report", "history:history", "log:events",
     "snapshot:snapshot", "snapshot:compact", "copies:copies", "format:format", "doctor:doctor", "auth:auth",
     "demo:demo", "simulate:simulate", "simulate:workload",

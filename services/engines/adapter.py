@@ -23,7 +23,7 @@ from events.log.append import Appender, new_writer
 from events.log.group import GroupWriter, Writers
 from events.subjects import pulse_subject, subject, token
 from events.types import BlocksRemoved, BlocksStored, NodeLost, NodeRecovered, NodeRegistered, NodeRemoved
-from services import api
+from services import api, labels
 from services.client import ask
 from services.engines.names import remembered
 from services.engines.sequence import Track, Verdict
@@ -54,10 +54,6 @@ PATIENCE_SECONDS = 10.0
 BUFFER_EVENTS = 20_000
 BUFFER_BLOCKS = 2_000_000
 """So much waits for the log at the most; beyond it everything is told anew when the log is back."""
-
-ADAPTER_LABEL = "adapter"
-STARTED_LABEL = "engine_started"
-RANK_LABEL = "rank"
 
 _log = structlog.get_logger("kvplane.engines")
 _encode = msgspec.msgpack.Encoder().encode
@@ -163,7 +159,7 @@ class Adapter:
             return
         if before is None or before.position is None:
             return
-        same = before.labels.get(STARTED_LABEL) == self.facts.started
+        same = before.labels.get(labels.STARTED) == self.facts.started
         if same and before.block_size == self.facts.block_size:
             self.track.restore(before.names(), before.position)
             _log.info("remembered", node=self.config.node, batch=before.position, blocks=self.track.translator.used())
@@ -272,7 +268,11 @@ class Adapter:
                 "start the adapter again"
             )
         self.facts = msgspec.structs.replace(
-            self.facts, started=facts.started, version=facts.version, models=facts.models
+            self.facts,
+            started=facts.started,
+            version=facts.version,
+            models=facts.models,
+            adapters_from=facts.adapters_from,
         )
         self._facts_old = False
 
@@ -282,13 +282,17 @@ class Adapter:
         # A commit must not hold events of two epochs: what is on its way goes first.
         await self._log.flush()
         facts, config = self.facts, self.config
-        labels = {ADAPTER_LABEL: self.writer, RANK_LABEL: str(self.source.rank)}
+        said = {labels.ADAPTER: self.writer}
+        if len(facts.sources) > 1:
+            said[labels.RANK] = str(self.source.rank)
+        if facts.adapters_from:
+            said[labels.ADAPTERS_FROM] = str(facts.adapters_from)
         if facts.started:
-            labels[STARTED_LABEL] = facts.started
+            said[labels.STARTED] = facts.started
         request = api.RegisterRequest(
             node=config.node, address=config.address, models=facts.models, block_size=facts.block_size,
             capacity_blocks={"gpu": facts.capacity_blocks}, engine=f"{self.engine.kind} {facts.version}".strip(),
-            max_active=config.max_active, pulse_seconds=config.pulse_seconds, labels=labels, replace=True,
+            max_active=config.max_active, pulse_seconds=config.pulse_seconds, labels=said, replace=True,
         )  # fmt: skip
         while True:
             try:
@@ -377,7 +381,7 @@ class Adapter:
                 self._stopped = EngineUnfit(
                     f"node {self.config.node!r} was removed from the fleet; attach it again if it is back"
                 )
-            elif isinstance(event, NodeRegistered) and event.labels.get(ADAPTER_LABEL) != self.writer and self.epoch:
+            elif isinstance(event, NodeRegistered) and event.labels.get(labels.ADAPTER) != self.writer and self.epoch:
                 self._stopped = EngineUnfit(
                     f"node {node!r} was registered by someone else; an engine has one adapter, with a --node of its own"
                 )

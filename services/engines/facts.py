@@ -50,6 +50,9 @@ class Facts(Struct, frozen=True, kw_only=True):
     """An engine as it was started. Sizes in tokens and blocks; `started` tells its lives apart, and is empty when unknown."""
 
     models: list[str]
+    """The base model and its other names, then its adapters."""
+    adapters_from: int = 0
+    """Place in `models` where adapters begin; 0 without any, or where events do not name them."""
     version: str = ""
     block_size: int = 0
     capacity_blocks: int = 0
@@ -172,21 +175,22 @@ class Engine:
         """Everything that can be asked. Raises `EngineUnfit` when it does not answer."""
         listed = await self._json("/v1/models")
         try:
-            models = [
-                model["id"] for model in sorted(listed["data"], key=lambda model: model.get("parent") is not None)
-            ]
+            parents = {model["id"]: model.get("parent") for model in listed["data"]}
         except (KeyError, TypeError, AttributeError):
             raise EngineUnfit(
                 f"{self.url}/v1/models lists no models; give --engine the address of an OpenAI-compatible API"
             ) from None
+        models = sorted(parents, key=lambda model: parents[model] is not None)
         status, text = await self._get("/metrics")
         found = samples(text) if status == 200 else {}
         if self.kind == "sglang":
             return await self._sglang(models, found)
         version = await self._json("/version")
         config = [labels for labels, _ in found.get("vllm:cache_config_info", ())]
+        bases = sum(parent is None for parent in parents.values())
         return Facts(
             models=models,
+            adapters_from=bases if bases < len(models) else 0,
             version=str(version.get("version", "")) if isinstance(version, dict) else "",
             block_size=_number(config[0].get("block_size")) if config else 0,
             # One block of the pool is never used.

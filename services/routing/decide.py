@@ -15,6 +15,7 @@ import numpy as np
 from events.hashing import derive_hash
 from events.types import Candidate, RequestRouted, SessionAssigned
 from services.errors import NoNode, Overloaded, UnknownModel
+from services.labels import is_adapter
 from services.routing.policies import policy
 from services.routing.view import Columns, Request, View
 
@@ -106,6 +107,8 @@ class Roster:
         self.limited = bool(np.isfinite(self.limits).any())
         self.tiered = [position for position, node in enumerate(self.nodes) if len(node.slots) > 1]
         self.block_size = serving[0].registered.block_size
+        self.is_adapter = any(is_adapter(node.registered, model) for node in serving)
+        """Whether the model that was asked for is a LoRA adapter."""
         self.indexes: list[tuple[str, PrefixIndex, NDArray[np.intp], NDArray[np.intp]]] = []
         """For each cache model: its index, the candidates that have it, and their slots of the tier `gpu`."""
         for cache_model in dict.fromkeys(node.model for node in self.nodes):

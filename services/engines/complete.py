@@ -1,0 +1,291 @@
+"""Sending a request where the router says, and telling the log what came of it.
+
+The engine's own `usage` and the time to its first token go into `RequestCompleted`, beside what the decision had foretold.
+An engine that can't be reached, or breaks down before its first token, is left out and the router asked again; each attempt
+is a decision of its own, and ends with a completion of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Self
+from uuid import uuid4
+
+import aiohttp
+import anyio
+import msgspec
+import structlog
+
+from services import api
+from services.client import ask
+from services.engines import openai
+from services.errors import BadRequest, EngineFailed, EngineRefused, ServiceFault
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from nats.aio.client import Client
+
+    from services.engines.openai import Body
+
+ATTEMPTS = 3
+CONNECT_SECONDS = 5.0
+SILENT_SECONDS = 600.0
+"""How long an engine may say nothing, as while a request waits there, before it counts as broken."""
+RECORD_SECONDS = 2.0
+BYTES_A_TOKEN = 4
+"""Guessed of a prompt whose tokens the engine can't tell."""
+_BUSY = {404, 408, 425, 429}
+"""Statuses of an engine that another one need not share: it is full, or is not what it was."""
+
+_log = structlog.get_logger("kvplane.complete")
+
+
+class Attempt(msgspec.Struct, frozen=True):
+    """An engine that was tried in vain, and why."""
+
+    node: str
+    reason: str
+
+
+class Completion(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of a request. Times in seconds from when it was sent to the engine."""
+
+    decision: api.RouteAnswer
+    text: list[str]
+    """What each choice says; empty for one that only calls tools. The chunks have all of it."""
+    usage: openai.Usage
+    ttft: float
+    duration: float
+    recorded: bool
+    """Whether a router took the completion for the log."""
+    failed: list[Attempt] = []
+
+
+class Completer:
+    """Completes OpenAI requests on a fleet's engines. Use as an asynchronous context manager, for many requests at once."""
+
+    def __init__(self, client: Client, fleet: str, *, api_key: str = "", attempts: int = ATTEMPTS) -> None:
+        self.client = client
+        self.fleet = fleet
+        self.attempts = attempts
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._session: aiohttp.ClientSession | None = None
+        self._warned: set[tuple[str, str]] = set()
+
+    async def __aenter__(self) -> Self:
+        """Open."""
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=SILENT_SECONDS)
+        self._session = aiohttp.ClientSession(timeout=timeout, headers=self._headers)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close."""
+        if self._session is not None:
+            await self._session.close()
+
+    async def complete(
+        self, body: Body, *, session: str = "", traceparent: str = "", on_chunk: Callable[[Body], None] | None = None
+    ) -> Completion:
+        """Complete a request, an OpenAI body with `messages` or `prompt`; `on_chunk` gets each chunk as it comes.
+
+        Raises `BadRequest`, `EngineRefused` when an engine would not have it, `EngineFailed` when none did it, and what the
+        router answers.
+        """
+        path = openai.path(body)
+        asked = await self._question(body, session, traceparent)
+        failed: list[Attempt] = []
+        request = asked.request or uuid4().hex
+        while True:
+            asked = msgspec.structs.replace(
+                asked, request=f"{request}.{len(failed)}" if failed else request,
+                exclude=[*asked.exclude, *(attempt.node for attempt in failed[-1:])],
+            )  # fmt: skip
+            try:
+                decision: api.RouteAnswer = await ask(self.client, f"kv.{self.fleet}.route", asked, api.RouteAnswer)
+            except ServiceFault:
+                if failed:
+                    raise EngineFailed(_in_vain(failed)) from None
+                raise
+            delivery = _Delivery(self, decision, traceparent, on_chunk)
+            try:
+                return await delivery.run(path, body, failed)
+            except EngineFailed as error:
+                failed = [*failed, Attempt(decision.node, str(error))]
+                if delivery.begun:
+                    raise
+                if len(failed) >= self.attempts:
+                    raise EngineFailed(_in_vain(failed)) from None
+                _log.warning("engine_failed", node=decision.node, error=str(error))
+
+    @property
+    def http(self) -> aiohttp.ClientSession:
+        """The open session."""
+        if self._session is None:
+            raise RuntimeError("not opened")
+        return self._session
+
+    async def _question(self, body: Body, session: str, traceparent: str) -> api.RouteRequest:
+        """What to ask the router."""
+        asked = api.RouteRequest(
+            model=body["model"], session=session, salt=str(body.get("cache_salt") or ""), traceparent=traceparent
+        )
+        given = openai.tokens(body)
+        if given is None:
+            given, asked = await self._tokens(body, asked)
+        if given is not None:
+            return msgspec.structs.replace(asked, tokens=given)
+        self._warn(
+            "tokens_not_known", body["model"],
+            "its engines do not answer /tokenize for such a request: it is routed by load and session, not by cache",
+        )  # fmt: skip
+        size = len(msgspec.json.encode([body.get("messages"), body.get("prompt")]))
+        return msgspec.structs.replace(asked, hashes=b"", tokens_count=size // BYTES_A_TOKEN)
+
+    async def _tokens(self, body: Body, asked: api.RouteRequest) -> tuple[list[int] | None, api.RouteRequest]:
+        """Token ids by an engine of the model, or none when it can't tell; the request leaves out those that are down."""
+        failed: list[Attempt] = []
+        while True:
+            # Any of the least loaded; this is no decision about the request.
+            anyone = msgspec.structs.replace(asked, hashes=b"", tokens_count=1, session="", dry_run=True)
+            try:
+                found: api.RouteAnswer = await ask(self.client, f"kv.{self.fleet}.route", anyone, api.RouteAnswer)
+            except ServiceFault:
+                if failed:
+                    raise EngineFailed(_in_vain(failed)) from None
+                raise
+            url = _url(found)
+            try:
+                async with self.http.post(url + "/tokenize", json=openai.question(body)) as answer:
+                    if answer.status == 200:
+                        return openai.answered(body, await answer.json(content_type=None)), asked
+                    if answer.status < 500:
+                        # What is wrong with it, the engine says when it gets the request itself.
+                        return None, asked
+                    reason = f"/tokenize answers {answer.status}"
+            except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+                reason = f"does not answer at {url} ({type(error).__name__})"
+            failed.append(Attempt(found.node, reason))
+            if len(failed) >= self.attempts:
+                raise EngineFailed(_in_vain(failed))
+            asked = msgspec.structs.replace(asked, exclude=[*asked.exclude, found.node])
+
+    def _warn(self, event: str, name: str, hint: str) -> None:
+        """Say it once a name."""
+        if (event, name) not in self._warned:
+            self._warned.add((event, name))
+            _log.warning(event, name=name, hint=hint)
+
+    async def record(self, done: api.CompleteRequest, *, told_cached: bool) -> bool:
+        """Hand a completion to a router; whether one took it."""
+        if not told_cached:
+            self._warn(
+                "cached_tokens_not_told", done.node,
+                "start vLLM with --enable-prompt-tokens-details, SGLang with --enable-cache-report: until then what was "
+                "foretold can't be compared",
+            )  # fmt: skip
+        try:
+            await ask(self.client, f"kv.{self.fleet}.complete", done, seconds=RECORD_SECONDS)
+        except ServiceFault as error:
+            _log.warning("completion_not_recorded", request=done.request, error=str(error))
+            return False
+        return True
+
+
+class _Delivery:
+    """One request on its way to one engine."""
+
+    def __init__(
+        self, completer: Completer, decision: api.RouteAnswer, traceparent: str, on_chunk: Callable[[Body], None] | None
+    ) -> None:
+        self.completer, self.decision, self.traceparent, self.on_chunk = completer, decision, traceparent, on_chunk
+        self.begun = False
+        """The engine has said something, which was handed on."""
+        self._usage = openai.Usage()
+        self._chunks = openai.Chunks()
+        self._said: dict[int, str] = {}
+        self._begin = time.perf_counter()
+        self._ttft = 0.0
+
+    async def run(self, path: str, body: Body, failed: list[Attempt]) -> Completion:
+        status = "cancelled"
+        try:
+            await self._deliver(path, body)
+            status = "ok"
+        except (EngineFailed, EngineRefused, BadRequest) as error:
+            status = str(error)[:512]
+            raise
+        finally:
+            duration = time.perf_counter() - self._begin
+            recorded = await self._record(status, duration)
+        said = [self._said.get(index, "") for index in range(max(self._said, default=0) + 1)]
+        return Completion(
+            decision=self.decision, text=said, usage=self._usage, ttft=self._ttft, duration=duration, recorded=recorded,
+            failed=failed,
+        )  # fmt: skip
+
+    async def _deliver(self, path: str, body: Body) -> None:
+        try:
+            await self._stream(_url(self.decision) + path, openai.streamed(body))
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            where = "broke off" if self._ttft else f"does not answer at {self.decision.address}"
+            raise EngineFailed(f"{where} ({type(error).__name__})") from None
+        if not self._chunks.ended:
+            raise EngineFailed("broke off before the end of its answer")
+
+    async def _stream(self, url: str, body: Body) -> None:
+        headers = {"X-data-parallel-rank": self.decision.rank} if self.decision.rank else {}
+        if self.traceparent:
+            headers["traceparent"] = self.traceparent
+        self._begin = time.perf_counter()
+        async with self.completer.http.post(url, json=body, headers=headers) as answer:
+            if answer.status != 200:
+                said = f"answers {answer.status}: {openai.complaint(await answer.content.read(1 << 16))}"
+                if 400 <= answer.status < 500 and answer.status not in _BUSY:
+                    raise EngineRefused(answer.status, f"the engine of node {self.decision.node} {said}")
+                raise EngineFailed(said)
+            async for data in answer.content.iter_any():
+                for chunk in self._chunks.feed(data):
+                    self._take(chunk)
+                if self._chunks.ended:
+                    return
+
+    def _take(self, chunk: Body) -> None:
+        if chunk.get("choices") and not self._ttft:
+            self._ttft = time.perf_counter() - self._begin
+        for index, text in openai.text(chunk).items():
+            self._said[index] = self._said.get(index, "") + text
+        self._usage = openai.usage(chunk) or self._usage
+        if self.on_chunk is not None:
+            self.begun = True
+            self.on_chunk(chunk)
+
+    async def _record(self, status: str, duration: float) -> bool:
+        usage = self._usage
+        told = usage.cached_tokens is not None
+        done = api.CompleteRequest(
+            request=self.decision.request, node=self.decision.node, status=status,
+            # A prompt of which nobody knows how much was cached would count as one without any hit.
+            prompt_tokens=usage.prompt_tokens if told else 0, cached_tokens=usage.cached_tokens or 0,
+            output_tokens=usage.output_tokens, ttft=self._ttft, duration=duration, traceparent=self.traceparent,
+        )  # fmt: skip
+        recorded = False
+        # Also for a request that was given up: its load must not stay.
+        with anyio.CancelScope(shield=True):
+            recorded = await self.completer.record(done, told_cached=told or status != "ok")
+        return recorded  # noqa: RET504 - a scope may swallow, for all that types say
+
+
+def _url(decision: api.RouteAnswer) -> str:
+    """Where a node's engine is. Raises `BadRequest` for nodes that have none."""
+    if not decision.address.startswith(("http://", "https://")):
+        raise BadRequest(
+            f"node {decision.node!r} is at {decision.address[:80]!r}, which is no engine's URL: it is simulated, or was "
+            "registered by hand; engines come with `kvplane attach`"
+        )
+    return decision.address.rstrip("/")
+
+
+def _in_vain(failed: list[Attempt]) -> str:
+    tried = "; ".join(f"{attempt.node}: {attempt.reason}" for attempt in failed)
+    return f"no engine completed the request ({tried})"

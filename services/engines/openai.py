@@ -1,0 +1,154 @@
+"""Requests and answers of engines as they travel over HTTP: OpenAI's completions and chat completions, always streamed.
+
+What an engine makes of a prompt is asked of the engine itself (`/tokenize`, which applies the model's chat template), so that
+the hashes of a request are those of the blocks that the engine will name.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
+
+from services.errors import BadRequest, EngineFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Body = dict[str, Any]
+"""A request as it is sent to an engine, or a chunk of its answer."""
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+_OF_TEMPLATE = (
+    "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "add_special_tokens",
+    "mm_processor_kwargs", "media_io_kwargs",
+)  # fmt: skip
+
+
+class Usage(Struct, frozen=True):
+    """Tokens of a request as its engine counted them."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int | None = None
+    """Of the prompt's, found cached; none where the engine does not tell."""
+    output_tokens: int = 0
+
+
+def path(body: Body) -> str:
+    """Endpoint that a request is for, by what it holds. Raises `BadRequest`."""
+    if ("messages" in body) == ("prompt" in body):
+        raise BadRequest("a request has either messages (for a chat) or prompt (text or token ids)")
+    if not isinstance(body.get("model"), str) or not body["model"]:
+        raise BadRequest("a request names its model")
+    return CHAT if "messages" in body else COMPLETIONS
+
+
+def tokens(body: Body) -> list[int] | None:
+    """Token ids of a prompt that is given as such; none for text and messages. Raises `BadRequest`."""
+    prompt = body.get("prompt")
+    if not isinstance(prompt, list):
+        if "prompt" in body and not isinstance(prompt, str):
+            raise BadRequest("a prompt is text or a list of token ids")
+        return None
+    if not prompt or not all(type(token) is int and token >= 0 for token in prompt):
+        raise BadRequest(
+            "a prompt of token ids is a list of numbers, and of one prompt: send each of several by itself"
+        )
+    return prompt
+
+
+def question(body: Body) -> Body:
+    """What to ask `/tokenize` for a request's token ids: what its tokens depend on, as vLLM 0.32 puts it together."""
+    if "prompt" in body:
+        return {name: body[name] for name in ("model", "prompt", "add_special_tokens") if name in body}
+    asked = {name: body[name] for name in ("model", *_OF_TEMPLATE) if name in body}
+    settings = {name: body[name] for name in ("documents", "reasoning_effort") if body.get(name) is not None}
+    given = body.get("chat_template_kwargs") or {}
+    if "reasoning_effort" in settings and "enable_thinking" not in given:
+        settings["enable_thinking"] = settings["reasoning_effort"] != "none"
+    if settings or given:
+        asked["chat_template_kwargs"] = {**settings, **given}
+    return asked
+
+
+def answered(body: Body, said: object) -> list[int]:
+    """Token ids of a request by the answer of `/tokenize`. Raises `EngineFailed`."""
+    found = said.get("tokens") if isinstance(said, dict) else None
+    if not isinstance(found, list) or not all(type(token) is int for token in found):
+        raise EngineFailed("the engine's /tokenize answers no list of token ids")
+    most = body.get("truncate_prompt_tokens")
+    cut = isinstance(most, int) and 0 < most < len(found)
+    return found[-most:] if cut else found  # type: ignore[operator]
+
+
+def streamed(body: Body) -> Body:
+    """The request as it is sent: its answer comes in chunks, the last of them with the usage."""
+    options = body.get("stream_options") or {}
+    return {**body, "stream": True, "stream_options": {**options, "include_usage": True}}
+
+
+class Chunks:
+    """Decodes server-sent events: bytes in, chunks out."""
+
+    def __init__(self) -> None:
+        self.ended = False
+        """The engine has said that this was all."""
+        self._rest = b""
+
+    def feed(self, data: bytes) -> Iterator[Body]:
+        """The chunks that are complete with these bytes. Raises `EngineFailed` for what the engine says went wrong."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            if not line.startswith(b"data:"):
+                continue
+            said = line[5:].strip()
+            if said == b"[DONE]":
+                self.ended = True
+                continue
+            try:
+                chunk = json.loads(said)
+            except ValueError:
+                raise EngineFailed(f"the engine's answer is no stream of JSON: {said[:200]!r}") from None
+            if not isinstance(chunk, dict):
+                raise EngineFailed(f"the engine's answer is no stream of JSON objects: {said[:200]!r}")
+            if chunk.get("error") or chunk.get("object") == "error":
+                raise EngineFailed(f"the engine broke off: {complaint(said)}")
+            yield chunk
+
+
+def usage(chunk: Body) -> Usage | None:
+    """The usage in a chunk, if there is one."""
+    told = chunk.get("usage")
+    if not isinstance(told, dict):
+        return None
+    details = told.get("prompt_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, dict) else None
+    return Usage(
+        int(told.get("prompt_tokens") or 0),
+        None if cached is None else int(cached),
+        int(told.get("completion_tokens") or 0),
+    )
+
+
+def text(chunk: Body) -> dict[int, str]:
+    """What a chunk adds to the text of each choice."""
+    added = {}
+    for choice in chunk.get("choices") or ():
+        delta = choice.get("delta")
+        said = delta.get("content") if isinstance(delta, dict) else choice.get("text")
+        if said:
+            added[int(choice.get("index") or 0)] = str(said)
+    return added
+
+
+def complaint(said: bytes) -> str:
+    """The sentence in an engine's answer that is an error: vLLM's and OpenAI's `error.message`, SGLang's `message`."""
+    try:
+        told: Any = json.loads(said)
+    except ValueError:
+        return said[:500].decode(errors="replace") or "no reason given"
+    for name in ("error", "message", "detail"):
+        if isinstance(told, dict) and told.get(name):
+            told = told[name]
+    return str(told)[:500]
