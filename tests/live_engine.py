@@ -124,7 +124,8 @@ class Live:
             self.engine = subprocess.Popen(
                 [
                     self.python, "-m", "vllm.entrypoints.openai.api_server",
-                    "--model", str(model_folder()), "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(self.http), "--load-format", "dummy", "--dtype", "bfloat16",
+                    "--model", str(model_folder()), "--served-model-name", "tiny",
+                    "--host", "127.0.0.1", "--port", str(self.http), "--load-format", "dummy", "--dtype", "bfloat16",
                     "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "8", "--num-gpu-blocks-override", "64",
                     "--block-size", "32", "--enable-prefix-caching", "--enable-prompt-tokens-details",
                     "--prefix-caching-hash-algo", algorithm, "--kv-events-config", json.dumps(config),
