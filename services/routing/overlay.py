@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 
 from events import types
+from events.hashing import unpack_hashes
 from projections.prefix import PrefixIndex
 
 if TYPE_CHECKING:
     from events.codec import Commit
     from events.types import RequestRouted
     from projections.fleet import FleetState
+    from projections.nodes import Node
 
 PREDICTION_SECONDS = 15.0
 PENDING_SECONDS = 120.0
@@ -180,8 +182,37 @@ class Overlay:
                 self.node_changed(commit.place.name)
                 for key in [key for key, node in self.sessions.items() if node == commit.place.name]:
                     del self.sessions[key]
-        elif room == "cache" and any(type(event) is types.CacheCleared for event in commit.events):
-            self.node_changed(commit.place.name)
+        elif room == "cache":
+            name = commit.place.name
+            removed = b""
+            for event in commit.events:
+                kind = type(event)
+                if kind is types.BlocksRemoved:
+                    removed += event.hashes  # type: ignore[attr-defined]
+                elif kind is types.CacheCleared:
+                    self.node_changed(name)
+            if removed and name in self._ordinals:
+                self._removed(state.nodes[name], removed, state)
+
+    def _removed(self, node: Node, hashes: bytes, state: FleetState) -> None:
+        """What a node says is gone is not to be expected there any more, whatever was predicted before.
+
+        What it stored ends nothing: chains are reported in parts, and the rest is still to come.
+        """
+        at = self._ordinals[node.name]
+        indexes = [generation.get(node.model) for generation in (self._young, self._old)]
+        predicted = [index for index in indexes if index is not None and index.count(at)]
+        if not predicted:
+            return
+        fold, slots = state.caches.index(node.model), node.slots.values()
+        # A block that lies in another tier, or came back in the same commit, is still there.
+        gone = b"".join(
+            block.to_bytes(8, "little")
+            for block in unpack_hashes(hashes)
+            if not any(fold.holds(slot, block) for slot in slots)
+        )
+        for index in predicted:
+            index.remove(at, gone)
 
     def node_changed(self, node: str) -> None:
         """The node is gone, or its cache is another one now: nothing is on its way to it, nothing predicted there."""
