@@ -4,7 +4,8 @@ Two things that a burst of requests with one prefix needs. A decision's load cou
 decision is seen on the log, where the fold counts it. And a node that was just given a request will hold its blocks when
 its prefill is done, long before it says so: until then the blocks are *predicted*. A prediction needs no proof to go
 away: predictions lie in two generations, and every `PREDICTION_SECONDS` the older one is forgotten, so each lives between
-one and two periods. What the node reported meanwhile is in the fold.
+one and two periods. What the node reported meanwhile is in the fold. A node's own word that a block is gone ends its
+prediction at once.
 
 All of it follows from the log: from what this router decided, from what others did, and from the times of both. So the
 overlay of any past decision can be made again.
