@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from events import types
-from events.hashing import pack_hashes
+from events.hashing import pack_hashes, unpack_hashes
 from services.routing.decide import Chooser, Query
 from services.routing.overlay import PENDING_SECONDS, PREDICTION_SECONDS, Overlay
 from tests.given import SECOND, START, Given, registered
@@ -231,6 +231,19 @@ class Routed(Given):
         event = routed(f"q{len(self.messages)}", node, length=length)
         self.overlay.decided(event, self.state.load.ordinal[node], 16, self.now, predict="m")
 
+    def sends_on(self, node: str, length: int = 8) -> str:
+        """The same, and the decision is on the log: the node has still to compute it."""
+        event = routed(f"q{len(self.messages)}", node, length=length)
+        self.overlay.decided(event, self.state.load.ordinal[node], 16, self.now, predict="m")
+        assert self.put("access", "w", event, after=0) is None
+        return event.request
+
+    def awaited(self, node: str) -> set[int]:
+        """Blocks of the prompts that the fold takes as not computed yet."""
+        load = self.state.load
+        waiting = load.prefills[load.ordinal[node]].waiting
+        return {block for request in waiting for block in unpack_hashes(load.running[request].hashes)}
+
     def promised(self, node: str) -> int:
         """Leading blocks of the chain that a decision would count on."""
         query = Query("q", "m", pack_hashes(CHAIN), 8 * 16 + 1, 8, 16)
@@ -301,6 +314,17 @@ def test_a_removal_that_comes_after_a_newer_prediction_ends_it_until_the_node_st
     assert given_.promised("a") == 3
     given_.stores("a", *CHAIN)
     assert given_.promised("a") == 8
+
+
+def test_what_a_prompt_that_waits_there_needs_is_still_to_be_expected() -> None:
+    given_ = Routed()
+    given_.stores("a", *CHAIN)
+    request = given_.sends_on("a", 6)
+    given_.drops("a", 8, 7, 6, 5)
+    assert (given_.promised("a"), given_.matches("a", *CHAIN)) == (6, 4)
+    given_.completes(request, "a")
+    given_.drops("a", 4)
+    assert given_.promised("a") == 3
 
 
 def test_a_removal_ends_the_predictions_of_both_generations() -> None:
@@ -375,7 +399,7 @@ reports = st.lists(
 )  # fmt: skip
 steps = st.lists(
     st.tuples(
-        st.sampled_from(["send", "send", "report", "report", "report", "clear", "register", "period"]),
+        st.sampled_from(["send", "route", "complete", "report", "report", "report", "clear", "register", "period"]),
         st.sampled_from("ab"), st.integers(1, 5), reports,
     ),
     max_size=30,
@@ -390,7 +414,7 @@ class Naive:
         self.old: dict[str, set[int]] = {"a": set(), "b": set()}
         self.held: dict[tuple[str, str], set[int]] = defaultdict(set)
 
-    def reported(self, node: str, changes: list[tuple[str, Any, list[int]]]) -> None:
+    def reported(self, node: str, changes: list[tuple[str, Any, list[int]]], awaited: set[int]) -> None:
         said: set[int] = set()
         for what, tier, blocks in changes:
             if what == "store":
@@ -398,7 +422,7 @@ class Naive:
             else:
                 self.held[node, tier] -= set(blocks)
                 said |= set(blocks)
-        gone = said - self.held[node, "gpu"] - self.held[node, "cpu"]
+        gone = said - self.held[node, "gpu"] - self.held[node, "cpu"] - awaited
         self.young[node] -= gone
         self.old[node] -= gone
 
@@ -425,6 +449,12 @@ def test_a_promise_is_what_is_held_or_predicted_and_not_gone(told: list[tuple[st
         if what == "send":
             given_.sends(node, length)
             naive.young[node] |= set(CHAIN[:length])
+        elif what == "route":
+            given_.sends_on(node, length)
+            naive.young[node] |= set(CHAIN[:length])
+        elif what == "complete":
+            for request in [key for key, active in given_.state.load.running.items() if active.node == node]:
+                assert given_.put("access", "w", types.RequestCompleted(request, node), after=0) is None
         elif what == "report":
             said = [
                 types.BlocksStored(node, life, 1, pack_hashes(blocks), None, tier)
@@ -433,7 +463,7 @@ def test_a_promise_is_what_is_held_or_predicted_and_not_gone(told: list[tuple[st
                 for kind, tier, blocks in changes
             ]
             assert given_.put("cache", node, *said, after=0) is None
-            naive.reported(node, changes)
+            naive.reported(node, changes, given_.awaited(node))
         elif what == "clear":
             assert given_.put("cache", node, types.CacheCleared(node, life, 1), after=0) is None
             naive.clear(node)

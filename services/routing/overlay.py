@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 
 from events import types
-from events.hashing import unpack_hashes
+from events.hashing import pack_hashes, unpack_hashes
 from projections.prefix import PrefixIndex
 
 if TYPE_CHECKING:
@@ -207,13 +207,20 @@ class Overlay:
             return
         fold, slots = state.caches.index(node.model), node.slots.values()
         # A block that lies in another tier, or came back in the same commit, is still there.
-        gone = b"".join(
-            block.to_bytes(8, "little")
+        gone = [
+            block
             for block in unpack_hashes(hashes)
-            if not any(fold.holds(slot, block) for slot in slots)
-        )
+            if any(index.holds(at, block) for index in predicted) and not any(fold.holds(slot, block) for slot in slots)
+        ]
+        if not gone:
+            return
+        # What has still to be computed for a prompt that waits there will be back.
+        load = state.load
+        waiting = [load.running[request].hashes for request in load.prefills[load.ordinal[node.name]].waiting]
+        coming = set().union(*map(unpack_hashes, waiting))
+        packed = pack_hashes([block for block in gone if block not in coming])
         for index in predicted:
-            index.remove(at, gone)
+            index.remove(at, packed)
 
     def node_changed(self, node: str) -> None:
         """The node is gone, or its cache is another one now: nothing is on its way to it, nothing predicted there."""
