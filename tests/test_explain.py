@@ -12,6 +12,7 @@ from events.codec import Message
 from projections.fleet import FleetState
 from services.routing import policies
 from services.routing.explain import Explanation, Past
+from services.routing.overlay import Overlay
 from services.routing.ttft import ttft
 from services.simulator.workloads import GENERATED_BLOCK_SIZE, generate
 from services.simulator.world import FLEET, Change, Settings, World
@@ -94,6 +95,21 @@ def test_what_the_router_knew_beyond_the_log_is_made_again_as_well() -> None:
         for message in log[: past.event.applied]:
             past.apply(message)
     assert any(past.explain().differences for past in forgetful)
+
+
+def test_what_was_evicted_after_it_was_predicted_is_not_promised_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches are small here. A router that went by what it had predicted all the same is found out."""
+    small = replace(SETTINGS, capacity=200)
+    numbers = range(1, 70, 3)
+    log = recorded(small, count=150)
+    assert [explained(log, "router-0", number).differences for number in numbers] == [[]] * len(numbers)
+    with monkeypatch.context() as former:
+        former.setattr(Overlay, "_removed", lambda *_: None)
+        log = recorded(small, count=150)
+    differing = [each for number in numbers if (each := explained(log, "router-0", number).differences)]
+    assert 0 < len(differing) < len(numbers) / 2
+    for each in differing:
+        assert any(one.what.startswith("match of ") and one.recorded > one.recomputed for one in each)
 
 
 @pytest.mark.parametrize("policy", ["ttft", "blocks"])

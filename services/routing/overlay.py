@@ -4,7 +4,8 @@ Two things that a burst of requests with one prefix needs. A decision's load cou
 decision is seen on the log, where the fold counts it. And a node that was just given a request will hold its blocks when
 its prefill is done, long before it says so: until then the blocks are *predicted*. A prediction needs no proof to go
 away: predictions lie in two generations, and every `PREDICTION_SECONDS` the older one is forgotten, so each lives between
-one and two periods. What the node reported meanwhile is in the fold.
+one and two periods. What the node reported meanwhile is in the fold. A node's own word that a block is gone ends its
+prediction at once.
 
 All of it follows from the log: from what this router decided, from what others did, and from the times of both. So the
 overlay of any past decision can be made again.
@@ -18,12 +19,14 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 
 from events import types
+from events.hashing import pack_hashes, unpack_hashes
 from projections.prefix import PrefixIndex
 
 if TYPE_CHECKING:
     from events.codec import Commit
     from events.types import RequestRouted
     from projections.fleet import FleetState
+    from projections.nodes import Node
 
 PREDICTION_SECONDS = 15.0
 PENDING_SECONDS = 120.0
@@ -180,8 +183,44 @@ class Overlay:
                 self.node_changed(commit.place.name)
                 for key in [key for key, node in self.sessions.items() if node == commit.place.name]:
                     del self.sessions[key]
-        elif room == "cache" and any(type(event) is types.CacheCleared for event in commit.events):
-            self.node_changed(commit.place.name)
+        elif room == "cache":
+            name = commit.place.name
+            removed = b""
+            for event in commit.events:
+                kind = type(event)
+                if kind is types.BlocksRemoved:
+                    removed += event.hashes  # type: ignore[attr-defined]
+                elif kind is types.CacheCleared:
+                    self.node_changed(name)
+            if removed and name in self._ordinals:
+                self._removed(state.nodes[name], removed, state)
+
+    def _removed(self, node: Node, hashes: bytes, state: FleetState) -> None:
+        """What a node says is gone is not to be expected there any more, whatever was predicted before.
+
+        What it stored ends nothing: chains are reported in parts, and the rest is still to come.
+        """
+        at = self._ordinals[node.name]
+        indexes = [generation.get(node.model) for generation in (self._young, self._old)]
+        predicted = [index for index in indexes if index is not None and index.count(at)]
+        if not predicted:
+            return
+        fold, slots = state.caches.index(node.model), node.slots.values()
+        # A block that lies in another tier, or came back in the same commit, is still there.
+        gone = [
+            block
+            for block in unpack_hashes(hashes)
+            if any(index.holds(at, block) for index in predicted) and not any(fold.holds(slot, block) for slot in slots)
+        ]
+        if not gone:
+            return
+        # What has still to be computed for a prompt that waits there will be back.
+        load = state.load
+        waiting = [load.running[request].hashes for request in load.prefills[load.ordinal[node.name]].waiting]
+        coming = set().union(*map(unpack_hashes, waiting))
+        packed = pack_hashes([block for block in gone if block not in coming])
+        for index in predicted:
+            index.remove(at, packed)
 
     def node_changed(self, node: str) -> None:
         """The node is gone, or its cache is another one now: nothing is on its way to it, nothing predicted there."""
