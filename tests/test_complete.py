@@ -225,6 +225,18 @@ async def test_a_request_that_is_given_up_leaves_no_load(fleet: Fleet) -> None:
         assert [(event.status, event.prompt_tokens) for event in on.completed] == [("cancelled", 0)]
 
 
+async def test_a_caller_that_fails_is_not_taken_for_an_engine_that_does(fleet: Fleet) -> None:
+    async with scene(fleet) as on:
+
+        def fail(_: Body) -> None:
+            raise BrokenPipeError
+
+        with pytest.raises(BrokenPipeError):
+            await on.send({"model": "m", "prompt": [1] * 20}, on_chunk=fail)
+        await on.rest()
+        assert [event.status for event in on.completed] == ["cancelled"]
+
+
 async def test_what_the_engine_does_not_tell_is_not_made_up(fleet: Fleet) -> None:
     logs.configure("warning")
     async with scene(fleet, "a") as on:

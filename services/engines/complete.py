@@ -8,7 +8,8 @@ is a decision of its own, and ends with a completion of its own.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Self
+from contextlib import closing, suppress
+from typing import TYPE_CHECKING, Self, TypeVar
 from uuid import uuid4
 
 import aiohttp
@@ -22,7 +23,7 @@ from services.engines import openai
 from services.errors import BadRequest, EngineFailed, EngineRefused, ServiceFault
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from nats.aio.client import Client
 
@@ -32,11 +33,16 @@ ATTEMPTS = 3
 CONNECT_SECONDS = 5.0
 SILENT_SECONDS = 600.0
 """How long an engine may say nothing, as while a request waits there, before it counts as broken."""
+IDLE_SECONDS = 2.0
+"""Connections are kept so long: engines close idle ones after 5 s, and a request that meets that is lost."""
+END_SECONDS = 0.1
 RECORD_SECONDS = 2.0
 BYTES_A_TOKEN = 4
 """Guessed of a prompt whose tokens the engine can't tell."""
 _BUSY = {404, 408, 425, 429}
 """Statuses of an engine that another one need not share: it is full, or is not what it was."""
+
+T = TypeVar("T")
 
 _log = structlog.get_logger("kvplane.complete")
 
@@ -76,7 +82,8 @@ class Completer:
     async def __aenter__(self) -> Self:
         """Open."""
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=SILENT_SECONDS)
-        self._session = aiohttp.ClientSession(timeout=timeout, headers=self._headers)
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS)
+        self._session = aiohttp.ClientSession(timeout=timeout, headers=self._headers, connector=connector)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -95,7 +102,7 @@ class Completer:
         path = openai.path(body)
         asked = await self._question(body, session, traceparent)
         failed: list[Attempt] = []
-        request = asked.request or uuid4().hex
+        request = uuid4().hex
         while True:
             asked = msgspec.structs.replace(
                 asked, request=f"{request}.{len(failed)}" if failed else request,
@@ -112,9 +119,7 @@ class Completer:
                 return await delivery.run(path, body, failed)
             except EngineFailed as error:
                 failed = [*failed, Attempt(decision.node, str(error))]
-                if delivery.begun:
-                    raise
-                if len(failed) >= self.attempts:
+                if delivery.begun or len(failed) >= self.attempts:
                     raise EngineFailed(_in_vain(failed)) from None
                 _log.warning("engine_failed", node=decision.node, error=str(error))
 
@@ -210,7 +215,7 @@ class _Delivery:
     async def run(self, path: str, body: Body, failed: list[Attempt]) -> Completion:
         status = "cancelled"
         try:
-            await self._deliver(path, body)
+            await self._deliver(_url(self.decision) + path, openai.streamed(body))
             status = "ok"
         except (EngineFailed, EngineRefused, BadRequest) as error:
             status = str(error)[:512]
@@ -224,31 +229,36 @@ class _Delivery:
             failed=failed,
         )  # fmt: skip
 
-    async def _deliver(self, path: str, body: Body) -> None:
-        try:
-            await self._stream(_url(self.decision) + path, openai.streamed(body))
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-            where = "broke off" if self._ttft else f"does not answer at {self.decision.address}"
-            raise EngineFailed(f"{where} ({type(error).__name__})") from None
-        if not self._chunks.ended:
-            raise EngineFailed("broke off before the end of its answer")
-
-    async def _stream(self, url: str, body: Body) -> None:
+    async def _deliver(self, url: str, body: Body) -> None:
         headers = {"X-data-parallel-rank": self.decision.rank} if self.decision.rank else {}
         if self.traceparent:
             headers["traceparent"] = self.traceparent
         self._begin = time.perf_counter()
-        async with self.completer.http.post(url, json=body, headers=headers) as answer:
+        answer = await self._heard(self.completer.http.post(url, json=body, headers=headers))
+        # Closes the connection of an answer that has not ended, upon which engines give up the request.
+        with closing(answer):
             if answer.status != 200:
-                said = f"answers {answer.status}: {openai.complaint(await answer.content.read(1 << 16))}"
+                said = f"answers {answer.status}: {openai.complaint(await self._heard(answer.content.read(1 << 16)))}"
                 if 400 <= answer.status < 500 and answer.status not in _BUSY:
                     raise EngineRefused(answer.status, f"the engine of node {self.decision.node} {said}")
                 raise EngineFailed(said)
-            async for data in answer.content.iter_any():
+            while not self._chunks.ended:
+                data = await self._heard(answer.content.readany())
+                if not data:
+                    raise EngineFailed("broke off before the end of its answer")
                 for chunk in self._chunks.feed(data):
                     self._take(chunk)
-                if self._chunks.ended:
-                    return
+            # Until its very end, so that the connection can be used again.
+            with anyio.move_on_after(END_SECONDS), suppress(EngineFailed):
+                await self._heard(answer.read())
+
+    async def _heard(self, said: Awaitable[T]) -> T:
+        """What comes from the engine. Raises `EngineFailed` when nothing does."""
+        try:
+            return await said
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            where = "broke off" if self._ttft else f"does not answer at {self.decision.address}"
+            raise EngineFailed(f"{where} ({type(error).__name__})") from None
 
     def _take(self, chunk: Body) -> None:
         if chunk.get("choices") and not self._ttft:
