@@ -185,15 +185,15 @@ class Overlay:
                     del self.sessions[key]
         elif room == "cache":
             name = commit.place.name
-            removed = b""
+            removed: list[bytes] = []
             for event in commit.events:
                 kind = type(event)
                 if kind is types.BlocksRemoved:
-                    removed += event.hashes  # type: ignore[attr-defined]
+                    removed.append(event.hashes)  # type: ignore[attr-defined]
                 elif kind is types.CacheCleared:
                     self.node_changed(name)
             if removed and name in self._ordinals:
-                self._removed(state.nodes[name], removed, state)
+                self._removed(state.nodes[name], b"".join(removed), state)
 
     def _removed(self, node: Node, hashes: bytes, state: FleetState) -> None:
         """What a node says is gone is not to be expected there any more, whatever was predicted before.
