@@ -5,21 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-import anyio
-import structlog
 from cyclopts import App, Parameter
 
 from events.errors import BadName
 from events.subjects import check_name
 from services.cli.common import COMMON, Common, run_until_signal, start
-from services.errors import BadRequest, EngineUnfit
+from services.errors import BadRequest
 
 if TYPE_CHECKING:
-    from services.engines.facts import Engine, Facts, Kind
-
-RETRY_SECONDS = 1.0
-
-_log = structlog.get_logger("kvplane.attach")
+    from services.engines.facts import Kind
 
 attach = App(name="attach", help="Make a running engine a node of the fleet, for as long as the command runs.")
 
@@ -53,6 +47,8 @@ class Attached:
     """How often the node pulses while the engine is well."""
     wait: float = 600.0
     """How many seconds to wait for the engine to answer."""
+    http: str | None = None
+    """HOST:PORT of metrics and health (/metrics, /healthz, /readyz), such as 127.0.0.1:9464; default is none."""
 
 
 @attach.command
@@ -92,44 +88,16 @@ def _attach(kind: Kind, attached: Attached, common: Common) -> None:
 
 async def _run(kind: Kind, attached: Attached, common: Common) -> None:
     # Loaded here, so that the command's help needs no HTTP.
-    from services.engines.adapter import Adapter, AdapterConfig  # noqa: PLC0415
+    from services.engines.adapters import Adapters  # noqa: PLC0415
     from services.engines.attachment import Attachment  # noqa: PLC0415
-    from services.engines.facts import Engine, check  # noqa: PLC0415
+    from services.engines.facts import Engine  # noqa: PLC0415
+    from services.web import check_address, observing  # noqa: PLC0415
 
+    check_address(attached.http)
     said = asdict(attached)
-    said.pop("engine")
+    url, http = said.pop("engine"), said.pop("http")
     wanted = Attachment(**said, one_login=common.credentials is not None)
-    async with Engine(kind, attached.engine) as engine:
-        facts = wanted.facts(await _ask(engine, wanted.wait))
-        sources = wanted.sources(facts)
-        check(kind, facts, sources)
-        for source in sources:
-            if not source.replay:
-                _log.warning(
-                    "no_replay_endpoint", node=wanted.node_of(source, sources),
-                    hint="every lost message and every restart of this adapter empties the node for the fleet; give the "
-                    'engine a "replay_endpoint" in --kv-events-config, such as tcp://*:5558',
-                )  # fmt: skip
-        async with common.connected("kvplane-attach") as client, anyio.create_task_group() as group:
-            for source in sources:
-                config = AdapterConfig(
-                    node=wanted.node_of(source, sources), address=wanted.address or engine.url,
-                    max_active=wanted.max_active, pulse_seconds=wanted.pulse_seconds,
-                )  # fmt: skip
-                group.start_soon(Adapter(client, common.fleet, engine, facts, source, config).run)
-
-
-async def _ask(engine: Engine, seconds: float) -> Facts:
-    """The engine's facts, once it is well: loading a model takes minutes."""
-    deadline = anyio.current_time() + seconds
-    said = False
-    while not await engine.healthy():
-        if anyio.current_time() >= deadline:
-            raise EngineUnfit(
-                f"no engine is well at {engine.url} after {seconds:g} s; give --engine the URL of its API, or a longer --wait"
-            )
-        if not said:
-            _log.info("engine_waited_for", engine=engine.url, seconds=seconds)
-            said = True
-        await anyio.sleep(RETRY_SECONDS)
-    return await engine.facts()
+    async with Engine(kind, url) as engine, common.connected("kvplane-attach") as client:
+        service = Adapters(client, common.fleet, engine, wanted)
+        async with observing(http, service):
+            await service.run()

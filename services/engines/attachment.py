@@ -1,4 +1,4 @@
-"""How an engine is to be attached: what the user says goes before what the engine says of itself. Pure."""
+"""How an engine is to be attached: what the user says goes before what the engine says of itself."""
 
 from __future__ import annotations
 

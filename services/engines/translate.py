@@ -45,7 +45,9 @@ COUNTS = {
     "ambiguous": "names that the engine gave to two contents",
     "trimmed": "copies that were told more often than they can exist",
 }
-"""What a translator counts, beside `unknown:TYPE`."""
+"""What a translator counts, beside events of unknown types."""
+UNKNOWN = "unknown:"
+"""Before such a type in the names of what is counted."""
 
 
 class Translator:
@@ -117,7 +119,7 @@ class Translator:
                 out.cleared()
                 self.clear()
         for kind, count in batch.unknown.items():
-            key = f"unknown:{kind}"
+            key = UNKNOWN + kind
             if key in self.counts or len(self.counts) < len(COUNTS) + UNKNOWN_TYPES:
                 self.counts[key] = self.counts.get(key, 0) + count
         self._trim(out)
