@@ -221,5 +221,5 @@ async def test_the_command_serves_http_and_an_engine_that_never_comes_ends_it(se
 async def test_an_engine_that_can_not_be_attached_ends_the_service(fleet: Fleet) -> None:
     async with ranks(2) as engine, Engine("vllm", engine[0].url) as http:
         wanted = Attachment(node="a", one_login=True)
-        with pytest.raises(EngineUnfit, match="one adapter a rank"):
+        with anyio.fail_after(10), pytest.raises(EngineUnfit, match="one adapter a rank"):
             await Adapters(fleet.client, fleet.name, http, wanted).run()
