@@ -21,6 +21,8 @@ import msgspec
 from benchmarks.common import Limit, Row, Worker, obey, pin, quiet, resident_bytes, row, serve_until_told
 from events.hashing import block_hashes
 from events.log.connection import connected
+from services import api
+from services.client import ask
 from services.coordinator import Coordinator
 from services.engines.adapter import LINGER_SECONDS, Adapter, AdapterConfig
 from services.engines.facts import Engine, check
@@ -316,7 +318,7 @@ async def delays(client: Client, node: str, following: bytes, count: int) -> lis
     return sorted((seen[hashes] - at) / 1e6 for hashes, at in said.items())
 
 
-async def attached(*, quick: bool) -> list[Row]:
+async def catching_up(*, quick: bool) -> list[Row]:
     """Rows about catching up and about the delay."""
     batches, rounds = (1000, 1) if quick else (10_000, 3)
     replays, attaches = [], []
@@ -342,6 +344,10 @@ async def attached(*, quick: bool) -> list[Row]:
                     took = await _ask(client, ATTACH, f"n{turn}", Timed)
                     at = await _ask(client, SEEN, Wanted(f"n{turn}", held=said.held), int)
                     attaches.append((at - took.began) / 1e9)
+                    if turn:
+                        # Its adapter has ended; that it is lost is no news.
+                        gone = api.NodeRequest(node=f"n{turn - 1}")
+                        await ask(client, f"kv.{FLEET}.coordinator.node.remove", gone)
                 await anyio.sleep(2)
                 took_ms = await delays(client, f"n{rounds - 1}", said.following, 100 if quick else 500)
             group.cancel_scope.cancel()
@@ -387,7 +393,7 @@ def run(*, quick: bool) -> list[Row]:
                     note=f"{note}; full and turning over {max(found['turning']):.0f}",
                 )
             )  # fmt: skip
-    rows += anyio.run(lambda: attached(quick=quick), backend_options={"use_uvloop": True})
+    rows += anyio.run(lambda: catching_up(quick=quick), backend_options={"use_uvloop": True})
     return rows
 
 

@@ -209,7 +209,7 @@ def _tier(event: dict[str, Any]) -> Tier | None:
     if event.get("locality") == "REMOTE":
         return None
     medium = event.get("medium")
-    return "gpu" if medium is None else _TIERS.get(str(medium).upper())
+    return "gpu" if medium is None or medium == "GPU" else _TIERS.get(str(medium).upper())
 
 
 def _whole(value: Any) -> int | None:  # noqa: ANN401 - whatever was decoded
