@@ -143,7 +143,7 @@ async def test_an_engine_that_connects_is_bound_for(fleet: Fleet) -> None:
     try:
         async with scene(fleet) as on:
             await on.attach()
-            await until(lambda: on.adapter._published.connections)
+            await until(lambda: on.adapter.published.connections)
             await on.traffic(1, 2)
             await on.settled()
             await on.engine.restart()
@@ -237,7 +237,7 @@ async def test_an_engine_that_publishes_before_it_serves_is_no_node_yet(fleet: F
 async def test_without_a_replay_endpoint_a_restart_and_a_loss_empty_the_node(fleet: Fleet) -> None:
     async with scene(fleet, replays=False) as on:
         await on.attach()
-        await until(lambda: on.adapter._published.connections)
+        await until(lambda: on.adapter.published.connections)
         await anyio.sleep(0.2)
         await on.traffic(1)
         await until(lambda: on.held() == set(_blocks(1)))
@@ -297,7 +297,7 @@ async def test_a_log_that_is_away_is_told_when_it_is_back(fleet: Fleet, server: 
         await on.settled()
         await server.stop()
         await on.traffic(2, 3, 4, 5, 6, 7, 8)
-        await until(lambda: on.adapter._behind)
+        await until(lambda: on.adapter.outbox.behind)
         from services.server import start_server  # noqa: PLC0415
 
         again = await start_server(server.log.parent, port=int(server.url.rpartition(":")[2]))

@@ -10,6 +10,7 @@ import pytest
 from events.hashing import block_hashes, unpack_hashes
 from events.types import BlocksRemoved, BlocksStored
 from services.engines.dialect import Batch, decode
+from services.engines.holding import Former
 from services.engines.translate import COUNTS, TELL_BLOCKS, Translator
 from tests.folded import Folded
 from tests.naive_engine import naive_hashes
@@ -258,3 +259,14 @@ def test_telling_all_again_gives_the_same_cache(names: str) -> None:
     other.put(node.translator.tell(7))
     assert (other.held(), other.held("cpu")) == (node.held(), node.held("cpu"))
     assert len(other.held()) == TELL_BLOCKS + 9
+
+
+def test_the_last_names_of_blocks_no_longer_held_are_remembered() -> None:
+    former = Former(8)
+    for number in range(100):
+        former.put(number, number + 1000)
+        newest = range(max(0, number - 3), number + 1)
+        assert [former.get(name) for name in newest] == [name + 1000 for name in newest]
+    assert 4 <= sum(former.get(name) is not None for name in range(100)) <= 8
+    former.put(98, 7)
+    assert former.get(98) == 7

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-import anyio
-import msgspec
-import structlog
 from cyclopts import App, Parameter
 
 from events.errors import BadName
 from events.subjects import check_name
 from services.cli.common import COMMON, Common, run_until_signal, start
-from services.errors import BadRequest, EngineUnfit
+from services.errors import BadRequest
 
 if TYPE_CHECKING:
-    from services.engines.facts import Engine, Facts, Kind, Source
-
-RETRY_SECONDS = 1.0
-
-_log = structlog.get_logger("kvplane.attach")
+    from services.engines.facts import Kind
 
 attach = App(name="attach", help="Make a running engine a node of the fleet, for as long as the command runs.")
 
@@ -33,11 +26,15 @@ class Attached:
     engine: str
     """URL of the engine's API, such as http://127.0.0.1:8000."""
     node: str
-    """Name of the node; with several data-parallel ranks, NAME-dp0, NAME-dp1, ..."""
+    """Name of the node; with several data-parallel ranks and no --rank, NAME-dp0, NAME-dp1, ..."""
+    rank: int | None = None
+    """Attach only this data-parallel rank, as the node of exactly that name; all ranks if not given."""
     events: str = ""
-    """Where the engine publishes (`endpoint` of its --kv-events-config); asked of the engine if not given."""
+    """Where the engine publishes (`endpoint` of its --kv-events-config); asked of the engine if not given. With --rank it is
+    where that rank publishes, its port shifted already; without, rank 0."""
     replay: str = ""
-    """Its replay endpoint (`replay_endpoint` of its --kv-events-config); asked of the engine with --events not given."""
+    """Its replay endpoint (`replay_endpoint` of its --kv-events-config), of the same rank as --events; asked of the engine
+    with --events not given."""
     address: str = ""
     """Where clients reach the engine; its URL if not given."""
     block_size: int = 0
@@ -50,11 +47,13 @@ class Attached:
     """How often the node pulses while the engine is well."""
     wait: float = 600.0
     """How many seconds to wait for the engine to answer."""
+    http: str | None = None
+    """HOST:PORT of metrics and health (/metrics, /healthz, /readyz), such as 127.0.0.1:9464; default is none."""
 
 
 @attach.command
 def vllm(*, attached: Attached, common: Common = COMMON) -> None:
-    """Attach a vLLM engine; each data-parallel rank is a node of its own.
+    """Attach a vLLM engine; each data-parallel rank is a node of its own. With credentials, run it once a rank (--rank).
 
     Start the engine with `--kv-events-config '{"enable_kv_cache_events": true, "publisher": "zmq", "endpoint":
     "tcp://*:5557", "replay_endpoint": "tcp://*:5558"}'`.
@@ -64,7 +63,7 @@ def vllm(*, attached: Attached, common: Common = COMMON) -> None:
 
 @attach.command
 def sglang(*, attached: Attached, common: Common = COMMON) -> None:
-    """Attach an SGLang engine; each data-parallel rank is a node of its own.
+    """Attach an SGLang engine; each data-parallel rank is a node of its own. With credentials, run it once a rank (--rank).
 
     Start the engine with `--enable-metrics --kv-events-config '{"publisher": "zmq", "endpoint": "tcp://*:5557",
     "replay_endpoint": "tcp://*:5558"}'`.
@@ -80,6 +79,8 @@ def _attach(kind: Kind, attached: Attached, common: Common) -> None:
         raise BadRequest(str(error)) from None
     if not attached.engine.startswith(("http://", "https://")):
         raise BadRequest(f"--engine is {attached.engine[:80]!r}; give a URL, such as http://127.0.0.1:8000")
+    if attached.rank is not None and attached.rank < 0:
+        raise BadRequest(f"--rank is {attached.rank}; ranks are numbered from 0")
     if min(attached.block_size, attached.capacity_blocks, attached.max_active) < 0 or attached.pulse_seconds <= 0:
         raise BadRequest("sizes must not be negative, and --pulse-seconds must be more than 0")
     run_until_signal(_run, kind, attached, common)
@@ -87,58 +88,16 @@ def _attach(kind: Kind, attached: Attached, common: Common) -> None:
 
 async def _run(kind: Kind, attached: Attached, common: Common) -> None:
     # Loaded here, so that the command's help needs no HTTP.
-    from services.engines.adapter import Adapter, AdapterConfig  # noqa: PLC0415
-    from services.engines.facts import Engine, check  # noqa: PLC0415
+    from services.engines.adapters import Adapters  # noqa: PLC0415
+    from services.engines.attachment import Attachment  # noqa: PLC0415
+    from services.engines.facts import Engine  # noqa: PLC0415
+    from services.web import check_address, observing  # noqa: PLC0415
 
-    async with Engine(kind, attached.engine) as engine:
-        facts = await _ask(engine, attached.wait)
-        if attached.block_size or attached.capacity_blocks:
-            facts = msgspec.structs.replace(
-                facts,
-                block_size=attached.block_size or facts.block_size,
-                capacity_blocks=attached.capacity_blocks or facts.capacity_blocks,
-            )
-        sources = _sources(attached, facts)
-        check(kind, facts, sources)
-        for source in sources:
-            if not source.replay:
-                _log.warning(
-                    "no_replay_endpoint", node=attached.node,
-                    hint="every lost message and every restart of this adapter empties the node for the fleet; give the "
-                    'engine a "replay_endpoint" in --kv-events-config, such as tcp://*:5558',
-                )  # fmt: skip
-        async with common.connected("kvplane-attach") as client, anyio.create_task_group() as group:
-            for source in sources:
-                node = attached.node if len(sources) == 1 else f"{attached.node}-dp{source.rank}"
-                config = AdapterConfig(
-                    node=node, address=attached.address or engine.url, max_active=attached.max_active,
-                    pulse_seconds=attached.pulse_seconds,
-                )  # fmt: skip
-                group.start_soon(Adapter(client, common.fleet, engine, facts, source, config).run)
-
-
-def _sources(attached: Attached, facts: Facts) -> list[Source]:
-    """Where the engine publishes: as the user says, else as the engine says."""
-    from services.engines.facts import Source  # noqa: PLC0415
-
-    if attached.events:
-        return [Source(rank=0, events=attached.events, replay=attached.replay)]
-    if attached.replay and len(facts.sources) == 1:
-        return [msgspec.structs.replace(facts.sources[0], replay=attached.replay)]
-    return facts.sources
-
-
-async def _ask(engine: Engine, seconds: float) -> Facts:
-    """The engine's facts, once it is well: loading a model takes minutes."""
-    deadline = anyio.current_time() + seconds
-    said = False
-    while not await engine.healthy():
-        if anyio.current_time() >= deadline:
-            raise EngineUnfit(
-                f"no engine is well at {engine.url} after {seconds:g} s; give --engine the URL of its API, or a longer --wait"
-            )
-        if not said:
-            _log.info("engine_waited_for", engine=engine.url, seconds=seconds)
-            said = True
-        await anyio.sleep(RETRY_SECONDS)
-    return await engine.facts()
+    check_address(attached.http)
+    said = asdict(attached)
+    url, http = said.pop("engine"), said.pop("http")
+    wanted = Attachment(**said, one_login=common.credentials is not None)
+    async with Engine(kind, url) as engine, common.connected("kvplane-attach") as client:
+        service = Adapters(client, common.fleet, engine, wanted)
+        async with observing(http, service):
+            await service.run()

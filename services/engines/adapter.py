@@ -22,10 +22,11 @@ from events.errors import BadCommit
 from events.log.append import Appender, new_writer
 from events.log.group import GroupWriter, Writers
 from events.subjects import pulse_subject, subject, token
-from events.types import BlocksRemoved, BlocksStored, NodeLost, NodeRecovered, NodeRegistered, NodeRemoved
+from events.types import NodeLost, NodeRecovered, NodeRegistered, NodeRemoved
 from services import api, labels
 from services.client import ask
 from services.engines.names import remembered
+from services.engines.outbox import BUFFER_EVENTS, Outbox
 from services.engines.sequence import Track, Verdict
 from services.engines.sockets import Published, replay
 from services.engines.translate import Translator
@@ -51,9 +52,6 @@ SETTLE_SECONDS = 1.0
 """Asked again so long after an engine has connected: what it published before it knew of us was lost."""
 PATIENCE_SECONDS = 10.0
 """How long an engine that is there may be too busy to answer before the node's pulse stops."""
-BUFFER_EVENTS = 20_000
-BUFFER_BLOCKS = 2_000_000
-"""So much waits for the log at the most; beyond it everything is told anew when the log is back."""
 
 _log = structlog.get_logger("kvplane.engines")
 _encode = msgspec.msgpack.Encoder().encode
@@ -64,6 +62,8 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     node: str
     address: str
+    ranked: bool = False
+    """The engine has several ranks, so that requests must name this one."""
     max_active: int = 0
     pulse_seconds: float = 1.0
     buffer_events: int = BUFFER_EVENTS
@@ -87,29 +87,47 @@ class Adapter:
         self.source = source
         self.config = config
         self.writer = new_writer(f"node-{config.node}"[:100])
+        self.appender = Appender(client, fleet, self.writer)
+        self.writers = Writers()
         self.epoch = 0
+        self.registrations = 0
+        self.replays = 0
+        """How often the replay buffer was asked."""
         self.told_anew = 0
         """How often everything was told anew in an epoch that had begun before."""
         self.track = Track(Translator(config.node, facts.block_size, {"gpu": facts.capacity_blocks}))
-        self._writers = Writers()
-        self._log = self._writers.add(
+        self._log = self.writers.add(
             GroupWriter(
-                Appender(client, fleet, self.writer), subject(fleet, "cache", config.node), linger=LINGER_SECONDS,
-                limit=2 * config.buffer_events,
+                self.appender, subject(fleet, "cache", config.node), linger=LINGER_SECONDS, limit=2 * config.buffer_events
             )
         )  # fmt: skip
-        self._published = Published(source.events, engine.host)
+        self.outbox = Outbox(self._log, config.node, config.buffer_events)
+        self.published = Published(source.events, engine.host)
         self._connections = 0
         self._gauges: Gauges | None = None
         self._well_until = 0.0
         self._look_at = 0.0
         self._settle_at = float("inf")
-        self._behind = False
-        self._unsent_blocks = 0
         self._register_again = False
+        self._registered = False
         self._stopped: EngineUnfit | None = None
         self._restarted = False
         self._facts_old = False
+
+    @property
+    def well(self) -> bool:
+        """Whether the engine is, as far as it was asked."""
+        return anyio.current_time() < self._well_until
+
+    def trouble(self) -> str:
+        """What keeps the fleet from knowing of this node what it should; empty when nothing does."""
+        if not self.well:
+            return "the engine is not well"
+        if not self._registered or self._register_again:
+            return "it is not registered"
+        if self.outbox.behind or not self._log.available:
+            return "the log is away"
+        return ""
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Run until cancelled. Started means: registered, and everything that is known is handed to the log.
@@ -118,9 +136,9 @@ class Adapter:
         """
         try:
             async with anyio.create_task_group() as group:
-                group.start_soon(self._writers.run)
+                group.start_soon(self.writers.run)
                 try:
-                    group.start_soon(self._published.run)
+                    group.start_soon(self.published.run)
                     group.start_soon(self._observe)
                     node_subject = subject(self.fleet, "node", self.config.node)
                     await self.client.subscribe(node_subject, cb=self._concluded)
@@ -132,9 +150,9 @@ class Adapter:
                     task_status.started()
                     await self._follow()
                 finally:
-                    await self._writers.close()
+                    await self.writers.close()
         finally:
-            self._published.close()
+            self.published.close()
 
     def _coordinator(self, what: str) -> str:
         """Where this node asks for something for itself."""
@@ -169,15 +187,15 @@ class Adapter:
         while True:
             if self._stopped is not None:
                 raise self._stopped
-            if self._register_again and anyio.current_time() < self._well_until:
+            if self._register_again and self.well:
                 # Not for an engine that is gone: it will be another life when it is back.
                 if self._facts_old:
                     await self._refresh()
                 await self._look()
                 await self._register()
             self._catch_up()
-            published, now = self._published, anyio.current_time()
-            due = now >= min(self._look_at, self._settle_at) and now < self._well_until
+            published, now = self.published, anyio.current_time()
+            due = now >= min(self._look_at, self._settle_at) and self.well
             if published.connections != self._connections or published.overflowed or self._restarted or due:
                 await self._look()
                 continue
@@ -190,7 +208,7 @@ class Adapter:
 
     async def _apply_waiting(self) -> None:
         """Apply what waits, up to a change of the connection or a hole."""
-        published, track = self._published, self.track
+        published, track = self.published, self.track
         for _ in range(min(len(published.waiting), 256)):
             if published.connections != self._connections:
                 return
@@ -206,7 +224,7 @@ class Adapter:
 
     async def _look(self, missing: Sequence[Told] = ()) -> None:
         """Ask the replay buffer for what was missed, and judge whether it is still the same life of the engine."""
-        published, track = self._published, self.track
+        published, track = self.published, self.track
         connected = published.connections != self._connections
         now = anyio.current_time()
         self._settle_at = now + SETTLE_SECONDS if connected else float("inf")
@@ -238,6 +256,7 @@ class Adapter:
     async def _replay(self, start: int) -> tuple[list[Told], bool]:
         if not self.source.replay:
             return [], False
+        self.replays += 1
         return await replay(self.source.replay, self.engine.host, start)
 
     async def _same_life(self) -> bool | None:
@@ -278,12 +297,12 @@ class Adapter:
 
     async def _register(self) -> None:
         """Register until it succeeds, and tell all that is known."""
-        self._register_again = False
+        self._register_again = self._registered = False
         # A commit must not hold events of two epochs: what is on its way goes first.
         await self._log.flush()
         facts, config = self.facts, self.config
         said = {labels.ADAPTER: self.writer}
-        if len(facts.sources) > 1:
+        if config.ranked:
             said[labels.RANK] = str(self.source.rank)
         if facts.adapters_from:
             said[labels.ADAPTERS_FROM] = str(facts.adapters_from)
@@ -305,37 +324,29 @@ class Adapter:
             else:
                 break
         self.epoch = self.track.translator.epoch = answer.epoch
-        self._behind, self._unsent_blocks = False, 0
-        for event in self.track.translator.tell(self.track.position):
-            self._log.put(event)
+        self.registrations += 1
+        self._registered = True
+        self.outbox.begin(self.track.translator.tell(self.track.position))
         blocks = self.track.translator.used()
         _log.info("node_registered", node=config.node, epoch=self.epoch, blocks=blocks, batch=self.track.position)
 
     def _tell(self, reason: str) -> None:
         """Take back all that was told in this epoch, and tell what is known."""
         self.told_anew += self.epoch > 0
-        self._put([*self.track.cleared(reason), *self.track.translator.tell(self.track.position)])
+        self._put(self._anew(reason))
+
+    def _anew(self, reason: str) -> list[Event]:
+        return [*self.track.cleared(reason), *self.track.translator.tell(self.track.position)]
 
     def _put(self, events: Sequence[Event]) -> None:
-        if self._behind or not events or not self.epoch:
-            return
-        if not self._log.waiting:
-            self._unsent_blocks = 0
-        self._unsent_blocks += sum(
-            len(event.hashes) >> 3 for event in events if isinstance(event, BlocksStored | BlocksRemoved)
-        )
-        if self._log.waiting + len(events) > self.config.buffer_events or self._unsent_blocks > BUFFER_BLOCKS:
-            self._behind = True
-            _log.warning("log_away_too_long", node=self.config.node, waiting=self._log.waiting)
-            return
-        for event in events:
-            self._log.put(event)
+        if self.epoch:
+            self.outbox.put(events)
 
     def _catch_up(self) -> None:
         """When more was to be said than could wait: say all of it anew as soon as the log takes it."""
-        if self._behind and not self._log.waiting:
-            self._behind = False
-            self._tell("gap: the log was away for longer than could be buffered")
+        if self.epoch and self.outbox.may_begin:
+            self.told_anew += 1
+            self.outbox.begin(self._anew("gap: the log was away for longer than could be buffered"))
 
     def _check_size(self) -> None:
         wrong = self.track.translator.wrong_size
@@ -408,7 +419,7 @@ class Adapter:
     async def _pulse(self) -> None:
         """Pulse for as long as the engine is well."""
         while True:
-            if self.epoch and anyio.current_time() < self._well_until:
+            if self.epoch and self.well:
                 gauges = self._gauges
                 pulse = api.Pulse(
                     node=self.config.node, epoch=self.epoch, active=gauges.active if gauges else 0,

@@ -31,6 +31,7 @@ _TIERS: dict[str, Tier] = {
 }  # fmt: skip
 _FULL = {"", "full_attention", "mla_attention", "sink_full_attention"}
 _MM_DIGITS = 64
+_NAMES = frozenset((int, bytes))
 
 
 class Stored(NamedTuple):
@@ -199,7 +200,7 @@ def multimodal_key(identifier: str) -> bytes:
 
 
 def _hashes(values: Any) -> Sequence[EngineHash]:  # noqa: ANN401 - whatever was decoded
-    if not set(map(type, values)) <= {int, bytes}:
+    if not _NAMES.issuperset(map(type, values)):
         raise TypeError("a block hash is neither a number nor bytes")
     return values  # type: ignore[no-any-return]
 
@@ -208,7 +209,7 @@ def _tier(event: dict[str, Any]) -> Tier | None:
     if event.get("locality") == "REMOTE":
         return None
     medium = event.get("medium")
-    return "gpu" if medium is None else _TIERS.get(str(medium).upper())
+    return "gpu" if medium is None or medium == "GPU" else _TIERS.get(str(medium).upper())
 
 
 def _whole(value: Any) -> int | None:  # noqa: ANN401 - whatever was decoded

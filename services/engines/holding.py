@@ -1,4 +1,4 @@
-"""Which blocks an engine holds in one tier, under which names, and in how many copies. Pure."""
+"""Which blocks an engine holds in one tier, under which names, in how many copies, and what it held before. Pure."""
 
 from __future__ import annotations
 
@@ -89,3 +89,27 @@ class Holding:
     def trim(self) -> list[int]:
         """One copy less of a name that has several, or else had. The block, when it is held no longer."""
         return self.drop(next(iter(self.shared or self._shared_once)))
+
+
+class Former:
+    """The last names of blocks that are held no longer.
+
+    There are two generations, since a dictionary from which the first entry is taken again and again looks each time at all
+    places that became empty before.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._half = most // 2
+        self._young: dict[EngineHash, int] = {}
+        self._old: dict[EngineHash, int] = {}
+
+    def put(self, name: EngineHash, block: int) -> None:
+        """Remember what a name means."""
+        if len(self._young) >= self._half:
+            self._old, self._young = self._young, {}
+        self._young[name] = block
+
+    def get(self, name: EngineHash) -> int | None:
+        """The block that a name meant last; none when that is not remembered."""
+        block = self._young.get(name)
+        return self._old.get(name) if block is None else block

@@ -57,6 +57,8 @@ class Track:
         self.adrift = False
         """Without a position, and none can be had: the next batch gives it."""
         self.gaps = 0
+        self.applied = 0
+        """Batches that were applied, replayed ones included."""
         self._print: int | None = None
         self._from_log = False
         """What is known was read from the log, and the engine was not asked since."""
@@ -163,6 +165,7 @@ class Track:
     def _apply(self, number: int, payload: bytes, *, again: bool = False) -> list[Event]:
         events = self.translator.apply(decode(payload), number, again=again)
         self.next, self._print = number + 1, xxh3_64_intdigest(payload)
+        self.applied += 1
         return events
 
     def _lost(self, following: int, payload: bytes | None = None) -> None:

@@ -16,7 +16,7 @@ from events.errors import BadHashes
 from events.hashing import block_hashes, pack_hashes, unpack_hashes
 from events.types import BlocksRemoved, BlocksStored, CacheCleared
 from services.engines.dialect import Cleared, Removed, Stored
-from services.engines.holding import Holding
+from services.engines.holding import Former, Holding
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -45,7 +45,9 @@ COUNTS = {
     "ambiguous": "names that the engine gave to two contents",
     "trimmed": "copies that were told more often than they can exist",
 }
-"""What a translator counts, beside `unknown:TYPE`."""
+"""What a translator counts, beside events of unknown types."""
+UNKNOWN = "unknown:"
+"""Before such a type in the names of what is counted."""
 
 
 class Translator:
@@ -60,7 +62,7 @@ class Translator:
         """A block size of the engine's that is not this node's; 0 while there is none."""
         self._capacity = capacity or {}
         self._tiers: dict[Tier, Holding] = {}
-        self._former: dict[EngineHash, int] = {}
+        self._former = Former(FORMER_NAMES)
         self._group: int | None = None
         self._others: set[int] = set()
 
@@ -90,12 +92,12 @@ class Translator:
         """Nothing is known to be held any more. Names keep their meaning: they are hashes of content."""
         for holding in self._tiers.values():
             for name, block in holding.names.items():
-                self._forget(name, block)
+                self._former.put(name, block)
             holding.clear()
 
     def forget(self) -> None:
         """Know nothing: names of another life may mean something else."""
-        self._tiers, self._former, self._group, self._others = {}, {}, None, set()
+        self._tiers, self._former, self._group, self._others = {}, Former(FORMER_NAMES), None, set()
 
     def restore(self, tier: Tier, names: Mapping[EngineHash, int]) -> None:
         """Hold what is known from elsewhere, one copy each."""
@@ -117,7 +119,7 @@ class Translator:
                 out.cleared()
                 self.clear()
         for kind, count in batch.unknown.items():
-            key = f"unknown:{kind}"
+            key = UNKNOWN + kind
             if key in self.counts or len(self.counts) < len(COUNTS) + UNKNOWN_TYPES:
                 self.counts[key] = self.counts.get(key, 0) + count
         self._trim(out)
@@ -129,7 +131,7 @@ class Translator:
             if type(event) is Stored and event.tokens and self._followed(event.group, event):
                 for name, block in zip(event.hashes, self._resolved(event), strict=True):
                     if block is not None and not self._anywhere(name):
-                        self._forget(name, block)
+                        self._former.put(name, block)
 
     def tell(self, number: int) -> list[Event]:
         """All that is held, for a fleet that knows nothing of it."""
@@ -154,13 +156,6 @@ class Translator:
 
     def _anywhere(self, name: EngineHash) -> bool:
         return any(name in holding.names for holding in self._tiers.values())
-
-    def _forget(self, name: EngineHash, block: int) -> None:
-        former = self._former
-        former.pop(name, None)
-        former[name] = block
-        if len(former) > FORMER_NAMES:
-            del former[next(iter(former))]
 
     def _followed(self, group: int | None, stored: Stored | None) -> bool:
         """Whether the index follows this group: the first one seen whose attention is full."""
@@ -221,10 +216,7 @@ class Translator:
         except BadHashes:
             counts["misfit"] += len(names)
             return
-        tier, holding, former = stored.tier, self._holding(stored.tier), self._former
-        if former:
-            for name in names:
-                former.pop(name, None)
+        tier, holding = stored.tier, self._holding(stored.tier)
         parent = None if stored.parent is None else self._block(stored.parent)
         whole = [block for block in blocks if block is not None]
         if len(whole) == len(names) and holding.add_all(names, whole):
@@ -264,14 +256,15 @@ class Translator:
             return
         counts["removed"] += len(removed.hashes)
         holding = self._holding(removed.tier)
+        names, alone = holding.names, len(self._tiers) == 1
         for name in removed.hashes:
-            block = holding.names.get(name)
+            block = names.get(name)
             if block is None:
                 counts["unknown_removed"] += 1
                 continue
             out.removed(removed.tier, holding.drop(name))
-            if name not in holding.names and not self._anywhere(name):
-                self._forget(name, block)
+            if name not in names and (alone or not self._anywhere(name)):
+                self._former.put(name, block)
 
     def _trim(self, out: _Out) -> None:
         """An engine can't hold more copies than it has blocks: what is told again, unmarked, leaks copies."""

@@ -82,16 +82,16 @@ HOLDING = Group("Those that hold the fleet's state: router, coordinator", (
     _of("kvplane_snapshot_loaded_sequence", "gauge", "", "sequence of the snapshot it began with; 0: it read all of the log"),
 ))  # fmt: skip
 
-WRITING = Group("Those that write the log: router, coordinator, simnode", (
+WRITING = Group("Those that write the log: router, coordinator, simnode, adapter", (
     _of("kvplane_log_appended_commits_total", "counter", "", "commits that the log acknowledged: they are on disk"),
     _of("kvplane_log_append_retries_total", "counter", "", "tries that it did not acknowledge", "a steady rise"),
     _of("kvplane_log_append_seconds", "histogram", "", "from handing a commit over to its acknowledgement, retries included"),
-    _of("kvplane_log_appended_events_total", "counter", "", "events in them (router, simnode)"),
+    _of("kvplane_log_appended_events_total", "counter", "", "events in them (not the coordinator)"),
     _of("kvplane_log_waiting_events", "gauge", "", "events that wait to be acknowledged, at the most 100,000 a subject",
             "above 10,000: the log is away or too slow"),
     _of("kvplane_log_dropped_events_total", "counter", "", "events that could not wait any longer: of a router, decisions that "
             "nobody will find (`unrecorded`)", "any"),
-    _of("kvplane_log_available", "gauge", "", "1 when the last try was acknowledged (router, simnode)", "0 for a minute"),
+    _of("kvplane_log_available", "gauge", "", "1 when the last try was acknowledged (not the coordinator)", "0 for a minute"),
 ))  # fmt: skip
 
 ROUTER = Group("Router", (
@@ -147,5 +147,33 @@ SIMNODE = Group("Simulated nodes", (
     _of("kvplane_simnode_not_admitted_total", "counter", "node", "requests whose blocks the coordinator did not take"),
 ))  # fmt: skip
 
-GROUPS = (SERVICE, READING, HOLDING, WRITING, ROUTER, COORDINATOR, HISTORIAN, SIMNODE)
+ADAPTER = Group("Adapter of an engine (`kvplane attach`)", (
+    _of("kvplane_adapter_engine_well", "gauge", "node", "1 while the engine says that it is well",
+            "0 for longer than a start takes"),
+    _of("kvplane_adapter_registrations_total", "counter", "node", "lives of the node: the adapter's start, each start of the "
+            "engine, and each time that it was concluded lost", "it rises without a restart"),
+    _of("kvplane_adapter_batches_total", "counter", "node", "batches of the engine that were applied, replayed ones included"),
+    _of("kvplane_adapter_last_batch", "gauge", "node", "the engine's number of the last one"),
+    _of("kvplane_adapter_waiting_batches", "gauge", "node", "batches that were heard and are not applied",
+            "it does not come back to about 0"),
+    _of("kvplane_adapter_blocks", "gauge", "node tier", "blocks that the engine is known to hold"),
+    _of("kvplane_adapter_copies_total", "counter", "node change", "copies of blocks that the engine `stored` and `removed`"),
+    _of("kvplane_adapter_clears_total", "counter", "node", "times that the engine cleared its cache"),
+    _of("kvplane_adapter_replays_total", "counter", "node", "times that the engine's replay buffer was asked"),
+    _of("kvplane_adapter_gaps_total", "counter", "node", "times that batches were lost for ever, and with them what was known",
+            "any: give the engine a replay endpoint, or more `buffer_steps`"),
+    _of("kvplane_adapter_told_anew_total", "counter", "node", "times that all of a running node was taken back and told again"),
+    _of("kvplane_adapter_overflows_total", "counter", "node", "times that more was to be said than could wait for the log",
+            "any: the log is away for long, or too slow"),
+    _of("kvplane_adapter_not_followed_total", "counter", "node reason", "blocks and removals that the fleet is not told of, by "
+            "reason: `lost_parent` and `unnamed` (what they hold is not known), `unknown_removed`, `partial`, `misfit`, "
+            "`other_group` (of a hybrid model), `elsewhere` (not the engine's own), `ambiguous`, `trimmed` (more copies than "
+            "blocks)", "`misfit` at all; `lost_parent` rises: what follows a gap"),
+    _of("kvplane_adapter_unknown_events_total", "counter", "node type", "events of types that are not known here",
+            "any: the engine is newer than this kvplane"),
+    _of("kvplane_adapter_malformed_messages_total", "counter", "node", "messages on the engine's socket that are no batches",
+            "any: is it the engine's endpoint?"),
+))  # fmt: skip
+
+GROUPS = (SERVICE, READING, HOLDING, WRITING, ROUTER, COORDINATOR, HISTORIAN, SIMNODE, ADAPTER)
 BY_NAME = {family.name: family for group in GROUPS for family in group.families}

@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 from events.codec import REASONS as MALFORMED
 from events.log.connection import errors_of
 from projections.fleet import REASONS as ILLEGAL
+from services.engines.translate import UNKNOWN
 from services.metrics.scrape import Scrape
 from services.version import package_version
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from events.log.group import GroupWriter
     from projections.fleet import FleetState
     from services.coordinator import Coordinator
+    from services.engines.adapters import Adapters
     from services.history.historian import Historian
     from services.lifeline import Lifeline
     from services.readiness import Readiness
@@ -227,11 +229,42 @@ def _simnode(scrape: Scrape, service: SimNodes) -> None:
         put("kvplane_simnode_not_admitted_total", node.not_admitted, node=name)
 
 
+def _adapter(scrape: Scrape, service: Adapters) -> None:
+    put = scrape.put
+    if service.adapters:
+        _appending(scrape, *(adapter.appender for adapter in service.adapters))
+        _grouping(scrape, [writer for adapter in service.adapters for writer in adapter.writers])
+    for adapter in service.adapters:
+        name, track = adapter.config.node, adapter.track
+        put("kvplane_adapter_engine_well", adapter.well, node=name)
+        put("kvplane_adapter_registrations_total", adapter.registrations, node=name)
+        put("kvplane_adapter_batches_total", track.applied, node=name)
+        put("kvplane_adapter_last_batch", track.position, node=name)
+        put("kvplane_adapter_waiting_batches", len(adapter.published.waiting), node=name)
+        for tier in track.translator.tiers() or ["gpu"]:
+            put("kvplane_adapter_blocks", track.translator.used(tier), node=name, tier=tier)
+        put("kvplane_adapter_replays_total", adapter.replays, node=name)
+        put("kvplane_adapter_gaps_total", track.gaps, node=name)
+        put("kvplane_adapter_told_anew_total", adapter.told_anew, node=name)
+        put("kvplane_adapter_overflows_total", adapter.outbox.overflows, node=name)
+        put("kvplane_adapter_malformed_messages_total", adapter.published.malformed, node=name)
+        for what, count in track.translator.counts.items():
+            if what in {"stored", "removed"}:
+                put("kvplane_adapter_copies_total", count, node=name, change=what)
+            elif what == "cleared":
+                put("kvplane_adapter_clears_total", count, node=name)
+            elif what.startswith(UNKNOWN):
+                put("kvplane_adapter_unknown_events_total", count, node=name, type=what.removeprefix(UNKNOWN))
+            else:
+                put("kvplane_adapter_not_followed_total", count, node=name, reason=what)
+
+
 _ROLES: dict[str, Callable[..., None]] = {
     "router": _router,
     "coordinator": _coordinator,
     "historian": _historian,
     "simnode": _simnode,
+    "adapter": _adapter,
 }
 FOLLOWING: dict[str, Callable[..., tuple[Follower, FleetState]]] = {
     "router": lambda router: (router.replica.follower, router.state),

@@ -1,0 +1,95 @@
+"""All ranks of one engine as nodes: the service that `kvplane attach` runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import anyio
+import structlog
+
+from services.engines.adapter import Adapter, AdapterConfig
+from services.engines.facts import check
+from services.errors import EngineUnfit
+from services.readiness import Readiness
+from services.tally import Tally
+
+if TYPE_CHECKING:
+    from anyio.abc import TaskStatus
+    from nats.aio.client import Client
+
+    from services.engines.attachment import Attachment
+    from services.engines.facts import Engine, Facts
+
+RETRY_SECONDS = 1.0
+
+_log = structlog.get_logger("kvplane.engines")
+
+
+class Adapters:
+    """Adapters of one engine in one process, on one connection."""
+
+    role = "adapter"
+
+    def __init__(self, client: Client, fleet: str, engine: Engine, wanted: Attachment) -> None:
+        self.client = client
+        self.fleet = fleet
+        self.engine = engine
+        self.wanted = wanted
+        self.tally = Tally()
+        self.adapters: list[Adapter] = []
+        """None before the engine has said what it is."""
+
+    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Wait for the engine, and attach it until cancelled. Started means: all its nodes are registered.
+
+        Raises `EngineUnfit` when it can't be attached as it is, or is not well in time.
+        """
+        self.adapters = self._made(self.wanted.facts(await self._asked()))
+        async with anyio.create_task_group() as group:
+            async with anyio.create_task_group() as starting:
+                for adapter in self.adapters:
+                    starting.start_soon(group.start, adapter.run)
+            task_status.started()
+
+    def _made(self, facts: Facts) -> list[Adapter]:
+        wanted, made = self.wanted, []
+        sources = wanted.sources(facts)
+        check(self.engine.kind, facts, sources)
+        for source in sources:
+            config = AdapterConfig(
+                node=wanted.node_of(source, sources), address=wanted.address or self.engine.url,
+                ranked=len(facts.sources) > 1 or wanted.rank is not None,
+                max_active=wanted.max_active, pulse_seconds=wanted.pulse_seconds,
+            )  # fmt: skip
+            if not source.replay:
+                _log.warning(
+                    "no_replay_endpoint", node=config.node,
+                    hint="every lost message and every restart of this adapter empties the node for the fleet; give the "
+                    'engine a "replay_endpoint" in --kv-events-config, such as tcp://*:5558',
+                )  # fmt: skip
+            made.append(Adapter(self.client, self.fleet, self.engine, facts, source, config))
+        return made
+
+    async def _asked(self) -> Facts:
+        """The engine's facts, once it is well: loading a model takes minutes."""
+        seconds = self.wanted.wait
+        deadline = anyio.current_time() + seconds
+        said = False
+        while not await self.engine.healthy():
+            if anyio.current_time() >= deadline:
+                raise EngineUnfit(
+                    f"no engine is well at {self.engine.url} after {seconds:g} s; give --engine the URL of its API, "
+                    "or a longer --wait"
+                )
+            if not said:
+                _log.info("engine_waited_for", engine=self.engine.url, seconds=seconds)
+                said = True
+            await anyio.sleep(RETRY_SECONDS)
+        return await self.engine.facts()
+
+    def readiness(self) -> Readiness:
+        """Whether the fleet knows of all nodes what it should."""
+        troubles = [f"node {one.config.node}: {trouble}" for one in self.adapters if (trouble := one.trouble())]
+        if not self.adapters:
+            troubles = [f"the engine at {self.engine.url} is not well yet"]
+        return Readiness("; ".join(troubles), {"nodes": len(self.adapters)})
