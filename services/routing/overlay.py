@@ -215,10 +215,10 @@ class Overlay:
         if not gone:
             return
         # What has still to be computed for a prompt that waits there will be back.
-        load = state.load
-        waiting = [load.running[request].hashes for request in load.prefills[load.ordinal[node.name]].waiting]
-        coming = set().union(*map(unpack_hashes, waiting))
-        packed = pack_hashes([block for block in gone if block not in coming])
+        load, left = state.load, set(gone)
+        for request in load.prefills[load.ordinal[node.name]].waiting:
+            left.difference_update(unpack_hashes(load.running[request].hashes))
+        packed = pack_hashes([block for block in gone if block in left])
         for index in predicted:
             index.remove(at, packed)
 
