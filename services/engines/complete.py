@@ -108,12 +108,7 @@ class Completer:
                 asked, request=f"{request}.{len(failed)}" if failed else request,
                 exclude=[*asked.exclude, *(attempt.node for attempt in failed[-1:])],
             )  # fmt: skip
-            try:
-                decision: api.RouteAnswer = await ask(self.client, f"kv.{self.fleet}.route", asked, api.RouteAnswer)
-            except ServiceFault:
-                if failed:
-                    raise EngineFailed(_in_vain(failed)) from None
-                raise
+            decision = await self._routed(asked, failed)
             delivery = _Delivery(self, decision, traceparent, on_chunk)
             try:
                 return await delivery.run(path, body, failed)
@@ -129,6 +124,15 @@ class Completer:
         if self._session is None:
             raise RuntimeError("not opened")
         return self._session
+
+    async def _routed(self, asked: api.RouteRequest, failed: list[Attempt]) -> api.RouteAnswer:
+        """Where the router would have it. What it says when nobody is left is not the cause."""
+        try:
+            return await ask(self.client, f"kv.{self.fleet}.route", asked, api.RouteAnswer)
+        except ServiceFault:
+            if failed:
+                raise EngineFailed(_in_vain(failed)) from None
+            raise
 
     async def _question(self, body: Body, session: str, traceparent: str) -> api.RouteRequest:
         """What to ask the router."""
@@ -153,12 +157,7 @@ class Completer:
         while True:
             # Any of the least loaded; this is no decision about the request.
             anyone = msgspec.structs.replace(asked, hashes=b"", tokens_count=1, session="", dry_run=True)
-            try:
-                found: api.RouteAnswer = await ask(self.client, f"kv.{self.fleet}.route", anyone, api.RouteAnswer)
-            except ServiceFault:
-                if failed:
-                    raise EngineFailed(_in_vain(failed)) from None
-                raise
+            found = await self._routed(anyone, failed)
             url = _url(found)
             try:
                 async with self.http.post(url + "/tokenize", json=openai.question(body)) as answer:
