@@ -25,24 +25,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from events.hashing import unpack_hashes
-from projections.segment import ALL, KEY, SEGMENT_BYTES, Segment, common, keys_of
+from projections.segment import ALL, KEY, SEGMENT_BYTES, Segment, common, fill, keys_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-_BITS = [tuple(offset for offset in range(8) if byte >> offset & 1) for byte in range(256)]
-
-
-def _fill(lengths: list[int], mask: int, length: int) -> None:
-    """Set the entries of a mask's slots. Masks are as many as there are sets of holders, so none is remembered."""
-    if mask.bit_count() == len(lengths):
-        lengths[:] = [length] * len(lengths)
-        return
-    base = 0
-    for byte in mask.to_bytes((mask.bit_length() + 7) >> 3, "little"):
-        for offset in _BITS[byte]:
-            lengths[base + offset] = length
-        base += 8
 
 
 class PrefixIndex:
@@ -383,7 +369,7 @@ class PrefixIndex:
             heads, parts = segment.heads, segment.parts
             if heads is None and parts is None:
                 if at and on != alive:
-                    _fill(lengths, alive & ~on, at)
+                    fill(lengths, alive & ~on, at)
             else:
                 ended = []
                 for slot, count in heads.items() if heads is not None else ():
@@ -401,7 +387,7 @@ class PrefixIndex:
                         elif reach:
                             ended.append((slot, at + reach))
                 if at:
-                    _fill(lengths, alive & ~on, at)
+                    fill(lengths, alive & ~on, at)
                 for slot, end in ended:
                     lengths[slot] = end
             at += length
@@ -409,7 +395,7 @@ class PrefixIndex:
             if not on:
                 return lengths
         if at:
-            _fill(lengths, alive, at)
+            fill(lengths, alive, at)
         return lengths
 
     def extent(self, slot: int, packed: bytes, start: int, limit: int) -> int:

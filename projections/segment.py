@@ -14,6 +14,7 @@ UNPACK = [struct.Struct(f"<{n}Q").unpack for n in range(SEGMENT_BLOCKS + 1)]
 KEY = (1 << 60) - 1
 _KEYS = [int.from_bytes(KEY.to_bytes(8, "little") * n, "little") for n in range(SEGMENT_BLOCKS + 1)]
 ALL = [(1 << n) - 1 for n in range(SEGMENT_BLOCKS + 1)]
+_BITS = [tuple(offset for offset in range(8) if byte >> offset & 1) for byte in range(256)]
 
 
 def keys_of(packed: bytes) -> tuple[int, ...]:
@@ -109,3 +110,15 @@ def common(left: bytes, at_left: int, right: bytes, at_right: int, most: int) ->
     # The lowest bit in which they differ is in the first block that does.
     differ = int.from_bytes(ours, "little") ^ int.from_bytes(theirs, "little")
     return low + (((differ & -differ).bit_length() - 1) >> 6)
+
+
+def fill(lengths: list[int], mask: int, length: int) -> None:
+    """Set the entries of a mask's slots. Masks are as many as there are sets of holders, so none is remembered."""
+    if mask.bit_count() == len(lengths):
+        lengths[:] = [length] * len(lengths)
+        return
+    base = 0
+    for byte in mask.to_bytes((mask.bit_length() + 7) >> 3, "little"):
+        for offset in _BITS[byte]:
+            lengths[base + offset] = length
+        base += 8

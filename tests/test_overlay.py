@@ -29,8 +29,7 @@ def soon(overlay: Overlay, ordinal: int = 0, model: str = "m") -> int:
     index = overlay.predicted(model, pack_hashes(CHAIN))
     if index is None:
         return 0
-    index.add_slot(ordinal)
-    return index.match(pack_hashes(CHAIN))[ordinal]
+    return index.match(pack_hashes(CHAIN), len(CHAIN), ordinal + 1)[ordinal]
 
 
 def test_a_decision_counts_until_the_log_has_it() -> None:

@@ -301,8 +301,8 @@ class Chooser:
             predicted = self._overlay.predicted(cache_model, hashes)
             if predicted is None:
                 continue
-            predicted.add_slot(len(self._state.load.active) - 1)
-            soon = np.frombuffer(array("q", predicted.match(hashes, blocks)), np.int64)
+            ahead = predicted.match(hashes, blocks, len(self._state.load.active))
+            soon = np.frombuffer(array("q", ahead), np.int64)
             if slow is None and roster.aligned:
                 match = np.maximum(match, soon)
                 continue

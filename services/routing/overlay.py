@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 
 from events import types
-from events.hashing import pack_hashes, unpack_hashes
-from projections.prefix import PrefixIndex
+from events.hashing import unpack_hashes
+from services.routing.predictions import Predictions
 
 if TYPE_CHECKING:
     from events.codec import Commit
@@ -68,8 +68,8 @@ class Overlay:
         """Blocks of those."""
         self.sessions: dict[tuple[str, str], str] = {}
         """Assignments made here that are not on the log yet."""
-        self._young: dict[str, PrefixIndex] = {}
-        self._old: dict[str, PrefixIndex] = {}
+        self._young: dict[str, Predictions] = {}
+        self._old: dict[str, Predictions] = {}
         self._ordinals: dict[str, int] = {}
         self._generation = 0
         """Number of the young generation: time in periods."""
@@ -115,11 +115,11 @@ class Overlay:
         indexes = self._old if behind else self._young
         index = indexes.get(model)
         if index is None:
-            index = indexes[model] = PrefixIndex()
+            index = indexes[model] = Predictions()
         self._ordinals[node] = at
         index.store(at, hashes)
 
-    def predicted(self, model: str, hashes: bytes) -> PrefixIndex | None:
+    def predicted(self, model: str, hashes: bytes) -> Predictions | None:
         """The generation to be asked for a request; its slots are ordinals.
 
         The old one is asked only for what the young one has never seen: of a prefix that is in use, the old one knows
@@ -201,26 +201,22 @@ class Overlay:
         What it stored ends nothing: chains are reported in parts, and the rest is still to come.
         """
         at = self._ordinals[node.name]
-        indexes = [generation.get(node.model) for generation in (self._young, self._old)]
-        predicted = [index for index in indexes if index is not None and index.count(at)]
-        if not predicted:
-            return
+        predicted = [
+            index for generation in (self._young, self._old) if (index := generation.get(node.model)) is not None
+        ]
+        blocks = unpack_hashes(hashes)
+        given = [index.given(at, blocks) for index in predicted]
         fold, slots = state.caches.index(node.model), node.slots.values()
         # A block that lies in another tier, or came back in the same commit, is still there.
-        gone = [
-            block
-            for block in unpack_hashes(hashes)
-            if any(index.holds(at, block) for index in predicted) and not any(fold.holds(slot, block) for slot in slots)
-        ]
+        gone = {block for each in given for block in each if not any(fold.holds(slot, block) for slot in slots)}
         if not gone:
             return
         # What has still to be computed for a prompt that waits there will be back.
-        load, left = state.load, set(gone)
+        load = state.load
         for request in load.prefills[load.ordinal[node.name]].waiting:
-            left.difference_update(unpack_hashes(load.running[request].hashes))
-        packed = pack_hashes([block for block in gone if block in left])
-        for index in predicted:
-            index.remove(at, packed)
+            gone.difference_update(unpack_hashes(load.running[request].hashes))
+        for index, each in zip(predicted, given, strict=True):
+            index.drop(at, gone.intersection(each))
 
     def node_changed(self, node: str) -> None:
         """The node is gone, or its cache is another one now: nothing is on its way to it, nothing predicted there."""

@@ -1,0 +1,71 @@
+"""Predicted chains against sets of blocks: whatever is given, taken back and given again, in any order."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+from xxhash import xxh3_64_intdigest
+
+from events.hashing import pack_hashes
+from services.routing.predictions import Predictions
+
+SLOTS = 3
+# Two symbols: chains that share beginnings, leave each other anywhere, and end within each other.
+chains = st.text("ab", min_size=1, max_size=12)
+steps = st.lists(
+    st.tuples(
+        st.sampled_from(["store", "store", "store", "drop", "clear"]),
+        st.integers(0, SLOTS - 1),
+        chains,
+        st.sets(st.integers(1, 12), max_size=3),
+    ),
+    max_size=25,
+)
+
+
+def block(prefix: str) -> int:
+    """Hash of a block: of all that is before it, as real ones are."""
+    return xxh3_64_intdigest(prefix.encode())
+
+
+def blocks(chain: str) -> list[int]:
+    return [block(chain[: at + 1]) for at in range(len(chain))]
+
+
+@given(steps, st.lists(st.tuples(chains, st.integers(0, 13)), min_size=1, max_size=6))
+def test_predictions_are_sets_of_blocks(told: list[tuple[str, int, str, set[int]]], asked: list[Any]) -> None:
+    predictions, naive = Predictions(), defaultdict[int, set[int]](set)
+    for what, slot, chain, places in told:
+        if what == "store":
+            predictions.store(slot, pack_hashes(blocks(chain)))
+            naive[slot] |= set(blocks(chain))
+        elif what == "drop":
+            some = [block(chain[:place]) for place in places if place <= len(chain)]
+            given_ = predictions.given(slot, some)
+            assert given_ == [each for each in some if each in naive[slot]]
+            predictions.drop(slot, given_)
+            naive[slot] -= set(some)
+        else:
+            predictions.clear(slot)
+            naive[slot].clear()
+        for request, limit in [*asked, (chain, len(chain))]:
+            wanted = blocks(request)[:limit]
+            expected = [
+                next((at for at, each in enumerate(wanted) if each not in naive[slot]), len(wanted))
+                for slot in range(SLOTS)
+            ]
+            assert predictions.match(pack_hashes(blocks(request)), limit, SLOTS) == expected
+            assert predictions.knows(pack_hashes(blocks(request))) == any(
+                block(request[0]) in held for held in naive.values()
+            )
+
+
+def test_a_slot_that_was_given_nothing_is_answered_for() -> None:
+    predictions = Predictions()
+    predictions.store(1, pack_hashes(blocks("aab")))
+    assert predictions.match(pack_hashes(blocks("aabb")), 4, 4) == [0, 3, 0, 0]
+    assert predictions.given(3, blocks("a")) == []
+    predictions.clear(3)
