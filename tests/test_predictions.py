@@ -5,22 +5,23 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
 from events.hashing import pack_hashes
 from services.routing.predictions import Predictions
 
-SLOTS = 3
+SLOTS = 2
 # Two symbols: chains that share beginnings, leave each other anywhere, and end within each other.
-chains = st.text("ab", min_size=1, max_size=12)
+chains = st.text("ab", min_size=1, max_size=5)
 steps = st.lists(
     st.tuples(
-        st.sampled_from(["store", "store", "store", "drop", "clear"]),
+        st.sampled_from(["store", "store", "drop", "drop", "clear"]),
         st.integers(0, SLOTS - 1),
         chains,
-        st.sets(st.integers(1, 12), max_size=3),
+        st.sets(st.integers(1, 5), min_size=1, max_size=3),
     ),
     max_size=25,
 )
@@ -35,7 +36,8 @@ def blocks(chain: str) -> list[int]:
     return [block(chain[: at + 1]) for at in range(len(chain))]
 
 
-@given(steps, st.lists(st.tuples(chains, st.integers(0, 13)), min_size=1, max_size=6))
+@settings(max_examples=400)
+@given(steps, st.lists(st.tuples(chains, st.integers(0, 6)), min_size=1, max_size=6))
 def test_predictions_are_sets_of_blocks(told: list[tuple[str, int, str, set[int]]], asked: list[Any]) -> None:
     predictions, naive = Predictions(), defaultdict[int, set[int]](set)
     for what, slot, chain, places in told:
@@ -69,3 +71,14 @@ def test_a_slot_that_was_given_nothing_is_answered_for() -> None:
     assert predictions.match(pack_hashes(blocks("aabb")), 4, 4) == [0, 3, 0, 0]
     assert predictions.given(3, blocks("a")) == []
     predictions.clear(3)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_what_was_cleared_was_not_given(listed: bool) -> None:
+    predictions = Predictions()
+    predictions.store(0, pack_hashes(blocks("ab")))
+    if listed:
+        assert predictions.given(0, blocks("ab")) == blocks("ab")
+    predictions.clear(0)
+    predictions.store(0, pack_hashes(blocks("b")))
+    assert predictions.given(0, blocks("ab")) == []
