@@ -1,9 +1,10 @@
 """Blocks that nodes will hold soon: chains of one model's prompts, each from its root, and who was given them.
 
 Theory. A prediction is made with every decision and forgotten within seconds, so it must cost less than the block by block
-entries of `projections.prefix`. Chains lie in a radix tree: an edge is a run of hashes with a bit mask of the slots that
-were given all of it and, since chains begin at the root, all before it. A new chain is one entry where it leaves those that
-are known, however long it is; a request is compared with each edge by one `memcmp`.
+entries of `projections.prefix`. Chains lie in a tree: an edge is a run of hashes, with a bit mask of the slots that were
+given all of it and a number of blocks for those that were given its beginning only. Since chains begin at the root, they were
+given all before it. A new chain is one edge that begins where it leaves those that are known, however long it is; edges
+are never cut up, others branch off at positions of theirs. A request is compared with each edge on its way by one `memcmp`.
 
 The tree can't tell where a block lies. What is taken back (`drop`) is kept as a mark beside it, which cuts a slot's chains at
 that block until it is given the block again. Only blocks that the slot was given are ever marked (`given`); which these are
@@ -24,28 +25,40 @@ _HASH_BYTES = 8
 
 
 class _Edge:
-    """A run of chains, and the slots that were given all of it."""
+    """A run of chains, and the slots that were given it."""
 
-    __slots__ = ("mask", "next", "run")
+    __slots__ = ("branches", "full", "heads", "run")
 
-    def __init__(self, run: bytes, mask: int, following: dict[bytes, _Edge] | None = None) -> None:
+    def __init__(self, run: bytes, full: int) -> None:
         self.run = run
-        self.mask = mask
-        self.next = following
-        """Edges that go on from its end, by their first hash."""
+        self.full = full
+        """Slots that were given all of it, as a bit mask."""
+        self.heads: dict[int, int] = {}
+        """Of the others, how many bytes they were given."""
+        self.branches: dict[tuple[int, bytes], _Edge] = {}
+        """Edges that go on from it, by the place in its run, in bytes, and by their first hash."""
 
-    def split(self, count: int) -> None:
-        """End after `count` blocks; the rest becomes an edge that goes on from there."""
-        at = count * _HASH_BYTES
-        rest = _Edge(self.run[at:], self.mask, self.next)
-        self.run, self.next = self.run[:at], {rest.run[:_HASH_BYTES]: rest}
+    def agrees(self, packed: bytes, at: int) -> int:
+        """How many bytes of the run are those of a chain from `at` on."""
+        if packed.startswith(self.run, at):
+            return len(self.run)
+        most = min(len(self.run), len(packed) - at) // _HASH_BYTES
+        return common(self.run, 0, packed, at // _HASH_BYTES, most) * _HASH_BYTES
+
+    def give(self, slot: int, length: int) -> None:
+        """A slot is given the first `length` bytes."""
+        if length == len(self.run):
+            self.full |= 1 << slot
+            self.heads.pop(slot, None)
+        elif not self.full >> slot & 1:
+            self.heads[slot] = max(length, self.heads.get(slot, 0))
 
 
 class Predictions:
     """Predicted chains of one model. A slot is the ordinal of a node."""
 
     def __init__(self) -> None:
-        self._roots: dict[bytes, _Edge] = {}
+        self._roots: dict[tuple[int, bytes], _Edge] = {}
         self._slots = 0
         """Slots that were given anything, as a bit mask."""
         self._marks: dict[int, set[int]] = {}
@@ -61,48 +74,34 @@ class Predictions:
         marks = self._marks.get(slot)
         if marks:
             marks.difference_update(unpack_hashes(packed))
-        edges, at, size = self._roots, 0, len(packed)
+        edges, place, at, size = self._roots, 0, 0, len(packed)
         while at < size:
-            edge = edges.get(packed[at : at + _HASH_BYTES])
+            key = place, packed[at : at + _HASH_BYTES]
+            edge = edges.get(key)
             if edge is None:
-                edges[packed[at : at + _HASH_BYTES]] = _Edge(packed[at:], bit)
+                edges[key] = _Edge(packed[at:], bit)
                 return
-            length = len(edge.run)
-            if not packed.startswith(edge.run, at):
-                count = common(edge.run, 0, packed, at // _HASH_BYTES, min(length, size - at) // _HASH_BYTES)
-                edge.split(count)
-                length = count * _HASH_BYTES
-            edge.mask |= bit
-            at += length
-            if edge.next is None:
-                edge.next = {}
-            edges = edge.next
+            place = edge.agrees(packed, at)
+            edge.give(slot, place)
+            at += place
+            edges = edge.branches
 
     def match(self, packed: bytes, limit: int, slots: int) -> list[int]:
         """Leading blocks of a request that each of so many slots was given; only the first `limit` blocks count."""
         lengths = [0] * max(slots, self._slots.bit_length())
-        size = min(len(packed), limit * _HASH_BYTES)
-        edges: dict[bytes, _Edge] | None = self._roots
-        alive, at = -1, 0
-        while at < size and edges:
-            edge = edges.get(packed[at : at + _HASH_BYTES])
+        if len(packed) > limit * _HASH_BYTES:
+            packed = packed[: limit * _HASH_BYTES]
+        edges, place, at, size = self._roots, 0, 0, len(packed)
+        while at < size:
+            edge = edges.get((place, packed[at : at + _HASH_BYTES]))
             if edge is None:
                 break
-            length = len(edge.run)
-            whole = at + length <= size and packed.startswith(edge.run, at)
-            if not whole:
-                length = (
-                    common(edge.run, 0, packed, at // _HASH_BYTES, min(length, size - at) // _HASH_BYTES) * _HASH_BYTES
-                )
-            on = alive & edge.mask
-            if at:
-                fill(lengths, alive & ~on, at // _HASH_BYTES)
-            alive, at = on, at + length
-            if not alive or not whole:
-                break
-            edges = edge.next
-        if at:
-            fill(lengths, alive, at // _HASH_BYTES)
+            place = edge.agrees(packed, at)
+            fill(lengths, edge.full, (at + place) // _HASH_BYTES)
+            for slot, count in edge.heads.items():
+                lengths[slot] = (at + min(count, place)) // _HASH_BYTES
+            at += place
+            edges = edge.branches
         if self._marks:
             self._cut(lengths, packed)
         return lengths
@@ -119,10 +118,12 @@ class Predictions:
 
     def knows(self, packed: bytes) -> bool:
         """Whether any slot was given the first block of a request, and keeps it."""
-        edge = self._roots.get(packed[:_HASH_BYTES])
+        edge = self._roots.get((0, packed[:_HASH_BYTES]))
         if edge is None:
             return False
-        left = edge.mask
+        left = edge.full
+        for slot in edge.heads:
+            left |= 1 << slot
         first = int.from_bytes(packed[:_HASH_BYTES], "little")
         for slot, marks in self._marks.items():
             if first in marks:
@@ -155,6 +156,7 @@ class Predictions:
         edges = list(self._roots.values())
         while edges:
             edge = edges.pop()
-            if edge.mask & bit:
-                edge.mask &= ~bit
-                edges += (edge.next or {}).values()
+            if edge.full & bit or slot in edge.heads:
+                edge.full &= ~bit
+                edge.heads.pop(slot, None)
+                edges += edge.branches.values()
