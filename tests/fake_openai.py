@@ -19,6 +19,12 @@ class FakeApi:
         self.engine = engine
         self.tokenizes = True
         self.tells_cached = True
+        self.tells_nothing_cached = True
+        """It says so when it found nothing."""
+        self.answers_tokens: Any = None
+        """What `/tokenize` answers instead of tokens."""
+        self.says: list[Any] = []
+        """Chunks that come before all others."""
         self.status = 200
         self.breaks_after: int | None = None
         """Chunks after which the connection ends."""
@@ -46,6 +52,10 @@ class FakeApi:
     async def _tokenize(self, request: web.Request) -> web.Response:
         if not self.tokenizes:
             return web.Response(status=404)
+        if self.answers_tokens == "never":
+            await anyio.sleep_forever()
+        if self.answers_tokens is not None:
+            return web.json_response(self.answers_tokens)
         body = await request.json()
         return web.json_response({"tokens": self._tokens(body, body.get("chat_template_kwargs") or {})})
 
@@ -67,7 +77,7 @@ class FakeApi:
         await self.engine.publish()
         words = ["one ", "two ", "three"][: body.get("max_tokens") or 3]
         usage: dict[str, Any] = {"prompt_tokens": len(tokens), "completion_tokens": len(words)}
-        if self.tells_cached:
+        if self.tells_cached and (cached or self.tells_nothing_cached):
             usage["prompt_tokens_details"] = {"cached_tokens": cached}
         chat = "messages" in body
         chunks: list[dict[str, Any]] = [
@@ -76,7 +86,7 @@ class FakeApi:
         chunks += [
             {"choices": [{"index": 0, **({"delta": {"content": word}} if chat else {"text": word})}]} for word in words
         ]
-        chunks.append({"choices": [], "usage": usage})
+        chunks = [*self.says, *chunks, {"choices": [], "usage": usage}]
         answer = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await answer.prepare(request)
         for number, chunk in enumerate(chunks):

@@ -7,6 +7,7 @@ from collections import Counter
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+import aiohttp
 import anyio
 import pytest
 from hypothesis import given
@@ -262,6 +263,63 @@ async def test_what_the_engine_does_not_tell_is_not_made_up(fleet: Fleet) -> Non
         assert (heard["cached_tokens_not_told"], heard["tokens_not_known"]) == (1, 1)
 
 
+async def test_an_engine_that_says_nothing_of_no_hit_is_understood_once_it_had_one(fleet: Fleet) -> None:
+    async with scene(fleet, "a") as on:
+        on.engines["a"].api.tells_nothing_cached = False
+        cached = [(await on.complete(prompt=[token] * 20)).usage.cached_tokens for token in (1, 1, 2, 2, 3)]
+        assert cached == [None, 16, 0, 16, 0]
+        await until(lambda: len(on.completed) == 5)
+        assert [event.prompt_tokens for event in on.completed] == [0, 20, 20, 20, 20]
+
+
+@pytest.mark.parametrize("said", ["never", {}, [], {"tokens": [-1]}, {"tokens": [1 << 70]}, {"tokens": "abc"}])
+async def test_an_engine_that_can_not_tokenize_is_passed_over(
+    fleet: Fleet, said: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.engines.complete.TOKENIZE", aiohttp.ClientTimeout(total=0.3))
+    async with scene(fleet) as on:
+        for engine in on.engines.values():
+            engine.api.answers_tokens = said
+        with pytest.raises(EngineFailed, match=r"\(.: .*; .: "):
+            await on.complete(prompt="a text")
+        on.engines["a"].api.answers_tokens = None
+        assert (await on.complete(prompt="a text")).decision.tokens == 7
+
+
+async def test_whenever_a_request_is_given_up_it_leaves_no_load(fleet: Fleet) -> None:
+    async with scene(fleet, "a") as on:
+        for step in range(30):
+            with anyio.move_on_after(step * 0.0005):
+                await on.completer.complete({"model": "m", "prompt": [step] * 20})
+        await on.rest()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"choices": "text"}, {"choices": {"index": 0}}, {"choices": [1]}, {"choices": None}, {"choices": [{"index": "a"}]},
+        {"choices": [{"index": -1, "text": "x"}]}, {"choices": [{"index": 1 << 60, "text": "x"}]},
+        {"choices": [{"delta": None}]}, {"usage": {"prompt_tokens": "many"}}, {"usage": {"prompt_tokens": -5}},
+        {"usage": [1]}, {"usage": {"prompt_tokens": 1 << 70}},
+        {"usage": {"prompt_tokens_details": {"cached_tokens": []}}},
+    ],
+)  # fmt: skip
+async def test_what_is_odd_in_an_answer_does_no_harm(fleet: Fleet, said: Any) -> None:
+    async with scene(fleet, "a") as on:
+        on.engines["a"].api.says = [said]
+        done = await on.complete(prompt=[1] * 20)
+        assert (done.text, done.usage.prompt_tokens, done.recorded) == (["one two three"], 20, True)
+
+
+async def test_a_complaint_that_is_no_text_is_recorded_all_the_same(fleet: Fleet) -> None:
+    async with scene(fleet, "a") as on:
+        on.engines["a"].api.says = [{"error": {"message": "bad \ud83d"}}]
+        with pytest.raises(EngineFailed, match="bad"):
+            await on.complete(prompt=[1] * 20)
+        await on.rest()
+        assert [event.status for event in on.completed if "bad" in event.status]
+
+
 async def test_a_trace_goes_along_and_keys_do(fleet: Fleet) -> None:
     trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     async with scene(fleet, "a") as on, Completer(fleet.client, fleet.name, api_key="k") as completer:
@@ -285,6 +343,9 @@ async def test_a_trace_goes_along_and_keys_do(fleet: Fleet) -> None:
         ({"model": "m", "prompt": [-1]}, "token ids"),
         ({"model": "m", "prompt": []}, "token ids"),
         ({"model": "m", "prompt": None}, "token ids"),
+        ({"model": "m", "prompt": [1 << 70]}, "token ids"),
+        ({"model": "m", "prompt": "a", "stream_options": "x"}, "stream_options"),
+        ({"model": "m", "messages": [], "chat_template_kwargs": 3}, "chat_template_kwargs"),
     ],
 )
 async def test_bad_requests_are_named(fleet: Fleet, body: Body, says: str) -> None:

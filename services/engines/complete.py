@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 ATTEMPTS = 3
 CONNECT_SECONDS = 5.0
+TOKENIZE_SECONDS = 10.0
+ROUTE_SECONDS = 15.0
 SILENT_SECONDS = 600.0
 """How long an engine may say nothing, as while a request waits there, before it counts as broken."""
 IDLE_SECONDS = 2.0
@@ -42,6 +44,7 @@ BYTES_A_TOKEN = 4
 _BUSY = {404, 408, 425, 429}
 """Statuses of an engine that another one need not share: it is full, or is not what it was."""
 
+TOKENIZE = aiohttp.ClientTimeout(total=TOKENIZE_SECONDS)
 T = TypeVar("T")
 
 _log = structlog.get_logger("kvplane.complete")
@@ -77,6 +80,8 @@ class Completer:
         self.attempts = attempts
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._session: aiohttp.ClientSession | None = None
+        self.telling: set[str] = set()
+        """Nodes that have told what was cached; some engines say nothing of it when it is nothing."""
         self._warned: set[tuple[str, str]] = set()
 
     async def __aenter__(self) -> Self:
@@ -128,11 +133,16 @@ class Completer:
     async def _routed(self, asked: api.RouteRequest, failed: list[Attempt]) -> api.RouteAnswer:
         """Where the router would have it. What it says when nobody is left is not the cause."""
         try:
-            return await ask(self.client, f"kv.{self.fleet}.route", asked, api.RouteAnswer)
+            # Who gives up now must still learn where the request went, so that its load can be taken back.
+            with anyio.CancelScope(shield=True):
+                answer: api.RouteAnswer = await ask(
+                    self.client, f"kv.{self.fleet}.route", asked, api.RouteAnswer, seconds=ROUTE_SECONDS
+                )
         except ServiceFault:
             if failed:
                 raise EngineFailed(_in_vain(failed)) from None
             raise
+        return answer
 
     async def _question(self, body: Body, session: str, traceparent: str) -> api.RouteRequest:
         """What to ask the router."""
@@ -160,13 +170,15 @@ class Completer:
             found = await self._routed(anyone, failed)
             url = _url(found)
             try:
-                async with self.http.post(url + "/tokenize", json=openai.question(body)) as answer:
+                async with self.http.post(url + "/tokenize", json=openai.question(body), timeout=TOKENIZE) as answer:
                     if answer.status == 200:
                         return openai.answered(body, await answer.json(content_type=None)), asked
-                    if answer.status < 500:
+                    if answer.status < 500 and answer.status not in _BUSY - {404}:
                         # What is wrong with it, the engine says when it gets the request itself.
                         return None, asked
                     reason = f"/tokenize answers {answer.status}"
+            except EngineFailed as error:
+                reason = str(error)
             except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
                 reason = f"does not answer at {url} ({type(error).__name__})"
             failed.append(Attempt(found.node, reason))
@@ -270,8 +282,12 @@ class _Delivery:
             self.on_chunk(chunk)
 
     async def _record(self, status: str, duration: float) -> bool:
-        usage = self._usage
+        node, usage = self.decision.node, self._usage
+        if usage.cached_tokens is None and status == "ok" and node in self.completer.telling:
+            usage = self._usage = openai.Usage(usage.prompt_tokens, 0, usage.output_tokens)
         told = usage.cached_tokens is not None
+        if told:
+            self.completer.telling.add(node)
         done = api.CompleteRequest(
             request=self.decision.request, node=self.decision.node, status=status,
             # A prompt of which nobody knows how much was cached would count as one without any hit.
@@ -281,7 +297,9 @@ class _Delivery:
         recorded = False
         # Also for a request that was given up: its load must not stay.
         with anyio.CancelScope(shield=True):
-            recorded = await self.completer.record(done, told_cached=told or status != "ok")
+            recorded = await self.completer.record(
+                done, told_cached=told or status != "ok" or not self.decision.matched_tokens
+            )
         return recorded  # noqa: RET504 - a scope may swallow, for all that types say
 
 

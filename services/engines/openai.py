@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 Body = dict[str, Any]
 """A request as it is sent to an engine, or a chunk of its answer."""
 
+_MOST_TOKEN = (1 << 32) - 1
+_MOST_COUNT = 1 << 53
+_MOST_CHOICES = 1024
+
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 _OF_TEMPLATE = (
     "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "add_special_tokens",
@@ -35,12 +39,23 @@ class Usage(Struct, frozen=True):
     output_tokens: int = 0
 
 
+def _is_token(token: object) -> bool:
+    return type(token) is int and 0 <= token <= _MOST_TOKEN
+
+
+def _count(told: object) -> int | None:
+    return told if type(told) is int and 0 <= told <= _MOST_COUNT else None
+
+
 def path(body: Body) -> str:
     """Endpoint that a request is for, by what it holds. Raises `BadRequest`."""
     if ("messages" in body) == ("prompt" in body):
         raise BadRequest("a request has either messages (for a chat) or prompt (text or token ids)")
     if not isinstance(body.get("model"), str) or not body["model"]:
         raise BadRequest("a request names its model")
+    for name in ("stream_options", "chat_template_kwargs"):
+        if not isinstance(body.get(name) or {}, dict):
+            raise BadRequest(f"{name} of a request is an object")
     return CHAT if "messages" in body else COMPLETIONS
 
 
@@ -51,7 +66,7 @@ def tokens(body: Body) -> list[int] | None:
         if "prompt" in body and not isinstance(prompt, str):
             raise BadRequest("a prompt is text or a list of token ids")
         return None
-    if not prompt or not all(type(token) is int and token >= 0 for token in prompt):
+    if not prompt or not all(map(_is_token, prompt)):
         raise BadRequest(
             "a prompt of token ids is a list of numbers, and of one prompt: send each of several by itself"
         )
@@ -75,7 +90,7 @@ def question(body: Body) -> Body:
 def answered(body: Body, said: object) -> list[int]:
     """Token ids of a request by the answer of `/tokenize`. Raises `EngineFailed`."""
     found = said.get("tokens") if isinstance(said, dict) else None
-    if not isinstance(found, list) or not all(type(token) is int for token in found):
+    if not isinstance(found, list) or not all(map(_is_token, found)):
         raise EngineFailed("the engine's /tokenize answers no list of token ids")
     most = body.get("truncate_prompt_tokens")
     cut = isinstance(most, int) and 0 < most < len(found)
@@ -108,7 +123,7 @@ class Chunks:
                 continue
             try:
                 chunk = json.loads(said)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise EngineFailed(f"the engine's answer is no stream of JSON: {said[:200]!r}") from None
             if not isinstance(chunk, dict):
                 raise EngineFailed(f"the engine's answer is no stream of JSON objects: {said[:200]!r}")
@@ -124,21 +139,21 @@ def usage(chunk: Body) -> Usage | None:
         return None
     details = told.get("prompt_tokens_details")
     cached = details.get("cached_tokens") if isinstance(details, dict) else None
-    return Usage(
-        int(told.get("prompt_tokens") or 0),
-        None if cached is None else int(cached),
-        int(told.get("completion_tokens") or 0),
-    )
+    return Usage(_count(told.get("prompt_tokens")) or 0, _count(cached), _count(told.get("completion_tokens")) or 0)
 
 
 def text(chunk: Body) -> dict[int, str]:
     """What a chunk adds to the text of each choice."""
-    added = {}
-    for choice in chunk.get("choices") or ():
+    added: dict[int, str] = {}
+    choices = chunk.get("choices")
+    for choice in choices if isinstance(choices, list) else ():
+        index = choice.get("index", 0) if isinstance(choice, dict) else None
+        if type(index) is not int or not 0 <= index < _MOST_CHOICES:
+            continue
         delta = choice.get("delta")
         said = delta.get("content") if isinstance(delta, dict) else choice.get("text")
         if said:
-            added[int(choice.get("index") or 0)] = str(said)
+            added[index] = added.get(index, "") + str(said)
     return added
 
 
@@ -146,9 +161,10 @@ def complaint(said: bytes) -> str:
     """The sentence in an engine's answer that is an error: vLLM's and OpenAI's `error.message`, SGLang's `message`."""
     try:
         told: Any = json.loads(said)
-    except ValueError:
+    except (ValueError, RecursionError):
         return said[:500].decode(errors="replace") or "no reason given"
     for name in ("error", "message", "detail"):
         if isinstance(told, dict) and told.get(name):
             told = told[name]
-    return str(told)[:500]
+    # A lone surrogate would be refused wherever the sentence goes.
+    return str(told)[:500].encode(errors="replace").decode()
