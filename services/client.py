@@ -8,12 +8,12 @@ from uuid import uuid4
 import anyio
 import msgspec
 from nats.errors import Error as NatsError
-from nats.errors import NoRespondersError
+from nats.errors import MaxPayloadError, NoRespondersError
 
 from events.errors import ConnectionLost
 from events.log.servers import request as ask_once
 from services.api import RouteRequest
-from services.errors import NoAnswer, Refused
+from services.errors import BadRequest, NoAnswer, Refused
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
@@ -43,6 +43,11 @@ async def ask(
             answer = await _ask_until_answered(client, subject, request, seconds)
         else:
             answer = await client.request(subject, _encode(request), timeout=seconds)
+    except MaxPayloadError:
+        raise BadRequest(
+            f"the request takes more than the {client.max_payload:,} bytes that the server allows: send hashes instead of "
+            "tokens, or raise its max_payload"
+        ) from None
     except NoRespondersError:
         raise NoAnswer(f"no service answers on {subject}; {_who(subject)}") from None
     except (NatsError, TimeoutError, OSError, ConnectionLost) as error:
@@ -73,6 +78,8 @@ async def _ask_until_answered(client: Client, subject: str, request: RouteReques
         left = begin + seconds - anyio.current_time()
         try:
             return await ask_once(client, subject, body, seconds=max(0.001, min(patience, left)))
+        except MaxPayloadError:
+            raise
         except NoRespondersError:
             if anyio.current_time() - begin > min(seconds, NOBODY_SECONDS):
                 raise

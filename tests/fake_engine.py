@@ -143,7 +143,7 @@ class FakeEngine:
                 await router.send_multipart([client, b"", *([b""] if topic else []), END, b""])
 
     def _pages(self) -> web.Application:
-        app = web.Application()
+        app = web.Application(client_max_size=1 << 28)
         size, blocks = self.block_size or self.cache.size, self.cache.capacity
 
         async def answer(request: web.Request) -> web.Response:

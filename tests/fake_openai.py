@@ -28,6 +28,12 @@ class FakeApi:
         self.status = 200
         self.breaks_after: int | None = None
         """Chunks after which the connection ends."""
+        self.moved_to = ""
+        """Where it sends its clients."""
+        self.streams = True
+        """Completions come in chunks."""
+        self.truncates = False
+        """It leaves out the beginning of a prompt, when the request says so."""
         self.hangs = False
         """It takes requests and never answers."""
         self.requests: list[tuple[dict[str, Any], dict[str, str]]] = []
@@ -64,12 +70,19 @@ class FakeApi:
         self.requests.append((body, dict(request.headers)))
         if self.hangs:
             await anyio.sleep_forever()
+        if self.moved_to:
+            return web.Response(status=307, headers={"Location": self.moved_to})
+        if not self.streams:
+            return web.json_response({"choices": [{"text": "one two three"}]})
         if self.status != 200:
             return web.json_response({"error": {"message": f"no, {self.status}"}}, status=self.status)
         settings = {name: body.get(name) for name in ("reasoning_effort", "documents")}
         if body.get("reasoning_effort") is not None:
             settings["enable_thinking"] = body["reasoning_effort"] != "none"
         tokens = self._tokens(body, {**settings, **(body.get("chat_template_kwargs") or {})})
+        most = body.get("truncate_prompt_tokens") or 0
+        if self.truncates and most > 0:
+            tokens = tokens[-most:]
         adapter = (
             body["model"] if any(one["id"] == body["model"] and one["parent"] for one in self.engine.models) else ""
         )

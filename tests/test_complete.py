@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import anyio
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from events import codec
@@ -261,6 +259,7 @@ async def test_what_the_engine_does_not_tell_is_not_made_up(fleet: Fleet) -> Non
             assert done.decision.tokens > 10
         heard = Counter(entry["event"] for entry in said)
         assert (heard["cached_tokens_not_told"], heard["tokens_not_known"]) == (1, 1)
+        assert any("/tokenize answers 404" in entry.get("hint", "") for entry in said)
 
 
 async def test_an_engine_that_says_nothing_of_no_hit_is_understood_once_it_had_one(fleet: Fleet) -> None:
@@ -270,6 +269,50 @@ async def test_an_engine_that_says_nothing_of_no_hit_is_understood_once_it_had_o
         assert cached == [None, 16, 0, 16, 0]
         await until(lambda: len(on.completed) == 5)
         assert [event.prompt_tokens for event in on.completed] == [0, 20, 20, 20, 20]
+
+
+async def test_images_are_routed_without_guessing_their_tokens(fleet: Fleet) -> None:
+    async with scene(fleet, "a") as on:
+        image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 9000}}
+        asked = [{"role": "user", "content": [{"type": "text", "text": "what is in this picture?"}, image]}]
+        for _ in range(2):
+            done = await on.complete(messages=asked)
+            assert (done.decision.blocks, done.decision.tokens, done.recorded) == (0, 6, True)
+
+
+async def test_a_prompt_that_the_engine_truncates_is_hashed_as_what_is_left(fleet: Fleet) -> None:
+    async with scene(fleet, "a") as on:
+        on.engines["a"].api.truncates = True
+        for prompt in (list(range(60)), "a text of more than forty bytes, which is cut to that"):
+            for cached in (0, 36):
+                done = await on.complete(prompt=prompt, truncate_prompt_tokens=40)
+                assert (done.decision.matched_tokens, done.usage.cached_tokens) == (cached, cached)
+        done = await on.complete(prompt=list(range(60)), truncate_prompt_tokens=-1)
+        assert (done.decision.blocks, done.decision.tokens) == (0, 60)
+
+
+async def test_long_requests_are_sent_in_parts(fleet: Fleet) -> None:
+    async with scene(fleet, "a") as on:
+        done = await on.complete(prompt="a" * 1_200_000)
+        assert (done.decision.tokens, done.usage.prompt_tokens) == (1_200_001, 1_200_001)
+
+
+async def test_a_question_that_the_server_would_not_take_is_refused_at_once(fleet: Fleet) -> None:
+    async with scene(fleet, "a") as on:
+        with anyio.fail_after(5), pytest.raises(BadRequest, match="max_payload"):
+            await on.completer.complete({"model": "m", "prompt": [1 << 31] * 2_000_000})
+
+
+async def test_an_engine_that_sends_elsewhere_or_answers_no_stream_is_passed_over(fleet: Fleet) -> None:
+    async with scene(fleet) as on:
+        one, other = on.engines["a"].api, on.engines["b"].api
+        one.moved_to = other.moved_to = on.engines["a"].url + "/tokenize"
+        with pytest.raises(EngineFailed, match=r"a: answers 307.*; b: answers 307|b: answers 307.*; a: answers 307"):
+            await on.complete(prompt=[1] * 20)
+        one.moved_to = other.moved_to = ""
+        one.streams = other.streams = False
+        with pytest.raises(EngineFailed, match=r"no stream of events \(application/json\).*no stream"):
+            await on.complete(prompt=[1] * 20)
 
 
 @pytest.mark.parametrize("said", ["never", {}, [], {"tokens": [-1]}, {"tokens": [1 << 70]}, {"tokens": "abc"}])
@@ -367,38 +410,6 @@ async def test_models_that_nobody_serves_and_nodes_without_an_engine(fleet: Flee
         with pytest.raises(Exception, match="no node serves") as caught:
             await completer.complete({"model": "other", "prompt": "a"})
         assert caught.value.code == UnknownModel.code  # type: ignore[attr-defined]
-
-
-CHUNKS = st.lists(st.dictionaries(st.text(max_size=3), st.text() | st.integers(), max_size=3), max_size=6)
-
-
-@given(CHUNKS, st.sampled_from([b"\n\n", b"\r\n\r\n"]), st.data())
-def test_a_stream_may_be_cut_anywhere(sent: list[Body], end: bytes, data: st.DataObject) -> None:
-    sent = [chunk for chunk in sent if not chunk.get("error")]
-    stream = b": a comment" + end + b"".join(b"data: " + json.dumps(chunk).encode() + end for chunk in sent)
-    stream += b"data: [DONE]" + end
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=8)))
-    chunks = openai.Chunks()
-    parts = [stream[a:b] for a, b in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
-    assert [chunk for part in parts for chunk in chunks.feed(part)] == sent
-    assert chunks.ended
-
-
-@pytest.mark.parametrize(
-    ("said", "means"),
-    [
-        (b'{"error": {"message": "too long", "code": 400}}', "too long"),
-        (b'{"object": "error", "message": "no such thing"}', "no such thing"),
-        (b'{"detail": "Not Found"}', "Not Found"),
-        (b"Internal Server Error", "Internal Server Error"),
-        (b"", "no reason given"),
-    ],
-)
-def test_complaints_of_engines_are_understood(said: bytes, means: str) -> None:
-    assert openai.complaint(said) == means
-    if b'"error"' in said:
-        with pytest.raises(EngineFailed, match=means):
-            list(openai.Chunks().feed(b"data: " + said + b"\n"))
 
 
 async def test_the_command(fleet: Fleet, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from cyclopts import App, Parameter
 
@@ -77,13 +78,26 @@ def _attach(kind: Kind, attached: Attached, common: Common) -> None:
         check_name(attached.node, "--node")
     except BadName as error:
         raise BadRequest(str(error)) from None
-    if not attached.engine.startswith(("http://", "https://")):
-        raise BadRequest(f"--engine is {attached.engine[:80]!r}; give a URL, such as http://127.0.0.1:8000")
+    _check_url("--engine", attached.engine)
+    if attached.address:
+        _check_url("--address", attached.address)
     if attached.rank is not None and attached.rank < 0:
         raise BadRequest(f"--rank is {attached.rank}; ranks are numbered from 0")
     if min(attached.block_size, attached.capacity_blocks, attached.max_active) < 0 or attached.pulse_seconds <= 0:
         raise BadRequest("sizes must not be negative, and --pulse-seconds must be more than 0")
     run_until_signal(_run, kind, attached, common)
+
+
+def _check_url(option: str, url: str) -> None:
+    try:
+        parts = urlsplit(url)
+        fits = parts.scheme in {"http", "https"} and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        fits = False
+    if not fits:
+        raise BadRequest(f"{option} is {url[:80]!r}; give a URL, such as http://127.0.0.1:8000")
+    if "@" in parts.netloc:
+        raise BadRequest(f"{option} holds a login, and a node's address is on the log for all to read; give it without")
 
 
 async def _run(kind: Kind, attached: Attached, common: Common) -> None:

@@ -7,9 +7,11 @@ is a decision of its own, and ends with a completion of its own.
 
 from __future__ import annotations
 
+import json
 import time
 from contextlib import closing, suppress
-from typing import TYPE_CHECKING, Self, TypeVar
+from io import BytesIO
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 from uuid import uuid4
 
 import aiohttp
@@ -39,7 +41,8 @@ IDLE_SECONDS = 2.0
 """Connections are kept so long: engines close idle ones after 5 s, and a request that meets that is lost."""
 END_SECONDS = 0.1
 RECORD_SECONDS = 2.0
-BYTES_A_TOKEN = 4
+COMPLAINT_BYTES = 1 << 16
+CHARACTERS_A_TOKEN = 4
 """Guessed of a prompt whose tokens the engine can't tell."""
 _BUSY = {404, 408, 425, 429}
 """Statuses of an engine that another one need not share: it is full, or is not what it was."""
@@ -78,7 +81,9 @@ class Completer:
         self.client = client
         self.fleet = fleet
         self.attempts = attempts
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._headers = {"Content-Type": "application/json"}
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
         self._session: aiohttp.ClientSession | None = None
         self.telling: set[str] = set()
         """Nodes that have told what was cached; some engines say nothing of it when it is nothing."""
@@ -150,19 +155,16 @@ class Completer:
             model=body["model"], session=session, salt=str(body.get("cache_salt") or ""), traceparent=traceparent
         )
         given = openai.tokens(body)
-        if given is None:
+        if given is None and not openai.has_media(body):
             given, asked = await self._tokens(body, asked)
-        if given is not None:
-            return msgspec.structs.replace(asked, tokens=given)
-        self._warn(
-            "tokens_not_known", body["model"],
-            "its engines do not answer /tokenize for such a request: it is routed by load and session, not by cache",
-        )  # fmt: skip
-        size = len(msgspec.json.encode([body.get("messages"), body.get("prompt")]))
-        return msgspec.structs.replace(asked, hashes=b"", tokens_count=size // BYTES_A_TOKEN)
+        known = openai.kept(body, given) if given is not None else None
+        if known is not None:
+            return msgspec.structs.replace(asked, tokens=known)
+        count = len(given) if given is not None else openai.length(body) // CHARACTERS_A_TOKEN
+        return msgspec.structs.replace(asked, hashes=b"", tokens_count=count)
 
     async def _tokens(self, body: Body, asked: api.RouteRequest) -> tuple[list[int] | None, api.RouteRequest]:
-        """Token ids by an engine of the model, or none when it can't tell; the request leaves out those that are down."""
+        """Token ids by an engine of the model, or none when it won't tell; the request leaves out those that are down."""
         failed: list[Attempt] = []
         while True:
             # Any of the least loaded; this is no decision about the request.
@@ -170,13 +172,17 @@ class Completer:
             found = await self._routed(anyone, failed)
             url = _url(found)
             try:
-                async with self.http.post(url + "/tokenize", json=openai.question(body), timeout=TOKENIZE) as answer:
+                asks = self.http.post(url + "/tokenize", timeout=TOKENIZE, **_sent(openai.question(body)))
+                async with asks as answer:
                     if answer.status == 200:
-                        return openai.answered(body, await answer.json(content_type=None)), asked
-                    if answer.status < 500 and answer.status not in _BUSY - {404}:
-                        # What is wrong with it, the engine says when it gets the request itself.
-                        return None, asked
+                        return openai.answered(await answer.json(content_type=None)), asked
                     reason = f"/tokenize answers {answer.status}"
+                    if answer.status < 500 and answer.status not in _BUSY - {404}:
+                        # What is wrong with the request, the engine says when it gets it.
+                        said = openai.complaint(await answer.content.read(COMPLAINT_BYTES))
+                        hint = f"{reason} ({said}): routed by load and session, not by cache"
+                        self._warn("tokens_not_known", body["model"], hint)
+                        return None, asked
             except EngineFailed as error:
                 reason = str(error)
             except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
@@ -221,6 +227,7 @@ class _Delivery:
         self._chunks = openai.Chunks()
         self._said: dict[int, str] = {}
         self._begin = time.perf_counter()
+        self._end = 0.0
         self._ttft = 0.0
 
     async def run(self, path: str, body: Body, failed: list[Attempt]) -> Completion:
@@ -232,7 +239,7 @@ class _Delivery:
             status = str(error)[:512]
             raise
         finally:
-            duration = time.perf_counter() - self._begin
+            duration = (self._end or time.perf_counter()) - self._begin
             recorded = await self._record(status, duration)
         said = [self._said.get(index, "") for index in range(max(self._said, default=0) + 1)]
         return Completion(
@@ -245,20 +252,23 @@ class _Delivery:
         if self.traceparent:
             headers["traceparent"] = self.traceparent
         self._begin = time.perf_counter()
-        answer = await self._heard(self.completer.http.post(url, json=body, headers=headers))
+        answer = await self._heard(self.completer.http.post(url, headers=headers, **_sent(body)))
         # Closes the connection of an answer that has not ended, upon which engines give up the request.
         with closing(answer):
             if answer.status != 200:
-                said = f"answers {answer.status}: {openai.complaint(await self._heard(answer.content.read(1 << 16)))}"
+                said = f"answers {answer.status}: {openai.complaint(await self._heard(answer.content.read(COMPLAINT_BYTES)))}"
                 if 400 <= answer.status < 500 and answer.status not in _BUSY:
                     raise EngineRefused(answer.status, f"the engine of node {self.decision.node} {said}")
                 raise EngineFailed(said)
             while not self._chunks.ended:
                 data = await self._heard(answer.content.readany())
-                if not data:
-                    raise EngineFailed("broke off before the end of its answer")
                 for chunk in self._chunks.feed(data):
                     self._take(chunk)
+                if not data and not self._chunks.begun:
+                    raise EngineFailed(f"answers no stream of events ({answer.content_type})")
+                if not data and not self._chunks.ended:
+                    raise EngineFailed("broke off before the end of its answer")
+            self._end = time.perf_counter()
             # Until its very end, so that the connection can be used again.
             with anyio.move_on_after(END_SECONDS), suppress(EngineFailed):
                 await self._heard(answer.read())
@@ -303,9 +313,14 @@ class _Delivery:
         return recorded  # noqa: RET504 - a scope may swallow, for all that types say
 
 
+def _sent(body: Body) -> dict[str, Any]:
+    """A request's body, and that it goes to the engine that was chosen or nowhere. Long ones are sent in parts."""
+    return {"data": BytesIO(json.dumps(body).encode()), "allow_redirects": False}
+
+
 def _url(decision: api.RouteAnswer) -> str:
     """Where a node's engine is. Raises `BadRequest` for nodes that have none."""
-    if not decision.address.startswith(("http://", "https://")):
+    if not decision.address.lower().startswith(("http://", "https://")):
         raise BadRequest(
             f"node {decision.node!r} is at {decision.address[:80]!r}, which is no engine's URL: it is simulated, or was "
             "registered by hand; engines come with `kvplane attach`"

@@ -22,6 +22,8 @@ Body = dict[str, Any]
 _MOST_TOKEN = (1 << 32) - 1
 _MOST_COUNT = 1 << 53
 _MOST_CHOICES = 1024
+MOST_LINE_BYTES = 16 << 20
+"""One event of an answer is not longer; an engine sends a token or a few in each."""
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 _OF_TEMPLATE = (
@@ -87,14 +89,45 @@ def question(body: Body) -> Body:
     return asked
 
 
-def answered(body: Body, said: object) -> list[int]:
-    """Token ids of a request by the answer of `/tokenize`. Raises `EngineFailed`."""
+def answered(said: object) -> list[int]:
+    """Token ids by the answer of `/tokenize`. Raises `EngineFailed`."""
     found = said.get("tokens") if isinstance(said, dict) else None
     if not isinstance(found, list) or not all(map(_is_token, found)):
         raise EngineFailed("the engine's /tokenize answers no list of token ids")
+    return found
+
+
+def kept(body: Body, given: list[int]) -> list[int] | None:
+    """Token ids of a prompt that the engine truncates as the request says; none when that can't be told.
+
+    vLLM's -1 is as many as the model takes.
+    """
     most = body.get("truncate_prompt_tokens")
-    cut = isinstance(most, int) and 0 < most < len(found)
-    return found[-most:] if cut else found  # type: ignore[operator]
+    if most is None:
+        return given
+    if type(most) is not int or most < 1:
+        return None
+    # Language models lose the beginning unless told otherwise.
+    return given[:most] if body.get("truncation_side") == "right" else given[-most:]
+
+
+def _parts(body: Body) -> Iterator[object]:
+    """What a request says, piece by piece: texts, and objects with a type."""
+    messages = body.get("messages")
+    for message in messages if isinstance(messages, list) else [{"content": body.get("prompt")}]:
+        content = message.get("content") if isinstance(message, dict) else None
+        yield from content if isinstance(content, list) else [content]
+
+
+def has_media(body: Body) -> bool:
+    """Whether a chat holds more than text: images and the like become tokens and keys that only the engine knows."""
+    return any(isinstance(part, dict) and part.get("type", "text") not in {"text", "refusal"} for part in _parts(body))
+
+
+def length(body: Body) -> int:
+    """Characters of a request's text."""
+    texts = (part.get("text") if isinstance(part, dict) else part for part in _parts(body))
+    return sum(len(text) for text in texts if isinstance(text, str))
 
 
 def streamed(body: Body) -> Body:
@@ -107,17 +140,25 @@ class Chunks:
     """Decodes server-sent events: bytes in, chunks out."""
 
     def __init__(self) -> None:
+        self.begun = False
+        """There was an event, so that it is a stream."""
         self.ended = False
         """The engine has said that this was all."""
         self._rest = b""
 
     def feed(self, data: bytes) -> Iterator[Body]:
-        """The chunks that are complete with these bytes. Raises `EngineFailed` for what the engine says went wrong."""
-        *lines, self._rest = (self._rest + data).split(b"\n")
+        """The chunks that are complete with these bytes; no bytes are the end of the answer.
+
+        Raises `EngineFailed` for what the engine says went wrong, and for what is no stream of chunks.
+        """
+        *lines, self._rest = (self._rest + (data or b"\n")).split(b"\n")
+        if len(self._rest) > MOST_LINE_BYTES:
+            raise EngineFailed(f"the engine's answer has an event of more than {MOST_LINE_BYTES >> 20} MiB")
         for line in lines:
-            if not line.startswith(b"data:"):
-                continue
             said = line[5:].strip()
+            if not said or not line.startswith(b"data:"):
+                continue
+            self.begun = True
             if said == b"[DONE]":
                 self.ended = True
                 continue

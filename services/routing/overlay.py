@@ -16,6 +16,7 @@ from __future__ import annotations
 from array import array
 from typing import TYPE_CHECKING
 
+import numpy as np
 from msgspec import Struct
 
 from events import types
@@ -37,6 +38,8 @@ RECENT_SECONDS = 60.0
 SET_BACK_PERIODS = 8
 """Time that is so many periods earlier than before is another clock's, not a late message's."""
 
+_FEW = 8
+"""So few blocks are looked for in a chain without unpacking it."""
 _NS = 1_000_000_000
 _GENERATION_NS = int(PREDICTION_SECONDS * _NS)
 
@@ -214,7 +217,7 @@ class Overlay:
         # What has still to be computed for a prompt that waits there will be back.
         load = state.load
         for request in load.prefills[load.ordinal[node.name]].waiting:
-            gone.difference_update(unpack_hashes(load.running[request].hashes))
+            gone -= _among(gone, load.running[request].hashes)
         for index, each in zip(predicted, given, strict=True):
             index.drop(at, gone.intersection(each))
 
@@ -227,3 +230,12 @@ class Overlay:
             for generation in (self._young, self._old):
                 for index in generation.values():
                     index.clear(at)
+
+
+def _among(blocks: set[int], packed: bytes) -> set[int]:
+    """Those of some blocks that are in a chain."""
+    if len(blocks) > _FEW:
+        return blocks.intersection(unpack_hashes(packed))
+    # Engines tell of one eviction after the other, while many long prompts wait.
+    chain = np.frombuffer(packed, "<u8")
+    return {block for block in blocks if (chain == np.uint64(block)).any()}
