@@ -23,6 +23,7 @@ from tests.fake_engine import FakeEngine, running
 from tests.historians import messages_of
 from tests.observed import Http, observed
 from tests.ranks import ranks
+from tests.test_cli import run
 from tests.test_health import break_read_loop, deaf
 
 if TYPE_CHECKING:
@@ -223,3 +224,23 @@ async def test_an_engine_that_can_not_be_attached_ends_the_service(fleet: Fleet)
         wanted = Attachment(node="a", one_login=True)
         with anyio.fail_after(10), pytest.raises(EngineUnfit, match="one adapter a rank"):
             await Adapters(fleet.client, fleet.name, http, wanted).run()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--engine", "127.0.0.1:8000"], "--engine is '127.0.0.1:8000'; give a URL"),
+        (["--engine", "http://"], "give a URL"),
+        (["--engine", "http://a:99999"], "give a URL"),
+        (["--engine", "http://a", "--address", "a:8000"], "--address is 'a:8000'; give a URL"),
+        (["--engine", "http://me:secret@a"], "--engine holds a login"),
+        (["--engine", "http://a", "--address", "https://me@a"], "--address holds a login"),
+        (["--engine", "http://a", "--rank", "-1"], "numbered from 0"),
+    ],
+)
+def test_addresses_that_clients_can_not_use_are_refused(options: list[str], says: str) -> None:
+    done = run("attach", "vllm", "--node", "a", *options)
+    told = " ".join(done.stderr.split())
+    assert done.returncode == 1
+    assert says in told
+    assert "secret" not in told
