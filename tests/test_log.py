@@ -6,6 +6,7 @@ import signal
 from typing import TYPE_CHECKING
 
 import anyio
+import anyio.abc
 import anyio.lowlevel
 import pytest
 from nats.aio.msg import Msg
@@ -366,3 +367,37 @@ async def test_a_retried_commit_is_found_behind_those_of_others(client: Client) 
     await appender._publish(NODE, body, headers, retried=False)
     await Appender(client, "default", new_writer("other")).append(NODE, [cordoned(1)])
     assert await appender._publish(NODE, body, headers, retried=True) == 1
+
+
+async def test_a_flush_covers_what_was_said_before_it(server: Server) -> None:
+    """Otherwise a service could be ready before the server knows what it answers."""
+    said = bytearray()
+
+    async def relay(near: anyio.abc.SocketStream) -> None:
+        async with (
+            near,
+            await anyio.connect_tcp("127.0.0.1", int(server.url.rpartition(":")[2])) as far,
+            anyio.create_task_group() as both,
+        ):
+
+            async def back() -> None:
+                async for data in far:
+                    await near.send(data)
+
+            both.start_soon(back)
+            async for data in near:
+                said.extend(data)
+                await far.send(data)
+            both.cancel_scope.cancel()
+
+    async with await anyio.create_tcp_listener(local_host="127.0.0.1") as listener, anyio.create_task_group() as group:
+        group.start_soon(listener.serve, relay)
+        port = listener.extra(anyio.abc.SocketAttribute.local_port)
+        async with connected([f"nats://127.0.0.1:{port}"], "test") as client:
+            for number in range(20):
+                before = said.count(b"PING")
+                await client.subscribe(f"subject.{number}")
+                await client.flush()
+                assert said.count(b"PING") == before + 1
+                assert said.rindex(b"PING") > said.find(b"SUB subject.%d " % number) >= 0
+        group.cancel_scope.cancel()

@@ -110,6 +110,13 @@ class LogClient(Client):
             s.uri, buffer_size=DEFAULT_BUFFER_SIZE, connect_timeout=self.options["connect_timeout"]
         )
 
+    async def _send_ping(self, future: Future[Any] | None = None) -> None:
+        """A ping goes behind what was said before it: the client would send it ahead, and `flush` end too early."""
+        if self._pending and self._transport is not None and self.is_connected:
+            self._transport.writelines(self._pending)
+            self._pending, self._pending_data_size = [], 0
+        await super()._send_ping(future)
+
     async def _process_pong(self) -> None:
         """The answer to a ping that was given up is nobody's: the client's read loop would end on it."""
         if self._pongs and self._pongs[0].done():
