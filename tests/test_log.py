@@ -369,6 +369,18 @@ async def test_a_retried_commit_is_found_behind_those_of_others(client: Client) 
     assert await appender._publish(NODE, body, headers, retried=True) == 1
 
 
+async def test_who_has_caught_up_is_healthy(client: Client) -> None:
+    """Otherwise the first answers of a router would call it degraded."""
+    for number in range(3):
+        await (await opened(client)).append(NODE, [cordoned(number)])
+    follower = Follower(client, "default", lambda _: None)
+    async with anyio.create_task_group() as group:
+        group.start_soon(follower.run)
+        await follower.caught_up.wait()
+        assert follower.healthy
+        group.cancel_scope.cancel()
+
+
 async def test_a_flush_covers_what_was_said_before_it(server: Server) -> None:
     """Otherwise a service could be ready before the server knows what it answers."""
     said = bytearray()

@@ -203,7 +203,7 @@ class Follower:
                 _log.debug("follower_waits", fleet=self._fleet, error=repr(error))
                 await anyio.sleep(0.1)
             else:
-                self._heard = True
+                self._heard = self.healthy = True
                 return
 
     async def _stop(self) -> None:
