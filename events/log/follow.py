@@ -121,7 +121,7 @@ class Follower:
         state = await self._believed(self._first_look)
         self.target = state.last_seq
         if self.applied >= self.target:
-            self.caught_up.set()
+            self._catch_up()
         try:
             while True:
                 await self._start()
@@ -203,7 +203,7 @@ class Follower:
                 _log.debug("follower_waits", fleet=self._fleet, error=repr(error))
                 await anyio.sleep(0.1)
             else:
-                self._heard = self.healthy = True
+                self._heard = True
                 return
 
     async def _stop(self) -> None:
@@ -288,7 +288,12 @@ class Follower:
         self.applied = sequence
         self._last_reply = message.reply
         if sequence >= self.target and not self.caught_up.is_set():
-            self.caught_up.set()
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        # Whoever waited for this may be asked at once how it is.
+        self.healthy = True
+        self.caught_up.set()
 
     async def _control(self, message: Msg, headers: dict[str, str]) -> None:
         """A heartbeat or a flow control request."""
