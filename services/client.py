@@ -8,7 +8,7 @@ from uuid import uuid4
 import anyio
 import msgspec
 from nats.errors import Error as NatsError
-from nats.errors import MaxPayloadError, NoRespondersError
+from nats.errors import NoRespondersError
 
 from events.errors import ConnectionLost
 from events.log.servers import request as ask_once
@@ -36,18 +36,21 @@ async def ask(
     """Send a request in MessagePack and return the answer, as `form` or as plain data.
 
     A route is asked again when its answer does not come, under one id, so that it counts once. Raises `Refused` with the
-    service's own code and sentence, or `NoAnswer`.
+    service's own code and sentence, `BadRequest` for more than the server takes, or `NoAnswer`.
     """
+    if isinstance(request, RouteRequest) and not request.request:
+        request = msgspec.structs.replace(request, request=uuid4().hex)
+    asked = _encode(request)
+    if len(asked) > client.max_payload:
+        raise BadRequest(
+            f"the request takes {len(asked):,} bytes, and the server allows {client.max_payload:,}: send hashes instead of "
+            "tokens, or raise its max_payload"
+        )
     try:
         if isinstance(request, RouteRequest):
-            answer = await _ask_until_answered(client, subject, request, seconds)
+            answer = await _ask_until_answered(client, subject, asked, seconds)
         else:
-            answer = await client.request(subject, _encode(request), timeout=seconds)
-    except MaxPayloadError:
-        raise BadRequest(
-            f"the request takes more than the {client.max_payload:,} bytes that the server allows: send hashes instead of "
-            "tokens, or raise its max_payload"
-        ) from None
+            answer = await client.request(subject, asked, timeout=seconds)
     except NoRespondersError:
         raise NoAnswer(f"no service answers on {subject}; {_who(subject)}") from None
     except (NatsError, TimeoutError, OSError, ConnectionLost) as error:
@@ -68,18 +71,13 @@ async def ask(
     return msgspec.msgpack.decode(answer.data, type=form)
 
 
-async def _ask_until_answered(client: Client, subject: str, request: RouteRequest, seconds: float) -> Msg:
-    if not request.request:
-        request = msgspec.structs.replace(request, request=uuid4().hex)
-    body = _encode(request)
+async def _ask_until_answered(client: Client, subject: str, body: bytes, seconds: float) -> Msg:
     begin = anyio.current_time()
     patience = AGAIN_SECONDS
     while True:
         left = begin + seconds - anyio.current_time()
         try:
             return await ask_once(client, subject, body, seconds=max(0.001, min(patience, left)))
-        except MaxPayloadError:
-            raise
         except NoRespondersError:
             if anyio.current_time() - begin > min(seconds, NOBODY_SECONDS):
                 raise

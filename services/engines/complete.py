@@ -264,10 +264,12 @@ class _Delivery:
                 data = await self._heard(answer.content.readany())
                 for chunk in self._chunks.feed(data):
                     self._take(chunk)
-                if not data and not self._chunks.begun:
-                    raise EngineFailed(f"answers no stream of events ({answer.content_type})")
                 if not data and not self._chunks.ended:
-                    raise EngineFailed("broke off before the end of its answer")
+                    raise EngineFailed(
+                        "broke off before the end of its answer"
+                        if self._chunks.begun
+                        else f"answers no stream of events ({answer.content_type})"
+                    )
             self._end = time.perf_counter()
             # Until its very end, so that the connection can be used again.
             with anyio.move_on_after(END_SECONDS), suppress(EngineFailed):
