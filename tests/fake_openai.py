@@ -28,6 +28,8 @@ class FakeApi:
         self.status = 200
         self.breaks_after: int | None = None
         """Chunks after which the connection ends."""
+        self.lingers = 0.0
+        """Seconds for which an answer stays open after its last chunk."""
         self.moved_to = ""
         """Where it sends its clients."""
         self.streams = True
@@ -108,4 +110,5 @@ class FakeApi:
                 return answer
             await answer.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
         await answer.write(b"data: [DONE]\n\n")
+        await anyio.sleep(self.lingers)
         return answer

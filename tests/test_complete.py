@@ -271,50 +271,6 @@ async def test_an_engine_that_says_nothing_of_no_hit_is_understood_once_it_had_o
         assert [event.prompt_tokens for event in on.completed] == [0, 20, 20, 20, 20]
 
 
-async def test_images_are_routed_without_guessing_their_tokens(fleet: Fleet) -> None:
-    async with scene(fleet, "a") as on:
-        image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 9000}}
-        asked = [{"role": "user", "content": [{"type": "text", "text": "what is in this picture?"}, image]}]
-        for _ in range(2):
-            done = await on.complete(messages=asked)
-            assert (done.decision.blocks, done.decision.tokens, done.recorded) == (0, 6, True)
-
-
-async def test_a_prompt_that_the_engine_truncates_is_hashed_as_what_is_left(fleet: Fleet) -> None:
-    async with scene(fleet, "a") as on:
-        on.engines["a"].api.truncates = True
-        for prompt in (list(range(60)), "a text of more than forty bytes, which is cut to that"):
-            for cached in (0, 36):
-                done = await on.complete(prompt=prompt, truncate_prompt_tokens=40)
-                assert (done.decision.matched_tokens, done.usage.cached_tokens) == (cached, cached)
-        done = await on.complete(prompt=list(range(60)), truncate_prompt_tokens=-1)
-        assert (done.decision.blocks, done.decision.tokens) == (0, 60)
-
-
-async def test_long_requests_are_sent_in_parts(fleet: Fleet) -> None:
-    async with scene(fleet, "a") as on:
-        done = await on.complete(prompt="a" * 1_200_000)
-        assert (done.decision.tokens, done.usage.prompt_tokens) == (1_200_001, 1_200_001)
-
-
-async def test_a_question_that_the_server_would_not_take_is_refused_at_once(fleet: Fleet) -> None:
-    async with scene(fleet, "a") as on:
-        with anyio.fail_after(5), pytest.raises(BadRequest, match="max_payload"):
-            await on.completer.complete({"model": "m", "prompt": [1 << 31] * 2_000_000})
-
-
-async def test_an_engine_that_sends_elsewhere_or_answers_no_stream_is_passed_over(fleet: Fleet) -> None:
-    async with scene(fleet) as on:
-        one, other = on.engines["a"].api, on.engines["b"].api
-        one.moved_to = other.moved_to = on.engines["a"].url + "/tokenize"
-        with pytest.raises(EngineFailed, match=r"a: answers 307.*; b: answers 307|b: answers 307.*; a: answers 307"):
-            await on.complete(prompt=[1] * 20)
-        one.moved_to = other.moved_to = ""
-        one.streams = other.streams = False
-        with pytest.raises(EngineFailed, match=r"no stream of events \(application/json\).*no stream"):
-            await on.complete(prompt=[1] * 20)
-
-
 @pytest.mark.parametrize("said", ["never", {}, [], {"tokens": [-1]}, {"tokens": [1 << 70]}, {"tokens": "abc"}])
 async def test_an_engine_that_can_not_tokenize_is_passed_over(
     fleet: Fleet, said: Any, monkeypatch: pytest.MonkeyPatch

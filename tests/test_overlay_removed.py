@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -125,7 +126,12 @@ def test_a_removal_that_comes_after_a_newer_prediction_ends_it_until_the_node_st
     assert given_.promised("a") == 8
 
 
-def test_what_a_prompt_that_waits_there_needs_is_still_to_be_expected() -> None:
+@pytest.mark.parametrize("few", [0, 8])
+def test_what_a_prompt_that_waits_there_needs_is_still_to_be_expected(
+    few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether few blocks are gone or many, which are looked for in different ways."""
+    monkeypatch.setattr("services.routing.overlay._FEW", few)
     given_ = Routed()
     given_.stores("a", *CHAIN)
     request = given_.sends_on("a", 6)
