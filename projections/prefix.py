@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from events.hashing import unpack_hashes
-from projections.segment import ALL, KEY, SEGMENT_BYTES, Segment, common, fill, keys_of
+from projections.segment import ALL, CLOSED, KEY, SEGMENT_BYTES, Segment, common, fill, keys_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -133,56 +133,59 @@ class PrefixIndex:
         `packed` is the run's hashes as little-endian u64; `parent` is the hash before the first. The parent only
         helps to keep runs long; it need not be known.
         """
-        if slot >= len(self._bits):
+        try:
+            bit = self._bits[slot]
+        except IndexError:
             self.add_slot(slot)
+            bit = self._bits[slot]
         size = len(packed)
         if size > SEGMENT_BYTES:
             return self._store_long(slot, packed, parent)
         where = self._where
-        bit = self._bits[slot]
         count = size >> 3
-        keys = keys_of(packed)
-        known = where.get(keys[0])
-        if known is not None or self._twins:
-            if known is not None and known.packed == packed and known.heads is None and known.parts is None:
-                if known.full & bit:
-                    return 0
-                known.full |= bit
-                self._held[slot].add(known)
-                self._counts[slot] += count
-                return count
+        if count == 1:  # decoding stores block by block
+            end = int.from_bytes(packed, "little") & KEY
+            keys: tuple[int, ...] = ()
+            known = end in where
+        else:
+            keys = keys_of(packed)
+            end = keys[-1]
+            known = not where.keys().isdisjoint(keys)
+        if known or self._twins:
             return self._store_known(slot, packed)
-        # A run that goes on where a segment of this slot alone ends makes that one longer: decoding stores block by block.
-        segment = where.get(parent & KEY) if parent is not None else None
-        if (
-            segment is None
-            or segment.full != bit
-            or segment.last != parent
-            or segment.heads is not None
-            or segment.parts is not None
-            or len(segment.packed) + size > SEGMENT_BYTES
-        ):
-            segment = Segment(b"", 0, bit)
+        # A run that goes on where a segment of this slot alone ends makes that one longer.
+        grown = None
+        if parent is not None:
+            before = parent & KEY
+            grown = where.get(before)
+            if grown is not None and (
+                grown.end != before or grown.full != bit or len(grown.packed) + size > SEGMENT_BYTES
+            ):
+                grown = None
+        segment = Segment(packed, bit, end) if grown is None else grown
         if count == 1:
-            where[keys[0]] = segment
-        else:
-            before = len(where)
-            for _ in map(where.setdefault, keys, repeat(segment)):
-                pass
-            fresh = len(where) - before
-            if fresh != count:
-                # Some of the run was known, or named twice: the last `fresh` keys are those just added.
-                for _ in range(fresh):
-                    where.popitem()
-                return self._store_known(slot, packed)
-        if segment.packed:
-            segment.packed += packed
-        else:
-            segment.packed = packed
+            where[end] = segment
+        elif not self._lead(keys, segment):
+            return self._store_known(slot, packed)
+        if grown is None:
             self._held[slot].add(segment)
-        segment.last = int.from_bytes(packed[-8:], "little")
+        else:
+            segment.packed += packed
+            segment.end = end
         self._counts[slot] += count
         return count
+
+    def _lead(self, keys: Sequence[int], segment: Segment) -> bool:
+        """Lead from keys that are not there to a segment; when one is named twice, none is there afterwards."""
+        where = self._where
+        before = len(where)
+        for key in keys:
+            where[key] = segment
+        if len(where) - before == len(keys):
+            return True
+        for key in set(keys):
+            del where[key]
+        return False
 
     def _store_long(self, slot: int, packed: bytes, parent: int | None) -> int:
         added = 0
@@ -195,6 +198,15 @@ class PrefixIndex:
     def _store_known(self, slot: int, packed: bytes) -> int:
         """Add a run of which some blocks are in segments already."""
         count = len(packed) >> 3
+        known = self._where.get(int.from_bytes(packed[:8], "little") & KEY)
+        if known is not None and known.packed == packed and known.end != CLOSED:
+            bit = self._bits[slot]
+            if known.full & bit:
+                return 0
+            known.full |= bit
+            self._held[slot].add(known)
+            self._counts[slot] += count
+            return count
         added = 0
         at = 0
         untried = not self._twins
@@ -216,23 +228,16 @@ class PrefixIndex:
 
     def _store_tail(self, slot: int, packed: bytes) -> int:
         """Add a run as a new segment if none of its keys is taken, all or nothing; only while there are no twins."""
-        where = self._where
-        segment = Segment(b"", 0, self._bits[slot])
-        before = len(where)
-        for _ in map(where.setdefault, keys_of(packed), repeat(segment)):
-            pass
-        fresh = len(where) - before
-        if fresh << 3 != len(packed):
-            for _ in range(fresh):
-                where.popitem()
+        keys = keys_of(packed)
+        segment = Segment(packed, self._bits[slot])
+        if not self._where.keys().isdisjoint(keys) or not self._lead(keys, segment):
             return 0
-        segment.cut(packed)
         self._held[slot].add(segment)
-        return fresh
+        return len(keys)
 
     def _store_new(self, slot: int, packed: bytes, start: int) -> int:
         """Add the blocks from `start` on that are in no segment, as a new one; how many there are, at least one."""
-        segment = Segment(b"", 0, self._bits[slot])
+        segment = Segment(b"", self._bits[slot])
         new: set[int] = set()
         for at in range(start, len(packed) >> 3):
             here = packed[at << 3 : (at << 3) + 8]
@@ -298,7 +303,7 @@ class PrefixIndex:
             return
         masks = segment.partial()
         if left and right:
-            tail = Segment(b"", 0, 0)
+            tail = Segment(b"", 0)
             for block in unpack_hashes(right):
                 if block in self._twins:
                     self._twins[block] = tail

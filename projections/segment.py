@@ -13,6 +13,7 @@ UNPACK = [struct.Struct(f"<{n}Q").unpack for n in range(SEGMENT_BLOCKS + 1)]
 # Keys are 60 bits of a hash: a Python int of up to 60 bits takes 32 bytes, a larger one 48.
 KEY = (1 << 60) - 1
 _KEYS = [int.from_bytes(KEY.to_bytes(8, "little") * n, "little") for n in range(SEGMENT_BLOCKS + 1)]
+CLOSED = -1
 ALL = [(1 << n) - 1 for n in range(SEGMENT_BLOCKS + 1)]
 _BITS = [tuple(offset for offset in range(8) if byte >> offset & 1) for byte in range(256)]
 
@@ -25,22 +26,28 @@ def keys_of(packed: bytes) -> tuple[int, ...]:
     return UNPACK[count]((int.from_bytes(packed, "little") & _KEYS[count]).to_bytes(len(packed), "little"))
 
 
+def key_of_last(packed: bytes) -> int:
+    """Key of a run's last block; 0 of an empty one."""
+    return int.from_bytes(packed[-8:], "little") & KEY
+
+
 class Segment:
     """A run of consecutive block hashes and who holds it. Each position has at least one holder."""
 
-    __slots__ = ("full", "heads", "last", "packed", "parts")
+    __slots__ = ("end", "full", "heads", "packed", "parts")
 
-    def __init__(self, packed: bytes, last: int, full: int) -> None:
+    def __init__(self, packed: bytes, full: int, end: int | None = None) -> None:
         self.packed = packed
-        self.last = last
         self.full = full
         self.heads: dict[int, int] | None = None
         self.parts: dict[int, int] | None = None
+        self.end = key_of_last(packed) if end is None else end
+        """Key of the last block, after which a run may go on; `CLOSED` while a holder has only a part."""
 
     def cut(self, packed: bytes) -> None:
         """Become another run."""
         self.packed = packed
-        self.last = int.from_bytes(packed[-8:], "little")
+        self.end = key_of_last(packed)
 
     def position(self, here: bytes) -> int:
         """Position of a hash (as 8 bytes) in this run, -1 when it isn't there."""
@@ -75,6 +82,10 @@ class Segment:
             if self.heads is None:
                 self.heads = {}
             self.heads[slot] = mask.bit_length()
+        if self.heads is not None or self.parts is not None:
+            self.end = CLOSED
+        elif self.end == CLOSED:
+            self.end = key_of_last(self.packed)
 
     def covered(self) -> int:
         """Positions that have a holder, as a bit mask."""

@@ -259,7 +259,7 @@ def _segments(part: IndexPart, owners: Sequence[str | None]) -> list[Segment]:
             full = masks[each.full] = int.from_bytes(each.full, "little")
             if full & ~taken:
                 _broken("a slot that no node has holds blocks")
-        segment = Segment(each.run, int.from_bytes(each.run[-8:], "little"), full)
+        segment = Segment(each.run, full)
         if each.some is not None:
             _hold(segment, each.some, owners, whole)
         if segment.covered() != whole:

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from events.hashing import pack_hashes, unpack_hashes
 from projections.prefix import PrefixIndex
-from projections.segment import KEY, SEGMENT_BLOCKS
+from projections.segment import CLOSED, KEY, SEGMENT_BLOCKS
 
 SLOTS = 4
 CHAINS = [
@@ -129,7 +129,8 @@ class IndexMachine(RuleBasedStateMachine):
             blocks = unpack_hashes(segment.packed)
             assert len(set(blocks)) == len(blocks)
             assert any(key in {block, block & KEY} for block in blocks)
-            assert segment.last == blocks[-1]
+            partial = segment.heads is not None or segment.parts is not None
+            assert segment.end == (CLOSED if partial else blocks[-1] & KEY)
             full = (1 << len(blocks)) - 1
             assert segment.heads is None or all(0 < count < len(blocks) for count in segment.heads.values())
             assert segment.parts is None or all(mask & (mask + 1) and mask < full for mask in segment.parts.values())

@@ -42,7 +42,7 @@ def picture(thing: Any) -> Any:
     match thing:
         case PrefixIndex():
             held = [sorted(thing.held(slot)) for slot in range(len(thing._held))]
-            runs = sorted((s.packed, s.last, s.full, sorted(s.partial().items())) for s in thing.segments())
+            runs = sorted((s.packed, s.end, s.full, sorted(s.partial().items())) for s in thing.segments())
             counted = [sorted(segment.packed for segment in segments) for segments in thing._held]
             return runs, held, counted, thing._counts, len(thing), thing._bits
         case Sessions():
@@ -146,7 +146,7 @@ class AdoptMachine(IndexMachine):
         index.add_slot(len(self.index._bits) - 1)
         copies = []
         for segment in self.index.segments():
-            copy = Segment(segment.packed, segment.last, segment.full)
+            copy = Segment(segment.packed, segment.full)
             for slot, mask in segment.partial().items():
                 copy.put(slot, mask)
             copies.append(copy)
