@@ -376,13 +376,16 @@ class PrefixIndex:
                 if at and on != alive:
                     fill(lengths, alive & ~on, at)
             else:
-                ended = []
+                if at:
+                    # Those that go on get their true length later.
+                    fill(lengths, alive, at)
                 for slot, count in heads.items() if heads is not None else ():
                     if not at or alive >> slot & 1:
-                        if count - position >= length:
+                        reach = count - position
+                        if reach >= length:
                             on |= bits[slot]
-                        elif count > position:
-                            ended.append((slot, at + count - position))
+                        elif reach > 0:
+                            lengths[slot] = at + reach
                 for slot, mask in parts.items() if parts is not None else ():
                     if not at or alive >> slot & 1:
                         held = mask >> position
@@ -390,11 +393,7 @@ class PrefixIndex:
                         if reach >= length:
                             on |= bits[slot]
                         elif reach:
-                            ended.append((slot, at + reach))
-                if at:
-                    fill(lengths, alive & ~on, at)
-                for slot, end in ended:
-                    lengths[slot] = end
+                            lengths[slot] = at + reach
             at += length
             alive = on
             if not on:
@@ -409,10 +408,6 @@ class PrefixIndex:
         while at < limit and self.holds(slot, int.from_bytes(packed[at << 3 : (at << 3) + 8], "little")):
             at += 1
         return at - start
-
-    def knows(self, packed: bytes) -> bool:
-        """Whether any slot holds the first block of a request."""
-        return self._find(packed[:8]) is not None
 
     def holds(self, slot: int, block: int) -> bool:
         """Whether the slot holds this block."""

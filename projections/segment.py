@@ -123,6 +123,16 @@ def common(left: bytes, at_left: int, right: bytes, at_right: int, most: int) ->
     return low + (((differ & -differ).bit_length() - 1) >> 6)
 
 
+def lift(lengths: list[int], mask: int, length: int) -> None:
+    """Raise the entries of a mask's slots to this length."""
+    base = 0
+    for byte in mask.to_bytes((mask.bit_length() + 7) >> 3, "little"):
+        for offset in _BITS[byte]:
+            if lengths[base + offset] < length:  # noqa: PLR1730 - a call of `max` takes three times as long
+                lengths[base + offset] = length
+        base += 8
+
+
 def fill(lengths: list[int], mask: int, length: int) -> None:
     """Set the entries of a mask's slots. Masks are as many as there are sets of holders, so none is remembered."""
     if mask.bit_count() == len(lengths):

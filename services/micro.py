@@ -161,9 +161,27 @@ def _owned(endpoint: Endpoint, message: Msg, request: Any) -> Any:  # noqa: ANN4
     return request
 
 
+class _Soon:
+    """Has something called when those who were scheduled before have run; once, however often it is asked for until then."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call = call
+        self._scheduled = False
+
+    def schedule(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._run)
+
+    def _run(self) -> None:
+        self._scheduled = False
+        self._call()
+
+
 def _in_turn(endpoint: Endpoint, tally: Tally) -> Callable[[Request], Awaitable[None]]:
     name, answer, form, after, traced = endpoint.name, endpoint.answer, endpoint.form, endpoint.after, endpoint.traced
     clock = time.perf_counter
+    afterwards = _Soon(after) if after is not None else None
 
     async def handle(request: Request) -> None:
         if not _genuine(endpoint, request._msg):  # noqa: SLF001 - the reply subject is not told otherwise
@@ -189,9 +207,9 @@ def _in_turn(endpoint: Endpoint, tally: Tally) -> Callable[[Request], Awaitable[
         else:
             tally.add(name, OK, clock() - begin)
             await _respond(request, reply, trace)
-            if after is not None:
+            if afterwards is not None:
                 # The client's flusher was scheduled by the answer and comes first.
-                asyncio.get_running_loop().call_soon(after)
+                afterwards.schedule()
 
     return handle
 

@@ -26,10 +26,9 @@ def at(seconds: float) -> int:
 
 def soon(overlay: Overlay, ordinal: int = 0, model: str = "m") -> int:
     """How many blocks of the chain a node is predicted to hold."""
-    index = overlay.predicted(model, pack_hashes(CHAIN))
-    if index is None:
-        return 0
-    return index.match(pack_hashes(CHAIN), len(CHAIN), ordinal + 1)[ordinal]
+    lengths = [0] * 4
+    assert overlay.lift(model, pack_hashes(CHAIN), len(CHAIN), lengths) is any(lengths)
+    return lengths[ordinal]
 
 
 def test_a_decision_counts_until_the_log_has_it() -> None:
@@ -163,8 +162,7 @@ def test_of_a_prefix_in_use_the_young_generation_is_asked_alone() -> None:
     overlay.predict("m", "a", 0, pack_hashes(CHAIN), START)
     overlay.predict("m", "b", 1, pack_hashes(CHAIN[:2]), at(PREDICTION_SECONDS + 1))
     assert (soon(overlay, 0), soon(overlay, 1)) == (0, 2)
-    index = overlay.predicted("m", pack_hashes([77]))
-    assert index is None
+    assert not overlay.lift("m", pack_hashes([77]), 1, [0, 0])
 
 
 def test_a_decision_that_never_reached_the_log_stops_counting() -> None:

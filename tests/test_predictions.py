@@ -59,16 +59,19 @@ def test_predictions_are_sets_of_blocks(told: list[tuple[str, int, str, set[int]
                 next((at for at, each in enumerate(wanted) if each not in naive[slot]), len(wanted))
                 for slot in range(SLOTS)
             ]
-            assert predictions.match(pack_hashes(blocks(request)), limit, SLOTS) == expected
-            assert predictions.knows(pack_hashes(blocks(request))) == any(
-                block(request[0]) in held for held in naive.values()
-            )
+            floor = [number % 4 for number in range(SLOTS)]
+            lengths = floor.copy()
+            known = predictions.lift(pack_hashes(blocks(request)), limit, lengths)
+            assert lengths == [max(pair) for pair in zip(floor, expected, strict=True)]
+            assert known == (limit > 0 and any(block(request[0]) in held for held in naive.values()))
 
 
 def test_a_slot_that_was_given_nothing_is_answered_for() -> None:
     predictions = Predictions()
     predictions.store(1, pack_hashes(blocks("aab")))
-    assert predictions.match(pack_hashes(blocks("aabb")), 4, 4) == [0, 3, 0, 0]
+    lengths = [0] * 4
+    assert predictions.lift(pack_hashes(blocks("aabb")), 4, lengths)
+    assert lengths == [0, 3, 0, 0]
     assert predictions.given(3, blocks("a")) == []
     predictions.clear(3)
 

@@ -152,7 +152,7 @@ class Past:
                 terms = known.terms(view, request, parameters)
         on_the_way = np.zeros(len(roster.nodes))
         if self.overlay.pending:
-            on_the_way = np.frombuffer(self.overlay.active)[roster.ordinals]
+            on_the_way = self.overlay.columns.active[roster.ordinals]
         queue, speed = view.queue, view.speed
         barred = (view.active >= roster.limits) | np.isin(roster.names, list(query.exclude))
         weights = [

@@ -14,7 +14,7 @@ overlay of any past decision can be made again.
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from msgspec import Struct
@@ -24,6 +24,8 @@ from events.hashing import unpack_hashes
 from services.routing.predictions import Predictions
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from events.codec import Commit
     from events.types import RequestRouted
     from projections.fleet import FleetState
@@ -54,6 +56,14 @@ class Pending(Struct, frozen=True):
     time: int
 
 
+class OnTheWay(NamedTuple):
+    """What is on its way to each node."""
+
+    active: NDArray[np.float64]
+    tokens: NDArray[np.float64]
+    blocks: NDArray[np.float64]
+
+
 class Overlay:
     """Pending decisions and predicted blocks of one router. Time is unix nanoseconds and comes with each call.
 
@@ -69,6 +79,8 @@ class Overlay:
         """Uncached tokens of those."""
         self.blocks = array("d")
         """Blocks of those."""
+        self.columns = OnTheWay(*[np.zeros(0)] * 3)
+        """These three as arrays that change with them."""
         self.sessions: dict[tuple[str, str], str] = {}
         """Assignments made here that are not on the log yet."""
         self._young: dict[str, Predictions] = {}
@@ -81,9 +93,10 @@ class Overlay:
         """Make the columns as long as those of the fold."""
         missing = count - len(self.active)
         if missing > 0:
-            self.active.extend([0] * missing)
-            self.tokens.extend([0] * missing)
-            self.blocks.extend([0] * missing)
+            # New arrays: one that is looked at can't grow.
+            more = array("d", [0] * missing)
+            self.active, self.tokens, self.blocks = self.active + more, self.tokens + more, self.blocks + more
+            self.columns = OnTheWay(*(np.frombuffer(each) for each in (self.active, self.tokens, self.blocks)))
 
     def decided(self, event: RequestRouted, at: int, block_size: int, now: int, *, predict: str = "") -> None:
         """A decision was made here, for the node with ordinal `at`; with `predict`, its blocks in this model's cache."""
@@ -122,17 +135,17 @@ class Overlay:
         self._ordinals[node] = at
         index.store(at, hashes)
 
-    def predicted(self, model: str, hashes: bytes) -> Predictions | None:
-        """The generation to be asked for a request; its slots are ordinals.
+    def lift(self, model: str, hashes: bytes, blocks: int, lengths: list[int]) -> bool:
+        """Raise each ordinal's entry to the leading blocks of a request that are predicted there; whether any are.
 
-        The old one is asked only for what the young one has never seen: of a prefix that is in use, the old one knows
-        what nodes have long reported.
+        The old generation is asked only for what the young one has never seen: of a prefix that is in use, the old one
+        knows what nodes have long reported.
         """
         for generation in (self._young, self._old):
             index = generation.get(model)
-            if index is not None and index.knows(hashes):
-                return index
-        return None
+            if index is not None and index.lift(hashes, blocks, lengths):
+                return True
+        return False
 
     def turn(self, now: int) -> None:
         """Forget what is too old."""

@@ -46,7 +46,7 @@ TTFT = {
 def ttft(view: View, request: Request, parameters: dict[str, float]) -> Column:
     """The least expected time to first token, of this request and of those that come after it."""
     queue, speed = view.queue, view.speed
-    crowd = queue.sum() / len(queue) * view.arrivals
+    crowd = np.add.reduce(queue) / len(queue) * view.arrivals
     weight = parameters["uncached_weight"] + parameters["crowd_weight"] * crowd
     costs: Column = view.match * (-request.block_size * weight)
     costs += request.tokens * weight
@@ -67,7 +67,7 @@ def ttft(view: View, request: Request, parameters: dict[str, float]) -> Column:
 def ttft_terms(view: View, request: Request, parameters: dict[str, float]) -> dict[str, Column]:
     """The parts of `ttft`'s costs, in seconds."""
     queue, speed = view.queue, view.speed
-    crowd = queue.sum() / len(queue) * view.arrivals
+    crowd = np.add.reduce(queue) / len(queue) * view.arrivals
     weight = parameters["uncached_weight"] + parameters["crowd_weight"] * crowd
     slow = 0 if view.slow is None else view.slow * request.block_size * parameters["slow_share"]
     session = np.zeros(len(queue))

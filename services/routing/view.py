@@ -52,7 +52,7 @@ class Columns(NamedTuple):
 class View:
     """Candidates as columns: entry i of each is candidate i. A policy must not change them."""
 
-    __slots__ = ("_now", "_overlay", "_roster", "_speed", "_state", "active", "match", "session", "slow")
+    __slots__ = ("_now", "_overlay", "_roster", "_speed", "_state", "_window", "active", "match", "session", "slow")
 
     def __init__(
         self, roster: Roster, state: FleetState, overlay: Overlay, match: Column, slow: Column | None, session: int,
@@ -63,17 +63,20 @@ class View:
         self._overlay = overlay
         self._now = now
         self._speed: Column | None = None
+        self._window = state.load.window(now)
         self.match = match
         """Leading blocks of the request that the node holds or will hold, in any tier."""
         self.slow = slow
         """Of the match, blocks that lie in a slower tier than `gpu`; none when no candidate has any."""
         self.session = session
         """Candidate where the request's session belongs, -1 when there is none."""
-        self.active: Column = roster.pick(roster.columns.active)
+        self.active: Column
         """Requests that run, those on their way included."""
         if overlay.pending:
             overlay.fit(len(state.load.active))
-            self.active += roster.rows(np.frombuffer(overlay.active))
+            self.active = roster.rows(roster.columns.active) + roster.rows(overlay.columns.active)
+        else:
+            self.active = roster.pick(roster.columns.active)
 
     @property
     def names(self) -> list[str]:
@@ -94,7 +97,7 @@ class View:
         queue: Column = self._roster.rows(self._roster.columns.prefill_done) - self._now * 1e-9
         np.maximum(queue, 0, out=queue)
         if self._overlay.pending:
-            queue += self._roster.rows(np.frombuffer(self._overlay.tokens)) / self.speed
+            queue += self._roster.rows(self._overlay.columns.tokens) / self.speed
         return queue
 
     @property
@@ -105,12 +108,12 @@ class View:
     @property
     def pending(self) -> Column:
         """Uncached tokens of prompts that are not known to be computed."""
-        return self._with(self._roster.columns.pending, self._overlay.tokens)
+        return self._with(self._roster.columns.pending, self._overlay.columns.tokens)
 
     @property
     def blocks(self) -> Column:
         """Blocks of the requests that run."""
-        return self._with(self._roster.columns.blocks, self._overlay.blocks)
+        return self._with(self._roster.columns.blocks, self._overlay.columns.blocks)
 
     @property
     def capacity(self) -> Column:
@@ -130,7 +133,7 @@ class View:
     def arrivals(self) -> float:
         """Requests per second and node that were routed of late, in the whole fleet."""
         load = self._state.load
-        return load.routed_recently / (load.window(self._now) * max(1, len(load.ordinal)))
+        return load.routed_recently / (self._window * max(1, len(load.ordinal)))
 
     @property
     def recent_requests(self) -> Column:
@@ -147,12 +150,12 @@ class View:
         """Uncached tokens of those, per second."""
         return self._recent(self._roster.columns.recent_uncached)
 
-    def _with(self, column: Column, own: Any) -> Column:  # noqa: ANN401 - an array of the overlay
+    def _with(self, column: Column, own: Column) -> Column:
         found: Column = self._roster.rows(column).astype(np.float64)
         if self._overlay.pending:
-            found += self._roster.rows(np.frombuffer(own))
+            found += self._roster.rows(own)
         return found
 
     def _recent(self, column: Column) -> Column:
-        rate: Column = self._roster.rows(column) / self._state.load.window(self._now)
+        rate: Column = self._roster.rows(column) / self._window
         return rate
