@@ -22,6 +22,7 @@ from events.errors import LoginRefused, NotAllowed, UntrustedServer
 
 _FORBIDDEN = re.compile(r"permissions violation for (publish|subscription) to \"([^\"]+)\"", re.IGNORECASE)
 CLOSE_SECONDS = 0.5
+READ_BYTES = 1 << 18
 _TOKEN = 26
 """Characters of a request's own token: that of `_Random` and four that the client adds."""
 
@@ -37,6 +38,10 @@ class _Random(NUID):
 
 class _Transport(TcpTransport):
     """A connection that can be closed when its TLS handshake has failed; asyncio never says that such a one is closed."""
+
+    async def read(self, buffer_size: int) -> bytes:
+        data: bytes = await super().read(READ_BYTES)  # type: ignore[no-untyped-call]
+        return data
 
     async def wait_closed(self) -> None:
         try:
@@ -107,7 +112,7 @@ class LogClient(Client):
         if self._transport is None:
             self._transport = _Transport()  # type: ignore[no-untyped-call]
         await self._transport.connect(
-            s.uri, buffer_size=DEFAULT_BUFFER_SIZE, connect_timeout=self.options["connect_timeout"]
+            s.uri, buffer_size=READ_BYTES, connect_timeout=self.options["connect_timeout"]
         )
 
     async def _send_ping(self, future: Future[Any] | None = None) -> None:
