@@ -360,6 +360,8 @@ class PrefixIndex:
             offset = at << 3
             here = packed[offset : offset + 8]
             segment = where.get(int.from_bytes(here, "little") & KEY)
+            if segment is None and not self._twins:
+                break
             if segment is not None and packed.startswith(segment.packed, offset):
                 position = 0
                 length = min(len(segment.packed) >> 3, total - at)

@@ -14,7 +14,7 @@ from secrets import token_urlsafe
 from typing import Any
 
 import structlog
-from nats.aio.client import DEFAULT_BUFFER_SIZE, Client, Srv
+from nats.aio.client import Client, Srv
 from nats.aio.transport import TcpTransport
 from nats.nuid import NUID
 
@@ -23,6 +23,7 @@ from events.errors import LoginRefused, NotAllowed, UntrustedServer
 _FORBIDDEN = re.compile(r"permissions violation for (publish|subscription) to \"([^\"]+)\"", re.IGNORECASE)
 CLOSE_SECONDS = 0.5
 READ_BYTES = 1 << 18
+"""Most bytes of a read: 64 requests of 256 hashes are 150 KB."""
 _TOKEN = 26
 """Characters of a request's own token: that of `_Random` and four that the client adds."""
 
@@ -37,10 +38,13 @@ class _Random(NUID):
 
 
 class _Transport(TcpTransport):
-    """A connection that can be closed when its TLS handshake has failed; asyncio never says that such a one is closed."""
+    """A connection that reads what is there at once, and that can be closed when its TLS handshake has failed.
+
+    asyncio never says that such a one is closed.
+    """
 
     async def read(self, buffer_size: int) -> bytes:
-        data: bytes = await super().read(READ_BYTES)  # type: ignore[no-untyped-call]
+        data: bytes = await super().read(max(buffer_size, READ_BYTES))  # type: ignore[no-untyped-call]
         return data
 
     async def wait_closed(self) -> None:
@@ -111,9 +115,7 @@ class LogClient(Client):
         s.last_attempt = time.monotonic()
         if self._transport is None:
             self._transport = _Transport()  # type: ignore[no-untyped-call]
-        await self._transport.connect(
-            s.uri, buffer_size=READ_BYTES, connect_timeout=self.options["connect_timeout"]
-        )
+        await self._transport.connect(s.uri, buffer_size=READ_BYTES, connect_timeout=self.options["connect_timeout"])
 
     async def _send_ping(self, future: Future[Any] | None = None) -> None:
         """A ping goes behind what was said before it: the client would send it ahead, and `flush` end too early."""

@@ -90,6 +90,11 @@ def _column(lengths: list[int]) -> NDArray[np.int64]:
     return np.frombuffer(_packer(len(lengths))(*lengths), np.int64)
 
 
+def _finite(costs: Column) -> bool:
+    # What is not a number counts as both the least and the most.
+    return math.isfinite(costs.item(costs.argmin())) and math.isfinite(costs.item(costs.argmax()))
+
+
 @lru_cache(maxsize=16)
 def _packer(count: int) -> Callable[..., bytes]:
     return Struct(f"{count}q").pack
@@ -116,7 +121,6 @@ class Roster:
         self.position = {node.name: position for position, node in enumerate(self.nodes)}
         self.limits = np.array([node.registered.max_active or math.inf for node in self.nodes])
         self.limited = bool(np.isfinite(self.limits).any())
-        self.ones = np.ones(len(self.nodes))
         self.tiered = [position for position, node in enumerate(self.nodes) if len(node.slots) > 1]
         self.block_size = serving[0].registered.block_size
         self.is_adapter = any(is_adapter(node.registered, model) for node in serving)
@@ -188,8 +192,9 @@ class Chooser:
         if roster.limited or query.exclude:
             costs = self._barred(roster, query, view, costs)
         ranked = self._rank(costs)
-        top = ranked[: FALLBACKS + 1]
-        order, values, matches = top.tolist(), costs[top].tolist(), view.match[top].tolist()
+        order = ranked[: FALLBACKS + 1].tolist()
+        # One by one: of so few, numpy's indexing by arrays takes longer.
+        values = [costs.item(at) for at in order]
         best = values[0]
         if best == math.inf:
             self._refuse(roster, query)
@@ -197,16 +202,15 @@ class Chooser:
             ties = (costs == best).nonzero()[0]
             chosen = int(ties[derive_hash(query.id.encode()) % len(ties)])
             order = [chosen, *(at for at in order if at != chosen)][: len(order)]
-            matches = view.match[order].tolist()
         candidates = [
-            Candidate(roster.names[at], match, cost)
-            for at, match, cost in zip(order, matches, values, strict=True)
+            Candidate(roster.names[at], view.match.item(at), cost)
+            for at, cost in zip(order, values, strict=True)
             if cost != math.inf
         ]
         node, found = roster.nodes[order[0]], candidates[0].match
         longest = found
         if found < query.blocks:
-            longest = int(np.maximum.reduce(view.match))
+            longest = view.match.item(view.match.argmax())
             if longest > found and (roster.limited or query.exclude):
                 longest = int(view.match[costs != math.inf].max())
         kind = "miss" if not found else "exact" if found >= query.blocks else "prefix"
@@ -220,7 +224,7 @@ class Chooser:
         match, slow = self.matches(roster, query)
         at = roster.position.get(session, -1) if session else -1
         view = View(roster, self._state, self._overlay, match, slow, at, now)
-        costs, name = self._costs(roster, view, Request(query.id, query.tokens, query.blocks, query.block_size))
+        costs, name = self._costs(view, Request(query.id, query.tokens, query.blocks, query.block_size))
         return view, costs, name
 
     def settle(
@@ -261,7 +265,7 @@ class Chooser:
             return first
         return costs.argsort(kind="stable")
 
-    def _costs(self, roster: Roster, view: View, request: Request) -> tuple[Column, str]:
+    def _costs(self, view: View, request: Request) -> tuple[Column, str]:
         state = self._state
         name = state.policy
         try:
@@ -270,8 +274,7 @@ class Chooser:
                 self._parameters = self._policy.complete(state.parameters)
                 self._made = (name, state.changes)
             costs = np.asarray(self._policy.score(view, request, dict(self._parameters)), dtype=np.float64)
-            # Only whether it is finite matters of this sum.
-            if costs.shape != view.active.shape or not math.isfinite(costs.dot(roster.ones)):
+            if costs.shape != view.active.shape or not _finite(costs):
                 raise ValueError("one finite cost a candidate is needed")  # noqa: TRY301
         except (Exception, SystemExit) as error:  # noqa: BLE001 - a policy may be anybody's code; routing goes on
             self.policy_failures += 1
