@@ -44,7 +44,7 @@ class _Transport(TcpTransport):
     """
 
     async def read(self, buffer_size: int) -> bytes:
-        data: bytes = await super().read(max(buffer_size, READ_BYTES))  # type: ignore[no-untyped-call]
+        data: bytes = await super().read(max(buffer_size, READ_BYTES))
         return data
 
     async def wait_closed(self) -> None:
