@@ -2,9 +2,9 @@
 
 Theory. Block hashes are chained, so blocks that were stored together are asked for, shared and evicted together.
 The index keeps them as *segments*: a run of consecutive block hashes, packed as little-endian u64, in which every
-position is held by at least one holder. A segment knows its holders in three forms: `full`, a bit mask of those that
-have every block of it; `heads`, for those that have its first blocks, how many; and `parts`, for the few that have
-others, a bit mask of positions each. One dictionary leads from a block to its segment, and no block is ever in two
+position is held by at least one holder. A segment knows its holders in two forms: `full`, a bit mask of those that
+have every block of it; and `some`, for those that have its first blocks, how many, and for the few that have others,
+a bit mask of positions each. One dictionary leads from a block to its segment, and no block is ever in two
 segments. Its key is 60 bits of the hash, to save memory; the segment holds all 64, and what shares a key with another
 block (one pair is expected among a billion) has an entry of its own in `_twins`.
 
@@ -39,7 +39,8 @@ class PrefixIndex:
         self._twins: dict[int, Segment] = {}
         """Blocks, by their whole hash, whose key was taken when they came."""
         self._bits: list[int] = []
-        self._held: list[set[Segment]] = []
+        self._held: list[dict[Segment, None]] = []
+        """Segments of which each slot has something, as the keys of a dictionary: a set takes twice the memory."""
         self._counts: list[int] = []
 
     def __len__(self) -> int:
@@ -55,7 +56,7 @@ class PrefixIndex:
         """Make room for slots up to and including `slot`."""
         while len(self._bits) <= slot:
             self._bits.append(1 << len(self._bits))
-            self._held.append(set())
+            self._held.append({})
             self._counts.append(0)
 
     def segments(self) -> list[Segment]:
@@ -71,11 +72,11 @@ class PrefixIndex:
         if len(self._where) != sum(counts):
             self._where = {}
             self._adopt_twins(segments)
-        alike: dict[int, set[Segment]] = {}
+        alike: dict[int, dict[Segment, None]] = {}
         for segment in segments:
-            alike.setdefault(segment.full, set()).add(segment)
+            alike.setdefault(segment.full, {})[segment] = None
             for slot, mask in segment.partial().items():
-                self._held[slot].add(segment)
+                self._held[slot][segment] = None
                 self._counts[slot] += mask.bit_count()
         for full, group in alike.items():
             blocks = sum(len(segment.packed) for segment in group) >> 3
@@ -83,7 +84,7 @@ class PrefixIndex:
             while left:
                 slot = left.bit_length() - 1
                 left ^= self._bits[slot]
-                self._held[slot] |= group
+                self._held[slot].update(group)
                 self._counts[slot] += blocks
 
     def _adopt_twins(self, segments: Sequence[Segment]) -> None:
@@ -168,7 +169,7 @@ class PrefixIndex:
         elif not self._lead(keys, segment):
             return self._store_known(slot, packed)
         if grown is None:
-            self._held[slot].add(segment)
+            self._held[slot][segment] = None
         else:
             segment.packed += packed
             segment.end = end
@@ -204,7 +205,7 @@ class PrefixIndex:
             if known.full & bit:
                 return 0
             known.full |= bit
-            self._held[slot].add(known)
+            self._held[slot][known] = None
             self._counts[slot] += count
             return count
         added = 0
@@ -229,15 +230,15 @@ class PrefixIndex:
     def _store_tail(self, slot: int, packed: bytes) -> int:
         """Add a run as a new segment if none of its keys is taken, all or nothing; only while there are no twins."""
         keys = keys_of(packed)
-        segment = Segment(packed, self._bits[slot])
+        segment = Segment(packed, self._bits[slot], keys[-1])
         if not self._where.keys().isdisjoint(keys) or not self._lead(keys, segment):
             return 0
-        self._held[slot].add(segment)
+        self._held[slot][segment] = None
         return len(keys)
 
     def _store_new(self, slot: int, packed: bytes, start: int) -> int:
         """Add the blocks from `start` on that are in no segment, as a new one; how many there are, at least one."""
-        segment = Segment(b"", self._bits[slot])
+        segment = Segment(b"", self._bits[slot], CLOSED)
         new: set[int] = set()
         for at in range(start, len(packed) >> 3):
             here = packed[at << 3 : (at << 3) + 8]
@@ -248,7 +249,7 @@ class PrefixIndex:
         segment.cut(packed[start << 3 : (start + len(new)) << 3])
         for block in new:
             self._bind(block, segment)
-        self._held[slot].add(segment)
+        self._held[slot][segment] = None
         return len(new)
 
     def _hold(self, segment: Segment, slot: int, position: int, length: int) -> int:
@@ -258,7 +259,7 @@ class PrefixIndex:
             return 0
         segment.put(slot, now)
         if not before:
-            self._held[slot].add(segment)
+            self._held[slot][segment] = None
         return now.bit_count() - before.bit_count()
 
     def remove(self, slot: int, packed: bytes) -> int:
@@ -275,7 +276,7 @@ class PrefixIndex:
             segment, position = found
             run = segment.packed
             last = (len(run) >> 3) - 1
-            if segment.full == bit and position == last and last and segment.heads is None and segment.parts is None:
+            if segment.full == bit and position == last and last and segment.some is None:
                 segment.cut(run[:-8])
                 self._unbind(here)
                 removed += 1
@@ -287,7 +288,7 @@ class PrefixIndex:
             held &= ~(1 << position)
             segment.put(slot, held)
             if not held:
-                self._held[slot].discard(segment)
+                self._held[slot].pop(segment, None)
             if not segment.covered() >> position & 1:
                 self._drop(segment, position)
         self._counts[slot] -= removed
@@ -303,7 +304,7 @@ class PrefixIndex:
             return
         masks = segment.partial()
         if left and right:
-            tail = Segment(b"", 0)
+            tail = Segment(b"", 0, CLOSED)
             for block in unpack_hashes(right):
                 if block in self._twins:
                     self._twins[block] = tail
@@ -321,15 +322,15 @@ class PrefixIndex:
         for slot, mask in holders.items():
             segment.put(slot, mask)
             if mask:
-                self._held[slot].add(segment)
+                self._held[slot][segment] = None
             else:
-                self._held[slot].discard(segment)
+                self._held[slot].pop(segment, None)
 
     def clear(self, slot: int) -> int:
         """Take every block from a slot; return how many it held."""
         if slot >= len(self._bits):
             return 0
-        held, self._held[slot] = self._held[slot], set()
+        held, self._held[slot] = self._held[slot], {}
         for segment in held:
             segment.put(slot, 0)
             alive = segment.covered()
@@ -373,28 +374,24 @@ class PrefixIndex:
                 run = segment.packed
                 length = common(run, position, packed, at, min((len(run) >> 3) - position, total - at))
             on = alive & segment.full
-            heads, parts = segment.heads, segment.parts
-            if heads is None and parts is None:
+            some = segment.some
+            if some is None:
                 if at and on != alive:
                     fill(lengths, alive & ~on, at)
             else:
                 if at:
                     # Those that go on get their true length later.
                     fill(lengths, alive, at)
-                for slot, count in heads.items() if heads is not None else ():
+                for slot, what in some.items():
                     if not at or alive >> slot & 1:
-                        reach = count - position
+                        if what >= 0:
+                            reach = what - position
+                        else:
+                            held = ~what >> position
+                            reach = (~held & held + 1).bit_length() - 1
                         if reach >= length:
                             on |= bits[slot]
                         elif reach > 0:
-                            lengths[slot] = at + reach
-                for slot, mask in parts.items() if parts is not None else ():
-                    if not at or alive >> slot & 1:
-                        held = mask >> position
-                        reach = (~held & held + 1).bit_length() - 1
-                        if reach >= length:
-                            on |= bits[slot]
-                        elif reach:
                             lengths[slot] = at + reach
             at += length
             alive = on

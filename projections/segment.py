@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import struct
 
+from msgspec import Struct
+
 HASH_BYTES = 8
 # Longer runs are cut: positions are bits of one int, and appending to a run copies it.
 SEGMENT_BLOCKS = 512
@@ -31,18 +33,19 @@ def key_of_last(packed: bytes) -> int:
     return int.from_bytes(packed[-8:], "little") & KEY
 
 
-class Segment:
-    """A run of consecutive block hashes and who holds it. Each position has at least one holder."""
+class Segment(Struct, eq=False, gc=False):
+    """A run of consecutive block hashes and who holds it. Each position has at least one holder.
 
-    __slots__ = ("end", "full", "heads", "packed", "parts")
+    It is in no cycle, so the collector need not know it, nor the dictionary of millions that leads to it.
+    """
 
-    def __init__(self, packed: bytes, full: int, end: int | None = None) -> None:
-        self.packed = packed
-        self.full = full
-        self.heads: dict[int, int] | None = None
-        self.parts: dict[int, int] | None = None
-        self.end = key_of_last(packed) if end is None else end
-        """Key of the last block, after which a run may go on; `CLOSED` while a holder has only a part."""
+    packed: bytes
+    full: int
+    """Slots that hold all of it, as a bit mask."""
+    end: int
+    """Key of the last block, after which a run may go on; `CLOSED` while a holder has only a part."""
+    some: dict[int, int] | None = None
+    """Of the others, how many of its first blocks they hold, or, below zero, the complement of a bit mask of positions."""
 
     def cut(self, packed: bytes) -> None:
         """Become another run."""
@@ -60,29 +63,20 @@ class Segment:
         """Positions that a slot holds, as a bit mask."""
         if self.full >> slot & 1:
             return ALL[len(self.packed) >> 3]
-        if self.heads is not None and slot in self.heads:
-            return ALL[self.heads[slot]]
-        return self.parts.get(slot, 0) if self.parts is not None else 0
+        return mask_of(self.some.get(slot, 0)) if self.some is not None else 0
 
     def put(self, slot: int, mask: int) -> None:
         """Set the positions that a slot holds, in the form that fits them."""
         bit = 1 << slot
         self.full &= ~bit
-        if self.heads is not None and self.heads.pop(slot, None) is not None and not self.heads:
-            self.heads = None
-        if self.parts is not None and self.parts.pop(slot, None) is not None and not self.parts:
-            self.parts = None
+        some = self.some or {}
+        some.pop(slot, None)
         if mask == ALL[len(self.packed) >> 3]:
             self.full |= bit
-        elif mask & (mask + 1):
-            if self.parts is None:
-                self.parts = {}
-            self.parts[slot] = mask
         elif mask:
-            if self.heads is None:
-                self.heads = {}
-            self.heads[slot] = mask.bit_length()
-        if self.heads is not None or self.parts is not None:
+            some[slot] = ~mask if mask & (mask + 1) else mask.bit_length()
+        self.some = some or None
+        if some:
             self.end = CLOSED
         elif self.end == CLOSED:
             self.end = key_of_last(self.packed)
@@ -91,15 +85,19 @@ class Segment:
         """Positions that have a holder, as a bit mask."""
         if self.full:
             return ALL[len(self.packed) >> 3]
-        mask = ALL[max(self.heads.values())] if self.heads is not None else 0
-        for part in self.parts.values() if self.parts is not None else ():
-            mask |= part
+        mask = 0
+        for some in self.some.values() if self.some is not None else ():
+            mask |= mask_of(some)
         return mask
 
     def partial(self) -> dict[int, int]:
         """Masks of the slots that hold some of it."""
-        found = {slot: ALL[count] for slot, count in self.heads.items()} if self.heads is not None else {}
-        return found | self.parts if self.parts is not None else found
+        return {slot: mask_of(some) for slot, some in self.some.items()} if self.some is not None else {}
+
+
+def mask_of(some: int) -> int:
+    """Positions that a slot of a segment's `some` holds, as a bit mask."""
+    return ALL[some] if some >= 0 else ~some
 
 
 def common(left: bytes, at_left: int, right: bytes, at_right: int, most: int) -> int:

@@ -24,7 +24,7 @@ from projections.load import COLUMNS, Active, Early, Prefills
 from projections.nodes import Node
 from projections.prefix import PrefixIndex
 from projections.recency import Recency
-from projections.segment import ALL, HASH_BYTES, SEGMENT_BYTES, Segment
+from projections.segment import ALL, HASH_BYTES, SEGMENT_BYTES, Segment, key_of_last
 from projections.sessions import Session
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def _segments_of(index: PrefixIndex) -> list[SegmentPart]:
             segment.packed,
             _mask(segment.full),
             None
-            if segment.heads is None and segment.parts is None
+            if segment.some is None
             else [(slot, _mask(positions)) for slot, positions in segment.partial().items()],
         )
         for segment in index.segments()
@@ -259,7 +259,7 @@ def _segments(part: IndexPart, owners: Sequence[str | None]) -> list[Segment]:
             full = masks[each.full] = int.from_bytes(each.full, "little")
             if full & ~taken:
                 _broken("a slot that no node has holds blocks")
-        segment = Segment(each.run, full)
+        segment = Segment(each.run, full, key_of_last(each.run))
         if each.some is not None:
             _hold(segment, each.some, owners, whole)
         if segment.covered() != whole:

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from events.hashing import pack_hashes, unpack_hashes
 from projections.prefix import PrefixIndex
-from projections.segment import CLOSED, KEY, SEGMENT_BLOCKS
+from projections.segment import CLOSED, KEY, SEGMENT_BLOCKS, mask_of
 
 SLOTS = 4
 CHAINS = [
@@ -128,13 +128,13 @@ class IndexMachine(RuleBasedStateMachine):
             blocks = unpack_hashes(segment.packed)
             assert len(set(blocks)) == len(blocks)
             assert any(key in {block, block & KEY} for block in blocks)
-            partial = segment.heads is not None or segment.parts is not None
-            assert segment.end == (CLOSED if partial else blocks[-1] & KEY)
+            assert segment.end == (blocks[-1] & KEY if segment.some is None else CLOSED)
             full = (1 << len(blocks)) - 1
-            assert segment.heads is None or all(0 < count < len(blocks) for count in segment.heads.values())
-            assert segment.parts is None or all(mask & (mask + 1) and mask < full for mask in segment.parts.values())
-            assert segment.heads != {}
-            assert segment.parts != {}
+            assert segment.some != {}
+            for what in (segment.some or {}).values():
+                mask = mask_of(what)
+                assert 0 < mask < full
+                assert (what < 0) == bool(mask & (mask + 1))
             covered = full if segment.full else 0
             for slot in range(SLOTS):
                 covered |= segment.get(slot)
