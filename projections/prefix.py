@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from events.hashing import unpack_hashes
-from projections.segment import ALL, CLOSED, KEY, SEGMENT_BYTES, Segment, common, fill, keys_of
+from projections.segment import ALL, CLOSED, HASH_BYTES, KEY, SEGMENT_BYTES, Segment, common, fill, from_bytes, keys_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -98,7 +98,7 @@ class PrefixIndex:
 
     def _find(self, here: bytes) -> tuple[Segment, int] | None:
         """Segment of a hash (as 8 bytes), and its position there."""
-        block = int.from_bytes(here, "little")
+        block = from_bytes(here, "little")
         segment = self._where.get(block & KEY)
         if segment is not None:
             position = 0 if segment.packed.startswith(here) else segment.position(here)
@@ -140,41 +140,43 @@ class PrefixIndex:
             self.add_slot(slot)
             bit = self._bits[slot]
         size = len(packed)
-        if size > SEGMENT_BYTES:
-            return self._store_long(slot, packed, parent)
         where = self._where
-        count = size >> 3
-        if count == 1:  # decoding stores block by block
-            end = int.from_bytes(packed, "little") & KEY
-            keys: tuple[int, ...] = ()
-            known = end in where
+        keys: tuple[int, ...] = ()
+        if size == HASH_BYTES:
+            # Decoding stores block by block.
+            end = from_bytes(packed, "little") & KEY
+            if end in where or self._twins:
+                return self._store_known(slot, packed)
+        elif size > SEGMENT_BYTES:
+            return self._store_long(slot, packed, parent)
         else:
             keys = keys_of(packed)
             end = keys[-1]
-            known = not where.keys().isdisjoint(keys)
-        if known or self._twins:
-            return self._store_known(slot, packed)
-        # A run that goes on where a segment of this slot alone ends makes that one longer.
-        grown = None
-        if parent is not None:
-            before = parent & KEY
-            grown = where.get(before)
-            if grown is not None and (
-                grown.end != before or grown.full != bit or len(grown.packed) + size > SEGMENT_BYTES
-            ):
-                grown = None
-        segment = Segment(packed, bit, end) if grown is None else grown
-        if count == 1:
-            where[end] = segment
-        elif not self._lead(keys, segment):
-            return self._store_known(slot, packed)
-        if grown is None:
-            self._held[slot][segment] = None
-        else:
+            if self._twins or not where.keys().isdisjoint(keys):
+                return self._store_known(slot, packed)
+        before = CLOSED if parent is None else parent & KEY
+        segment = where.get(before)
+        if (
+            segment is not None
+            and segment.end == before
+            and segment.full == bit
+            and len(segment.packed) + size <= SEGMENT_BYTES
+        ):
+            # A run that goes on where a segment of this slot alone ends makes that one longer.
+            if keys and not self._lead(keys, segment):
+                return self._store_known(slot, packed)
             segment.packed += packed
             segment.end = end
-        self._counts[slot] += count
-        return count
+        else:
+            segment = Segment(packed, bit, end)
+            if keys and not self._lead(keys, segment):
+                return self._store_known(slot, packed)
+            self._held[slot][segment] = None
+        if not keys:
+            where[end] = segment
+        size >>= 3
+        self._counts[slot] += size
+        return size
 
     def _lead(self, keys: Sequence[int], segment: Segment) -> bool:
         """Lead from keys that are not there to a segment; when one is named twice, none is there afterwards."""
@@ -193,13 +195,13 @@ class PrefixIndex:
         for at in range(0, len(packed), SEGMENT_BYTES):
             piece = packed[at : at + SEGMENT_BYTES]
             added += self.store(slot, piece, parent)
-            parent = int.from_bytes(piece[-8:], "little")
+            parent = from_bytes(piece[-8:], "little")
         return added
 
     def _store_known(self, slot: int, packed: bytes) -> int:
         """Add a run of which some blocks are in segments already."""
         count = len(packed) >> 3
-        known = self._where.get(int.from_bytes(packed[:8], "little") & KEY)
+        known = self._where.get(from_bytes(packed[:8], "little") & KEY)
         if known is not None and known.packed == packed and known.end != CLOSED:
             bit = self._bits[slot]
             if known.full & bit:
@@ -242,7 +244,7 @@ class PrefixIndex:
         new: set[int] = set()
         for at in range(start, len(packed) >> 3):
             here = packed[at << 3 : (at << 3) + 8]
-            block = int.from_bytes(here, "little")
+            block = from_bytes(here, "little")
             if block in new or self._find(here) is not None:
                 break
             new.add(block)
@@ -360,7 +362,7 @@ class PrefixIndex:
         while at < total:
             offset = at << 3
             here = packed[offset : offset + 8]
-            segment = where.get(int.from_bytes(here, "little") & KEY)
+            segment = where.get(from_bytes(here, "little") & KEY)
             if segment is None and not self._twins:
                 break
             if segment is not None and packed.startswith(segment.packed, offset):
@@ -404,7 +406,7 @@ class PrefixIndex:
     def extent(self, slot: int, packed: bytes, start: int, limit: int) -> int:
         """How many blocks of a request the slot holds without a gap from position `start` on."""
         at = start
-        while at < limit and self.holds(slot, int.from_bytes(packed[at << 3 : (at << 3) + 8], "little")):
+        while at < limit and self.holds(slot, from_bytes(packed[at << 3 : (at << 3) + 8], "little")):
             at += 1
         return at - start
 

@@ -12,6 +12,8 @@ SEGMENT_BLOCKS = 512
 SEGMENT_BYTES = SEGMENT_BLOCKS * HASH_BYTES
 
 UNPACK = [struct.Struct(f"<{n}Q").unpack for n in range(SEGMENT_BLOCKS + 1)]
+# Looked up each time, the method of the class takes longer than its call.
+from_bytes = int.from_bytes
 # Keys are 60 bits of a hash: a Python int of up to 60 bits takes 32 bytes, a larger one 48.
 KEY = (1 << 60) - 1
 _KEYS = [int.from_bytes(KEY.to_bytes(8, "little") * n, "little") for n in range(SEGMENT_BLOCKS + 1)]
@@ -24,13 +26,13 @@ def keys_of(packed: bytes) -> tuple[int, ...]:
     """Keys of a run of at most `SEGMENT_BLOCKS` hashes."""
     count = len(packed) >> 3
     if count == 1:
-        return (int.from_bytes(packed, "little") & KEY,)
-    return UNPACK[count]((int.from_bytes(packed, "little") & _KEYS[count]).to_bytes(len(packed), "little"))
+        return (from_bytes(packed, "little") & KEY,)
+    return UNPACK[count]((from_bytes(packed, "little") & _KEYS[count]).to_bytes(len(packed), "little"))
 
 
 def key_of_last(packed: bytes) -> int:
     """Key of a run's last block; 0 of an empty one."""
-    return int.from_bytes(packed[-8:], "little") & KEY
+    return from_bytes(packed[-8:], "little") & KEY
 
 
 class Segment(Struct, eq=False, gc=False):
@@ -117,7 +119,7 @@ def common(left: bytes, at_left: int, right: bytes, at_right: int, most: int) ->
     if ours == theirs:
         return high
     # The lowest bit in which they differ is in the first block that does.
-    differ = int.from_bytes(ours, "little") ^ int.from_bytes(theirs, "little")
+    differ = from_bytes(ours, "little") ^ int.from_bytes(theirs, "little")
     return low + (((differ & -differ).bit_length() - 1) >> 6)
 
 
