@@ -296,11 +296,13 @@ def validate(place: Place, events: Sequence[types.Event]) -> None:
         if check is not None:
             check(event)
     if room in {"node", "cache"}:
+        alone = room == "node"
         for event in events:
             if event.node != name:  # type: ignore[attr-defined]
                 spoken = event.node  # type: ignore[attr-defined]
                 raise BadCommit("wrong_subject", f"the subject is of node {name!r}, an event of {spoken[:80]!r}")
-        if len(events) > 1 and (room == "node" or any(type(event) is types.BlocksPlaced for event in events)):
+            alone = alone or type(event) is types.BlocksPlaced
+        if alone and len(events) > 1:
             raise BadCommit("invalid", "a node's change or a placement must be alone in its commit")
     elif room == "session":
         for event in events:

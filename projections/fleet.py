@@ -283,28 +283,38 @@ class FleetState:
     def _cache(self, commit: Commit) -> None:
         node = self._node(commit.place.name)
         epoch, managed = node.epoch, node.managed
+        fitting: types.Tier | None = None
         for event in commit.events:
             if event.epoch != epoch:  # type: ignore[attr-defined]
                 raise Skip("stale_epoch")
             kind = type(event)
             if kind is not types.CacheCleared and (kind is types.BlocksPlaced) is not managed:
                 raise Skip("wrong_mode")
-            if kind is types.BlocksStored and self._overfull(node, event.tier):  # type: ignore[attr-defined]
-                raise Skip("capacity")
+            if kind is types.BlocksStored and event.tier != fitting:  # type: ignore[attr-defined]
+                fitting = event.tier  # type: ignore[attr-defined]
+                if self._overfull(node, fitting):
+                    raise Skip("capacity")
         if managed:
             # Only on managed nodes do decisions rest on the cache.
             self._check_based_on(commit)
             node.changed = self.sequence if type(commit.events[0]) is types.CacheCleared else node.changed
-        slot, caches = self.caches.slot, self.caches
+        caches, slot = self.caches, 0
+        tier: types.Tier | None = None
         index = caches.index(node.model)
+        awaited = self.load.awaited(node.name)
         for event in commit.events:
             kind = type(event)
             if kind is types.BlocksStored:
-                if event.hashes:  # type: ignore[attr-defined]
-                    index.store(slot(node, event.tier), event.hashes, event.parent)  # type: ignore[attr-defined]
-                    self.load.stored(node.name, event.hashes[-8:], self.time)  # type: ignore[attr-defined]
+                hashes = event.hashes  # type: ignore[attr-defined]
+                if hashes:
+                    if event.tier != tier:  # type: ignore[attr-defined]
+                        tier = event.tier  # type: ignore[attr-defined]
+                        slot = caches.slot(node, tier)
+                    index.store(slot, hashes, event.parent)  # type: ignore[attr-defined]
+                    if awaited and hashes[-8:] in awaited:
+                        self.load.stored(node.name, hashes[-8:], self.time)
             elif kind is types.BlocksRemoved:
-                index.remove(slot(node, event.tier), event.hashes)  # type: ignore[attr-defined]
+                index.remove(caches.slot(node, event.tier), event.hashes)  # type: ignore[attr-defined]
             elif kind is types.CacheCleared:
                 caches.clear(node)
                 recency = self.recency.get(node.name)

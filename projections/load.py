@@ -21,6 +21,8 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from events.types import RequestRouted
 
 ACTIVE_SECONDS = 900
@@ -238,6 +240,11 @@ class Load:
         """How many seconds what was routed recently speaks of at this time."""
         half = WINDOW_SECONDS / 2
         return half + min(max((time - self.turned) / _NS, 0.0), half)
+
+    def awaited(self, node: str) -> Mapping[bytes, str]:
+        """Blocks, of 8 bytes each, that end a prompt which the node has still to compute; it changes with them."""
+        at = self.ordinal.get(node)
+        return {} if at is None else self.prefills[at].ends
 
     def stored(self, node: str, last: bytes, time: int) -> None:
         """The node holds a block, of these 8 bytes, behind which a prompt may end."""
