@@ -85,9 +85,9 @@ class Decision(NamedTuple):
         )  # fmt: skip
 
 
-def _column(lengths: list[int]) -> NDArray[np.int64]:
+def _column(lengths: list[int]) -> NDArray[np.float64]:
     # Packed, it is made in a third of the time.
-    return np.frombuffer(_packer(len(lengths))(*lengths), np.int64)
+    return np.frombuffer(_packer(len(lengths))(*lengths))
 
 
 def _finite(costs: Column) -> bool:
@@ -97,7 +97,7 @@ def _finite(costs: Column) -> bool:
 
 @lru_cache(maxsize=16)
 def _packer(count: int) -> Callable[..., bytes]:
-    return Struct(f"{count}q").pack
+    return Struct(f"{count}d").pack
 
 
 class Roster:
@@ -121,6 +121,7 @@ class Roster:
         self.position = {node.name: position for position, node in enumerate(self.nodes)}
         self.limits = np.array([node.registered.max_active or math.inf for node in self.nodes])
         self.limited = bool(np.isfinite(self.limits).any())
+        self.zeros = np.zeros(len(self.nodes))
         self.tiered = [position for position, node in enumerate(self.nodes) if len(node.slots) > 1]
         self.block_size = serving[0].registered.block_size
         self.is_adapter = any(is_adapter(node.registered, model) for node in serving)
@@ -203,14 +204,14 @@ class Chooser:
             chosen = int(ties[derive_hash(query.id.encode()) % len(ties)])
             order = [chosen, *(at for at in order if at != chosen)][: len(order)]
         candidates = [
-            Candidate(roster.names[at], view.match.item(at), cost)
+            Candidate(roster.names[at], int(view.match.item(at)), cost)
             for at, cost in zip(order, values, strict=True)
             if cost != math.inf
         ]
         node, found = roster.nodes[order[0]], candidates[0].match
         longest = found
         if found < query.blocks:
-            longest = view.match.item(view.match.argmax())
+            longest = int(view.match.item(view.match.argmax()))
             if longest > found and (roster.limited or query.exclude):
                 longest = int(view.match[costs != math.inf].max())
         kind = "miss" if not found else "exact" if found >= query.blocks else "prefix"
@@ -307,18 +308,18 @@ class Chooser:
         """Match of every candidate, predicted blocks included, and the part of it that lies in slower tiers."""
         hashes, blocks = query.hashes, query.blocks
         if not blocks:
-            return np.zeros(len(roster.nodes), np.int64), None
+            return np.zeros(len(roster.nodes)), None
         if roster.aligned:
             model, index, _, _ = roster.indexes[0]
             lengths = index.match(hashes, blocks)
             self._overlay.lift(model, hashes, blocks, lengths)
             return _column(lengths), None
-        match = np.zeros(len(roster.nodes), np.int64)
+        match = np.zeros(len(roster.nodes))
         slow: Column | None = None
         for _, index, having, slots in roster.indexes:
             match[having] = _column(index.match(hashes, blocks))[slots]
         if roster.tiered:
-            slow = np.zeros(len(roster.nodes), np.int64)
+            slow = np.zeros(len(roster.nodes))
             for position in roster.tiered:
                 match[position], slow[position] = self._through_tiers(
                     roster.nodes[position], query, int(match[position])

@@ -43,10 +43,19 @@ TTFT = {
 }
 
 
+_FROM_THE_FIRST = np.zeros(1, np.intp)
+
+
+def _mean(column: Column) -> float:
+    """Mean of a column, the same on every machine, and by the shortest way through numpy for the few entries it has."""
+    total: float = np.add.reduceat(column, _FROM_THE_FIRST).item()
+    return total / len(column)
+
+
 def ttft(view: View, request: Request, parameters: dict[str, float]) -> Column:
     """The least expected time to first token, of this request and of those that come after it."""
     queue, speed = view.queue, view.speed
-    crowd = np.add.reduce(queue) / len(queue) * view.arrivals
+    crowd = _mean(queue) * view.arrivals
     weight = parameters["uncached_weight"] + parameters["crowd_weight"] * crowd
     costs: Column = view.match * (-request.block_size * weight)
     costs += request.tokens * weight
@@ -67,7 +76,7 @@ def ttft(view: View, request: Request, parameters: dict[str, float]) -> Column:
 def ttft_terms(view: View, request: Request, parameters: dict[str, float]) -> dict[str, Column]:
     """The parts of `ttft`'s costs, in seconds."""
     queue, speed = view.queue, view.speed
-    crowd = np.add.reduce(queue) / len(queue) * view.arrivals
+    crowd = _mean(queue) * view.arrivals
     weight = parameters["uncached_weight"] + parameters["crowd_weight"] * crowd
     slow = 0 if view.slow is None else view.slow * request.block_size * parameters["slow_share"]
     session = np.zeros(len(queue))

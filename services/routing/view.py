@@ -95,7 +95,7 @@ class View:
     def queue(self) -> Column:
         """Seconds until the node has computed the prompts that it has, those on their way included."""
         queue: Column = self._roster.rows(self._roster.columns.prefill_done) - self._now * 1e-9
-        np.maximum(queue, 0, out=queue)
+        np.maximum(queue, self._roster.zeros, out=queue)
         if self._overlay.pending:
             queue += self._roster.rows(self._overlay.columns.tokens) / self.speed
         return queue
