@@ -218,3 +218,18 @@ def test_a_block_keeps_its_holders_when_its_neighbours_leave_everyone() -> None:
     assert index.match(pack_hashes([6, 7, 8, 9, 10])) == [4, 4, 0]
     assert index.match(pack_hashes([4, 5, 6])) == [1, 1, 0]
     assert index.extent(0, pack_hashes([1, 2, 3, 4]), 1, 4) == 1
+
+
+@pytest.mark.parametrize("more", [[], [600, 601]])
+def test_a_block_whose_key_was_taken_is_found_when_that_key_is_free_again(more: list[int]) -> None:
+    """It stays in the place that it was given; another store of it must not give it a second one."""
+    twin = 100 + (1 << 60)
+    index = index_of((0, [100]), (1, [twin]))
+    index.remove(0, pack_hashes([100]))
+    assert index.store(2, pack_hashes([twin, *more])) == 1 + len(more)
+    assert index.store(1, pack_hashes([twin, *more])) == len(more)
+    assert len(index) == 1 + len(more)
+    assert index.clear(1) == 1 + len(more)
+    assert index.match(pack_hashes([twin, *more])) == [0, 0, 1 + len(more)]
+    assert index.clear(2) == 1 + len(more)
+    assert len(index) == 0
