@@ -149,7 +149,7 @@ async def _answer_of_the_living(client: Client, subject: str) -> dict[str, Any]:
     with anyio.fail_after(30):
         while True:
             with suppress(NoAnswer):
-                return await ask(client, subject, api.StatusRequest(), seconds=1)
+                return await ask(client, subject, api.StatusRequest(), seconds=5)
 
 
 @pytest.mark.anyio
