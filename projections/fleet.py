@@ -311,7 +311,7 @@ class FleetState:
                         tier = event.tier  # type: ignore[attr-defined]
                         slot = caches.slot(node, tier)
                     index.store(slot, hashes, event.parent)  # type: ignore[attr-defined]
-                    if awaited and hashes[-8:] in awaited:
+                    if awaited:
                         self.load.stored(node.name, hashes[-8:], self.time)
             elif kind is types.BlocksRemoved:
                 index.remove(caches.slot(node, event.tier), event.hashes)  # type: ignore[attr-defined]

@@ -25,8 +25,6 @@ _BITS = [tuple(offset for offset in range(8) if byte >> offset & 1) for byte in 
 def keys_of(packed: bytes) -> tuple[int, ...]:
     """Keys of a run of at most `SEGMENT_BLOCKS` hashes."""
     count = len(packed) >> 3
-    if count == 1:
-        return (from_bytes(packed, "little") & KEY,)
     return UNPACK[count]((from_bytes(packed, "little") & _KEYS[count]).to_bytes(len(packed), "little"))
 
 
@@ -119,7 +117,7 @@ def common(left: bytes, at_left: int, right: bytes, at_right: int, most: int) ->
     if ours == theirs:
         return high
     # The lowest bit in which they differ is in the first block that does.
-    differ = from_bytes(ours, "little") ^ int.from_bytes(theirs, "little")
+    differ = from_bytes(ours, "little") ^ from_bytes(theirs, "little")
     return low + (((differ & -differ).bit_length() - 1) >> 6)
 
 

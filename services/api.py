@@ -370,8 +370,6 @@ def names(*pairs: tuple[str, str]) -> None:
 
 def one_of(request: RouteRequest) -> str:
     """Which of the three forms a route request has. Raises `BadRequest`."""
-    if request.hashes is not None and request.tokens is None and request.prompt is None:
-        return "hashes"
     given: Sequence[str] = [name for name in ("hashes", "tokens", "prompt") if getattr(request, name) is not None]
     if len(given) != 1:
         raise BadRequest(f"give one of hashes, tokens and prompt, not {' and '.join(given) or 'none'}")

@@ -115,7 +115,7 @@ class Predictions:
             place = edge.agrees(packed, at)
             lift(given, edge.full, (at + place) // _HASH_BYTES)
             for slot, count in edge.heads.items():
-                length = (at + (count if count < place else place)) >> 3  # noqa: FURB136 - `min` takes three times as long
+                length = (at + (count if count < place else place)) // _HASH_BYTES  # noqa: FURB136 - `min` takes three times as long
                 if given[slot] < length:  # noqa: PLR1730
                     given[slot] = length
             at += place
