@@ -248,6 +248,21 @@ def nan(view: View, _request: Request, _parameters: Parameters) -> Any:
     return [math.nan] * len(view.names)
 
 
+def plus_infinity(view: View, _request: Request, _parameters: Parameters) -> Any:
+    return [*range(1, len(view.names)), math.inf]
+
+
+def minus_infinity(view: View, _request: Request, _parameters: Parameters) -> Any:
+    return [*range(1, len(view.names)), -math.inf]
+
+
+KEPT = np.array([1.0, 2.0])
+
+
+def kept(_view: View, _request: Request, _parameters: Parameters) -> Any:
+    return KEPT
+
+
 def short(_view: View, _request: Request, _parameters: Parameters) -> Any:
     return [1.0]
 
@@ -260,7 +275,18 @@ def first(view: View, _request: Request, _parameters: Parameters) -> Any:
     return list(range(len(view.names)))
 
 
-@pytest.mark.parametrize("name", ["raises", "nan", "short", "text", "no_such_function"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "raises",
+        "nan",
+        "plus_infinity",
+        "minus_infinity",
+        "short",
+        "text",
+        "no_such_function",
+    ],
+)
 def test_a_policy_that_fails_is_counted_and_the_least_loaded_node_taken(name: str) -> None:
     given_ = Given()
     for node in ("a", "b", "c"):
@@ -283,6 +309,16 @@ def test_any_function_can_be_a_policy() -> None:
     given_.policy("tests.test_decide:first")
     decision = given_.decide()
     assert (decision.node.name, decision.policy) == ("a", "tests.test_decide:first")
+
+
+def test_what_a_policy_keeps_is_not_changed_by_a_decision() -> None:
+    given_ = Given()
+    for node in ("a", "b"):
+        given_.node(node)
+    given_.policy("tests.test_decide:kept")
+    assert given_.decide(exclude=("a",)).node.name == "b"
+    assert KEPT.tolist() == [1.0, 2.0]
+    assert given_.decide().node.name == "a"
 
 
 def test_ties_are_spread_over_requests() -> None:

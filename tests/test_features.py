@@ -194,6 +194,16 @@ async def test_the_router_goes_on_while_the_log_is_away(fleet: Fleet, client: Cl
     assert status["unrecorded"] == 0
 
 
+async def test_each_decision_is_recorded_behind_its_answer_though_nothing_comes_after_it(fleet: Fleet) -> None:
+    await fleet.coordinator()
+    router = await fleet.router()
+    register = api.RegisterRequest(node="a", address="x", models=["m"], block_size=16, capacity_blocks={"gpu": 8})
+    await fleet.ask("coordinator.node.register", register)
+    for _ in range(3):
+        answer = await fleet.ask("route", api.RouteRequest(model="m", hashes=pack_hashes([1])))
+        await until(lambda: answer["request"] in router.state.load.running)  # noqa: B023 - awaited at once
+
+
 async def test_a_router_that_is_stopped_leaves_nothing_unrecorded(fleet: Fleet, client: Client) -> None:
     await fleet.coordinator()
     register = api.RegisterRequest(node="a", address="x", models=["m"], block_size=16, capacity_blocks={"gpu": 8})

@@ -8,11 +8,27 @@ from pathlib import Path
 
 import pytest
 
+from events import types
+from events.hashing import pack_hashes
 from projections import fleet, load
 from projections.digest import digest
 from tests.given import Given, registered, replayed
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "limits.md"
+
+
+def test_each_tier_of_a_commit_must_have_room() -> None:
+    given = Given()
+    given.node(registered("a"))
+    epoch = given.state.nodes["a"].epoch
+    tiers: list[types.Tier] = ["gpu", "cpu", "gpu"]
+    # The CPU's tier has room for 64 blocks, and more than twice that is a flood.
+    assert given.stores("a", *range(1000, 1129), tier="cpu") is None
+    mixed = [types.BlocksStored("a", epoch, 2, pack_hashes([at]), None, tier) for at, tier in enumerate(tiers)]
+    assert given.put("cache", "a", *mixed) == "capacity"
+    assert given.held("a") == set()
+    assert given.put("cache", "a", mixed[0], mixed[2]) is None
+    assert given.held("a") == {0, 2}
 
 
 def test_a_node_that_floods_is_stopped_at_twice_its_capacity_and_goes_on_when_it_is_cleared() -> None:
