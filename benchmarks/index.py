@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.common import Limit, Row, Worker, microseconds, obey, pin, resident_bytes, row
 from benchmarks.workload import CHAIN, NODES, chains, holdings, pieces
 from events import codec
+from events.hashing import unpack_hashes
 from events.types import BlocksStored, NodeRegistered
 from projections.fleet import FleetState
 from projections.prefix import PrefixIndex
@@ -112,6 +113,20 @@ class Ours:
         if index.memberships != expected:
             raise RuntimeError(f"{index.memberships} memberships of {expected}")
         return seconds
+
+    def naive(self, size: int) -> float:
+        """Decode the same and store it in a dictionary from block to a mask of its holders; seconds."""
+        bodies = self._commits[size, COMMITS[0]]
+        masks: dict[int, int] = {}
+        gc.collect()
+        holders, decode = masks.get, codec.decode_body
+        begin = time.perf_counter()
+        for node, body in bodies:
+            bit = 1 << node
+            for event in decode("cache", body):
+                for block in unpack_hashes(event.hashes):  # type: ignore[attr-defined]
+                    masks[block] = holders(block, 0) | bit
+        return time.perf_counter() - begin
 
     def fold(self, size: int, blocks: int) -> float:
         """Apply everything to a fleet: checksums, validation and writers' counters included; seconds."""
@@ -218,7 +233,12 @@ def _stores(
     ours: Worker, theirs: Worker | None, size: int, count: int, limit: Limit, rounds: int, note: str
 ) -> list[Row]:
     """Rows of one event size, in millions of blocks a second."""
-    times: dict[str, list[float]] = {"ours": [], "peer": [], **{f"fold {blocks}": [] for blocks in COMMITS}}
+    times: dict[str, list[float]] = {
+        "ours": [],
+        "peer": [],
+        "naive": [],
+        **{f"fold {blocks}": [] for blocks in COMMITS},
+    }
     ours.ask("prepare", size=size, count=count)
     if theirs is not None:
         theirs.ask("prepare", size=size, count=count)
@@ -226,6 +246,7 @@ def _stores(
         times["ours"].append(ours.ask("store", size=size))
         if theirs is not None:
             times["peer"].append(theirs.ask("store", size=size))
+        times["naive"].append(ours.ask("naive", size=size))
         for blocks in COMMITS:
             times[f"fold {blocks}"].append(ours.ask("fold", size=size, blocks=blocks))
     speed = {what: count * CHAIN / statistics.median(seconds) / 1e6 for what, seconds in times.items() if seconds}
@@ -234,6 +255,10 @@ def _stores(
         row(
             f"decode and store, {title}", speed["ours"], "M/s", limit=limit, beside="peer", other=speed.get("peer"),
             note=note,
+        ),
+        row(
+            f"the naive way, {title}", speed["naive"], "M/s", beside="index", other=speed["ours"],
+            note="a dictionary from block to a mask of holders: what this machine can do",
         ),
         *(
             row(f"whole fold, {title}", speed[f"fold {blocks}"], "M/s", note=f"commits of {blocks} blocks")
@@ -246,7 +271,7 @@ def main() -> None:
     pin()
     ours = Ours()
     commands: dict[str, Any] = {
-        name: getattr(ours, name) for name in ("prepare", "store", "fold", "hold", "match", "memory")
+        name: getattr(ours, name) for name in ("prepare", "store", "naive", "fold", "hold", "match", "memory")
     }
     obey(commands, {"ready": True})
 

@@ -12,7 +12,7 @@ from nats.errors import NoRespondersError
 
 from events.errors import ConnectionLost
 from events.log.servers import request as ask_once
-from services.api import RouteRequest
+from services.api import ListRequest, LookupRequest, RouteRequest, StatusRequest
 from services.errors import BadRequest, NoAnswer, Refused
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ T = TypeVar("T")
 
 ASK_SECONDS = 15.0
 AGAIN_SECONDS = 0.5
-"""A router answers in milliseconds or is gone: a route is asked again after so long, then after twice as long, and so on."""
+"""What is answered from memory is answered in milliseconds or never: it is asked again after so long, then after twice as
+long, and so on."""
 PAUSE_SECONDS = 0.02
 NOBODY_SECONDS = 2.0
 """So long a route is asked again when no router is there: one that changes servers is back soon."""
@@ -35,8 +36,9 @@ async def ask(
 ) -> T:
     """Send a request in MessagePack and return the answer, as `form` or as plain data.
 
-    A route is asked again when its answer does not come, under one id, so that it counts once. Raises `Refused` with the
-    service's own code and sentence, `BadRequest` for more than the server takes, or `NoAnswer`.
+    What is read from memory is asked again when its answer does not come; so is a route, under one id, so that it counts
+    once. Anything else is asked once. Raises `Refused` with the service's own code and sentence, `BadRequest` for more than the
+    server takes, or `NoAnswer`.
     """
     if isinstance(request, RouteRequest) and not request.request:
         request = msgspec.structs.replace(request, request=uuid4().hex)
@@ -48,7 +50,9 @@ async def ask(
         )
     try:
         if isinstance(request, RouteRequest):
-            answer = await _ask_until_answered(client, subject, asked, seconds)
+            answer = await _ask_until_answered(client, subject, asked, seconds, min(NOBODY_SECONDS, seconds))
+        elif _read_from_memory(subject, request):
+            answer = await _ask_until_answered(client, subject, asked, seconds, 0)
         else:
             answer = await client.request(subject, asked, timeout=seconds)
     except NoRespondersError:
@@ -71,7 +75,14 @@ async def ask(
     return msgspec.msgpack.decode(answer.data, type=form)
 
 
-async def _ask_until_answered(client: Client, subject: str, body: bytes, seconds: float) -> Msg:
+def _read_from_memory(subject: str, request: msgspec.Struct) -> bool:
+    """Whether the answer changes nothing and takes no time to make, so that it may be asked for again."""
+    if isinstance(request, StatusRequest):
+        return subject.endswith((".status", ".format.show")) and not request.digest
+    return isinstance(request, ListRequest | LookupRequest)
+
+
+async def _ask_until_answered(client: Client, subject: str, body: bytes, seconds: float, nobody: float) -> Msg:
     begin = anyio.current_time()
     patience = AGAIN_SECONDS
     while True:
@@ -79,7 +90,7 @@ async def _ask_until_answered(client: Client, subject: str, body: bytes, seconds
         try:
             return await ask_once(client, subject, body, seconds=max(0.001, min(patience, left)))
         except NoRespondersError:
-            if anyio.current_time() - begin > min(seconds, NOBODY_SECONDS):
+            if anyio.current_time() - begin >= nobody:
                 raise
         except (NatsError, OSError, TimeoutError, ConnectionLost):
             if anyio.current_time() - begin >= seconds:

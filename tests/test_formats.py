@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,7 @@ from projections.snapshot import dump, load
 from services import api
 from services.client import ask
 from services.demo.fleet import Fleet
-from services.errors import NoAnswer, Refused
+from services.errors import Refused
 from services.server import free_port
 from tests.given import SECOND, START, Given, registered, replayed
 from tests.recorded_log import messages_of, write
@@ -37,7 +36,6 @@ from tests.recorded_log import messages_of, write
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from nats.aio.client import Client
 
 FIRST = Path(__file__).with_name("data") / "format-1.jsonl"
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,14 +142,6 @@ async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
     await running.stop()
 
 
-async def _answer_of_the_living(client: Client, subject: str) -> dict[str, Any]:
-    """The server hands requests to one that was killed until it sees that the connection is closed."""
-    with anyio.fail_after(30):
-        while True:
-            with suppress(NoAnswer):
-                return await ask(client, subject, api.StatusRequest(), seconds=5)
-
-
 @pytest.mark.anyio
 async def test_a_fleet_is_upgraded_while_it_runs(fleet: Fleet) -> None:
     async with connected([fleet.url], "test") as client:
@@ -178,7 +168,7 @@ async def test_a_fleet_is_upgraded_while_it_runs(fleet: Fleet) -> None:
         assert len(await fleet.coordinators(client, 2)) == 2
         new_router = next(name for name in await fleet.routers(client, 2) if name != old_router)
         await fleet.kill("old coordinator")
-        shown = await _answer_of_the_living(client, "kv.formats.coordinator.format.show")
+        shown = await answer("format.show")
         formats = {reader["writer"]: reader["format"] for reader in shown["readers"]}
         assert shown["format"] == 1
         assert formats.pop(old_router) == 1
