@@ -28,7 +28,7 @@ from events.log.connection import connected
 from events.log.stream import open_stream
 from events.subjects import subject
 from events.types import BlocksStored
-from services import api, replica
+from services import api, hugepages, replica
 from services.client import ask
 from services.coordinator import Coordinator
 from services.router import Router
@@ -227,6 +227,7 @@ async def service(role: str, url: str) -> None:
 
 
 def main() -> None:
+    hugepages.from_the_start()  # as services do
     quiet()
     role, url = sys.argv[1:]
     anyio.run(service, role, url, backend_options={"use_uvloop": True})

@@ -28,6 +28,7 @@ from events.log.stream import open_stream
 from events.subjects import subject
 from events.types import BlocksStored
 from projections.fleet import FleetState
+from services import hugepages
 from services.router import Router
 from services.server import embedded_server, free_port
 
@@ -193,6 +194,7 @@ async def rebuild(url: str) -> None:
 
 
 def main() -> None:
+    hugepages.from_the_start()  # as services do
     quiet()
     role, url = sys.argv[1:]
     anyio.run(

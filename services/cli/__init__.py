@@ -13,6 +13,7 @@ from cyclopts import App, Parameter
 from cyclopts.config import Env
 
 from events.errors import KvplaneError
+from services import hugepages
 from services.version import package_version
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ COMMANDS = (
     "snapshot:snapshot", "snapshot:compact", "copies:copies", "format:format", "doctor:doctor", "auth:auth",
     "demo:demo", "simulate:simulate", "simulate:workload",
 )  # fmt: skip
+# These hold a fleet in memory for as long as they run.
+FOLDING = ("up", "router", "coordinator", "historian")
 for name in COMMANDS:
     app.command(f"services.cli.{name}")
 
@@ -42,6 +45,8 @@ for name in COMMANDS:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Errors are one sentence on standard error and exit code 1; wrong usage is exit code 2."""
     given = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments is None and given[:1] and given[0] in FOLDING:
+        hugepages.from_the_start()
     if not given or given[0] in {"--help", "-h"}:
         # The list of commands says what each does, so all are needed.
         for name in COMMANDS:
