@@ -109,9 +109,7 @@ class Ours:
             for event in decode("cache", body):
                 store(node, event.hashes, event.parent)  # type: ignore[attr-defined]
         seconds = time.perf_counter() - begin
-        expected = sum(len(codec.decode_body("cache", body)) for _, body in bodies) * size
-        if index.memberships != expected:
-            raise RuntimeError(f"{index.memberships} memberships of {expected}")
+        self._check(size, index.memberships)
         return seconds
 
     def naive(self, size: int) -> float:
@@ -126,7 +124,16 @@ class Ours:
             for event in decode("cache", body):
                 for block in unpack_hashes(event.hashes):  # type: ignore[attr-defined]
                     masks[block] = holders(block, 0) | bit
-        return time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
+        self._check(size, sum(map(int.bit_count, masks.values())))
+        return seconds
+
+    def _check(self, size: int, memberships: int) -> None:
+        """Raise `RuntimeError` unless as many memberships were stored as the commits have."""
+        bodies = self._commits[size, COMMITS[0]]
+        expected = sum(len(codec.decode_body("cache", body)) for _, body in bodies) * size
+        if memberships != expected:
+            raise RuntimeError(f"{memberships} memberships of {expected}")
 
     def fold(self, size: int, blocks: int) -> float:
         """Apply everything to a fleet: checksums, validation and writers' counters included; seconds."""

@@ -5,7 +5,6 @@ Linux only, with transparent huge pages not switched off; elsewhere nothing happ
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 from contextlib import suppress
@@ -16,7 +15,9 @@ LEAST_BYTES = 16 << 20
 """Smaller regions are left as they are."""
 
 TUNABLE = "glibc.malloc.hugetlb"
-"""Setting of glibc 2.35 and newer, read from `GLIBC_TUNABLES` as a process starts; 1 asks the kernel for huge pages."""
+"""Setting of glibc, read from `GLIBC_TUNABLES` as a process starts; 1 asks the kernel for huge pages."""
+TUNABLE_SINCE = (2, 35)
+"""Version of glibc that brought it."""
 _ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -36,7 +37,9 @@ def from_the_start() -> None:
 def _on_request() -> bool:
     """Whether the kernel gives huge pages to those who ask, and glibc can."""
     try:
-        return "[madvise]" in _ENABLED.read_text(encoding="ascii") and bool(os.confstr("CS_GNU_LIBC_VERSION"))
+        version = (os.confstr("CS_GNU_LIBC_VERSION") or "").removeprefix("glibc ")
+        known = tuple(map(int, version.split(".")[:2])) >= TUNABLE_SINCE
+        return known and "[madvise]" in _ENABLED.read_text(encoding="ascii")
     except (OSError, ValueError):
         return False
 
@@ -49,6 +52,8 @@ def collapse() -> int:
     """
     if not sys.platform.startswith("linux"):
         return 0
+    import ctypes  # noqa: PLC0415 - every command loads this module
+
     moved = 0
     with suppress(OSError, AttributeError, ValueError):
         madvise = ctypes.CDLL(None).madvise

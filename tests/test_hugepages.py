@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -32,6 +33,9 @@ COMMAND = [sys.executable, "-X", "utf8", "-m", "services.cli", "router", "--flee
 def _on_request() -> None:
     if not ENABLED.exists() or "[madvise]" not in ENABLED.read_text():
         pytest.skip("the kernel of this machine does not give huge pages to those who ask")
+    library, version = platform.libc_ver()
+    if library != "glibc" or tuple(map(int, version.split(".")[:2])) < (2, 35):
+        pytest.skip("the C library of this machine is not glibc 2.35 or newer")
 
 
 @contextmanager

@@ -45,7 +45,7 @@ for name in COMMANDS:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Errors are one sentence on standard error and exit code 1; wrong usage is exit code 2."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    if arguments is None and given[:1] and given[0] in FOLDING:
+    if arguments is None and given and given[0] in FOLDING:
         hugepages.from_the_start()
     if not given or given[0] in {"--help", "-h"}:
         # The list of commands says what each does, so all are needed.
