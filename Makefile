@@ -30,14 +30,14 @@ chaos: $(READY) ## kill, stop and cut a fleet under load: make chaos MINUTES=30 
 	$(BIN)/python -m tests.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) --out build/chaos.json
 
 test-engine: $(READY) ## run two real vLLM engines behind a router (installs 3.5 GB into build/)
-	$(BIN)/python -m tests.live_engine
+	$(BIN)/python -m tests.engines.live
 
 check: $(READY) ## style, types, imports, purity
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/pytest -q tests/test_tidy.py
+	$(BIN)/pytest -q tests/house/test_tidy.py
 
 bench: $(READY) ## measure, as a table and build/bench.json
 	$(BIN)/python -m benchmarks.run

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 from benchmarks.common import Limit, Row, Worker, microseconds, obey, pin, row
 from benchmarks.index import fleet
 from benchmarks.workload import CHAIN, chains
-from events import codec
-from events.types import BlocksStored, RequestRouted
-from services.routing.decide import Chooser, Query
-from services.routing.overlay import Overlay
+from kvplane.events import codec
+from kvplane.events.types import BlocksStored, RequestRouted
+from kvplane.services.routing.decide import Chooser, Query
+from kvplane.services.routing.overlay import Overlay
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from projections.fleet import FleetState
+    from kvplane.projections.fleet import FleetState
 
 SIZES = (64, 1000)
 BLOCK_SIZE = 16

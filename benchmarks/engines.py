@@ -19,19 +19,19 @@ import anyio
 import msgspec
 
 from benchmarks.common import Limit, Row, Worker, obey, pin, quiet, resident_bytes, row, serve_until_told
-from events.hashing import block_hashes
-from events.log.connection import connected
-from services import api
-from services.client import ask
-from services.coordinator import Coordinator
-from services.engines.adapter import LINGER_SECONDS, Adapter, AdapterConfig
-from services.engines.facts import Engine, check
-from services.engines.sequence import Track
-from services.engines.sockets import replay
-from services.engines.translate import FORMER_NAMES, Translator
-from services.router import Router
-from services.server import embedded_server, free_port
-from tests.fake_engine import FakeEngine, running
+from kvplane.events.hashing import block_hashes
+from kvplane.events.log.connection import connected
+from kvplane.services.embedded.server import embedded_server, free_port
+from kvplane.services.engines.adapter import LINGER_SECONDS, Adapter, AdapterConfig
+from kvplane.services.engines.facts import Engine, check
+from kvplane.services.engines.sequence import Track
+from kvplane.services.engines.sockets import replay
+from kvplane.services.engines.translate import FORMER_NAMES, Translator
+from kvplane.services.protocol import messages
+from kvplane.services.roles.coordinator import Coordinator
+from kvplane.services.roles.router import Router
+from kvplane.services.rpc.client import ask
+from tests.support.fake_engine import FakeEngine, running
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -346,7 +346,7 @@ async def catching_up(*, quick: bool) -> list[Row]:
                     attaches.append((at - took.began) / 1e9)
                     if turn:
                         # Its adapter has ended; that it is lost is no news.
-                        gone = api.NodeRequest(node=f"n{turn - 1}")
+                        gone = messages.NodeRequest(node=f"n{turn - 1}")
                         await ask(client, f"kv.{FLEET}.coordinator.node.remove", gone)
                 await anyio.sleep(2)
                 took_ms = await delays(client, f"n{rounds - 1}", said.following, 100 if quick else 500)

@@ -14,10 +14,10 @@ from pathlib import Path
 import anyio
 
 from benchmarks.common import Limit, Row, row
-from events.log.connection import connected
-from services.demo.fleet import Fleet
-from tests.cluster import Cluster, cluster_in, until
-from tests.ledger import MODEL, Ledger
+from kvplane.events.log.connection import connected
+from kvplane.services.demo.fleet import Fleet
+from tests.support.load_ledger import MODEL, Ledger
+from tests.support.three_servers import Cluster, cluster_in, until
 
 FLEET = "bench"
 AFTER_SECONDS = 1.0

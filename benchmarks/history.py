@@ -17,15 +17,15 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.common import Limit, Row, row
-from events import codec, types
-from events.codec import Message
-from events.subjects import subject
-from projections.fleet import FleetState
-from projections.history.rows import Rows
-from projections.history.store import Store
-from projections.history.tables import CANDIDATE, TABLES
-from projections.history.views import VIEWS
-from services.history.ingest import FLUSH_BYTES, relax_collector
+from kvplane.events import codec, types
+from kvplane.events.codec import Message
+from kvplane.events.subjects import subject
+from kvplane.projections.fleet import FleetState
+from kvplane.projections.history.rows import Rows
+from kvplane.projections.history.store import Store
+from kvplane.projections.history.tables import CANDIDATE, TABLES
+from kvplane.projections.history.views import VIEWS
+from kvplane.services.history.ingest import FLUSH_BYTES, relax_collector
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import Limit, Row, Worker, microseconds, obey, pin, resident_bytes, row
 from benchmarks.workload import CHAIN, NODES, chains, holdings, pieces
-from events import codec
-from events.hashing import unpack_hashes
-from events.types import BlocksStored, NodeRegistered
-from projections.fleet import FleetState
-from projections.prefix import PrefixIndex
+from kvplane.events import codec
+from kvplane.events.hashing import unpack_hashes
+from kvplane.events.types import BlocksStored, NodeRegistered
+from kvplane.projections.fleet import FleetState
+from kvplane.projections.prefix import PrefixIndex
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

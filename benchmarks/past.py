@@ -24,17 +24,17 @@ from benchmarks.common import Limit, Row, Worker, quiet, row
 from benchmarks.decision import BLOCK_SIZE, requests
 from benchmarks.service import FLEET, IN_FLIGHT, ROUTE, Asker, complete, fill, register
 from benchmarks.workload import CHAIN
-from events import codec, types
-from events.codec import WRITER
-from events.log.append import Appender, new_writer
-from events.log.connection import connected
-from events.log.group import GroupWriter
-from events.log.stream import open_stream
-from events.subjects import subject
-from services import api
-from services.client import ask
-from services.errors import ServiceFault
-from services.server import configuration, embedded_server, free_port, server_binary
+from kvplane.events import codec, types
+from kvplane.events.codec import WRITER
+from kvplane.events.log.append import Appender, new_writer
+from kvplane.events.log.connection import connected
+from kvplane.events.log.group import GroupWriter
+from kvplane.events.log.stream import open_stream
+from kvplane.events.subjects import subject
+from kvplane.services.embedded.server import configuration, embedded_server, free_port, server_binary
+from kvplane.services.protocol import messages
+from kvplane.services.protocol.errors import ServiceFault
+from kvplane.services.rpc.client import ask
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -56,7 +56,7 @@ _QUESTION_SECONDS = 120.0
 @contextmanager
 def historian(url: str, folder: Path) -> Iterator[None]:
     """A historian's process."""
-    command = [sys.executable, "-m", "services.cli", "historian", "--history", str(folder), "--server", url]
+    command = [sys.executable, "-m", "kvplane", "historian", "--history", str(folder), "--server", url]
     process = subprocess.Popen([*command, "--fleet", FLEET, "--log-level", "error"], start_new_session=True)
     try:
         yield
@@ -68,7 +68,7 @@ def historian(url: str, folder: Path) -> Iterator[None]:
 async def status(client: Client) -> dict[str, Any]:
     """What the historian says of itself; nothing stored while there is none."""
     try:
-        found: dict[str, Any] = await ask(client, f"kv.{FLEET}.history.status", api.StatusRequest(), seconds=5)
+        found: dict[str, Any] = await ask(client, f"kv.{FLEET}.history.status", messages.StatusRequest(), seconds=5)
     except ServiceFault:
         return {"stored": 0}
     return found
@@ -88,7 +88,7 @@ async def beside_a_router(*, quick: bool) -> Row:
     """Requests a second of a router with a historian, and without."""
     count, rounds = (2000, 2) if quick else (6000, 6)
     bodies = [
-        msgspec.msgpack.encode(api.RouteRequest(model="m", hashes=packed, tokens_count=CHAIN * BLOCK_SIZE + 1))
+        msgspec.msgpack.encode(messages.RouteRequest(model="m", hashes=packed, tokens_count=CHAIN * BLOCK_SIZE + 1))
         for packed in requests(23, count)
     ]
     rates: dict[bool, list[float]] = {True: [], False: []}
@@ -249,14 +249,14 @@ async def questions(*, quick: bool) -> list[Row]:
                 draw = random.Random(8)
                 states = []
                 for _ in range(asked):
-                    moment = api.MomentRequest(at=str(draw.randrange(commits)))
+                    moment = messages.MomentRequest(at=str(draw.randrange(commits)))
                     states.append(await _timed(client, f"kv.{FLEET}.history.state", moment))
                 # The million came in seconds. What is explained comes at the rate of a fleet, long enough after them.
                 await anyio.sleep(2 if quick else 40)
                 decided = await write_log(client, RATE * 4 * seconds, rate=RATE * 4)
                 await at_rest(client)
                 explained = [
-                    await _timed(client, f"kv.{FLEET}.explain", api.ExplainRequest(request=request))
+                    await _timed(client, f"kv.{FLEET}.explain", messages.ExplainRequest(request=request))
                     for request in decided[len(decided) // 2 :: len(decided) // 2 // asked]
                 ]
                 snapshots = (await status(client))["snapshots"]

@@ -21,15 +21,15 @@ from nats.micro import add_service
 from benchmarks.common import Limit, Row, Worker, quiet, row, serve_until_told
 from benchmarks.decision import BLOCK_SIZE, holdings, requests
 from benchmarks.workload import CHAIN, NODES
-from events.log.append import Appender, new_writer
-from events.log.connection import connected
-from events.log.stream import open_stream
-from events.subjects import subject
-from events.types import BlocksStored, NodeRegistered, RequestCompleted
-from services import api
-from services.client import ask
-from services.router import Router
-from services.server import embedded_server, free_port
+from kvplane.events.log.append import Appender, new_writer
+from kvplane.events.log.connection import connected
+from kvplane.events.log.stream import open_stream
+from kvplane.events.subjects import subject
+from kvplane.events.types import BlocksStored, NodeRegistered, RequestCompleted
+from kvplane.services.embedded.server import embedded_server, free_port
+from kvplane.services.protocol import messages
+from kvplane.services.roles.router import Router
+from kvplane.services.rpc.client import ask
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -111,7 +111,7 @@ async def complete(appender: Appender, answers: Sequence[Msg]) -> int:
     for message in answers:
         if message.headers:
             raise RuntimeError(f"the router refused: {message.headers}")
-        answer = msgspec.msgpack.decode(message.data, type=api.RouteAnswer)
+        answer = msgspec.msgpack.decode(message.data, type=messages.RouteAnswer)
         if answer.degraded:
             raise RuntimeError("the router could not record a decision")
         over.append(RequestCompleted(request=answer.request, node=answer.node))
@@ -125,7 +125,7 @@ async def measure(*, quick: bool) -> list[Row]:
     rates: dict[str, list[float]] = {ECHO: [], ROUTE: []}
     sequential, parallel, rounds = (500, 2000, 2) if quick else (1500, 6000, 5)
     bodies = [
-        msgspec.msgpack.encode(api.RouteRequest(model="m", hashes=packed, tokens_count=CHAIN * BLOCK_SIZE + 1))
+        msgspec.msgpack.encode(messages.RouteRequest(model="m", hashes=packed, tokens_count=CHAIN * BLOCK_SIZE + 1))
         for packed in requests(23, parallel)
     ]
     with tempfile.TemporaryDirectory() as folder:
@@ -152,7 +152,7 @@ async def measure(*, quick: bool) -> list[Row]:
                             rates[to].append(rate)
                         if to == ROUTE:
                             routed += await complete(appender, asker.answers)
-                            status = await ask(client, flush, api.StatusRequest(), dict[str, object])
+                            status = await ask(client, flush, messages.StatusRequest(), dict[str, object])
                             if status["recorded"] != routed or status["unrecorded"]:
                                 raise RuntimeError(f"{routed} decisions, but the router says {status}")
                         asker.answers.clear()

@@ -22,16 +22,18 @@ from benchmarks.decision import BLOCK_SIZE
 from benchmarks.past import unsafe_server
 from benchmarks.service import FLEET, ROUTE, register
 from benchmarks.workload import CHAIN, NODES, pieces
-from events import codec
-from events.log.append import Appender, new_writer
-from events.log.connection import connected
-from events.log.stream import open_stream
-from events.subjects import subject
-from events.types import BlocksStored
-from services import api, hugepages, replica
-from services.client import ask
-from services.coordinator import Coordinator
-from services.router import Router
+from kvplane.events import codec
+from kvplane.events.log.append import Appender, new_writer
+from kvplane.events.log.connection import connected
+from kvplane.events.log.stream import open_stream
+from kvplane.events.subjects import subject
+from kvplane.events.types import BlocksStored
+from kvplane.services.process import hugepages
+from kvplane.services.protocol import messages
+from kvplane.services.replication import replica
+from kvplane.services.roles.coordinator import Coordinator
+from kvplane.services.roles.router import Router
+from kvplane.services.rpc.client import ask
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -79,7 +81,7 @@ async def load(client: Client, chains: list[bytes]) -> None:
     """
     bodies = [
         msgspec.msgpack.encode(
-            api.RouteRequest(model="m", hashes=chain, tokens_count=CHAIN * BLOCK_SIZE + 1, dry_run=True)
+            messages.RouteRequest(model="m", hashes=chain, tokens_count=CHAIN * BLOCK_SIZE + 1, dry_run=True)
         )
         for chain in chains
     ]
@@ -109,7 +111,7 @@ async def measure(*, quick: bool) -> list[Row]:
             coordinator, _ = started("coordinator", url)
             with coordinator:
                 taken: dict[str, Any] = await ask(
-                    client, f"kv.{FLEET}.coordinator.snapshot", api.StatusRequest(), seconds=ANSWER_SECONDS
+                    client, f"kv.{FLEET}.coordinator.snapshot", messages.StatusRequest(), seconds=ANSWER_SECONDS
                 )
                 router, start_seconds = started("router", url)
                 with router:
@@ -156,14 +158,14 @@ async def _gaps(client: Client, router: Worker, coordinator: Worker, rest: float
     found["router at rest"], found["coordinator at rest"] = await gap(router), await gap(coordinator)
     begin = time.perf_counter()
     status = f"kv.{FLEET}.router.{router.hello['writer']}.status"
-    await ask(client, status, api.StatusRequest(digest=True), seconds=ANSWER_SECONDS)
+    await ask(client, status, messages.StatusRequest(digest=True), seconds=ANSWER_SECONDS)
     found["digest seconds"] = time.perf_counter() - begin
     # What is written afterwards is copied page by page.
     await anyio.sleep(rest)
     found["digest"] = await gap(router)
     await gap(coordinator)
     taken: dict[str, Any] = await ask(
-        client, f"kv.{FLEET}.coordinator.snapshot", api.StatusRequest(), seconds=ANSWER_SECONDS
+        client, f"kv.{FLEET}.coordinator.snapshot", messages.StatusRequest(), seconds=ANSWER_SECONDS
     )
     await anyio.sleep(rest)
     found["snapshot"], found["fork"] = await gap(coordinator), 1e3 * taken["pause"]

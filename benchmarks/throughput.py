@@ -20,17 +20,17 @@ import msgspec
 from benchmarks.common import Limit, Row, Worker, quiet, row, serve_until_told
 from benchmarks.service import FLEET, register
 from benchmarks.workload import CHAIN, chains, pieces
-from events.log.append import Appender, new_writer
-from events.log.connection import connected
-from events.log.follow import replay
-from events.log.group import GroupWriter
-from events.log.stream import open_stream
-from events.subjects import subject
-from events.types import BlocksStored
-from projections.fleet import FleetState
-from services import hugepages
-from services.router import Router
-from services.server import embedded_server, free_port
+from kvplane.events.log.append import Appender, new_writer
+from kvplane.events.log.connection import connected
+from kvplane.events.log.follow import replay
+from kvplane.events.log.group import GroupWriter
+from kvplane.events.log.stream import open_stream
+from kvplane.events.subjects import subject
+from kvplane.events.types import BlocksStored
+from kvplane.projections.fleet import FleetState
+from kvplane.services.embedded.server import embedded_server, free_port
+from kvplane.services.process import hugepages
+from kvplane.services.roles.router import Router
 
 if TYPE_CHECKING:
     from nats.aio.client import Client

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Union
 import msgspec
 from msgspec import Meta
 
-from events import types, versions
-from events.errors import BadCommit, BadHashes, BadName
-from events.hashing import format_hash, pack_hashes, parse_hash, unpack_hashes
-from events.subjects import (
+from kvplane.events import types, versions
+from kvplane.events.errors import BadCommit, BadHashes, BadName
+from kvplane.events.hashing import format_hash, pack_hashes, parse_hash, unpack_hashes
+from kvplane.events.subjects import (
     NAME_LIMIT,
     NODE_ACCESS,
     NODE_ACCESS_LONG,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from xxhash import xxh3_64_digest, xxh3_64_intdigest
 
-from events.errors import BadHashes
+from kvplane.events.errors import BadHashes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

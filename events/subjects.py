@@ -16,7 +16,7 @@ from hashlib import sha256
 from typing import Literal, NamedTuple
 from urllib.parse import quote, unquote
 
-from events.errors import BadName
+from kvplane.events.errors import BadName
 
 NAME_LIMIT = 128
 """Longest name of a node, model, session or writer, in characters."""

@@ -25,6 +25,8 @@ Length = Annotated[int, Meta(ge=0, le=LENGTH_LIMIT)]
 Hash = Annotated[int, Meta(ge=0)]
 Packed = Annotated[bytes, Meta(max_length=HASHES_LIMIT * 8)]
 Seconds = Annotated[float, Meta(ge=0)]
+EngineHash = int | bytes
+"""An engine's own hash of a block. It differs between engines, versions and seeds."""
 TRACE_LIMIT = 64
 Trace = Annotated[str, Meta(max_length=TRACE_LIMIT)]
 """W3C traceparent of a request, empty without one. No fold reads it."""
@@ -103,7 +105,7 @@ class BlocksStored(Event, frozen=True, tag=_tag):
     hashes: Packed
     parent: Hash | None = None
     tier: Tier = "gpu"
-    engine_hashes: Annotated[list[int | bytes], Meta(max_length=HASHES_LIMIT)] | None = None
+    engine_hashes: Annotated[list[EngineHash], Meta(max_length=HASHES_LIMIT)] | None = None
 
 
 class BlocksRemoved(Event, frozen=True, tag=_tag):

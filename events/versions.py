@@ -18,13 +18,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from events import types  # noqa: TC001 - whoever adds a version needs it
-from events.errors import BadCommit
+from kvplane.events import types  # noqa: TC001 - whoever adds a version needs it
+from kvplane.events.errors import BadCommit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from events.subjects import Room
+    from kvplane.events.subjects import Room
 
 FORMAT = 1
 """The newest format that this kvplane reads and writes."""

@@ -14,10 +14,10 @@ import numpy as np
 from msgspec.structs import astuple
 from xxhash import xxh3_128
 
-from events.hashing import pack_hashes
+from kvplane.events.hashing import pack_hashes
 
 if TYPE_CHECKING:
-    from projections.fleet import FleetState
+    from kvplane.projections.fleet import FleetState
 
 
 MALFORMED = ("undecodable", "unknown_type", "invalid")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from events.errors import KvplaneError
+from kvplane.events.errors import KvplaneError
 
 
 class BadSnapshot(KvplaneError):

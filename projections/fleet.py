@@ -17,15 +17,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from events import types
-from events.codec import Commit, Message, decode
-from events.errors import BadCommit, NewerFormat
-from events.hashing import unpack_hashes
-from events.versions import FORMAT
-from projections.load import Early, Load, prefill_speed
-from projections.nodes import Caches, Node
-from projections.recency import Recency
-from projections.sessions import Sessions
+from kvplane.events import types
+from kvplane.events.codec import Commit, Message, decode
+from kvplane.events.errors import BadCommit, NewerFormat
+from kvplane.events.hashing import unpack_hashes
+from kvplane.events.versions import FORMAT
+from kvplane.projections.load import Early, Load, prefill_speed
+from kvplane.projections.nodes import Caches, Node
+from kvplane.projections.recency import Recency
+from kvplane.projections.sessions import Sessions
 
 if TYPE_CHECKING:
     from collections.abc import Callable

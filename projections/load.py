@@ -23,7 +23,7 @@ from msgspec.structs import replace
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from events.types import RequestRouted
+    from kvplane.events.types import RequestRouted
 
 ACTIVE_SECONDS = 900
 """After this long without a completion a request is taken as over, in seconds of log time."""

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
-from projections.prefix import PrefixIndex
+from kvplane.projections.prefix import PrefixIndex
 
 if TYPE_CHECKING:
-    from events.types import NodeRegistered, Tier
+    from kvplane.events.types import NodeRegistered, Tier
 
 
 class Node(Struct, kw_only=True):

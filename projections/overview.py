@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from projections.digest import digest
+from kvplane.projections.digest import digest
 
 if TYPE_CHECKING:
-    from projections.fleet import FleetState
-    from projections.nodes import Node
+    from kvplane.projections.fleet import FleetState
+    from kvplane.projections.nodes import Node
 
 LISTED = 1000
 """Most sessions and requests that are listed by name."""

@@ -24,8 +24,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from events.hashing import unpack_hashes
-from projections.segment import ALL, CLOSED, HASH_BYTES, KEY, SEGMENT_BYTES, Segment, common, fill, from_bytes, keys_of
+from kvplane.events.hashing import unpack_hashes
+from kvplane.projections.segment import (
+    ALL,
+    CLOSED,
+    HASH_BYTES,
+    KEY,
+    SEGMENT_BYTES,
+    Segment,
+    common,
+    fill,
+    from_bytes,
+    keys_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
-from events.hashing import unpack_hashes
+from kvplane.events.hashing import unpack_hashes
 
 if TYPE_CHECKING:
     from collections.abc import Collection

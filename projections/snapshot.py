@@ -24,10 +24,10 @@ import msgspec
 from msgspec import Meta, Struct
 from xxhash import xxh3_128_digest
 
-from projections import snapshot_body
-from projections.digest import digest
-from projections.errors import BadSnapshot
-from projections.fleet import FleetState
+from kvplane.projections import snapshot_body
+from kvplane.projections.digest import digest
+from kvplane.projections.errors import BadSnapshot
+from kvplane.projections.fleet import FleetState
 
 VERSION = 1
 """Version of the format."""

@@ -15,23 +15,23 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 from msgspec import Meta, Struct
 
-from events.codec import validate
-from events.hashing import pack_hashes, unpack_hashes
-from events.subjects import Place
-from events.types import NodeRegistered, Tier  # noqa: TC001 - msgspec looks them up as it decodes
-from events.versions import FORMAT
-from projections.load import COLUMNS, Active, Early, Prefills
-from projections.nodes import Node
-from projections.prefix import PrefixIndex
-from projections.recency import Recency
-from projections.segment import ALL, HASH_BYTES, SEGMENT_BYTES, Segment, key_of_last
-from projections.sessions import Session
+from kvplane.events.codec import validate
+from kvplane.events.hashing import pack_hashes, unpack_hashes
+from kvplane.events.subjects import Place
+from kvplane.events.types import NodeRegistered, Tier  # noqa: TC001 - msgspec looks them up as it decodes
+from kvplane.events.versions import FORMAT
+from kvplane.projections.load import COLUMNS, Active, Early, Prefills
+from kvplane.projections.nodes import Node
+from kvplane.projections.prefix import PrefixIndex
+from kvplane.projections.recency import Recency
+from kvplane.projections.segment import ALL, HASH_BYTES, SEGMENT_BYTES, Segment, key_of_last
+from kvplane.projections.sessions import Session
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from projections.fleet import FleetState
-    from projections.load import Load
+    from kvplane.projections.fleet import FleetState
+    from kvplane.projections.load import Load
 
 MOST_SLOTS = 1 << 16
 """Most slots of all models. Their masks take 268 MB; without a limit a few bytes could claim any amount of memory."""

@@ -11,15 +11,15 @@ import anyio
 import pytest
 from hypothesis import settings
 
-from events.log.connection import connected
-from services import logs
-from services.client import ask
-from services.coordinator import Coordinator
-from services.errors import ServiceFault
-from services.router import Router
-from services.server import Server, free_port, start_server
-from services.simnode import NodeConfig, run_nodes
-from tests.disks import small_disk
+from kvplane.events.log.connection import connected
+from kvplane.services.embedded.server import Server, free_port, start_server
+from kvplane.services.process import logs
+from kvplane.services.protocol.errors import ServiceFault
+from kvplane.services.roles.coordinator import Coordinator
+from kvplane.services.roles.router import Router
+from kvplane.services.rpc.client import ask
+from kvplane.services.simulation.simnode import NodeConfig, run_nodes
+from tests.support.disks import small_disk
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator

@@ -19,18 +19,18 @@ import anyio
 from nats.errors import Error as NatsError
 from nats.js.errors import NotFoundError
 
-from events import codec
-from events.durations import MILLI, Durations
-from events.errors import CommitTooLarge, LogError, LogUnavailable, LostRace, NotAllowed
-from events.log.servers import request
-from events.subjects import stream_name
+from kvplane.events import codec
+from kvplane.events.durations import MILLI, Durations
+from kvplane.events.errors import CommitTooLarge, LogError, LogUnavailable, LostRace, NotAllowed
+from kvplane.events.log.servers import request
+from kvplane.events.subjects import stream_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from nats.aio.client import Client
 
-    from events.types import Event
+    from kvplane.events.types import Event
 
 ACK_SECONDS, ACK_MOST_SECONDS = 0.5, 4.0
 """How long the first try waits for its acknowledgement, and the longest that a later one does; each waits twice as long

@@ -18,7 +18,7 @@ from nats.aio.client import Client, Srv
 from nats.aio.transport import TcpTransport
 from nats.nuid import NUID
 
-from events.errors import LoginRefused, NotAllowed, UntrustedServer
+from kvplane.events.errors import LoginRefused, NotAllowed, UntrustedServer
 
 _FORBIDDEN = re.compile(r"permissions violation for (publish|subscription) to \"([^\"]+)\"", re.IGNORECASE)
 CLOSE_SECONDS = 0.5

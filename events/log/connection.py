@@ -18,10 +18,10 @@ import structlog
 from nats.errors import AuthorizationError, SlowConsumerError, StaleConnectionError, UnexpectedEOF
 from nats.errors import Error as NatsError
 
-from events.errors import KvplaneError, LoginRefused, LogUnavailable, UntrustedServer
-from events.log.client import LogClient
-from events.log.credentials import read_seed, trust
-from events.log.servers import lost, move
+from kvplane.events.errors import KvplaneError, LoginRefused, LogUnavailable, UntrustedServer
+from kvplane.events.log.client import LogClient
+from kvplane.events.log.credentials import read_seed, trust
+from kvplane.events.log.servers import lost, move
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from nats.aio.client import Client
 
-    from events.log.credentials import Seed
+    from kvplane.events.log.credentials import Seed
 
 DEFAULT_URL = "nats://127.0.0.1:4222"
 CONNECT_SECONDS = 10.0

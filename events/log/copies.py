@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import anyio
 from nats.errors import Error as NatsError
 
-from events.errors import LogMissing, LogUnavailable
-from events.subjects import stream_name
+from kvplane.events.errors import LogMissing, LogUnavailable
+from kvplane.events.subjects import stream_name
 
 if TYPE_CHECKING:
     from nats.aio.client import Client

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import nkeys
 import structlog
 
-from events.errors import BadCredentials
+from kvplane.events.errors import BadCredentials
 
 _log = structlog.get_logger("kvplane.nats")
 _OTHERS = 0o077

@@ -18,12 +18,12 @@ from nats.errors import Error as NatsError
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 from nats.js.errors import APIError
 
-from events.codec import Message
-from events.errors import KvplaneError, LogCorrupt, LogMissing, LogPurged, LogUnavailable
-from events.log.client import check_open
-from events.log.servers import in_cluster
-from events.log.stream import open_stream
-from events.subjects import stream_name
+from kvplane.events.codec import Message
+from kvplane.events.errors import KvplaneError, LogCorrupt, LogMissing, LogPurged, LogUnavailable
+from kvplane.events.log.client import check_open
+from kvplane.events.log.servers import in_cluster
+from kvplane.events.log.stream import open_stream
+from kvplane.events.subjects import stream_name
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING
 import anyio
 import structlog
 
-from events import codec
-from events.log.append import HEADERS_BYTES
-from events.types import EVENTS_LIMIT
+from kvplane.events import codec
+from kvplane.events.log.append import HEADERS_BYTES
+from kvplane.events.types import EVENTS_LIMIT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from anyio.abc import TaskGroup
 
-    from events.log.append import Appender
-    from events.types import Event
+    from kvplane.events.log.append import Appender
+    from kvplane.events.types import Event
 
 ENOUGH_EVENTS = 256
 """So many waiting events are sent without lingering."""

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import anyio
 from nats.errors import Error as NatsError
 
-from events.errors import ConnectionLost
+from kvplane.events.errors import ConnectionLost
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -17,9 +17,9 @@ from nats.js.api import ObjectMeta, ObjectMetaOptions, ObjectStoreConfig, Storag
 from nats.js.errors import APIError, BucketNotFoundError, NotFoundError
 from nats.js.errors import Error as JetStreamError
 
-from events.errors import LogUnavailable
-from events.log.stream import stream_info
-from events.subjects import check_fleet
+from kvplane.events.errors import LogUnavailable
+from kvplane.events.log.stream import stream_info
+from kvplane.events.subjects import check_fleet
 
 if TYPE_CHECKING:
     from nats.aio.client import Client

@@ -10,8 +10,8 @@ from nats.errors import Error as NatsError
 from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
 from nats.js.errors import APIError, NotFoundError, ServiceUnavailableError
 
-from events.errors import LogCorrupt, LogMissing, LogUnavailable
-from events.subjects import stream_name, stream_subjects
+from kvplane.events.errors import LogCorrupt, LogMissing, LogUnavailable
+from kvplane.events.subjects import stream_name, stream_subjects
 
 if TYPE_CHECKING:
     from nats.js import JetStreamContext

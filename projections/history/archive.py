@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import duckdb
 
-from projections.errors import BadHistory
-from projections.history.store import LIVE, fault
-from projections.history.tables import READABLE, TABLES, VERSION
+from kvplane.projections.errors import BadHistory
+from kvplane.projections.history.store import LIVE, fault
+from kvplane.projections.history.tables import READABLE, TABLES, VERSION
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from projections.history.store import Store
+    from kvplane.projections.history.store import Store
 
 KEPT = ("node_changes", "policy_changes", "format_changes")
 """Tables that never expire: they are small, and without them nobody knows who is there."""

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from events import codec, types
-from events.codec import BASED_ON, WRITER, WRITER_SEQ, Message
-from events.subjects import subject
+from kvplane.events import codec, types
+from kvplane.events.codec import BASED_ON, WRITER, WRITER_SEQ, Message
+from kvplane.events.subjects import subject
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from events import types
-from events.errors import BadName
-from events.subjects import place_of
-from projections.history.tables import CANDIDATE, TABLES
+from kvplane.events import types
+from kvplane.events.errors import BadName
+from kvplane.events.subjects import place_of
+from kvplane.projections.history.tables import CANDIDATE, TABLES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from numpy.typing import NDArray
 
-    from events.codec import Commit, Message
-    from projections.fleet import Applied, FleetState
+    from kvplane.events.codec import Commit, Message
+    from kvplane.projections.fleet import Applied, FleetState
 
 PREFIX_TOKENS = 512
 """How long the beginning of a prompt is that `decisions.prefix` stands for, in tokens."""

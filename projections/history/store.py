@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import duckdb
 
-from projections.errors import BadHistory, HistoryFull
-from projections.history.rows import MATCHED_SECONDS, Routed, Waiting
-from projections.history.tables import ADDED, SINCE_1, TABLES, VERSION
-from projections.history.views import VIEWS
+from kvplane.projections.errors import BadHistory, HistoryFull
+from kvplane.projections.history.rows import MATCHED_SECONDS, Routed, Waiting
+from kvplane.projections.history.tables import ADDED, SINCE_1, TABLES, VERSION
+from kvplane.projections.history.views import VIEWS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     import pyarrow as pa
 
-    from projections.history.rows import Rows
+    from kvplane.projections.history.rows import Rows
 
 FILE = "history.duckdb"
 ARCHIVE = "archive"

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from events.errors import BadCredentials
+from kvplane.events.errors import BadCredentials
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

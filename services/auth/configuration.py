@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from services.auth.roles import permissions
+from kvplane.services.auth.roles import permissions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import PurePosixPath
 
-    from services.auth.folder import User
+    from kvplane.services.auth.users import User
 
 CLIENT, CLUSTER = "client.conf", "cluster.conf"
 CA, CERTIFICATE, KEY = "ca.pem", "server.pem", "server.key"

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING
 import msgspec
 from msgspec import Struct
 
-from events.errors import BadCredentials
-from events.log.credentials import read_seed
-from events.subjects import check_fleet, check_name, token
-from services.auth import certificates
-from services.auth.certificates import Pair
-from services.auth.configuration import (
+from kvplane.events.errors import BadCredentials
+from kvplane.events.log.credentials import read_seed
+from kvplane.events.subjects import check_fleet, check_name, token
+from kvplane.services.auth import certificates
+from kvplane.services.auth.certificates import Pair
+from kvplane.services.auth.configuration import (
     CA,
     CERTIFICATE,
     CLIENT,
@@ -34,8 +34,9 @@ from services.auth.configuration import (
     client_configuration,
     cluster_configuration,
 )
-from services.auth.keys import new_seed
-from services.auth.roles import ROLES, Role
+from kvplane.services.auth.keys import new_seed
+from kvplane.services.auth.roles import ROLES, Role
+from kvplane.services.auth.users import User
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,21 +53,6 @@ SOON = timedelta(days=30)
 _CA_KEY = "ca.key"
 _USERS = "users.json"
 _LONGEST_FILE = 150
-
-
-class User(Struct, frozen=True, kw_only=True):
-    """One who may log in."""
-
-    fleet: str
-    role: Role
-    key: str
-    name: str = ""
-    made: str = ""
-
-    @property
-    def label(self) -> str:
-        """Role and name, as people write it: `node/node-a`."""
-        return f"{self.role}/{self.name}" if self.name else self.role
 
 
 class Server(Struct, frozen=True, kw_only=True):

@@ -6,7 +6,7 @@ import os
 
 import nkeys
 
-from events.log.credentials import Seed, public_key
+from kvplane.events.log.credentials import Seed, public_key
 
 _SEED_BYTES = 32
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from events.subjects import access_name, check_fleet, stream_name, token
+from kvplane.events.subjects import access_name, check_fleet, stream_name, token
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

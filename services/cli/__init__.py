@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from cyclopts import App, Parameter
 from cyclopts.config import Env
 
-from events.errors import KvplaneError
-from services import hugepages
-from services.version import package_version
+from kvplane.events.errors import KvplaneError
+from kvplane.services.process import hugepages
+from kvplane.services.process.version import package_version
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,7 +39,7 @@ COMMANDS = (
 # These hold a fleet in memory for as long as they run.
 FOLDING = ("up", "router", "coordinator", "historian")
 for name in COMMANDS:
-    app.command(f"services.cli.{name}")
+    app.command(f"kvplane.services.cli.{name}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

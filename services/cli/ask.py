@@ -10,13 +10,13 @@ from cyclopts import App, Parameter
 from rich.console import Console
 from rich.table import Table
 
-from events.errors import BadHashes
-from events.hashing import pack_hashes, parse_hash
-from services import api
-from services.cli.common import COMMON, Common, run_async, start
-from services.client import ASK_SECONDS, ask
-from services.errors import BadRequest
-from services.routing.policies import POLICIES
+from kvplane.events.errors import BadHashes
+from kvplane.events.hashing import pack_hashes, parse_hash
+from kvplane.services.cli.common import COMMON, Common, run_async, start
+from kvplane.services.protocol import messages
+from kvplane.services.protocol.errors import BadRequest
+from kvplane.services.routing.policies import POLICIES
+from kvplane.services.rpc.client import ASK_SECONDS, ask
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +25,7 @@ CONNECT_SECONDS = 2.0
 
 node = App(name="node", help="See and change the nodes of the fleet.")
 policy = App(name="policy", help="Change how routers decide.")
-policy.command("services.cli.report:report_policies", name="report")
+policy.command("kvplane.services.cli.report:report_policies", name="report")
 
 Json = Annotated[bool, Parameter(name="--json", negative="")]
 
@@ -59,7 +59,7 @@ def list_nodes(*, model: str = "", json: Json = False, common: Common = COMMON) 
     json
         Print JSON.
     """
-    answer = question(common, "coordinator.node.list", api.ListRequest(model=model))
+    answer = question(common, "coordinator.node.list", messages.ListRequest(model=model))
     if json:
         show_json(answer)
         return
@@ -126,7 +126,7 @@ def register(
     json
         Print JSON.
     """
-    request = api.RegisterRequest(
+    request = messages.RegisterRequest(
         node=name, address=address, models=list(model), block_size=block_size,
         capacity_blocks={"gpu": capacity_blocks}, cache_mode=cache_mode, max_active=max_active, replace=replace,
     )  # fmt: skip
@@ -146,7 +146,7 @@ def cordon(name: str, *, reason: str = "", json: Json = False, common: Common = 
     json
         Print JSON.
     """
-    _tell(question(common, "coordinator.node.cordon", api.NodeRequest(node=name, reason=reason)), json=json)
+    _tell(question(common, "coordinator.node.cordon", messages.NodeRequest(node=name, reason=reason)), json=json)
 
 
 @node.command
@@ -160,7 +160,7 @@ def uncordon(name: str, *, json: Json = False, common: Common = COMMON) -> None:
     json
         Print JSON.
     """
-    _tell(question(common, "coordinator.node.uncordon", api.NodeRequest(node=name)), json=json)
+    _tell(question(common, "coordinator.node.uncordon", messages.NodeRequest(node=name)), json=json)
 
 
 @node.command
@@ -176,7 +176,7 @@ def remove(name: str, *, reason: str = "", json: Json = False, common: Common = 
     json
         Print JSON.
     """
-    _tell(question(common, "coordinator.node.remove", api.NodeRequest(node=name, reason=reason)), json=json)
+    _tell(question(common, "coordinator.node.remove", messages.NodeRequest(node=name, reason=reason)), json=json)
 
 
 @policy.command(name="list")
@@ -232,7 +232,10 @@ def set_policy(name: str, *parameter: str, json: Json = False, common: Common = 
             parameters[key] = float(value)
         except ValueError:
             raise BadRequest(f"{text!r} is no parameter; write key=number") from None
-    _tell(question(common, "coordinator.policy.set", api.PolicyRequest(policy=name, parameters=parameters)), json=json)
+    _tell(
+        question(common, "coordinator.policy.set", messages.PolicyRequest(policy=name, parameters=parameters)),
+        json=json,
+    )
 
 
 def route(
@@ -277,7 +280,7 @@ def route(
     json
         Print JSON.
     """
-    request = api.RouteRequest(
+    request = messages.RouteRequest(
         model=model, prompt=prompt, tokens=_numbers(tokens), hashes=_hashes(hashes), tokens_count=tokens_count,
         session=session, adapter=adapter, salt=salt, exclude=list(exclude), dry_run=not record,
     )  # fmt: skip

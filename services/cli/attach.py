@@ -8,13 +8,13 @@ from urllib.parse import urlsplit
 
 from cyclopts import App, Parameter
 
-from events.errors import BadName
-from events.subjects import check_name
-from services.cli.common import COMMON, Common, run_until_signal, start
-from services.errors import BadRequest
+from kvplane.events.errors import BadName
+from kvplane.events.subjects import check_name
+from kvplane.services.cli.common import COMMON, Common, run_until_signal, start
+from kvplane.services.protocol.errors import BadRequest
 
 if TYPE_CHECKING:
-    from services.engines.facts import Kind
+    from kvplane.services.engines.facts import Kind
 
 attach = App(name="attach", help="Make a running engine a node of the fleet, for as long as the command runs.")
 
@@ -102,10 +102,10 @@ def _check_url(option: str, url: str) -> None:
 
 async def _run(kind: Kind, attached: Attached, common: Common) -> None:
     # Loaded here, so that the command's help needs no HTTP.
-    from services.engines.adapters import Adapters  # noqa: PLC0415
-    from services.engines.attachment import Attachment  # noqa: PLC0415
-    from services.engines.facts import Engine  # noqa: PLC0415
-    from services.web import check_address, observing  # noqa: PLC0415
+    from kvplane.services.engines.adapters import Adapters  # noqa: PLC0415
+    from kvplane.services.engines.attachment import Attachment  # noqa: PLC0415
+    from kvplane.services.engines.facts import Engine  # noqa: PLC0415
+    from kvplane.services.observability.web import check_address, observing  # noqa: PLC0415
 
     check_address(attached.http)
     said = asdict(attached)

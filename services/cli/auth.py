@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 from rich.console import Console
 from rich.table import Table
 
-from events.errors import BadCredentials
-from services.auth.folder import ALONE, DEFAULT, FIRST, SOON, AuthFolder, User, role_of
-from services.cli.ask import Json, show_json
+from kvplane.events.errors import BadCredentials
+from kvplane.services.auth.folder import ALONE, DEFAULT, FIRST, SOON, AuthFolder, role_of
+from kvplane.services.cli.ask import Json, show_json
+
+if TYPE_CHECKING:
+    from kvplane.services.auth.users import User
 
 # Only what says so comes from the environment: KVPLANE_SERVER has URLs for those that connect, and here are names.
 auth = App(name="auth", help="Make and take back credentials: who may log in, and what each may do.", config=())

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import anyio
 from cyclopts import Parameter
 
-from events.log.connection import CONNECT_SECONDS, DEFAULT_URL, connected
-from events.subjects import check_fleet
-from services import logs
+from kvplane.events.log.connection import CONNECT_SECONDS, DEFAULT_URL, connected
+from kvplane.events.subjects import check_fleet
+from kvplane.services.process import logs
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 from rich.console import Console
 
-from services.cli.ask import CONNECT_SECONDS, Json, show_json
-from services.cli.common import COMMON, Common, run_async, start
-from services.errors import BadRequest
+from kvplane.services.cli.ask import CONNECT_SECONDS, Json, show_json
+from kvplane.services.cli.common import COMMON, Common, run_async, start
+from kvplane.services.protocol.errors import BadRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from services.engines.complete import Completion
-    from services.engines.openai import Body
+    from kvplane.services.dataplane.complete import Completion
+    from kvplane.services.dataplane.openai import Body
 
 ATTEMPTS = 3
 
@@ -101,7 +101,7 @@ async def _complete(
     asked: Body, session: str, api_key: str, attempts: int, on_chunk: Callable[[Body], None], common: Common
 ) -> Completion:
     # Loaded here, so that the command's help needs no HTTP.
-    from services.engines.complete import Completer  # noqa: PLC0415
+    from kvplane.services.dataplane.complete import Completer  # noqa: PLC0415
 
     async with (
         common.connected("kvplane-complete", seconds=CONNECT_SECONDS) as client,
@@ -118,7 +118,7 @@ class _Shown:
         self._last = "\n"
 
     def chunk(self, chunk: Body) -> None:
-        from services.engines.openai import text  # noqa: PLC0415 - as above
+        from kvplane.services.dataplane.openai import text  # noqa: PLC0415 - as above
 
         for index, said in text(chunk).items():
             if index == 0 and not self._quiet:

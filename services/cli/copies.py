@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from events.log.connection import connected
-from events.log.copies import set_copies
-from services.cli.ask import CONNECT_SECONDS
-from services.cli.common import COMMON, Common, run_async, start
-from services.errors import BadRequest
+from kvplane.events.log.connection import connected
+from kvplane.events.log.copies import set_copies
+from kvplane.services.cli.ask import CONNECT_SECONDS
+from kvplane.services.cli.common import COMMON, Common, run_async, start
+from kvplane.services.protocol.errors import BadRequest
 
 WAIT_SECONDS = 120.0
 

@@ -6,11 +6,11 @@ from pathlib import Path  # noqa: TC003 - cyclopts reads annotations
 
 from msgspec import to_builtins
 
-from services import logs
-from services.cli.ask import Json, show_json
-from services.cli.common import run_async
-from services.demo.run import Demo, Options
-from services.errors import BadRequest
+from kvplane.services.cli.ask import Json, show_json
+from kvplane.services.cli.common import run_async
+from kvplane.services.demo.run import Demo, Options
+from kvplane.services.process import logs
+from kvplane.services.protocol.errors import BadRequest
 
 
 def demo(*, trace: Path | None = None, limit: int = 2000, keep: Path | None = None, json: Json = False) -> int:

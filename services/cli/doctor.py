@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from services.cli.ask import CONNECT_SECONDS, Json, show_json
-from services.cli.common import COMMON, Common, run_async, start
-from services.doctor import Finding, judge
-from services.examine import examine
+from kvplane.services.cli.ask import CONNECT_SECONDS, Json, show_json
+from kvplane.services.cli.common import COMMON, Common, run_async, start
+from kvplane.services.diagnosis.doctor import Finding, judge
+from kvplane.services.diagnosis.examine import examine
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,9 +8,9 @@ from cyclopts import App, Parameter
 from rich.console import Console
 from rich.table import Table
 
-from services import api
-from services.cli.ask import Json, question, show_json
-from services.cli.common import COMMON, Common
+from kvplane.services.cli.ask import Json, question, show_json
+from kvplane.services.cli.common import COMMON, Common
+from kvplane.services.protocol import messages
 
 format = App(name="format", help="The log's format: which is in force, who reads which, and raising it.")  # noqa: A001 - the name of the command
 
@@ -24,7 +24,7 @@ def show(*, json: Json = False, common: Common = COMMON) -> None:
     json
         Print JSON.
     """
-    answer = question(common, "coordinator.format.show", api.StatusRequest())
+    answer = question(common, "coordinator.format.show", messages.StatusRequest())
     if json:
         show_json(answer)
         return
@@ -60,7 +60,7 @@ def raise_format(
     json
         Print JSON.
     """
-    answer = question(common, "coordinator.format.raise", api.FormatRequest(format=number, force=force))
+    answer = question(common, "coordinator.format.raise", messages.FormatRequest(format=number, force=force))
     if json:
         show_json(answer)
     elif answer["changed"]:

@@ -12,16 +12,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from projections.history import archive
-from projections.history.store import ARCHIVE, FILE
-from services import api
-from services.cli.ask import CONNECT_SECONDS, Json, grid, question, show_json
-from services.cli.common import COMMON, Common, PolicyModules, run_async, run_until_signal, start
-from services.errors import BadRequest
-from services.history.historian import Historian
-from services.history.ingest import Ingest, Retention, give_way, relax_collector
-from services.history.pages import Limits
-from services.web import check_address, observing
+from kvplane.projections.history import archive
+from kvplane.projections.history.store import ARCHIVE, FILE
+from kvplane.services.cli.ask import CONNECT_SECONDS, Json, grid, question, show_json
+from kvplane.services.cli.common import COMMON, Common, PolicyModules, run_async, run_until_signal, start
+from kvplane.services.history.historian import Historian
+from kvplane.services.history.ingest import Ingest, Retention, give_way, relax_collector
+from kvplane.services.history.pages import Limits
+from kvplane.services.observability.web import check_address, observing
+from kvplane.services.protocol import messages
+from kvplane.services.protocol.errors import BadRequest
 
 history = App(name="history", help="See how far the history is, or make it again.")
 
@@ -98,7 +98,7 @@ def status(*, json: Json = False, common: Common = COMMON) -> None:
     json
         Print JSON.
     """
-    answer = question(common, "history.status", api.StatusRequest())
+    answer = question(common, "history.status", messages.StatusRequest())
     if json:
         show_json(answer)
         return

@@ -12,15 +12,15 @@ from cyclopts import App, Parameter
 from rich.console import Console
 from rich.markup import escape
 
-from events import codec
-from events.errors import BadCommit
-from events.log.follow import Follower, single
-from events.log.stream import open_stream
-from services.cli.ask import CONNECT_SECONDS, Json
-from services.cli.common import COMMON, Common, run_until_signal, start
+from kvplane.events import codec
+from kvplane.events.errors import BadCommit
+from kvplane.events.log.follow import Follower, single
+from kvplane.events.log.stream import open_stream
+from kvplane.services.cli.ask import CONNECT_SECONDS, Json
+from kvplane.services.cli.common import COMMON, Common, run_until_signal, start
 
 if TYPE_CHECKING:
-    from events.codec import Message
+    from kvplane.events.codec import Message
 
 events = App(name="events", help="Read the events of the log.")
 

@@ -12,12 +12,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from events.log.follow import single
-from projections.overview import summary
-from services import api
-from services.cli.ask import CONNECT_SECONDS, Json, grid, node_table, question, show_json
-from services.cli.common import COMMON, Common, run_async, start
-from services.replica import Replica
+from kvplane.events.log.follow import single
+from kvplane.projections.overview import summary
+from kvplane.services.cli.ask import CONNECT_SECONDS, Json, grid, node_table, question, show_json
+from kvplane.services.cli.common import COMMON, Common, run_async, start
+from kvplane.services.protocol import messages
+from kvplane.services.replication.replica import Replica
 
 PATIENCE_SECONDS = 600.0
 """How long a past state may take."""
@@ -39,7 +39,7 @@ def state(*, at: str | None = None, node: str = "", json: Json = False, common: 
         start(common, quiet=True)
         found = run_async(_rebuild, common)
     else:
-        found = question(common, "history.state", api.MomentRequest(at=at, node=node), seconds=PATIENCE_SECONDS)
+        found = question(common, "history.state", messages.MomentRequest(at=at, node=node), seconds=PATIENCE_SECONDS)
     if json:
         show_json(found)
         return
@@ -96,7 +96,7 @@ def diff(first: str, second: str, *, json: Json = False, common: Common = COMMON
         Print JSON.
     """
     answer = question(
-        common, "history.changes", api.ChangesRequest(first=first, second=second), seconds=PATIENCE_SECONDS
+        common, "history.changes", messages.ChangesRequest(first=first, second=second), seconds=PATIENCE_SECONDS
     )
     if json:
         show_json(answer)
@@ -143,7 +143,7 @@ def explain(request: str, *, sequence: int | None = None, json: Json = False, co
         Print JSON.
     """
     answer = question(
-        common, "explain", api.ExplainRequest(request=request, sequence=sequence), seconds=PATIENCE_SECONDS
+        common, "explain", messages.ExplainRequest(request=request, sequence=sequence), seconds=PATIENCE_SECONDS
     )
     if json:
         show_json(answer)

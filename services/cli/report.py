@@ -15,19 +15,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from services.cli.ask import CONNECT_SECONDS, Json, grid, show_json
-from services.cli.common import COMMON, Common, run_async, start
-from services.cli.simulate import progress_bar
-from services.errors import BadRequest
-from services.history import client as historian
-from services.history.plain import plain
-from services.history.report import Range, clock, collect, extent, headline, moment, said
-from services.simulator.pages import page
-from services.simulator.report import produce, total
-from services.simulator.workloads import KINDS
+from kvplane.services.cli.ask import CONNECT_SECONDS, Json, grid, show_json
+from kvplane.services.cli.common import COMMON, Common, run_async, start
+from kvplane.services.cli.simulate import progress_bar
+from kvplane.services.history import client as historian
+from kvplane.services.history.plain import plain
+from kvplane.services.history.report import Range, clock, collect, extent, headline, moment, said
+from kvplane.services.protocol.errors import BadRequest
+from kvplane.services.simulation.pages import page
+from kvplane.services.simulation.report import produce, total
+from kvplane.services.simulation.workloads import KINDS
 
 if TYPE_CHECKING:
-    from services.history.report import Report, Section
+    from kvplane.services.history.report import Report, Section
 
 
 def report_policies(
@@ -107,11 +107,11 @@ def report(
         _show(found)
     # Drawing is slow to load.
     if html is not None:
-        from services.history.report_html import page as html_page  # noqa: PLC0415
+        from kvplane.services.history.report_html import page as html_page  # noqa: PLC0415
 
         _write(html, html_page(found, datetime.now(UTC).replace(tzinfo=None)).encode())
     if png is not None:
-        from services.history.report_plot import png as picture  # noqa: PLC0415
+        from kvplane.services.history.report_plot import png as picture  # noqa: PLC0415
 
         _write(png, picture(found))
 

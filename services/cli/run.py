@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from services.cli.common import COMMON, Common, PolicyModules, run_until_signal, start
-from services.compaction import SNAPSHOT_BYTES, SNAPSHOT_COMMITS
-from services.coordinator import Coordinator
-from services.errors import BadRequest
-from services.router import Router
-from services.routing.policies import allow
-from services.simnode import NodeConfig, SimNodes
-from services.web import check_address, observing
+from kvplane.services.cli.common import COMMON, Common, PolicyModules, run_until_signal, start
+from kvplane.services.observability.web import check_address, observing
+from kvplane.services.protocol.errors import BadRequest
+from kvplane.services.replication.compaction import SNAPSHOT_BYTES, SNAPSHOT_COMMITS
+from kvplane.services.roles.coordinator import Coordinator
+from kvplane.services.roles.router import Router
+from kvplane.services.routing.policies import allow
+from kvplane.services.simulation.simnode import NodeConfig, SimNodes
 
 if TYPE_CHECKING:
-    from services.metrics.collect import Service
+    from kvplane.services.observability.collect import Service
 
 
 def router(*, policy_module: PolicyModules = (), http: str | None = None, common: Common = COMMON) -> None:

@@ -14,22 +14,22 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from events.subjects import check_name
-from services.cli.ask import Json, show_json
-from services.errors import BadRequest, BadTrace
-from services.simulator.compare import compare, parse_choice
-from services.simulator.hardware import Hardware
-from services.simulator.plot import draw
-from services.simulator.results import ideal_hit_rate
-from services.simulator.workloads import GENERATED_BLOCK_SIZE, KINDS, generate
-from services.simulator.world import Change, Settings
-from services.trace import TRACE_BLOCK_SIZE, read_trace, work_of
+from kvplane.events.subjects import check_name
+from kvplane.services.cli.ask import Json, show_json
+from kvplane.services.protocol.errors import BadRequest, BadTrace
+from kvplane.services.simulation.compare import compare, parse_choice
+from kvplane.services.simulation.hardware import Hardware
+from kvplane.services.simulation.plot import draw
+from kvplane.services.simulation.results import ideal_hit_rate
+from kvplane.services.simulation.trace import TRACE_BLOCK_SIZE, read_trace, work_of
+from kvplane.services.simulation.workloads import GENERATED_BLOCK_SIZE, KINDS, generate
+from kvplane.services.simulation.world import Change, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from services.simulator.results import Summary
-    from services.trace import Work
+    from kvplane.services.simulation.results import Summary
+    from kvplane.services.simulation.trace import Work
 
 DEFAULT_POLICIES = ("ttft", "blocks", "threshold", "least_loaded", "round_robin")
 GENERATED_REQUESTS = 6000

@@ -7,10 +7,10 @@ from typing import Annotated
 from cyclopts import App, Parameter
 from rich.console import Console
 
-from events.log.snapshots import SnapshotStore
-from services import api
-from services.cli.ask import CONNECT_SECONDS, Json, grid, question, show_json
-from services.cli.common import COMMON, Common, run_async, start
+from kvplane.events.log.snapshots import SnapshotStore
+from kvplane.services.cli.ask import CONNECT_SECONDS, Json, grid, question, show_json
+from kvplane.services.cli.common import COMMON, Common, run_async, start
+from kvplane.services.protocol import messages
 
 PATIENCE_SECONDS = 600.0
 
@@ -26,7 +26,7 @@ def take(*, json: Json = False, common: Common = COMMON) -> None:
     json
         Print JSON.
     """
-    answer = question(common, "coordinator.snapshot", api.StatusRequest(), seconds=PATIENCE_SECONDS)
+    answer = question(common, "coordinator.snapshot", messages.StatusRequest(), seconds=PATIENCE_SECONDS)
     if json:
         show_json(answer)
     elif answer.get("changed") is False:
@@ -76,7 +76,7 @@ def compact(
     json
         Print JSON.
     """
-    request = api.CompactRequest(without_history=without_history)
+    request = messages.CompactRequest(without_history=without_history)
     answer = question(common, "coordinator.compact", request, seconds=PATIENCE_SECONDS)
     if json:
         show_json(answer)

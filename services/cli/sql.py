@@ -18,14 +18,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from events.errors import KvplaneError
-from projections.history.tables import ADDED, TABLES
-from projections.history.views import VIEWS
-from services.cli.ask import CONNECT_SECONDS, Json
-from services.cli.common import COMMON, Common, run_async, start
-from services.errors import BadRequest
-from services.history.client import pages
-from services.history.plain import plain
+from kvplane.events.errors import KvplaneError
+from kvplane.projections.history.tables import ADDED, TABLES
+from kvplane.projections.history.views import VIEWS
+from kvplane.services.cli.ask import CONNECT_SECONDS, Json
+from kvplane.services.cli.common import COMMON, Common, run_async, start
+from kvplane.services.history.client import pages
+from kvplane.services.history.plain import plain
+from kvplane.services.protocol.errors import BadRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

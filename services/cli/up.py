@@ -14,23 +14,23 @@ import structlog
 from cyclopts import Parameter
 from rich.console import Console
 
-from events.errors import KvplaneError
-from services.auth.folder import FIRST, AuthFolder
-from services.cli.common import COMMON, Common, run_until_signal, start
-from services.coordinator import Coordinator
-from services.errors import BadRequest
-from services.keeper import kept
-from services.router import Router
-from services.server import start_server
-from services.simnode import NodeConfig, SimNodes
-from services.web import address, is_free, observing
-from services.workers import beside
+from kvplane.events.errors import KvplaneError
+from kvplane.services.auth.folder import FIRST, AuthFolder
+from kvplane.services.cli.common import COMMON, Common, run_until_signal, start
+from kvplane.services.embedded.keeper import kept
+from kvplane.services.embedded.server import start_server
+from kvplane.services.observability.web import address, is_free, observing
+from kvplane.services.process.workers import beside
+from kvplane.services.protocol.errors import BadRequest
+from kvplane.services.roles.coordinator import Coordinator
+from kvplane.services.roles.router import Router
+from kvplane.services.simulation.simnode import NodeConfig, SimNodes
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
 
-    from services.auth.roles import Role
-    from services.metrics.collect import Service
+    from kvplane.services.auth.roles import Role
+    from kvplane.services.observability.collect import Service
 
 UP_HTTP = "127.0.0.1:9464"
 """Where `up` serves metrics and health if it is not told; the historian, a process of its own, on the next port."""
@@ -183,7 +183,7 @@ async def _keep_history(folder: Path, http: str | None, common: Common) -> None:
 
 
 def _historian(folder: Path, http: str | None, common: Common) -> None:
-    from services.cli.history import historian  # noqa: PLC0415 - DuckDB is loaded in that process only
+    from kvplane.services.cli.history import historian  # noqa: PLC0415 - DuckDB is loaded in that process only
 
     try:
         historian(history=folder, http=http, common=common)

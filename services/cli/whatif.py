@@ -17,26 +17,26 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from projections.history.tables import WHATIF_RUNS
-from services import api
-from services.cli.ask import CONNECT_SECONDS, Json, show_json
-from services.cli.common import COMMON, Common, run_async, start
-from services.cli.simulate import progress_bar
-from services.client import ask
-from services.errors import BadRequest
-from services.history import whatif as what
-from services.history.recording import REALLY, recorded_span
-from services.simulator.compare import parse_choice
-from services.simulator.plot import draw
+from kvplane.projections.history.tables import WHATIF_RUNS
+from kvplane.services.cli.ask import CONNECT_SECONDS, Json, show_json
+from kvplane.services.cli.common import COMMON, Common, run_async, start
+from kvplane.services.cli.simulate import progress_bar
+from kvplane.services.protocol import messages
+from kvplane.services.protocol.errors import BadRequest
+from kvplane.services.rpc.client import ask
+from kvplane.services.simulation.compare import parse_choice
+from kvplane.services.simulation.plot import draw
+from kvplane.services.whatif import replay as what
+from kvplane.services.whatif.recording import REALLY, recorded_span
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from nats.aio.client import Client
 
-    from services.history.recording import Span
-    from services.history.whatif import Result
-    from services.simulator.world import Outcome, Served
+    from kvplane.services.simulation.world import Outcome, Served
+    from kvplane.services.whatif.recording import Span
+    from kvplane.services.whatif.replay import Result
 
 
 def whatif(
@@ -147,7 +147,7 @@ async def _put(client: Client, fleet: str, name: str, rows: pa.Table) -> None:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, rows.schema) as writer:
         writer.write_table(rows)
-    request = api.WhatifRequest(table=name, data=sink.getvalue().to_pybytes())  # type: ignore[arg-type]
+    request = messages.WhatifRequest(table=name, data=sink.getvalue().to_pybytes())  # type: ignore[arg-type]
     await ask(client, f"kv.{fleet}.history.whatif", request)
 
 

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from events import types
-from events.hashing import block_hashes, pack_hashes, unpack_hashes
-from services import api
-from services.demo.stage import SETTLE_SECONDS, brief, check
-from services.errors import Refused
-from services.trace import Work
+from kvplane.events import types
+from kvplane.events.hashing import block_hashes, pack_hashes, unpack_hashes
+from kvplane.services.demo.stage import SETTLE_SECONDS, brief, check
+from kvplane.services.protocol import messages
+from kvplane.services.protocol.errors import Refused
+from kvplane.services.simulation.trace import Work
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from services.demo.stage import Stage
+    from kvplane.services.demo.stage import Stage
 
 _rng = random.Random(11)  # noqa: S311 - repeatable prompts, no secrets
 
@@ -111,13 +111,13 @@ async def session_affinity(stage: Stage) -> str:
     check(first.session == "new", f"the session was {first.session} at first")
     check(second.session == "kept" and second.node == first.node, f"the session was {second.session} on {second.node}")
     after = stage.state.sequence
-    await stage.tell("node.cordon", api.NodeRequest(node=first.node, reason="demonstration"))
+    await stage.tell("node.cordon", messages.NodeRequest(node=first.node, reason="demonstration"))
     third = first
     with anyio.move_on_after(5):
         while third.session != "moved":
             # Each router learns of the cordon from the log, a moment later.
             third, _ = await stage.traffic.send(_prompt(stage, 4, session=session))
-    await stage.tell("node.uncordon", api.NodeRequest(node=first.node))
+    await stage.tell("node.uncordon", messages.NodeRequest(node=first.node))
     check(third.session == "moved" and third.node != first.node, f"after the cordon the session was {third.session}")
     at, event = await stage.seen(types.SessionAssigned, lambda e: e.node == third.node, after=after)
     return f"kept on {first.node}, then moved at {at}: {brief(event)}"
@@ -127,9 +127,9 @@ async def capacity_tracking(stage: Stage) -> str:
     """What each managed node holds is known to the block, at every sequence."""
     await stage.register("place-1", "placement", capacity=8)
     await stage.register("place-2", "placement", capacity=8)
-    admit = api.AdmitRequest(model="placement", hashes=pack_hashes([1, 2, 3]), node="place-1")
+    admit = messages.AdmitRequest(model="placement", hashes=pack_hashes([1, 2, 3]), node="place-1")
     await stage.tell("cache.admit", admit)
-    listing = await stage.tell("node.list", api.ListRequest(model="placement"))
+    listing = await stage.tell("node.list", messages.ListRequest(model="placement"))
     held = {row["node"]: row["held_blocks"]["gpu"] for row in listing["nodes"]}
     check(held == {"place-1": 3, "place-2": 0}, f"the nodes hold {held}")
     return "place-1 holds 3 of 8 blocks, place-2 none"
@@ -137,14 +137,14 @@ async def capacity_tracking(stage: Stage) -> str:
 
 async def least_loaded_placement(stage: Stage) -> str:
     """Without a node named, blocks go to the least-loaded node that has room."""
-    answer = await stage.tell("cache.admit", api.AdmitRequest(model="placement", hashes=pack_hashes([11, 12])))
+    answer = await stage.tell("cache.admit", messages.AdmitRequest(model="placement", hashes=pack_hashes([11, 12])))
     check(answer["node"] == "place-2", f"the blocks went to {answer['node']}")
     return "2 blocks went to place-2, which held none"
 
 
 async def best_fit_placement(stage: Stage) -> str:
     """The alternative: the node on which the least room is left over."""
-    request = api.AdmitRequest(model="placement", hashes=pack_hashes([21, 22, 23, 24]), strategy="best_fit")
+    request = messages.AdmitRequest(model="placement", hashes=pack_hashes([21, 22, 23, 24]), strategy="best_fit")
     answer = await stage.tell("cache.admit", request)
     check(answer["node"] == "place-1", f"the blocks went to {answer['node']}")
     return "4 blocks went to place-1, with 5 free, rather than to place-2, with 6"
@@ -152,8 +152,8 @@ async def best_fit_placement(stage: Stage) -> str:
 
 async def lru_eviction(stage: Stage) -> str:
     """A full node evicts what was used least recently."""
-    await stage.tell("cache.touch", api.BlocksRequest(node="place-1", hashes=pack_hashes([1, 2, 3])))
-    request = api.AdmitRequest(model="placement", hashes=pack_hashes([31, 32, 33]), node="place-1")
+    await stage.tell("cache.touch", messages.BlocksRequest(node="place-1", hashes=pack_hashes([1, 2, 3])))
+    request = messages.AdmitRequest(model="placement", hashes=pack_hashes([31, 32, 33]), node="place-1")
     answer = await stage.tell("cache.admit", request)
     evicted = unpack_hashes(answer["evicted"])
     check(evicted == (24, 23), f"{evicted} were evicted")
@@ -163,14 +163,16 @@ async def lru_eviction(stage: Stage) -> str:
 async def protected_blocks(stage: Stage) -> str:
     """Blocks of running requests are not evicted; when nothing else is left, the rejection says so."""
     work = Work(pack_hashes([1, 2, 3]), 3 * stage.block_size + 1, 1)
-    request = api.RouteRequest(model="placement", hashes=work.hashes, tokens_count=work.tokens, exclude=["place-2"])
+    request = messages.RouteRequest(
+        model="placement", hashes=work.hashes, tokens_count=work.tokens, exclude=["place-2"]
+    )
     name = stage.fleet.name
-    routed = await stage.ask(f"kv.{name}.route", request, api.RouteAnswer)
+    routed = await stage.ask(f"kv.{name}.route", request, messages.RouteAnswer)
     await stage.seen(types.RequestRouted, lambda e: e.request == routed.request)
-    big = api.AdmitRequest(model="placement", hashes=pack_hashes(range(41, 47)), node="place-1")
+    big = messages.AdmitRequest(model="placement", hashes=pack_hashes(range(41, 47)), node="place-1")
     error = await stage.refused("cache.admit", big)
     check(error.code == "no_room", f"the refusal was {error.code}: {error}")
-    await stage.ask(f"kv.{name}.complete", api.CompleteRequest(request=routed.request, node="place-1"))
+    await stage.ask(f"kv.{name}.complete", messages.CompleteRequest(request=routed.request, node="place-1"))
     await stage.seen(types.RequestCompleted, lambda e: e.request == routed.request)
     await stage.tell("cache.admit", big)
     return f"refused while the request ran ({error}), placed when it was done"
@@ -181,16 +183,16 @@ async def admission_control(stage: Stage) -> str:
     await stage.register("small-1", "small", mode="reported", most=1)
     name = stage.fleet.name
     await anyio.sleep(SETTLE_SECONDS)
-    request = api.RouteRequest(model="small", hashes=pack_hashes([1]))
-    first = await stage.ask(f"kv.{name}.route", request, api.RouteAnswer)
+    request = messages.RouteRequest(model="small", hashes=pack_hashes([1]))
+    first = await stage.ask(f"kv.{name}.route", request, messages.RouteAnswer)
     await stage.seen(types.RequestRouted, lambda e: e.request == first.request)
     try:
         # The other router may need a moment to see the first decision on the log.
         await anyio.sleep(SETTLE_SECONDS)
-        await stage.ask(f"kv.{name}.route", request, api.RouteAnswer)
+        await stage.ask(f"kv.{name}.route", request, messages.RouteAnswer)
     except Refused as error:
         check(error.code == "overloaded", f"the refusal was {error.code}")
-        await stage.ask(f"kv.{name}.complete", api.CompleteRequest(request=first.request, node="small-1"))
+        await stage.ask(f"kv.{name}.complete", messages.CompleteRequest(request=first.request, node="small-1"))
         return f"the second of two requests was refused: {error}"
     check(holds=False, otherwise="a node with max_active 1 took a second request")
     return ""

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import anyio
 from nats.errors import Error as NatsError
 
-from services.client import instances
-from services.errors import StepFailed
-from services.server import start_server
+from kvplane.services.embedded.server import start_server
+from kvplane.services.protocol.errors import StepFailed
+from kvplane.services.rpc.client import instances
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from anyio.abc import Process
     from nats.aio.client import Client
 
-    from services.server import Server
+    from kvplane.services.embedded.server import Server
 
 READY_SECONDS = 30.0
 ANSWER_SECONDS = 0.3
@@ -44,7 +44,7 @@ class Fleet:
         """Start the server on its data, which may be from a life before."""
         self.server = await start_server(self.folder / "data", port=self.port)
 
-    async def start(self, name: str, *arguments: str, program: str = "services.cli") -> None:
+    async def start(self, name: str, *arguments: str, program: str = "kvplane.services.cli") -> None:
         """Start a process of the command line, such as `router`; `program` is the module that runs it."""
         command = [sys.executable, "-m", program, *arguments]
         command += [option for url in self.urls for option in ("--server", url)]

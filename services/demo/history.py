@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import anyio.to_thread
 
-from events import types
-from events.log.stream import open_stream
-from services import api
-from services.client import ask
-from services.demo.stage import check
-from services.errors import NoAnswer, Refused, StepFailed
-from services.history import whatif
-from services.history.client import table
-from services.history.recording import recorded_span
-from services.simulator.compare import parse_choice
+from kvplane.events import types
+from kvplane.events.log.stream import open_stream
+from kvplane.services.demo.stage import check
+from kvplane.services.history.client import table
+from kvplane.services.protocol import messages
+from kvplane.services.protocol.errors import NoAnswer, Refused, StepFailed
+from kvplane.services.rpc.client import ask
+from kvplane.services.simulation.compare import parse_choice
+from kvplane.services.whatif import replay
+from kvplane.services.whatif.recording import recorded_span
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from services.demo.stage import Stage
+    from kvplane.services.demo.stage import Stage
 
 READY_SECONDS = 30.0
 EXPLAINED = 8
@@ -53,7 +53,7 @@ async def caught_up(stage: Stage) -> int:
     with anyio.move_on_after(READY_SECONDS):
         while True:
             try:
-                status: dict[str, Any] = await ask(stage.client, f"kv.{name}.history.status", api.StatusRequest())
+                status: dict[str, Any] = await ask(stage.client, f"kv.{name}.history.status", messages.StatusRequest())
             except (NoAnswer, Refused):
                 status = {"stored": 0}
             log = await open_stream(stage.client.jetstream(), name)
@@ -81,7 +81,7 @@ async def time_travel(stage: Stage) -> str:
     """The state at a past sequence has the digest that a fold up to it has."""
     middle = stage.state.sequence // 2
     answer: dict[str, Any] = await ask(
-        stage.client, f"kv.{stage.fleet.name}.history.state", api.MomentRequest(at=str(middle)), seconds=60
+        stage.client, f"kv.{stage.fleet.name}.history.state", messages.MomentRequest(at=str(middle)), seconds=60
     )
     digest = await stage.digest_at(middle)
     check(answer["digest"] == digest, f"the digest at {middle} was {digest}, the history says {answer['digest']}")
@@ -96,7 +96,7 @@ async def explained(stage: Stage) -> str:
     terms = ""
     for request in chosen:
         answer: dict[str, Any] = await ask(
-            stage.client, f"kv.{stage.fleet.name}.explain", api.ExplainRequest(request=request), seconds=60
+            stage.client, f"kv.{stage.fleet.name}.explain", messages.ExplainRequest(request=request), seconds=60
         )
         check(
             answer["verdict"] == "agrees",
@@ -113,11 +113,11 @@ async def another_policy(stage: Stage) -> str:
     """The recorded requests go through another policy, on simulated nodes."""
     span, _, _ = await recorded_span(stage.client, stage.fleet.name, None, None, warm=0)
     choices = [None, parse_choice(OTHER)]
-    outcomes = await anyio.to_thread.run_sync(lambda: whatif.simulate(span.recorded, choices, routers=2, processes=2))
-    really, again, other = whatif.compared([span.really, *outcomes], span.counted)
+    outcomes = await anyio.to_thread.run_sync(lambda: replay.simulate(span.recorded, choices, routers=2, processes=2))
+    really, again, other = replay.compared([span.really, *outcomes], span.counted)
     check(bool(really), "no request was served in all of them")
     figures = [
-        whatif.summarize(name, served, 0) for name, served in (("really", really), ("simulated", again), (OTHER, other))
+        replay.summarize(name, served, 0) for name, served in (("really", really), ("simulated", again), (OTHER, other))
     ]
     said = ", ".join(f"{each.policy} {each.hit_rate:.1%}" for each in figures)
     return f"{len(really):,} requests; tokens cached: {said}"

@@ -14,19 +14,19 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from events import types
-from events.errors import KvplaneError
-from events.hashing import block_hashes
-from events.log.connection import connected
-from services import api
-from services.demo.features import FEATURES
-from services.demo.fleet import Fleet
-from services.demo.history import STEPS
-from services.demo.stage import Stage, brief, check
-from services.demo.traffic import Traffic
-from services.demo.workload import conversations, round_robin_hit_rate
-from services.server import free_port
-from services.trace import TRACE_BLOCK_SIZE, Work, read_trace
+from kvplane.events import types
+from kvplane.events.errors import KvplaneError
+from kvplane.events.hashing import block_hashes
+from kvplane.events.log.connection import connected
+from kvplane.services.demo.features import FEATURES
+from kvplane.services.demo.fleet import Fleet
+from kvplane.services.demo.history import STEPS
+from kvplane.services.demo.stage import Stage, brief, check
+from kvplane.services.demo.traffic import Traffic
+from kvplane.services.demo.workload import conversations, round_robin_hit_rate
+from kvplane.services.embedded.server import free_port
+from kvplane.services.protocol import messages
+from kvplane.services.simulation.trace import TRACE_BLOCK_SIZE, Work, read_trace
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -179,7 +179,7 @@ class Demo:
         for node in NODES:
             await stage.seen(types.NodeRegistered, lambda event, node=node: event.node == node, seconds=20)  # type: ignore[misc]
         factor = self.scale.prefill_speed / REAL_PREFILL
-        policy = api.PolicyRequest(
+        policy = messages.PolicyRequest(
             policy="ttft",
             parameters={
                 "active_seconds": 0.002 / factor,

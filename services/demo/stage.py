@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 
-from events import codec, types
-from events.log.follow import Follower, replay
-from events.types import Event
-from projections.digest import digest
-from projections.fleet import FleetState
-from services import api
-from services.client import ask
-from services.errors import Refused, StepFailed
+from kvplane.events import codec, types
+from kvplane.events.log.follow import Follower, replay
+from kvplane.events.types import Event
+from kvplane.projections.digest import digest
+from kvplane.projections.fleet import FleetState
+from kvplane.services.protocol import messages
+from kvplane.services.protocol.errors import Refused, StepFailed
+from kvplane.services.rpc.client import ask
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     import msgspec
     from nats.aio.client import Client
 
-    from events.codec import Message
-    from projections.fleet import Applied
-    from services.demo.fleet import Fleet
-    from services.demo.traffic import Traffic
+    from kvplane.events.codec import Message
+    from kvplane.projections.fleet import Applied
+    from kvplane.services.demo.fleet import Fleet
+    from kvplane.services.demo.traffic import Traffic
 
 SETTLE_SECONDS = 0.1
 """Time for both routers to read what was just seen on the log."""
@@ -100,7 +100,7 @@ class Stage:
 
     async def register(self, node: str, model: str, *, capacity: int = 64, mode: str = "managed", most: int = 0) -> int:
         """Register a node that no process stands behind, for placement alone; its epoch."""
-        request = api.RegisterRequest(
+        request = messages.RegisterRequest(
             node=node, address=f"nowhere.{node}", models=[model], block_size=self.block_size,
             capacity_blocks={"gpu": capacity}, cache_mode=mode, max_active=most,
         )  # fmt: skip
@@ -117,7 +117,7 @@ class Stage:
                 ask_all += [f"kv.{name}.coordinator.status"]
                 found: list[dict[str, Any]] = []
                 for subject in ask_all:
-                    found.append(await ask(self.client, subject, api.StatusRequest(digest=True)))
+                    found.append(await ask(self.client, subject, messages.StatusRequest(digest=True)))
                 if len({status["sequence"] for status in found}) == 1:
                     return found
                 await anyio.sleep(0.05)

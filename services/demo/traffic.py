@@ -9,16 +9,16 @@ from uuid import uuid4
 import anyio
 from msgspec import Struct
 
-from services import api
-from services.client import ask
-from services.errors import NoAnswer, Refused, StepFailed
+from kvplane.services.protocol import messages
+from kvplane.services.protocol.errors import NoAnswer, Refused, StepFailed
+from kvplane.services.rpc.client import ask
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from nats.aio.client import Client
 
-    from services.trace import Work
+    from kvplane.services.simulation.trace import Work
 
 PATIENCE_SECONDS = 60.0
 """After this long without success a request counts as failed."""
@@ -55,22 +55,22 @@ class Traffic:
         self.model = model
         self.totals = Totals()
 
-    async def route(self, work: Work, **options: object) -> api.RouteAnswer:
+    async def route(self, work: Work, **options: object) -> messages.RouteAnswer:
         """Ask a router once."""
-        request = api.RouteRequest(
+        request = messages.RouteRequest(
             model=self.model, hashes=work.hashes, tokens_count=work.tokens, session=work.session,
             **options,  # type: ignore[arg-type]
         )  # fmt: skip
-        return await ask(self.client, f"kv.{self.fleet}.route", request, api.RouteAnswer, seconds=2)
+        return await ask(self.client, f"kv.{self.fleet}.route", request, messages.RouteAnswer, seconds=2)
 
-    async def serve(self, answer: api.RouteAnswer, work: Work) -> api.ServeAnswer:
+    async def serve(self, answer: messages.RouteAnswer, work: Work) -> messages.ServeAnswer:
         """Send a request to the node that was chosen."""
-        request = api.ServeRequest(
+        request = messages.ServeRequest(
             request=answer.request, hashes=work.hashes, tokens=work.tokens, output_tokens=work.output_tokens
         )
-        return await ask(self.client, answer.address, request, api.ServeAnswer, seconds=SERVE_SECONDS)
+        return await ask(self.client, answer.address, request, messages.ServeAnswer, seconds=SERVE_SECONDS)
 
-    async def send(self, work: Work) -> tuple[api.RouteAnswer, api.ServeAnswer]:
+    async def send(self, work: Work) -> tuple[messages.RouteAnswer, messages.ServeAnswer]:
         """Route and serve one request, again and elsewhere until it succeeds. Raises `StepFailed` when it never does."""
         identity = uuid4().hex
         exclude: list[str] = []
@@ -95,7 +95,7 @@ class Traffic:
         self.totals.failed += 1
         raise StepFailed(f"a request of {work.tokens} tokens did not succeed in {PATIENCE_SECONDS:g} s")
 
-    def _count(self, answer: api.RouteAnswer, served: api.ServeAnswer, work: Work) -> None:
+    def _count(self, answer: messages.RouteAnswer, served: messages.ServeAnswer, work: Work) -> None:
         totals = self.totals
         totals.requests += 1
         setattr(totals, answer.kind, getattr(totals, answer.kind) + 1)

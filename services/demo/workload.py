@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 
-from events.hashing import block_hashes, unpack_hashes
-from services.blockcache import BlockCache
-from services.trace import Work
+from kvplane.events.hashing import block_hashes, unpack_hashes
+from kvplane.services.simulation.blockcache import BlockCache
+from kvplane.services.simulation.trace import Work
 
 
 def conversations(

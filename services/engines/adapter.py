@@ -17,20 +17,20 @@ import msgspec
 import structlog
 from nats.errors import Error as NatsError
 
-from events import codec
-from events.errors import BadCommit
-from events.log.append import Appender, new_writer
-from events.log.group import GroupWriter, Writers
-from events.subjects import pulse_subject, subject, token
-from events.types import NodeLost, NodeRecovered, NodeRegistered, NodeRemoved
-from services import api, labels
-from services.client import ask
-from services.engines.names import remembered
-from services.engines.outbox import BUFFER_EVENTS, Outbox
-from services.engines.sequence import Track, Verdict
-from services.engines.sockets import Published, replay
-from services.engines.translate import Translator
-from services.errors import AnswerTooLarge, EngineUnfit, ServiceFault
+from kvplane.events import codec
+from kvplane.events.errors import BadCommit
+from kvplane.events.log.append import Appender, new_writer
+from kvplane.events.log.group import GroupWriter, Writers
+from kvplane.events.subjects import pulse_subject, subject, token
+from kvplane.events.types import NodeLost, NodeRecovered, NodeRegistered, NodeRemoved
+from kvplane.services.engines.outbox import BUFFER_EVENTS, Outbox
+from kvplane.services.engines.remembered import remembered
+from kvplane.services.engines.sequence import Track, Verdict
+from kvplane.services.engines.sockets import Published, replay
+from kvplane.services.engines.translate import Translator
+from kvplane.services.protocol import labels, messages
+from kvplane.services.protocol.errors import AnswerTooLarge, EngineUnfit, ServiceFault
+from kvplane.services.rpc.client import ask
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from nats.aio.client import Client
     from nats.aio.msg import Msg
 
-    from events.types import Event
-    from services.engines.facts import Engine, Facts, Gauges, Source
-    from services.engines.sequence import Told
+    from kvplane.events.types import Event
+    from kvplane.services.engines.facts import Engine, Facts, Gauges, Source
+    from kvplane.services.engines.sequence import Told
 
 LINGER_SECONDS = 0.002
 REGISTER_SECONDS = 0.5
@@ -308,7 +308,7 @@ class Adapter:
             said[labels.ADAPTERS_FROM] = str(facts.adapters_from)
         if facts.started:
             said[labels.STARTED] = facts.started
-        request = api.RegisterRequest(
+        request = messages.RegisterRequest(
             node=config.node, address=config.address, models=facts.models, block_size=facts.block_size,
             capacity_blocks={"gpu": facts.capacity_blocks}, engine=f"{self.engine.kind} {facts.version}".strip(),
             max_active=config.max_active, pulse_seconds=config.pulse_seconds, labels=said, replace=True,
@@ -366,8 +366,8 @@ class Adapter:
             if reconnects == asked or not self.client.is_connected:
                 continue
             try:
-                request = api.NodeRequest(node=self.config.node)
-                last = await ask(self.client, self._coordinator("node.last"), request, api.NodeLast)
+                request = messages.NodeRequest(node=self.config.node)
+                last = await ask(self.client, self._coordinator("node.last"), request, messages.NodeLast)
             except ServiceFault as error:
                 _log.info("node_not_checked", node=self.config.node, error=str(error))
                 continue
@@ -421,7 +421,7 @@ class Adapter:
         while True:
             if self.epoch and self.well:
                 gauges = self._gauges
-                pulse = api.Pulse(
+                pulse = messages.Pulse(
                     node=self.config.node, epoch=self.epoch, active=gauges.active if gauges else 0,
                     waiting=gauges.waiting if gauges else 0, used_blocks=self.track.translator.used(),
                 )  # fmt: skip

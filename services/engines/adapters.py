@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING
 import anyio
 import structlog
 
-from services.engines.adapter import Adapter, AdapterConfig
-from services.engines.facts import check
-from services.errors import EngineUnfit
-from services.readiness import Readiness
-from services.tally import Tally
+from kvplane.services.engines.adapter import Adapter, AdapterConfig
+from kvplane.services.engines.facts import check
+from kvplane.services.protocol.errors import EngineUnfit
+from kvplane.services.rpc.readiness import Readiness
+from kvplane.services.rpc.tally import Tally
 
 if TYPE_CHECKING:
     from anyio.abc import TaskStatus
     from nats.aio.client import Client
 
-    from services.engines.attachment import Attachment
-    from services.engines.facts import Engine, Facts
+    from kvplane.services.engines.attachment import Attachment
+    from kvplane.services.engines.facts import Engine, Facts
 
 RETRY_SECONDS = 1.0
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 from msgspec.structs import replace
 
-from services.engines.facts import Source
-from services.errors import EngineUnfit
+from kvplane.services.engines.facts import Source
+from kvplane.services.protocol.errors import EngineUnfit
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from services.engines.facts import Facts
+    from kvplane.services.engines.facts import Facts
 
 
 class Attachment(Struct, frozen=True, kw_only=True):

@@ -11,15 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from services.errors import BadBatch
+from kvplane.services.protocol.errors import BadBatch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from events.types import Tier
-
-EngineHash = int | bytes
-"""An engine's own name of a block. It differs between engines, versions and seeds."""
+    from kvplane.events.types import EngineHash, Tier
 
 _decode = msgspec.msgpack.Decoder().decode
 _encode = msgspec.msgpack.Encoder().encode

@@ -13,8 +13,8 @@ import aiohttp
 from msgspec import Struct
 from prometheus_client.parser import text_string_to_metric_families
 
-from services.engines.sockets import host_of
-from services.errors import EngineUnfit
+from kvplane.services.engines.sockets import host_of
+from kvplane.services.protocol.errors import EngineUnfit
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from services.engines.dialect import EngineHash
+    from kvplane.events.types import EngineHash
 
 
 class Holding:

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from events.types import BlocksRemoved, BlocksStored
+from kvplane.events.types import BlocksRemoved, BlocksStored
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from events.log.group import GroupWriter
-    from events.types import Event
+    from kvplane.events.log.group import GroupWriter
+    from kvplane.events.types import Event
 
 BUFFER_EVENTS = 20_000
 BUFFER_BLOCKS = 2_000_000

@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
-from events.types import CacheCleared
-from services.engines.dialect import decode
-from services.errors import BadBatch
+from kvplane.events.types import CacheCleared
+from kvplane.services.engines.dialect import decode
+from kvplane.services.protocol.errors import BadBatch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from events.types import Event, Tier
-    from services.engines.dialect import EngineHash
-    from services.engines.translate import Translator
+    from kvplane.events.types import EngineHash, Event, Tier
+    from kvplane.services.engines.translate import Translator
 
 Told = tuple[int, bytes]
 """A batch's number and its bytes."""

@@ -18,10 +18,10 @@ import zmq
 import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
-from services.errors import EngineUnfit
+from kvplane.services.protocol.errors import EngineUnfit
 
 if TYPE_CHECKING:
-    from services.engines.sequence import Told
+    from kvplane.services.engines.sequence import Told
 
 INBOX_BATCHES = 100_000
 INBOX_BYTES = 256 << 20

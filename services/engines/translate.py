@@ -12,17 +12,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from events.errors import BadHashes
-from events.hashing import block_hashes, pack_hashes, unpack_hashes
-from events.types import BlocksRemoved, BlocksStored, CacheCleared
-from services.engines.dialect import Cleared, Removed, Stored
-from services.engines.holding import Former, Holding
+from kvplane.events.errors import BadHashes
+from kvplane.events.hashing import block_hashes, pack_hashes, unpack_hashes
+from kvplane.events.types import BlocksRemoved, BlocksStored, CacheCleared
+from kvplane.services.engines.dialect import Cleared, Removed, Stored
+from kvplane.services.engines.holding import Former, Holding
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from events.types import Event, Tier
-    from services.engines.dialect import Batch, EngineHash
+    from kvplane.events.types import EngineHash, Event, Tier
+    from kvplane.services.engines.dialect import Batch
 
 FORMER_NAMES = 65536
 """Names of blocks no longer held that are remembered: children and copies in slower tiers may still refer to them."""

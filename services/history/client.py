@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import anyio
 import pyarrow as pa
 
-from services import api
-from services.client import ASK_SECONDS, ask
-from services.errors import ServiceFault
+from kvplane.services.protocol import messages
+from kvplane.services.protocol.errors import ServiceFault
+from kvplane.services.rpc.client import ASK_SECONDS, ask
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -28,8 +28,8 @@ async def pages(
     Raises `Refused` with the historian's code, or `NoAnswer`.
     """
     patience = (seconds or LONGEST_SECONDS) + ASK_SECONDS
-    request = api.SqlRequest(sql=sql, form="arrow", seconds=seconds, rows=rows)
-    answer = await ask(client, f"kv.{fleet}.sql", request, api.SqlAnswer, seconds=patience)
+    request = messages.SqlRequest(sql=sql, form="arrow", seconds=seconds, rows=rows)
+    answer = await ask(client, f"kv.{fleet}.sql", request, messages.SqlAnswer, seconds=patience)
     ended = False
     try:
         while True:
@@ -37,11 +37,11 @@ async def pages(
             if not answer.next:
                 ended = True
                 return
-            following = api.SqlNextRequest(result=answer.result)
-            answer = await ask(client, answer.next, following, api.SqlAnswer, seconds=patience)
+            following = messages.SqlNextRequest(result=answer.result)
+            answer = await ask(client, answer.next, following, messages.SqlAnswer, seconds=patience)
     finally:
         if not ended and answer.next:
-            closing = api.SqlNextRequest(result=answer.result, close=True)
+            closing = messages.SqlNextRequest(result=answer.result, close=True)
             # It closes by itself after a while.
             with anyio.CancelScope(shield=True), suppress(ServiceFault):
                 await ask(client, answer.next, closing, seconds=1)

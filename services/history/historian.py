@@ -17,20 +17,20 @@ import anyio
 import pyarrow as pa
 import structlog
 
-from events.log.stream import open_stream
-from projections.errors import BadHistory
-from projections.history import archive
-from projections.history.store import FILE, Checkpoint
-from services import api
-from services.errors import BadRequest
-from services.history.ingest import Ingest, Retention
-from services.history.pages import Pages
-from services.history.past import Past
-from services.history.pieces import Pieces
-from services.micro import Endpoint, serve, stop
-from services.readiness import Readiness, readiness
-from services.tally import Tally
-from services.version import package_version
+from kvplane.events.log.stream import open_stream
+from kvplane.projections.errors import BadHistory
+from kvplane.projections.history import archive
+from kvplane.projections.history.store import FILE, Checkpoint
+from kvplane.services.history.ingest import Ingest, Retention
+from kvplane.services.history.pages import Pages
+from kvplane.services.history.past import Past
+from kvplane.services.process.version import package_version
+from kvplane.services.protocol import messages
+from kvplane.services.protocol.errors import BadRequest
+from kvplane.services.rpc.pieces import Pieces
+from kvplane.services.rpc.readiness import Readiness, readiness
+from kvplane.services.rpc.server import Endpoint, serve, stop
+from kvplane.services.rpc.tally import Tally
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from anyio.abc import TaskStatus
     from nats.aio.client import Client
 
-    from projections.history.store import Store
-    from services.history.pages import Limits
+    from kvplane.projections.history.store import Store
+    from kvplane.services.history.pages import Limits
 
 
 _log = structlog.get_logger("kvplane.history")
@@ -80,18 +80,19 @@ class Historian:
             service = await serve(
                 self.client, group, "kvplane-historian", f"history of fleet {self.fleet}",
                 [
-                    Endpoint("sql", f"{base}.sql", api.SqlRequest, self.pages.ask, concurrent=True),
-                    Endpoint("sql_next", self.pages.subject, api.SqlNextRequest, self.pages.more, concurrent=True),
-                    Endpoint("explain", f"{base}.explain", api.ExplainRequest, self.explain, concurrent=True),
-                    Endpoint("state", f"{base}.history.state", api.MomentRequest, self.state, concurrent=True),
-                    Endpoint("changes", f"{base}.history.changes", api.ChangesRequest, self.changes, concurrent=True),
-                    Endpoint("sequence", f"{base}.history.sequence", api.MomentRequest, self.sequence, concurrent=True),
-                    Endpoint("snapshot", f"{base}.history.snapshot", api.SnapshotRequest, self.snapshot, concurrent=True),
-                    Endpoint("piece", self.pieces.subject, api.PieceRequest, self.pieces.more, concurrent=True),
-                    Endpoint("whatif", f"{base}.history.whatif", api.WhatifRequest, self.whatif, concurrent=True),
-                    Endpoint("status", f"{base}.history.status", api.StatusRequest, self.status, concurrent=True),
+                    Endpoint("sql", f"{base}.sql", messages.SqlRequest, self.pages.ask, concurrent=True),
+                    Endpoint("sql_next", self.pages.subject, messages.SqlNextRequest, self.pages.more, concurrent=True),
+                    Endpoint("explain", f"{base}.explain", messages.ExplainRequest, self.explain, concurrent=True),
+                    Endpoint("state", f"{base}.history.state", messages.MomentRequest, self.state, concurrent=True),
+                    Endpoint("changes", f"{base}.history.changes", messages.ChangesRequest, self.changes, concurrent=True),
+                    Endpoint("sequence", f"{base}.history.sequence", messages.MomentRequest, self.sequence, concurrent=True),
+                    Endpoint("snapshot", f"{base}.history.snapshot", messages.SnapshotRequest, self.snapshot, concurrent=True),
+                    Endpoint("piece", self.pieces.subject, messages.PieceRequest, self.pieces.more, concurrent=True),
+                    Endpoint("whatif", f"{base}.history.whatif", messages.WhatifRequest, self.whatif, concurrent=True),
+                    Endpoint("status", f"{base}.history.status", messages.StatusRequest, self.status, concurrent=True),
                     Endpoint(
-                        "status_of_one", f"{base}.history.{self.id}.status", api.StatusRequest, self.status, concurrent=True
+                        "status_of_one", f"{base}.history.{self.id}.status", messages.StatusRequest, self.status,
+                        concurrent=True,
                     ),
                 ],
                 {"fleet": self.fleet, "historian": self.id}, self.tally,
@@ -124,27 +125,27 @@ class Historian:
                 size += path.stat().st_size
         return size
 
-    async def explain(self, request: api.ExplainRequest) -> dict[str, Any]:
+    async def explain(self, request: messages.ExplainRequest) -> dict[str, Any]:
         """Why a request went where it went."""
         return await self.past.explain(request.request, request.sequence)
 
-    async def state(self, request: api.MomentRequest) -> dict[str, Any]:
+    async def state(self, request: messages.MomentRequest) -> dict[str, Any]:
         """The fleet as it was."""
         return await self.past.state(request.at, request.node)
 
-    async def changes(self, request: api.ChangesRequest) -> dict[str, Any]:
+    async def changes(self, request: messages.ChangesRequest) -> dict[str, Any]:
         """What changed between two moments."""
         return await self.past.changes(request.first, request.second)
 
-    async def sequence(self, request: api.MomentRequest) -> dict[str, Any]:
+    async def sequence(self, request: messages.MomentRequest) -> dict[str, Any]:
         """Sequence that a moment means."""
         return {"sequence": await self.past.sequence(request.at)}
 
-    async def snapshot(self, request: api.SnapshotRequest) -> api.Piece:
+    async def snapshot(self, request: messages.SnapshotRequest) -> messages.Piece:
         """The fleet's state at a moment, as `projections.snapshot` writes it."""
         return self.pieces.first(await self.past.snapshot(request.at))
 
-    async def whatif(self, request: api.WhatifRequest) -> dict[str, Any]:
+    async def whatif(self, request: messages.WhatifRequest) -> dict[str, Any]:
         """Keep rows of a what-if."""
         try:
             rows = pa.ipc.open_stream(request.data).read_all()
@@ -153,7 +154,7 @@ class Historian:
             raise BadRequest(f"data is no Arrow stream with the columns of {request.table}: {error}") from None
         return {"table": request.table, "rows": rows.num_rows}
 
-    async def status(self, request: api.StatusRequest) -> dict[str, Any]:  # noqa: ARG002 - nothing to choose
+    async def status(self, request: messages.StatusRequest) -> dict[str, Any]:  # noqa: ARG002 - nothing to choose
         """How far the history is, and what it takes on the disk."""
         ingest = self.ingest
         log = await open_stream(self.client.jetstream(), self.fleet)

@@ -20,21 +20,21 @@ import structlog
 from nats.errors import Error as NatsError
 from nats.js.errors import APIError
 
-from events.durations import MILLI, Durations
-from events.errors import LogCorrupt, LogUnavailable
-from events.log.follow import Follower, not_cut_off
-from events.log.snapshots import SnapshotStore
-from events.log.stream import open_stream
-from events.subjects import stream_name
-from projections.errors import BadHistory, BadSnapshot
-from projections.fleet import FleetState
-from projections.history import archive
-from projections.history.replay import messages
-from projections.history.rows import Rows
-from projections.history.store import FILE, Store, fault
-from projections.history.tables import VERSION
-from projections.snapshot import load
-from services.history.snapshots import Snapshots, nearest
+from kvplane.events.durations import MILLI, Durations
+from kvplane.events.errors import LogCorrupt, LogUnavailable
+from kvplane.events.log.follow import Follower, not_cut_off
+from kvplane.events.log.snapshots import SnapshotStore
+from kvplane.events.log.stream import open_stream
+from kvplane.events.subjects import stream_name
+from kvplane.projections.errors import BadHistory, BadSnapshot
+from kvplane.projections.fleet import FleetState
+from kvplane.projections.history import archive
+from kvplane.projections.history.replay import messages
+from kvplane.projections.history.rows import Rows
+from kvplane.projections.history.store import FILE, Store, fault
+from kvplane.projections.history.tables import VERSION
+from kvplane.projections.snapshot import load
+from kvplane.services.history.snapshots import Snapshots, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from nats.aio.client import Client
     from nats.js.api import StreamState
 
-    from events.codec import Message
+    from kvplane.events.codec import Message
 
 T = TypeVar("T")
 

@@ -15,23 +15,23 @@ import anyio
 import duckdb
 from msgspec import Struct, to_builtins
 
-from events.log.connection import connected
-from events.log.follow import replay
-from projections.fleet import FleetState
-from projections.history.replay import messages
-from projections.history.tables import TABLES
-from projections.overview import Picture, changes, moment
-from projections.snapshot import dump
-from services.errors import BeforeHistory, ServiceFault
-from services.history.snapshots import nearest
-from services.routing.explain import Past, refused
-from services.routing.policies import allow
+from kvplane.events.log.connection import connected
+from kvplane.events.log.follow import replay
+from kvplane.projections.fleet import FleetState
+from kvplane.projections.history.replay import messages
+from kvplane.projections.history.tables import TABLES
+from kvplane.projections.overview import Picture, changes, moment
+from kvplane.projections.snapshot import dump
+from kvplane.services.history.snapshots import nearest
+from kvplane.services.protocol.errors import BeforeHistory, ServiceFault
+from kvplane.services.routing.explain import Past, refused
+from kvplane.services.routing.policies import allow
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from events.codec import Message
-    from events.types import RequestRouted
+    from kvplane.events.codec import Message
+    from kvplane.events.types import RequestRouted
 
 
 class Way(Struct, kw_only=True):

@@ -16,14 +16,14 @@ import msgspec
 import pyarrow as pa
 from msgspec import Struct
 
-from services import api
-from services.errors import BadRequest, DatabaseFailed, QueryLimit
-from services.history.plain import plain
-from services.history.query import PAGE_BYTES, ROW_BYTES, Queries, harden
+from kvplane.services.history.plain import plain
+from kvplane.services.history.query import PAGE_BYTES, ROW_BYTES, Queries, harden
+from kvplane.services.protocol import messages
+from kvplane.services.protocol.errors import BadRequest, DatabaseFailed, QueryLimit
 
 if TYPE_CHECKING:
-    from services.history.ingest import Ingest
-    from services.history.query import Result
+    from kvplane.services.history.ingest import Ingest
+    from kvplane.services.history.query import Result
 
 IDLE_SECONDS = 30.0
 """So long after its last page a result is closed."""
@@ -48,7 +48,7 @@ class Limits(Struct, frozen=True, kw_only=True):
 class _Open:
     """A result that has more pages."""
 
-    def __init__(self, result: Result, request: api.SqlRequest, stored: int, most: int) -> None:
+    def __init__(self, result: Result, request: messages.SqlRequest, stored: int, most: int) -> None:
         self.result = result
         self.page_bytes = min(PAGE_BYTES, most // SHARE)
         self.row_bytes = most * 5 // 16
@@ -102,7 +102,7 @@ class Pages:
             for name in idle:
                 await self._close(name)
 
-    async def ask(self, request: api.SqlRequest) -> api.SqlAnswer:
+    async def ask(self, request: messages.SqlRequest) -> messages.SqlAnswer:
         """The first page of a query's result. Raises `BadSql`, `QueryLimit` and other faults."""
         queries = self._queries
         if queries is None:
@@ -134,7 +134,7 @@ class Pages:
         self._open[name] = _Open(result, request, stored, most)
         return await self._page(name)
 
-    async def more(self, request: api.SqlNextRequest) -> api.SqlAnswer:
+    async def more(self, request: messages.SqlNextRequest) -> messages.SqlAnswer:
         """The next page."""
         kept = self._open.get(request.result)
         if kept is None:
@@ -143,10 +143,10 @@ class Pages:
             )
         if request.close:
             await self._close(request.result)
-            return api.SqlAnswer(columns=[], stored=kept.stored)
+            return messages.SqlAnswer(columns=[], stored=kept.stored)
         return await self._page(request.result)
 
-    async def _page(self, name: str) -> api.SqlAnswer:
+    async def _page(self, name: str) -> messages.SqlAnswer:
         kept = self._open[name]
         try:
             async with kept.turn:
@@ -160,7 +160,7 @@ class Pages:
             await self._close(name)
         return answer
 
-    def _make(self, name: str, kept: _Open) -> tuple[api.SqlAnswer, bool]:
+    def _make(self, name: str, kept: _Open) -> tuple[messages.SqlAnswer, bool]:
         """A page, and whether it is the last one. Raises `QueryLimit` when rows beyond the limit were to come."""
         result, schema = kept.result, kept.result.schema
         rows: list[list[Any]] = []
@@ -175,8 +175,8 @@ class Pages:
             raise result.limit
         if found and result.limit is not None:
             ended = False
-        answer = api.SqlAnswer(
-            columns=[api.Column(field.name, str(field.type)) for field in schema],
+        answer = messages.SqlAnswer(
+            columns=[messages.Column(field.name, str(field.type)) for field in schema],
             rows=rows, data=data, stored=kept.stored, result="" if ended else name, next="" if ended else self.subject,
         )  # fmt: skip
         return answer, ended

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 
-from events.log.stream import open_stream
-from projections.errors import BadHistory
-from projections.history.replay import decision_events
-from projections.history.tables import TABLES
-from services import logs
-from services.errors import BadRequest, BeforeHistory, DatabaseFailed, UnknownRequest
-from services.history import moment
-from services.routing.explain import BEFORE_SECONDS
-from services.workers import Worker
+from kvplane.events.log.stream import open_stream
+from kvplane.projections.errors import BadHistory
+from kvplane.projections.history.replay import decision_events
+from kvplane.projections.history.tables import TABLES
+from kvplane.services.history import moment
+from kvplane.services.process import logs
+from kvplane.services.process.workers import Worker
+from kvplane.services.protocol.errors import BadRequest, BeforeHistory, DatabaseFailed, UnknownRequest
+from kvplane.services.routing.explain import BEFORE_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     from duckdb import DuckDBPyConnection
 
-    from events.types import RequestRouted
-    from services.history.ingest import Ingest
+    from kvplane.events.types import RequestRouted
+    from kvplane.services.history.ingest import Ingest
 
 T = TypeVar("T")
 

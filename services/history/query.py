@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Self
 import duckdb
 import pyarrow as pa
 
-from services.errors import BadRequest, BadSql, DatabaseFailed, QueryLimit, ServiceFault
-from services.history.statement import Functions, check
-from services.history.watch import TICK, Watch
+from kvplane.services.history.statement import Functions, check
+from kvplane.services.history.watch import TICK, Watch
+from kvplane.services.protocol.errors import BadRequest, BadSql, DatabaseFailed, QueryLimit, ServiceFault
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

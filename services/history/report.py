@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from msgspec import Struct
 
-from projections.history.tables import TABLES
-from projections.history.views import VIEWS
-from services.errors import BadRequest
+from kvplane.projections.history.tables import TABLES
+from kvplane.projections.history.views import VIEWS
+from kvplane.services.protocol.errors import BadRequest
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

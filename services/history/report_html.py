@@ -7,11 +7,11 @@ from datetime import datetime
 from html import escape
 from typing import TYPE_CHECKING
 
-from services.history.report import headline, said
-from services.history.report_plot import DARK, LIGHT, svg
+from kvplane.services.history.report import headline, said
+from kvplane.services.history.report_plot import DARK, LIGHT, svg
 
 if TYPE_CHECKING:
-    from services.history.report import Chart, Report, Section
+    from kvplane.services.history.report import Chart, Report, Section
 
 _STYLE = """
 :root { color-scheme: light dark; --back: #f6f8fa; --card: #ffffff; --text: #24292f; --dim: #59636e; --line: #d0d7de; }

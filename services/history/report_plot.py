@@ -8,14 +8,14 @@ from datetime import datetime, timedelta
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from services.history.report import OTHERS, said
+from kvplane.services.history.report import OTHERS, said
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from matplotlib.axes import Axes
 
-    from services.history.report import Chart, Report
+    from kvplane.services.history.report import Chart, Report
 
 COLORS = ("#4c8fd6", "#e8743b", "#2fa572", "#c9a227", "#a06cd5", "#d6568c", "#3fb8c4", "#8d6e55")
 _OTHERS_COLOR = "#8a8f98"

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from projections.errors import BadSnapshot
-from projections.snapshot import dump, load
+from kvplane.projections.errors import BadSnapshot
+from kvplane.projections.snapshot import dump, load
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from projections.fleet import FleetState
+    from kvplane.projections.fleet import FleetState
 
 MOST = 64
 """Snapshots that are kept. Beyond it every second one of the older half goes, so that old moments are further from one."""

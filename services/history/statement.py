@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from services.errors import BadSql
+from kvplane.services.protocol.errors import BadSql
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from events.hashing import derive_hash
-from services.routing.parameters import Parameter
+from kvplane.events.hashing import derive_hash
+from kvplane.services.routing.parameters import Parameter
 
 if TYPE_CHECKING:
-    from services.routing.view import Column, Request, View
+    from kvplane.services.routing.roster import Column
+    from kvplane.services.routing.view import Request, View
 
 Parameters = dict[str, float]
 

@@ -13,24 +13,23 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from events.hashing import derive_hash
-from events.types import Candidate, RequestRouted, SessionAssigned
-from services.errors import NoNode, Overloaded, UnknownModel
-from services.labels import is_adapter
-from services.routing.policies import policy
-from services.routing.view import Columns, Request, View
+from kvplane.events.hashing import derive_hash
+from kvplane.events.types import Candidate, RequestRouted, SessionAssigned
+from kvplane.services.protocol.errors import NoNode, Overloaded
+from kvplane.services.routing.policies import policy
+from kvplane.services.routing.roster import Roster
+from kvplane.services.routing.view import Request, View
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container
 
     from numpy.typing import NDArray
 
-    from projections.fleet import FleetState
-    from projections.nodes import Node
-    from projections.prefix import PrefixIndex
-    from services.routing.overlay import Overlay
-    from services.routing.policies import Policy
-    from services.routing.view import Column
+    from kvplane.projections.fleet import FleetState
+    from kvplane.projections.nodes import Node
+    from kvplane.services.routing.overlay import Overlay
+    from kvplane.services.routing.policies import Policy
+    from kvplane.services.routing.roster import Column
 
 SORTED_NODES = 64
 """Up to so many candidates are simply sorted."""
@@ -98,60 +97,6 @@ def _finite(costs: Column) -> bool:
 @lru_cache(maxsize=16)
 def _packer(count: int) -> Callable[..., bytes]:
     return Struct(f"{count}d").pack
-
-
-class Roster:
-    """The candidates for a model as columns. Made anew when nodes change, not for each request."""
-
-    def __init__(self, state: FleetState, model: str) -> None:
-        serving = [node for node in state.nodes.values() if model in node.registered.models]
-        if not serving:
-            raise UnknownModel(
-                f"no node serves model {model[:80]!r}; `kvplane node list` shows which models are served"
-            )
-        self.made = (state.changes, state.caches.slots_made)
-        self.nodes = [node for node in serving if node.available]
-        self.serving = len(serving)
-        self.names = [node.name for node in self.nodes]
-        self.ordinals = np.array([state.load.ordinal[node.name] for node in self.nodes], dtype=np.intp)
-        self.columns = Columns.of(state.load)
-        self.capacity = np.array([node.registered.capacity_blocks["gpu"] for node in self.nodes], dtype=np.float64)
-        # Policies see this very array, decision after decision.
-        self.capacity.setflags(write=False)
-        self.position = {node.name: position for position, node in enumerate(self.nodes)}
-        self.limits = np.array([node.registered.max_active or math.inf for node in self.nodes])
-        self.limited = bool(np.isfinite(self.limits).any())
-        self.zeros = np.zeros(len(self.nodes))
-        self.tiered = [position for position, node in enumerate(self.nodes) if len(node.slots) > 1]
-        self.block_size = serving[0].registered.block_size
-        self.is_adapter = any(is_adapter(node.registered, model) for node in serving)
-        """Whether the model that was asked for is a LoRA adapter."""
-        self.indexes: list[tuple[str, PrefixIndex, NDArray[np.intp], NDArray[np.intp]]] = []
-        """For each cache model: its index, the candidates that have it, and their slots of the tier `gpu`."""
-        for cache_model in dict.fromkeys(node.model for node in self.nodes):
-            having = [at for at, node in enumerate(self.nodes) if node.model == cache_model]
-            slots = [self.nodes[at].slots["gpu"] for at in having]
-            index = state.caches.index(cache_model)
-            self.indexes.append((cache_model, index, np.array(having, np.intp), np.array(slots, np.intp)))
-
-        everyone = np.arange(len(state.load.active))
-        self.whole = bool(np.array_equal(self.ordinals, everyone))
-        """Whether the candidates are all nodes, in the order of the fold's columns."""
-        self.aligned = (
-            self.whole
-            and len(self.indexes) == 1
-            and not self.tiered
-            and bool(np.array_equal(self.indexes[0][3], np.arange(len(state.caches.owners(self.indexes[0][0])))))
-        )
-        """Whether the slots are the candidates, too, and each has one only."""
-
-    def rows(self, column: Column) -> Column:
-        """The candidates' entries of a column of the fold, to be read only: it may be the column itself."""
-        return column if self.whole else column[self.ordinals]
-
-    def pick(self, column: Column) -> Column:
-        """A copy of the candidates' entries of a column of the fold."""
-        return column.copy() if self.whole else column[self.ordinals]
 
 
 class Chooser:

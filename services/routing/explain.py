@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from msgspec import Struct
 
-from services.routing.decide import Chooser, Query
-from services.routing.overlay import PREDICTION_SECONDS, Overlay
-from services.routing.policies import policy
-from services.routing.view import Request
+from kvplane.services.routing.decide import Chooser, Query
+from kvplane.services.routing.overlay import PREDICTION_SECONDS, Overlay
+from kvplane.services.routing.policies import policy
+from kvplane.services.routing.view import Request
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from events.codec import Message
-    from events.types import RequestRouted
-    from projections.fleet import FleetState
-    from services.errors import ServiceFault
-    from services.routing.view import Column
+    from kvplane.events.codec import Message
+    from kvplane.events.types import RequestRouted
+    from kvplane.projections.fleet import FleetState
+    from kvplane.services.protocol.errors import ServiceFault
+    from kvplane.services.routing.roster import Column
 
 BEFORE_SECONDS = 2 * PREDICTION_SECONDS
 """How long before a decision the log is read again for the router's overlay. Of what is in it, only decisions that were not on

@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from msgspec import Struct
 
-from events import types
-from events.hashing import unpack_hashes
-from services.routing.predictions import Predictions
+from kvplane.events import types
+from kvplane.events.hashing import unpack_hashes
+from kvplane.services.routing.predictions import Predictions
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from events.codec import Commit
-    from events.types import RequestRouted
-    from projections.fleet import FleetState
-    from projections.nodes import Node
+    from kvplane.events.codec import Commit
+    from kvplane.events.types import RequestRouted
+    from kvplane.projections.fleet import FleetState
+    from kvplane.projections.nodes import Node
 
 PREDICTION_SECONDS = 15.0
 PENDING_SECONDS = 120.0

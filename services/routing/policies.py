@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
 
-from services.errors import BadRequest
-from services.routing import classic
-from services.routing.ttft import TTFT, ttft, ttft_terms
-from services.routing.view import Column, Request, View
+from kvplane.services.protocol.errors import BadRequest
+from kvplane.services.routing import classic
+from kvplane.services.routing.roster import Column
+from kvplane.services.routing.ttft import TTFT, ttft, ttft_terms
+from kvplane.services.routing.view import Request, View
 
 if TYPE_CHECKING:
-    from services.routing.parameters import Parameter
+    from kvplane.services.routing.parameters import Parameter
 
 Score = Callable[[View, Request, dict[str, float]], "Column | Sequence[float]"]
 """A policy: one cost a candidate; less is better."""

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from events.hashing import unpack_hashes
-from projections.segment import common, lift
+from kvplane.events.hashing import unpack_hashes
+from kvplane.projections.segment import common, lift
 
 if TYPE_CHECKING:
     from collections.abc import Collection

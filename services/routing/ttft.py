@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from services.routing.parameters import Parameter
+from kvplane.services.routing.parameters import Parameter
 
 if TYPE_CHECKING:
-    from services.routing.view import Column, Request, View
+    from kvplane.services.routing.roster import Column
+    from kvplane.services.routing.view import Request, View
 
 TTFT = {
     "uncached_weight": Parameter(1.25, "s/s", "how much a second of own prefill counts when nobody waits"),

@@ -6,18 +6,14 @@ the router's overlay, and so from the log: any decision can be made again from t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from projections.fleet import FleetState
-    from projections.load import Load
-    from services.routing.decide import Roster
-    from services.routing.overlay import Overlay
-
-Column = NDArray[Any]
+    from kvplane.projections.fleet import FleetState
+    from kvplane.services.routing.overlay import Overlay
+    from kvplane.services.routing.roster import Column, Roster
 
 
 class Request(NamedTuple):
@@ -27,26 +23,6 @@ class Request(NamedTuple):
     tokens: int
     blocks: int
     block_size: int
-
-
-class Columns(NamedTuple):
-    """Columns of the fold, as arrays that change with it; they are replaced when a node is added."""
-
-    active: Column
-    blocks: Column
-    pending: Column
-    pace: Column
-    prefill_done: Column
-    recent_requests: Column
-    recent_tokens: Column
-    recent_uncached: Column
-    decoding: Column
-
-    @classmethod
-    def of(cls, load: Load) -> Columns:
-        """The columns as they are now."""
-        arrays = (getattr(load, name) for name in cls._fields)
-        return cls(*(np.frombuffer(array, np.int64 if array.typecode == "q" else np.float64) for array in arrays))
 
 
 class View:

@@ -14,16 +14,16 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from events import codec, types
-from events.errors import BadCommit
-from projections.digest import digest
-from projections.fleet import FleetState
+from kvplane.events import codec, types
+from kvplane.events.errors import BadCommit
+from kvplane.projections.digest import digest
+from kvplane.projections.fleet import FleetState
 from tests.chaos.naive_fleet import NaiveFleet
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from events.codec import Commit, Message
+    from kvplane.events.codec import Commit, Message
     from tests.chaos.ledger import Entry, Ledger
 
 TAIL_SECONDS = 1.5

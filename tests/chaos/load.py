@@ -13,16 +13,16 @@ import anyio
 import msgspec
 from nats.errors import Error as NatsError
 
-from events import codec, types
-from events.errors import LogError, LostRace
-from events.hashing import pack_hashes
-from events.log.append import Appender, new_writer
-from events.log.connection import connected
-from events.log.group import GroupWriter
-from services import api
-from services.client import ask
-from services.demo.workload import conversations
-from services.errors import NoAnswer, Refused, ServiceFault
+from kvplane.events import codec, types
+from kvplane.events.errors import LogError, LostRace
+from kvplane.events.hashing import pack_hashes
+from kvplane.events.log.append import Appender, new_writer
+from kvplane.events.log.connection import connected
+from kvplane.events.log.group import GroupWriter
+from kvplane.services.demo.workload import conversations
+from kvplane.services.protocol import messages
+from kvplane.services.protocol.errors import NoAnswer, Refused, ServiceFault
+from kvplane.services.rpc.client import ask
 from tests.chaos.world import MANAGED, MODEL
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from nats.aio.client import Client
 
-    from events.types import Event
+    from kvplane.events.types import Event
     from tests.chaos.ledger import Ledger
     from tests.chaos.world import World
 
@@ -49,7 +49,7 @@ KEPT_COMMITS = 400
 """Commits that may be sent once more."""
 
 
-async def ask_once(client: Client, subject: str, request: api.RouteRequest, *, seconds: float) -> dict[str, Any]:
+async def ask_once(client: Client, subject: str, request: messages.RouteRequest, *, seconds: float) -> dict[str, Any]:
     """A router's answer to one question, asked once and without an id: the one that it gives names the router.
 
     Raises as `ask`.
@@ -192,7 +192,7 @@ class Load:
             group.cancel_scope.cancel()
 
     async def _register(self, client: Client, node: str, mode: str) -> None:
-        request = api.RegisterRequest(
+        request = messages.RegisterRequest(
             node=node, address=f"none.{node}", models=[OWN], block_size=BLOCK, cache_mode=mode,
             capacity_blocks={"gpu": CAPACITY if mode == "managed" else REPORTED_CAPACITY}, replace=True,
         )  # fmt: skip
@@ -212,7 +212,7 @@ class Load:
         while not self.resting.is_set():
             await anyio.sleep(0.05)
             node, draw = rng.choice(OWN_MANAGED), rng.random()
-            named = api.NodeRequest(node=node, reason="chaos")
+            named = messages.NodeRequest(node=node, reason="chaos")
             if node not in self.epochs or draw < 0.03:
                 await self._register(client, node, "managed")
             elif draw < 0.13:
@@ -220,7 +220,7 @@ class Load:
                 node = rng.choice((*OWN_MANAGED, *OWN_REPORTED, "sim-a", "man-a")) if action == "uncordon" else node
                 if draw < 0.04:
                     node = rng.choice(("sim-a", "man-a", *OWN_REPORTED))
-                answer = await self.ask(client, f"coordinator.node.{action}", api.NodeRequest(node=node))
+                answer = await self.ask(client, f"coordinator.node.{action}", messages.NodeRequest(node=node))
                 if answer is not None:
                     self._answered(action, node, answer)
             elif draw < 0.14:
@@ -228,17 +228,17 @@ class Load:
                 if answer is not None:
                     self._answered("remove", node, answer)
             elif draw < 0.2:
-                evict = api.BlocksRequest(node=node, count=rng.randrange(1, 6))
+                evict = messages.BlocksRequest(node=node, count=rng.randrange(1, 6))
                 answer = await self.ask(client, "coordinator.cache.evict", evict)
                 if answer is not None:
                     self._answered("evict", node, answer)
             elif draw < 0.22:
-                ending = api.SessionRequest(model=OWN, session=f"s{rng.randrange(20)}", reason="chaos")
+                ending = messages.SessionRequest(model=OWN, session=f"s{rng.randrange(20)}", reason="chaos")
                 answer = await self.ask(client, "coordinator.session.end", ending)
                 if answer is not None:
                     self._answered("end", "", answer, session=ending.session, model=OWN)
             else:
-                admit = api.AdmitRequest(
+                admit = messages.AdmitRequest(
                     model=OWN, hashes=pack_hashes(rng.sample(range(1, 400), rng.randrange(1, 12))),
                     node=node if draw < 0.7 else "",
                 )  # fmt: skip
@@ -264,14 +264,14 @@ class Load:
 
     async def _turn(self, client: Client, work: Any, model: str) -> None:
         hashes = work.hashes[: 8 * 40]
-        request = api.RouteRequest(
+        request = messages.RouteRequest(
             model=model, hashes=hashes, tokens_count=len(hashes) // 8 * BLOCK + 5, session=work.session
         )
         answer = await self.ask(client, "route", request)
         if answer is None:
             return
         self._routed(answer, model, [])
-        serve = api.ServeRequest(
+        serve = messages.ServeRequest(
             request=answer["request"], hashes=hashes, tokens=len(hashes) // 8 * BLOCK + 5, output_tokens=8
         )  # fmt: skip
         with suppress(ServiceFault):
@@ -286,12 +286,12 @@ class Load:
             exclude = [rng.choice(OWN_MANAGED)] if rng.random() < 0.2 else []
             hashes = pack_hashes(range(begin := rng.randrange(1, 300), begin + rng.randrange(1, 9)))
             session = f"s{rng.randrange(20)}" if rng.random() < 0.5 else ""
-            request = api.RouteRequest(model=OWN, hashes=hashes, session=session, exclude=exclude)
+            request = messages.RouteRequest(model=OWN, hashes=hashes, session=session, exclude=exclude)
             answer = await self.ask(client, "route", request)
             if answer is None:
                 continue
             self._routed(answer, OWN, exclude)
-            complete = api.CompleteRequest(request=answer["request"], node=answer["node"], prompt_tokens=9)
+            complete = messages.CompleteRequest(request=answer["request"], node=answer["node"], prompt_tokens=9)
             await self.ask(client, "complete", complete)
 
     async def again(self, client: Client) -> None:
@@ -319,11 +319,11 @@ class Load:
                 await self.resting.wait()
             draw = rng.random()
             if draw < 0.4:
-                await self.ask(client, "coordinator.snapshot", api.StatusRequest(), 15)
+                await self.ask(client, "coordinator.snapshot", messages.StatusRequest(), 15)
             elif draw < 0.6:
-                await self.ask(client, "coordinator.compact", api.CompactRequest(), 15)
+                await self.ask(client, "coordinator.compact", messages.CompactRequest(), 15)
             else:
-                policy = api.PolicyRequest(policy=rng.choice(POLICIES))
+                policy = messages.PolicyRequest(policy=rng.choice(POLICIES))
                 answer = await self.ask(client, "coordinator.policy.set", policy)
                 if answer is not None:
                     self._answered("policy", "", answer, policy=policy.policy)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from bisect import bisect_right
 from typing import TYPE_CHECKING, NamedTuple
 
-from events import types
-from tests.naive import Naive
+from kvplane.events import types
+from tests.support.naive_fold import Naive
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from events.codec import Commit, Message
+    from kvplane.events.codec import Commit, Message
 
 OVER_NS = 900 * 10**9
 """A request that nobody completes counts so long."""

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from events import types
-from events.errors import LogError
-from events.log.connection import connected
-from services import api
-from services.client import ask
-from services.errors import ServiceFault
+from kvplane.events import types
+from kvplane.events.errors import LogError
+from kvplane.events.log.connection import connected
+from kvplane.services.protocol import messages
+from kvplane.services.protocol.errors import ServiceFault
+from kvplane.services.rpc.client import ask
 from tests.chaos.load import OWN, Noted
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Probe:
 
     async def _route(self, url: str) -> None:
         """Ask by one server only: which of them is gone must not decide whether routers are."""
-        request = api.RouteRequest(model=OWN, tokens=[1, 2, 3], dry_run=True)
+        request = messages.RouteRequest(model=OWN, tokens=[1, 2, 3], dry_run=True)
         async with connected([url], "probe", connect_seconds=60) as client:
             while True:
                 try:

@@ -108,7 +108,7 @@ class Service:
             life = Life(len(self.lives) + 1, self._folder / f"{self.name}.{len(self.lives) + 1}.log")
             self.lives.append(life)
             servers = [part for url in self._urls() for part in ("--server", url)]
-            command = [*self._prefix, sys.executable, "-m", "services.cli", *self._command, *servers]
+            command = [*self._prefix, sys.executable, "-m", "kvplane", *self._command, *servers]
             with life.log.open("ab") as log:
                 self.process = await anyio.open_process(
                     command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdin=DEVNULL, stdout=log,

@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Any
 import anyio
 from nats.errors import Error as NatsError
 
-from events.errors import KvplaneError
-from events.log.follow import replay
-from events.log.snapshots import SnapshotStore
-from events.log.stream import open_stream
-from projections.digest import digest
-from projections.snapshot import load
-from services import api
-from services.client import ask
-from services.errors import ServiceFault
+from kvplane.events.errors import KvplaneError
+from kvplane.events.log.follow import replay
+from kvplane.events.log.snapshots import SnapshotStore
+from kvplane.events.log.stream import open_stream
+from kvplane.projections.digest import digest
+from kvplane.projections.snapshot import load
+from kvplane.services.protocol import messages
+from kvplane.services.protocol.errors import ServiceFault
+from kvplane.services.rpc.client import ask
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
 
-    from events.codec import Message
+    from kvplane.events.codec import Message
     from tests.chaos.checker import Checker
     from tests.chaos.processes import Life, Service
     from tests.chaos.world import World
@@ -63,7 +63,7 @@ class Rest:
         return {"sequence": found["sequence"], "replicas": found["replicas"], "snapshots": snapshots}
 
     async def _ask(self, subject: str) -> dict[str, Any]:
-        status: dict[str, Any] = await ask(self._client, subject, api.StatusRequest(digest=True), seconds=5)
+        status: dict[str, Any] = await ask(self._client, subject, messages.StatusRequest(digest=True), seconds=5)
         return status
 
     async def _statuses(self) -> dict[str, dict[str, Any]]:
@@ -89,7 +89,7 @@ class Rest:
                         why = f"{at}, history {history['stored']}, log {end}, reader {checker.state.sequence}"
                         same = {*at.values(), history["stored"], end, checker.state.sequence}
                         if len(same) == 1 and len(at) >= len(self._world.services) - 3:
-                            past = api.MomentRequest(at=str(end))
+                            past = messages.MomentRequest(at=str(end))
                             told: dict[str, Any] = await ask(
                                 self._client, f"kv.{self._world.fleet}.history.state", past, seconds=60
                             )

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 import anyio
 from msgspec import Struct
 
-from events.log.connection import connected
-from events.log.follow import Follower, single
-from events.log.stream import open_stream
-from tests import recorded_log
+from kvplane.events.log.connection import connected
+from kvplane.events.log.follow import Follower, single
+from kvplane.events.log.stream import open_stream
 from tests.chaos.checker import SHOWN, Checker
 from tests.chaos.faults import schedule
 from tests.chaos.ledger import Ledger
@@ -22,6 +21,7 @@ from tests.chaos.play import Play
 from tests.chaos.probe import Probe
 from tests.chaos.rest import Rest
 from tests.chaos.world import FLEET, world_in
+from tests.support import log_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from nats.aio.client import Client
 
-    from events.codec import Message
+    from kvplane.events.codec import Message
     from tests.chaos.world import World
 
 ROUND_SECONDS = 120.0
@@ -156,7 +156,7 @@ class Run:
 
     def _keep(self) -> None:
         """Keep the log as it was read, so that a failure can be judged again."""
-        recorded_log.write(self.folder / "log.jsonl", self.messages)
+        log_file.write(self.folder / "log.jsonl", self.messages)
 
     def _report(self, begin: float, load: Load, probe: Probe, rest: Rest, cuts: str) -> dict[str, Any]:
         of = self.ledger.of

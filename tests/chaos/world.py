@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from services.server import server_binary
+from kvplane.services.embedded.server import server_binary
 from tests.chaos.faults import Ground
 from tests.chaos.network import network
 from tests.chaos.processes import Service
-from tests.cluster import CONFIGURATION, NAMES, Cluster, Member, monitor, until
+from tests.support.three_servers import CONFIGURATION, NAMES, Cluster, Member, monitor, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable

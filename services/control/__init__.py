@@ -1,0 +1,1 @@
+"""What a coordinator decides: commands, admission, liveness, formats. Pure."""

@@ -1,0 +1,339 @@
+"""Sending a request where the router says, and telling the log what came of it.
+
+The engine's own `usage` and the time to its first token go into `RequestCompleted`, beside what the decision had foretold.
+An engine that can't be reached, or breaks down before its first token, is left out and the router asked again; each attempt
+is a decision of its own, and ends with a completion of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import closing, suppress
+from io import BytesIO
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+from uuid import uuid4
+
+import aiohttp
+import anyio
+import msgspec
+import structlog
+
+from kvplane.services.dataplane import openai
+from kvplane.services.protocol import messages
+from kvplane.services.protocol.errors import BadRequest, EngineFailed, EngineRefused, ServiceFault
+from kvplane.services.rpc.client import ask
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from nats.aio.client import Client
+
+    from kvplane.services.dataplane.openai import Body
+
+ATTEMPTS = 3
+CONNECT_SECONDS = 5.0
+TOKENIZE_SECONDS = 10.0
+ROUTE_SECONDS = 15.0
+SILENT_SECONDS = 600.0
+"""How long an engine may say nothing, as while a request waits there, before it counts as broken."""
+IDLE_SECONDS = 2.0
+"""Connections are kept so long: engines close idle ones after 5 s, and a request that meets that is lost."""
+END_SECONDS = 0.1
+RECORD_SECONDS = 2.0
+COMPLAINT_BYTES = 1 << 16
+CHARACTERS_A_TOKEN = 4
+"""Guessed of a prompt whose tokens the engine can't tell."""
+_BUSY = {404, 408, 425, 429}
+"""Statuses of an engine that another one need not share: it is full, or is not what it was."""
+
+TOKENIZE = aiohttp.ClientTimeout(total=TOKENIZE_SECONDS)
+T = TypeVar("T")
+
+_log = structlog.get_logger("kvplane.complete")
+
+
+class Attempt(msgspec.Struct, frozen=True):
+    """An engine that was tried in vain, and why."""
+
+    node: str
+    reason: str
+
+
+class Completion(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of a request. Times in seconds from when it was sent to the engine."""
+
+    decision: messages.RouteAnswer
+    text: list[str]
+    """What each choice says; empty for one that only calls tools. The chunks have all of it."""
+    usage: openai.Usage
+    ttft: float
+    duration: float
+    recorded: bool
+    """Whether a router took the completion for the log."""
+    failed: list[Attempt] = []
+
+
+class Completer:
+    """Completes OpenAI requests on a fleet's engines. Use as an asynchronous context manager, for many requests at once."""
+
+    def __init__(self, client: Client, fleet: str, *, api_key: str = "", attempts: int = ATTEMPTS) -> None:
+        self.client = client
+        self.fleet = fleet
+        self.attempts = attempts
+        self._headers = {"Content-Type": "application/json"}
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._session: aiohttp.ClientSession | None = None
+        self.telling: set[str] = set()
+        """Nodes that have told what was cached; some engines say nothing of it when it is nothing."""
+        self._warned: set[tuple[str, str]] = set()
+
+    async def __aenter__(self) -> Self:
+        """Open."""
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=SILENT_SECONDS)
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS)
+        self._session = aiohttp.ClientSession(timeout=timeout, headers=self._headers, connector=connector)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close."""
+        if self._session is not None:
+            await self._session.close()
+
+    async def complete(
+        self, body: Body, *, session: str = "", traceparent: str = "", on_chunk: Callable[[Body], None] | None = None
+    ) -> Completion:
+        """Complete a request, an OpenAI body with `messages` or `prompt`; `on_chunk` gets each chunk as it comes.
+
+        Raises `BadRequest`, `EngineRefused` when an engine would not have it, `EngineFailed` when none did it, and what the
+        router answers.
+        """
+        path = openai.path(body)
+        asked = await self._question(body, session, traceparent)
+        failed: list[Attempt] = []
+        request = uuid4().hex
+        while True:
+            asked = msgspec.structs.replace(
+                asked, request=f"{request}.{len(failed)}" if failed else request,
+                exclude=[*asked.exclude, *(attempt.node for attempt in failed[-1:])],
+            )  # fmt: skip
+            decision = await self._routed(asked, failed)
+            delivery = _Delivery(self, decision, traceparent, on_chunk)
+            try:
+                return await delivery.run(path, body, failed)
+            except EngineFailed as error:
+                failed = [*failed, Attempt(decision.node, str(error))]
+                if delivery.begun or len(failed) >= self.attempts:
+                    raise EngineFailed(_in_vain(failed)) from None
+                _log.warning("engine_failed", node=decision.node, error=str(error))
+
+    @property
+    def http(self) -> aiohttp.ClientSession:
+        """The open session."""
+        if self._session is None:
+            raise RuntimeError("not opened")
+        return self._session
+
+    async def _routed(self, asked: messages.RouteRequest, failed: list[Attempt]) -> messages.RouteAnswer:
+        """Where the router would have it. What it says when nobody is left is not the cause."""
+        try:
+            # Who gives up now must still learn where the request went, so that its load can be taken back.
+            with anyio.CancelScope(shield=True):
+                answer: messages.RouteAnswer = await ask(
+                    self.client, f"kv.{self.fleet}.route", asked, messages.RouteAnswer, seconds=ROUTE_SECONDS
+                )
+        except ServiceFault:
+            if failed:
+                raise EngineFailed(_in_vain(failed)) from None
+            raise
+        return answer
+
+    async def _question(self, body: Body, session: str, traceparent: str) -> messages.RouteRequest:
+        """What to ask the router."""
+        asked = messages.RouteRequest(
+            model=body["model"], session=session, salt=str(body.get("cache_salt") or ""), traceparent=traceparent
+        )
+        given = openai.tokens(body)
+        if given is None and not openai.has_media(body):
+            given, asked = await self._tokens(body, asked)
+        known = openai.kept(body, given) if given is not None else None
+        if known is not None:
+            return msgspec.structs.replace(asked, tokens=known)
+        count = len(given) if given is not None else openai.length(body) // CHARACTERS_A_TOKEN
+        return msgspec.structs.replace(asked, hashes=b"", tokens_count=count)
+
+    async def _tokens(self, body: Body, asked: messages.RouteRequest) -> tuple[list[int] | None, messages.RouteRequest]:
+        """Token ids by an engine of the model, or none when it won't tell; the request leaves out those that are down."""
+        failed: list[Attempt] = []
+        while True:
+            # Any of the least loaded; this is no decision about the request.
+            anyone = msgspec.structs.replace(asked, hashes=b"", tokens_count=1, session="", dry_run=True)
+            found = await self._routed(anyone, failed)
+            url = _url(found)
+            try:
+                asks = self.http.post(url + "/tokenize", timeout=TOKENIZE, **_sent(openai.question(body)))
+                async with asks as answer:
+                    if answer.status == 200:
+                        return openai.answered(await answer.json(content_type=None)), asked
+                    reason = f"/tokenize answers {answer.status}"
+                    if answer.status < 500 and answer.status not in _BUSY - {404}:
+                        # What is wrong with the request, the engine says when it gets it.
+                        said = openai.complaint(await answer.content.read(COMPLAINT_BYTES))
+                        hint = f"{reason} ({said}): routed by load and session, not by cache"
+                        self._warn("tokens_not_known", body["model"], hint)
+                        return None, asked
+            except EngineFailed as error:
+                reason = str(error)
+            except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+                reason = f"does not answer at {url} ({type(error).__name__})"
+            failed.append(Attempt(found.node, reason))
+            if len(failed) >= self.attempts:
+                raise EngineFailed(_in_vain(failed))
+            asked = msgspec.structs.replace(asked, exclude=[*asked.exclude, found.node])
+
+    def _warn(self, event: str, name: str, hint: str) -> None:
+        """Say it once a name."""
+        if (event, name) not in self._warned:
+            self._warned.add((event, name))
+            _log.warning(event, name=name, hint=hint)
+
+    async def record(self, done: messages.CompleteRequest, *, told_cached: bool) -> bool:
+        """Hand a completion to a router; whether one took it."""
+        if not told_cached:
+            self._warn(
+                "cached_tokens_not_told", done.node,
+                "start vLLM with --enable-prompt-tokens-details, SGLang with --enable-cache-report: until then what was "
+                "foretold can't be compared",
+            )  # fmt: skip
+        try:
+            await ask(self.client, f"kv.{self.fleet}.complete", done, seconds=RECORD_SECONDS)
+        except ServiceFault as error:
+            _log.warning("completion_not_recorded", request=done.request, error=str(error))
+            return False
+        return True
+
+
+class _Delivery:
+    """One request on its way to one engine."""
+
+    def __init__(
+        self,
+        completer: Completer,
+        decision: messages.RouteAnswer,
+        traceparent: str,
+        on_chunk: Callable[[Body], None] | None,
+    ) -> None:
+        self.completer, self.decision, self.traceparent, self.on_chunk = completer, decision, traceparent, on_chunk
+        self.begun = False
+        """The engine has said something, which was handed on."""
+        self._usage = openai.Usage()
+        self._chunks = openai.Chunks()
+        self._said: dict[int, str] = {}
+        self._begin = time.perf_counter()
+        self._end = 0.0
+        self._ttft = 0.0
+
+    async def run(self, path: str, body: Body, failed: list[Attempt]) -> Completion:
+        status = "cancelled"
+        try:
+            await self._deliver(_url(self.decision) + path, openai.streamed(body))
+            status = "ok"
+        except (EngineFailed, EngineRefused, BadRequest) as error:
+            status = str(error)[:512]
+            raise
+        finally:
+            duration = (self._end or time.perf_counter()) - self._begin
+            recorded = await self._record(status, duration)
+        said = [self._said.get(index, "") for index in range(max(self._said, default=0) + 1)]
+        return Completion(
+            decision=self.decision, text=said, usage=self._usage, ttft=self._ttft, duration=duration, recorded=recorded,
+            failed=failed,
+        )  # fmt: skip
+
+    async def _deliver(self, url: str, body: Body) -> None:
+        headers = {"X-data-parallel-rank": self.decision.rank} if self.decision.rank else {}
+        if self.traceparent:
+            headers["traceparent"] = self.traceparent
+        self._begin = time.perf_counter()
+        answer = await self._heard(self.completer.http.post(url, headers=headers, **_sent(body)))
+        # Closes the connection of an answer that has not ended, upon which engines give up the request.
+        with closing(answer):
+            if answer.status != 200:
+                said = f"answers {answer.status}: {openai.complaint(await self._heard(answer.content.read(COMPLAINT_BYTES)))}"
+                if 400 <= answer.status < 500 and answer.status not in _BUSY:
+                    raise EngineRefused(answer.status, f"the engine of node {self.decision.node} {said}")
+                raise EngineFailed(said)
+            while not self._chunks.ended:
+                data = await self._heard(answer.content.readany())
+                for chunk in self._chunks.feed(data):
+                    self._take(chunk)
+                if not data and not self._chunks.ended:
+                    raise EngineFailed(
+                        "broke off before the end of its answer"
+                        if self._chunks.begun
+                        else f"answers no stream of events ({answer.content_type})"
+                    )
+            self._end = time.perf_counter()
+            # Until its very end, so that the connection can be used again.
+            with anyio.move_on_after(END_SECONDS), suppress(EngineFailed):
+                await self._heard(answer.read())
+
+    async def _heard(self, said: Awaitable[T]) -> T:
+        """What comes from the engine. Raises `EngineFailed` when nothing does."""
+        try:
+            return await said
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            where = "broke off" if self._ttft else f"does not answer at {self.decision.address}"
+            raise EngineFailed(f"{where} ({type(error).__name__})") from None
+
+    def _take(self, chunk: Body) -> None:
+        if chunk.get("choices") and not self._ttft:
+            self._ttft = time.perf_counter() - self._begin
+        for index, text in openai.text(chunk).items():
+            self._said[index] = self._said.get(index, "") + text
+        self._usage = openai.usage(chunk) or self._usage
+        if self.on_chunk is not None:
+            self.begun = True
+            self.on_chunk(chunk)
+
+    async def _record(self, status: str, duration: float) -> bool:
+        node, usage = self.decision.node, self._usage
+        if usage.cached_tokens is None and status == "ok" and node in self.completer.telling:
+            usage = self._usage = openai.Usage(usage.prompt_tokens, 0, usage.output_tokens)
+        told = usage.cached_tokens is not None
+        if told:
+            self.completer.telling.add(node)
+        done = messages.CompleteRequest(
+            request=self.decision.request, node=self.decision.node, status=status,
+            # A prompt of which nobody knows how much was cached would count as one without any hit.
+            prompt_tokens=usage.prompt_tokens if told else 0, cached_tokens=usage.cached_tokens or 0,
+            output_tokens=usage.output_tokens, ttft=self._ttft, duration=duration, traceparent=self.traceparent,
+        )  # fmt: skip
+        recorded = False
+        # Also for a request that was given up: its load must not stay.
+        with anyio.CancelScope(shield=True):
+            recorded = await self.completer.record(
+                done, told_cached=told or status != "ok" or not self.decision.matched_tokens
+            )
+        return recorded  # noqa: RET504 - a scope may swallow, for all that types say
+
+
+def _sent(body: Body) -> dict[str, Any]:
+    """A request's body, and that it goes to the engine that was chosen or nowhere. Long ones are sent in parts."""
+    return {"data": BytesIO(json.dumps(body).encode()), "allow_redirects": False}
+
+
+def _url(decision: messages.RouteAnswer) -> str:
+    """Where a node's engine is. Raises `BadRequest` for nodes that have none."""
+    if not decision.address.lower().startswith(("http://", "https://")):
+        raise BadRequest(
+            f"node {decision.node!r} is at {decision.address[:80]!r}, which is no engine's URL: it is simulated, or was "
+            "registered by hand; engines come with `kvplane attach`"
+        )
+    return decision.address.rstrip("/")
+
+
+def _in_vain(failed: list[Attempt]) -> str:
+    tried = "; ".join(f"{attempt.node}: {attempt.reason}" for attempt in failed)
+    return f"no engine completed the request ({tried})"

@@ -1,0 +1,250 @@
+"""What is wrong with a fleet: findings, each with what to do. `judge` decides from what `services.diagnosis.examine` saw."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from msgspec import Struct
+
+from kvplane.services.replication.checkpoints import odd
+from kvplane.services.replication.compaction import SNAPSHOT_COMMITS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kvplane.services.diagnosis.examine import Examined, Plain
+
+LAG_COMMITS = 1000
+SKEW_SECONDS = 1.0
+SILENT_SECONDS = 4.0
+"""Servers hear of each other's copies every second; that one is offline they say much later."""
+FULL = 0.8
+"""Storage of which more is used will soon be full."""
+
+Level = Literal["ok", "unseen", "warning", "problem"]
+
+
+class Finding(Struct, frozen=True):
+    """One thing that was looked at. `unseen` is what can't be seen from here, and so may be wrong."""
+
+    level: Level
+    what: str
+    said: str
+
+
+def judge(found: Examined) -> list[Finding]:
+    """What is wrong, and what is not."""
+    durable = list(_servers(found.servers))
+    log = found.log
+    if log is None:
+        return [Finding("problem", "log", found.log_error), *durable]
+    last = log["state"]["last_seq"]
+    return [
+        Finding("ok", "log", f"{last:,} commits, from {log['state']['first_seq']:,} on, nothing missing"),
+        *durable, *_copies(found, log), *_room(found, log), *_clocks(found, log), *_replicas(found, last),
+        *_versions(found), *_digests(found), *_skipped(found), *_nodes(found), *_histories(found, last),
+        *_snapshots(found, last),
+    ]  # fmt: skip
+
+
+def _servers(servers: list[Plain]) -> Iterator[Finding]:
+    """Whether acknowledged means on disk."""
+    if not servers:
+        said = (
+            "whether servers force what they acknowledge to the disk can't be seen by a client; --monitor URL asks them"
+        )
+        yield Finding("unseen", "durability", said)
+    for server in servers:
+        if "error" in server:
+            yield Finding("problem", "durability", f"{server['url']} does not answer: {server['error']}")
+        elif "config" not in server:
+            yield Finding("warning", "durability", f"server {server['name']} has no JetStream")
+        elif not server["config"].get("sync_always"):
+            seconds = server["config"].get("sync_interval", 0) / 1e9
+            said = f"server {server['name']} loses what it acknowledged in the last {seconds:g} s when the power fails"
+            yield Finding("problem", "durability", f"{said}; set sync_interval: always")
+        else:
+            yield Finding("ok", "durability", f"server {server['name']} forces what it acknowledges to the disk")
+
+
+def _copies(found: Examined, log: Plain) -> Iterator[Finding]:
+    """Whether the log's copies are there and at the same place."""
+    config, cluster = log["config"], log.get("cluster") or {}
+    if not cluster.get("leader"):
+        yield Finding("problem", "copies", "the log has no leader, so nothing can be written; are most servers up?")
+    others = cluster.get("replicas") or []
+    current = 0
+    for copy in others:
+        silent = copy.get("active", 0) / 1e9
+        if copy.get("offline") or silent > SILENT_SECONDS:
+            said = f"server {copy['name']} has a copy of the log, and was last heard {silent:.0f} s ago; is it up?"
+            yield Finding("problem", "copies", said)
+        elif not copy.get("current"):
+            yield Finding("warning", "copies", f"the copy on server {copy['name']} is behind by {copy.get('lag', 0):,}")
+        else:
+            current += 1
+    copies = config["num_replicas"]
+    if copies == 1 and cluster.get("name"):
+        said = f"one, though cluster {cluster['name']} has several servers; when that server is lost, so is the log"
+        yield Finding("warning", "copies", f"{said}. `kvplane copies 3` makes it three")
+    stream = found.snapshots_stream
+    if stream is not None and stream["config"]["num_replicas"] < copies:
+        yield Finding("warning", "copies", f"snapshots have {stream['config']['num_replicas']}, the log has {copies}")
+    if current == len(others) and cluster.get("leader"):
+        yield Finding("ok", "copies", f"{copies} of the log, all current")
+
+
+def _room(found: Examined, log: Plain) -> Iterator[Finding]:
+    """Whether storage is full soon: then nobody can write."""
+    config, state = log["config"], log["state"]
+    limits = [
+        ("the log's max_bytes", state["bytes"], config.get("max_bytes", -1)),
+        ("the log's max_msgs", state["messages"], config.get("max_msgs", -1)),
+        ("the account's storage", found.account.get("storage", 0), found.account.get("limits", {}).get("max_storage", -1)),
+        *(
+            (f"storage of server {server['name']}", server["stats"]["storage"], server["config"]["max_storage"])
+            for server in found.servers
+            if "config" in server and "stats" in server
+        ),
+    ]  # fmt: skip
+    near = [(what, used, limit) for what, used, limit in limits if limit > 0 and used > FULL * limit]
+    for what, used, limit in near:
+        said = f"{used / limit:.0%} of {what} is used; `kvplane compact` purges the log below the snapshots, or raise the limit"
+        yield Finding("problem" if used >= 0.95 * limit else "warning", "room", said)
+    if not near:
+        known = sum(limit > 0 for _, _, limit in limits)
+        level: Level = "ok" if known else "unseen"
+        yield Finding(
+            level, "room", f"{known} limits, none is near" if known else "no limit can be seen; --monitor URL asks"
+        )
+
+
+def _clocks(found: Examined, log: Plain) -> Iterator[Finding]:
+    """Clocks beside that of the log's leader: the log's time is what the fold goes by, and overlays compare it with theirs."""
+    server = log["skew"]
+    ahead = log["newest"] - log["clock"]
+    remedy = "set the clocks right (NTP)"
+    wrong = [
+        (status["writer"] if "writer" in status else f"historian {status['historian']}", status["skew"] - server)
+        for status in (*found.replicas, *found.histories)
+    ]  # fmt: skip
+    wrong.append(("this machine", -server))
+    wrong = [(who, skew) for who, skew in wrong if abs(skew) > SKEW_SECONDS]
+    for who, skew in wrong:
+        where = "ahead of" if skew > 0 else "behind"
+        yield Finding("problem", "clock", f"{who} is {abs(skew):.1f} s {where} the log's server; {remedy}")
+    if ahead > SKEW_SECONDS:
+        yield Finding("problem", "clock", f"the log's newest commit is {ahead:.1f} s in its server's future; {remedy}")
+    if not wrong and ahead <= SKEW_SECONDS:
+        yield Finding("ok", "clock", f"no clock is more than {SKEW_SECONDS:g} s off")
+
+
+def _replicas(found: Examined, last: int) -> Iterator[Finding]:
+    for name, statuses, start in (
+        ("routers", found.routers, "kvplane router"), ("coordinators", found.coordinators, "kvplane coordinator"),
+    ):  # fmt: skip
+        if not statuses:
+            yield Finding("problem", name, f"none answers; start one with `{start}`")
+            continue
+        behind = max(last - status["sequence"] for status in statuses)
+        level: Level = "problem" if behind > LAG_COMMITS else "ok"
+        yield Finding(level, name, f"{len(statuses)} answer, at most {max(0, behind):,} commits behind the log")
+    for status in found.routers:
+        who = status["writer"]
+        if status["degraded"]:
+            yield Finding("problem", who, "its decisions are not recorded at the moment; can it reach the log?")
+        if status["unrecorded"]:
+            yield Finding("problem", who, f"{status['unrecorded']:,} decisions were dropped while the log was away")
+        if status["policy_failures"]:
+            said = f"the policy failed {status['policy_failures']:,} times: {status['policy_failure']}"
+            yield Finding("problem", who, said)
+    for status in found.coordinators:
+        if not status.get("healthy", True):
+            yield Finding("problem", status["writer"], "it does not hear from the log; can it reach the servers?")
+
+
+def _versions(found: Examined) -> Iterator[Finding]:
+    by_version: dict[str, list[str]] = {}
+    for status in (*found.replicas, *found.histories):
+        by_version.setdefault(status.get("version", "unknown"), []).append(status.get("writer", "a historian"))
+    if len(by_version) > 1:
+        said = "; ".join(f"{version}: {', '.join(sorted(who)[:5])}" for version, who in sorted(by_version.items()))
+        yield Finding("warning", "versions", f"services are of several, end the upgrade: {said}")
+
+
+def _digests(found: Examined) -> Iterator[Finding]:
+    """Compare at checkpoints, and at the sequences that replicas were at when they were asked."""
+    told: dict[int, dict[str, str]] = {}
+    for status in found.replicas:
+        known = {int(sequence): digest for sequence, digest in status.get("checkpoints", {}).items()}
+        if "digest" in status:
+            known[status["sequence"]] = status["digest"]
+        for sequence, digest in known.items():
+            told.setdefault(sequence, {})[status["writer"]] = digest
+    forked = [(sequence, others) for sequence, digests in sorted(told.items()) if (others := odd(digests))]
+    remedy = "Restart them; if they differ again, report it with the log"
+    if forked:
+        sequence, others = forked[-1]
+        every = len(others) == len(told[sequence])
+        who = (
+            f"{', '.join(sorted(others))} differ, and nobody has a majority" if every else f"{', '.join(others)} differ"
+        )
+        yield Finding("problem", "digests", f"at sequence {sequence:,} {who}. {remedy}")
+        return
+    claims = [status for status in found.replicas if status.get("differs")]
+    for status in claims:
+        said = f"{status['writer']} found itself to differ at checkpoint {status['differs']:,}. {remedy}"
+        yield Finding("problem", "digests", said)
+    common = [sequence for sequence, digests in told.items() if len(digests) == len(found.replicas)]
+    if claims or not found.replicas:
+        return
+    if not common:
+        yield Finding(
+            "warning", "digests", "replicas have no sequence in common yet; ask again after some more commits"
+        )
+    elif len(found.replicas) == 1:
+        yield Finding("ok", "digests", "there is one replica, and nothing to compare it with")
+    else:
+        yield Finding("ok", "digests", f"{len(found.replicas)} replicas had the same state at sequence {max(common):,}")
+
+
+def _skipped(found: Examined) -> Iterator[Finding]:
+    skipped: dict[str, int] = next((status["skipped"] for status in (*found.coordinators, *found.routers)), {})
+    if skipped:
+        said = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()))
+        hint = "; `kvplane sql 'SELECT * FROM skipped_commits'` says whose"
+        yield Finding("problem" if "defect" in skipped else "warning", "skipped commits", said + hint)
+
+
+def _nodes(found: Examined) -> Iterator[Finding]:
+    if not found.nodes:
+        yield Finding("warning", "nodes", "none is registered")
+        return
+    lost = [f"{row['node']} ({row['reason']})" for row in found.nodes if row["state"] == "lost"]
+    up = sum(row["state"] == "up" for row in found.nodes)
+    yield Finding("ok" if up else "problem", "nodes", f"{up} of {len(found.nodes)} take requests")
+    if lost:
+        yield Finding("warning", "nodes", f"lost: {', '.join(lost[:5])}")
+
+
+def _histories(found: Examined, last: int) -> Iterator[Finding]:
+    if not found.histories:
+        yield Finding("warning", "history", "no historian answers; `kvplane historian` keeps one")
+    if len(found.histories) > 1:
+        said = f"{len(found.histories)} historians answer, each with a history of its own: questions go to any of them"
+        yield Finding("warning", "history", said)
+    for history in found.histories:
+        if not history["healthy"]:
+            yield Finding("problem", "history", history["failure"] or "the historian does not hear from the log")
+            continue
+        behind = max(0, last - history["stored"])
+        yield Finding("problem" if behind > LAG_COMMITS else "ok", "history", f"{behind:,} commits behind the log")
+
+
+def _snapshots(found: Examined, last: int) -> Iterator[Finding]:
+    newest = found.snapshots[0] if found.snapshots else 0
+    if last - newest > 2 * SNAPSHOT_COMMITS:
+        said = f"the newest is {last - newest:,} commits old; do coordinators run, and is there room on the servers' disks?"
+        yield Finding("warning", "snapshots", said)
+    else:
+        yield Finding("ok", "snapshots", f"{len(found.snapshots)}, {last - newest:,} commits since")

@@ -1,0 +1,1 @@
+"""What a service shows of itself: metrics, health, whether its connection lives."""

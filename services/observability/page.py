@@ -1,0 +1,61 @@
+"""docs/metrics.md, made from the catalog: python -m kvplane.services.observability > docs/metrics.md."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvplane.services.observability.catalog import EVERY, GROUPS
+
+if TYPE_CHECKING:
+    from kvplane.services.observability.catalog import Family
+
+_BEGIN = f"""\
+# Metrics and health
+
+Every service answers HTTP when it is told where: `kvplane router --http 0.0.0.0:9464`, or `KVPLANE_HTTP`. `kvplane up` does so
+at `127.0.0.1:9464` by itself, and its historian at the port after it.
+
+| path | answers |
+|---|---|
+| `/metrics` | what is below, in Prometheus' text or OpenMetrics, as the scraper asks for |
+| `/healthz` | 200 while the event loop turns and the connection is listened to, else 503: start the service anew |
+| `/readyz` | 200 when the service can do its work, else 503 with the reason |
+
+Not ready is who still reads the log, a coordinator that can't reach the log, simulated nodes that are not registered, and an
+adapter one of whose nodes is not registered, whose engine is not well, or whose log is away.
+A router that can't reach the log stays ready, and says `degraded`: it answers from memory, which a new one would not have. So
+does a historian that can't store. `/healthz` is not about the server: a log that is away is no reason to start anything again.
+A connection whose read loop ended is made anew within a second and counted; when that happens four times in a minute the
+service ends, with the reason and exit code 1.
+
+Values are read off the services when somebody scrapes. Labels of nearly all: {" and ".join(f"`{label}`" for label in EVERY)}
+(`router`, `coordinator`, `historian`, `simnode` or `adapter`). Metrics of the process (`process_*`, `python_*`) are the client
+library's.
+"""
+_QUERIES = """\
+## Questions
+
+| question | PromQL |
+|---|---|
+| hit rate | `sum(rate(kvplane_router_matched_blocks_total[5m])) / sum(rate(kvplane_router_asked_blocks_total[5m]))` |
+| decisions a second | `sum by (kind) (rate(kvplane_router_decisions_total[1m]))` |
+| refused, by code | `sum by (outcome) (rate(kvplane_requests_total{endpoint="route", outcome!="ok"}[5m]))` |
+| decision time, p99 | `histogram_quantile(0.99, sum by (le) (rate(kvplane_router_decision_seconds_bucket[5m])))` |
+| cache in use | `max by (node, tier) (kvplane_node_used_blocks) / max by (node, tier) (kvplane_node_capacity_blocks)` |
+| is a replica behind? | `max by (instance) (kvplane_log_lag_commits)` |
+"""
+
+
+def make() -> str:
+    """The whole document."""
+    lines = [_BEGIN]
+    for group in GROUPS:
+        lines += [f"## {group.title}", "", "| metric | type | labels | meaning | look when |", "|---|---|---|---|---|"]
+        lines += [_row(family) for family in group.families]
+        lines.append("")
+    return "\n".join([*lines, _QUERIES])
+
+
+def _row(family: Family) -> str:
+    labels = ", ".join(f"`{label}`" for label in family.labels if label not in EVERY)
+    return f"| `{family.name}` | {family.kind} | {labels} | {family.meaning} | {family.watch} |"

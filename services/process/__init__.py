@@ -1,0 +1,1 @@
+"""This process and its copies: forks, worker processes, memory, logs, the version."""

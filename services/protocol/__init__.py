@@ -1,0 +1,1 @@
+"""What travels between services and those who ask them: messages, errors, labels, trace context. Pure."""

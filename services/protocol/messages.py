@@ -1,0 +1,395 @@
+"""Requests and answers of the services, as they travel: JSON or MessagePack, the answer in the manner of the request.
+
+In MessagePack hashes are packed little-endian u64; in JSON they are lists of decimal or hex strings.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from kvplane.events.errors import BadHashes, BadName
+from kvplane.events.hashing import MOST_TOKENS, format_hash, pack_hashes, parse_hash, unpack_hashes
+from kvplane.events.subjects import check_name
+from kvplane.events.types import HASHES_LIMIT, Count, EngineHash, Length, Seconds, Tier
+from kvplane.services.protocol.errors import BadRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_HASH_BYTES = 8
+_PROMPT_LIMIT = 1 << 26
+
+Packed = Annotated[bytes, Meta(max_length=HASHES_LIMIT * _HASH_BYTES)]
+
+
+class RouteRequest(Struct, frozen=True, kw_only=True):
+    """Ask where a request should go. One of `hashes`, `tokens` and `prompt` says what it holds.
+
+    With `hashes`, `tokens_count` is the prompt's length in tokens; left out, it is taken as the full blocks and one more.
+    """
+
+    model: str
+    hashes: Packed | None = None
+    tokens: Annotated[list[int], Meta(max_length=MOST_TOKENS)] | None = None
+    prompt: Annotated[str, Meta(max_length=_PROMPT_LIMIT)] | None = None
+    tokens_count: Length | None = None
+    session: str = ""
+    adapter: Annotated[str, Meta(max_length=512)] = ""
+    """LoRA adapter; not needed when `model` is the name of one."""
+    salt: Annotated[str, Meta(max_length=512)] = ""
+    request: str = ""
+    exclude: Annotated[list[str], Meta(max_length=4096)] = []
+    dry_run: bool = False
+    """Only ask: the decision is neither recorded nor counted as load."""
+    traceparent: str = ""
+    """W3C trace context, for those who can't set a header of this name."""
+
+
+class RouteAnswer(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Where it should go. `kind` is `exact`, `prefix` or `miss`; `session` is `kept`, `moved`, `new` or empty."""
+
+    request: str
+    node: str
+    address: str
+    kind: str
+    matched_blocks: int
+    matched_tokens: int
+    blocks: int
+    tokens: int
+    policy: str
+    cost: float
+    applied: int
+    rank: str = ""
+    """Data-parallel rank to name in `X-data-parallel-rank`, of an engine that has several."""
+    session: str = ""
+    moved_from: str = ""
+    fallbacks: list[str] = []
+    degraded: bool = False
+    """The log is away: the decision is made from memory and waits to be recorded."""
+
+
+class CompleteRequest(Struct, frozen=True, kw_only=True):
+    """Tell how a routed request ended. Times in seconds; without `prompt_tokens`, its usage counts as not known."""
+
+    request: str
+    node: str
+    status: str = "ok"
+    prompt_tokens: Count = 0
+    cached_tokens: Count = 0
+    output_tokens: Count = 0
+    ttft: Seconds = 0.0
+    duration: Seconds = 0.0
+    traceparent: str = ""
+
+
+class RegisterRequest(Struct, frozen=True, kw_only=True):
+    """Register a node; its cache starts empty. With `replace`, also when a node of this name is alive."""
+
+    node: str
+    address: str
+    models: list[str]
+    block_size: int
+    capacity_blocks: dict[Tier, int]
+    cache_mode: str = "reported"
+    engine: str = ""
+    max_active: int = 0
+    pulse_seconds: float = 0.0
+    labels: dict[str, str] = {}
+    replace: bool = False
+
+
+class NodeRequest(Struct, frozen=True, kw_only=True):
+    """Name a node, and why something is done to it."""
+
+    node: str
+    reason: str = ""
+
+
+class NodeLast(Struct, frozen=True, kw_only=True):
+    """The log's last commit about a node itself: its sequence, 0 without one, and its body as it was written."""
+
+    sequence: int
+    body: bytes
+
+
+class Remembered(Struct, frozen=True, kw_only=True):
+    """What the log says of the last epoch of a node: how it was registered, the last batch, and what each tier holds.
+
+    A tier is its block hashes, packed, and the engine's names of them in the same order.
+    """
+
+    epoch: int
+    block_size: int
+    labels: dict[str, str]
+    position: int | None
+    tiers: dict[Tier, tuple[bytes, list[EngineHash]]]
+
+    def names(self) -> dict[Tier, dict[EngineHash, int]]:
+        """Blocks by the engine's names, in each tier."""
+        return {
+            tier: dict(zip(names, unpack_hashes(hashes), strict=True)) for tier, (hashes, names) in self.tiers.items()
+        }
+
+
+class ListRequest(Struct, frozen=True, kw_only=True):
+    """List the nodes, of one model or all."""
+
+    model: str = ""
+
+
+class AdmitRequest(Struct, frozen=True, kw_only=True):
+    """Place blocks on a managed node: on `node`, or on the one that `strategy` chooses."""
+
+    model: str
+    hashes: Packed
+    node: str = ""
+    request: str = ""
+    strategy: str = "least_loaded"
+
+
+class BlocksRequest(Struct, frozen=True, kw_only=True):
+    """Touch or evict blocks of a managed node; evict also takes `count`, the least recently used."""
+
+    node: str
+    hashes: Packed = b""
+    count: Count = 0
+
+
+class LookupRequest(Struct, frozen=True, kw_only=True):
+    """Ask how many leading blocks each node of a model holds."""
+
+    model: str
+    hashes: Packed
+
+
+class SessionRequest(Struct, frozen=True, kw_only=True):
+    """End a session."""
+
+    model: str
+    session: str
+    reason: str = ""
+
+
+class PolicyRequest(Struct, frozen=True, kw_only=True):
+    """Change the policy of all routers."""
+
+    policy: str
+    parameters: dict[str, float] = {}
+
+
+class FormatRequest(Struct, frozen=True, kw_only=True):
+    """Raise the log's format to this one, or to the newest; with `force` also when some readers don't know it."""
+
+    format: int | None = None
+    force: bool = False
+
+
+class StatusRequest(Struct, frozen=True, kw_only=True):
+    """Ask what a service is and knows; with `digest`, also the digest of its state (slow on large fleets)."""
+
+    digest: bool = False
+
+
+class CompactRequest(Struct, frozen=True, kw_only=True):
+    """Purge the log below the oldest snapshot, and below what the history has stored unless there is to be none."""
+
+    without_history: bool = False
+
+
+class ServeRequest(Struct, frozen=True, kw_only=True):
+    """Ask a simulated node to run a request."""
+
+    request: str
+    hashes: Packed
+    tokens: Count
+    output_tokens: Count = 16
+    traceparent: str = ""
+
+
+class ServeAnswer(Struct, frozen=True, kw_only=True):
+    """How it ran. Times in seconds."""
+
+    request: str
+    node: str
+    cached_tokens: int
+    ttft: float
+    duration: float
+
+
+class Pulse(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A node's heartbeat with its gauges. Travels on core NATS and is never stored."""
+
+    node: str
+    epoch: int
+    active: int = 0
+    waiting: int = 0
+    used_blocks: int = 0
+
+
+class SqlRequest(Struct, frozen=True, kw_only=True):
+    """Ask the history in SQL. The answer comes in pages; `next` of a page is the subject to ask for the one after it."""
+
+    sql: Annotated[str, Meta(max_length=1 << 20)]
+    form: Literal["rows", "arrow"] = "rows"
+    """Rows as plain data, or as an Arrow IPC stream a page."""
+    seconds: Annotated[float, Meta(gt=0, le=3600)] | None = None
+    """How long it may take; the historian's own limit if not given."""
+    rows: Annotated[int, Meta(ge=1)] | None = None
+    """How many rows it may give; the historian's own limit if not given."""
+
+
+class SqlNextRequest(Struct, frozen=True, kw_only=True):
+    """Ask for a result's next page, or with `close` for no more."""
+
+    result: str
+    close: bool = False
+
+
+class Column(Struct, frozen=True):
+    """One column of a result: its name, and its type as Arrow names it."""
+
+    name: str
+    type: str
+
+
+class SqlAnswer(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One page of a result."""
+
+    columns: list[Column]
+    rows: list[list[Any]] = []
+    data: bytes = b""
+    """The page as an Arrow IPC stream."""
+    stored: int
+    """Sequence up to which the history was complete when the query began."""
+    result: str = ""
+    next: str = ""
+    """Subject that gives the next page when asked with `result`; empty on the last one."""
+
+
+class MomentRequest(Struct, frozen=True, kw_only=True):
+    """Ask for the fleet as it was at a sequence, or at a time (ISO 8601, UTC unless it says otherwise)."""
+
+    at: str
+    node: str = ""
+
+
+class ChangesRequest(Struct, frozen=True, kw_only=True):
+    """Ask what changed between two moments."""
+
+    first: str
+    second: str
+
+
+class ExplainRequest(Struct, frozen=True, kw_only=True):
+    """Ask why a request was sent where it was; its last decision, or the one at a sequence."""
+
+    request: str
+    sequence: Count | None = None
+
+
+class SnapshotRequest(Struct, frozen=True, kw_only=True):
+    """Ask for a snapshot of the fleet's state at a moment; it comes in pieces, see `PieceRequest`."""
+
+    at: str
+
+
+class PieceRequest(Struct, frozen=True, kw_only=True):
+    """Ask for a piece of something large."""
+
+    result: str
+    offset: Count
+
+
+class Piece(Struct, frozen=True, kw_only=True):
+    """A piece of something large, from `offset` of `size` bytes. `next` is the subject that gives more."""
+
+    result: str
+    offset: int
+    size: int
+    data: bytes
+    next: str
+
+
+class WhatifRequest(Struct, frozen=True, kw_only=True):
+    """Keep what came of a what-if: rows of `whatif_runs` or `whatif_requests`, as an Arrow IPC stream."""
+
+    table: Literal["whatif_runs", "whatif_requests"]
+    data: bytes
+
+
+T = TypeVar("T", bound=Struct)
+_PACKED_FIELDS = {"hashes", "evicted", "stored"}
+_DECODERS: dict[type, msgspec.msgpack.Decoder[Any]] = {}
+_encode = msgspec.msgpack.Encoder().encode
+
+
+def is_json(body: bytes) -> bool:
+    """Whether a request is text: a MessagePack map never begins with a byte below 0x80."""
+    return not body or body[0] < 0x80
+
+
+def decode_request(body: bytes, form: type[T]) -> T:
+    """A request from JSON or MessagePack. Raises `BadRequest`."""
+    try:
+        if not is_json(body):
+            decoder = _DECODERS.get(form)
+            if decoder is None:
+                decoder = _DECODERS[form] = msgspec.msgpack.Decoder(form)
+            request: T = decoder.decode(body)
+        else:
+            raw = msgspec.json.decode(body or b"{}")
+            for field in _PACKED_FIELDS & raw.keys():
+                if isinstance(raw[field], list):
+                    raw[field] = pack_hashes(parse_hash(value) for value in raw[field])
+            request = msgspec.convert(raw, form, builtin_types=(bytes,))
+    except msgspec.ValidationError as error:
+        raise BadRequest(f"the request does not fit: {error}") from None
+    except BadHashes as error:
+        raise BadRequest(str(error)) from None
+    except (msgspec.DecodeError, UnicodeError, RecursionError, ValueError, OverflowError, AttributeError) as error:
+        raise BadRequest(f"the request is neither JSON nor MessagePack of a map: {str(error)[:200]}") from None
+    packed = getattr(request, "hashes", None)
+    if packed is not None and len(packed) % _HASH_BYTES:
+        raise BadRequest(f"hashes has {len(packed)} bytes; 8 bytes a block are needed")
+    return request
+
+
+def encode_answer(answer: object, *, as_json: bool) -> bytes:
+    """An answer in the manner of its request."""
+    if not as_json:
+        return _encode(answer)
+    data = msgspec.to_builtins(answer, builtin_types=(bytes,))
+    return msgspec.json.encode(_hashes_as_text(data))
+
+
+def _hashes_as_text(data: Any) -> Any:  # noqa: ANN401 - plain data of any shape
+    if isinstance(data, dict):
+        return {
+            key: [format_hash(value) for value in unpack_hashes(part)]
+            if key in _PACKED_FIELDS and isinstance(part, bytes)
+            else _hashes_as_text(part)
+            for key, part in data.items()
+        }
+    if isinstance(data, list):
+        return [_hashes_as_text(part) for part in data]
+    return data
+
+
+def names(*pairs: tuple[str, str]) -> None:
+    """Check (name, what it is) pairs. Raises `BadRequest`."""
+    try:
+        for name, what in pairs:
+            check_name(name, what)
+    except BadName as error:
+        raise BadRequest(str(error)) from None
+
+
+def one_of(request: RouteRequest) -> str:
+    """Which of the three forms a route request has. Raises `BadRequest`."""
+    given: Sequence[str] = [name for name in ("hashes", "tokens", "prompt") if getattr(request, name) is not None]
+    if len(given) != 1:
+        raise BadRequest(f"give one of hashes, tokens and prompt, not {' and '.join(given) or 'none'}")
+    return given[0]

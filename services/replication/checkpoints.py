@@ -1,0 +1,245 @@
+"""Checkpoints: every replica notes its digest at the same sequences and tells the others, so that one that differs is found.
+
+A forked copy makes the digest; the replica stands still for the fork and no longer. Which sequences are checkpoints follows
+from the log and the size of the state alone, so that all replicas note the same ones without a word. They travel on core
+NATS (`kv.<fleet>.checkpoint.<writer>`) and are never stored; each service's `status` has its last few.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import msgspec
+import structlog
+from msgspec import Struct
+from nats.errors import Error as NatsError
+
+from kvplane.events.errors import BadName
+from kvplane.events.log.follow import LEAVE_SECONDS
+from kvplane.events.subjects import checkpoint_subject
+from kvplane.projections.digest import digest
+from kvplane.projections.overview import summary
+from kvplane.services.process.forked import Copy
+from kvplane.services.protocol.errors import WorkerDied
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from anyio.abc import TaskGroup
+    from nats.aio.client import Client
+    from nats.aio.msg import Msg
+
+    from kvplane.projections.fleet import FleetState
+
+LEAST_COMMITS = 1000
+"""Checkpoints of a small fleet are so many commits apart."""
+SIZE_COMMITS = 25
+"""Those of a large one are a commit apart for so many things in the state: a digest's share in the work stays the same."""
+MOST_WIDER = 6
+"""A replica that can't keep up notes every second checkpoint, every fourth, ... up to every 2^6th."""
+CALM = 4
+"""After so many in time it tries more of them."""
+KEPT = 8
+"""Checkpoints that are remembered."""
+SETTLE_SECONDS = 1.0
+"""How long others have to tell theirs before a replica says that it is alone with its own."""
+DIGEST_DIGITS = 32
+WRITERS_LIMIT = 1000
+"""Most replicas of which one checkpoint is remembered."""
+
+_log = structlog.get_logger("kvplane.checkpoints")
+
+
+class Checkpoint(Struct, frozen=True):
+    """What a replica's state was at a sequence."""
+
+    writer: str
+    sequence: int
+    digest: str
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(Checkpoint).decode
+
+
+def due(state: FleetState, wider: int = 0) -> bool:
+    """Whether the state's sequence is a checkpoint; one of those that are 2^`wider` times as far apart.
+
+    Wider spacings are multiples of narrower ones: those who note fewer checkpoints note some of those that others do.
+    """
+    if state.sequence % LEAST_COMMITS:
+        return False
+    things = sum(index.memberships for index in state.caches.by_model.values())
+    things += len(state.sessions) + len(state.load.running) + len(state.writers)
+    spacing = LEAST_COMMITS << (things // SIZE_COMMITS // LEAST_COMMITS).bit_length()
+    return state.sequence % (spacing << wider) == 0
+
+
+def odd(digests: Mapping[str, str]) -> list[str]:
+    """Writers whose digest is not that of more than half of them; all of them when there is no such digest."""
+    if len(set(digests.values())) < 2:
+        return []
+    common, count = Counter(digests.values()).most_common(1)[0]
+    return [writer for writer, told in digests.items() if told != common or 2 * count <= len(digests)]
+
+
+class Checkpoints:
+    """The checkpoints of one replica, and what it hears of those of others."""
+
+    def __init__(self, client: Client, state: FleetState, writer: str) -> None:
+        self.writer = writer
+        self.own: dict[int, str] = {}
+        """Digests at the last checkpoints, by sequence."""
+        self.differs = 0
+        """The newest checkpoint at which this replica was not with the majority, until one where it is; else 0."""
+        self.mismatches = 0
+        """How many checkpoints found it so."""
+        self.worst_pause = 0.0
+        """The longest that a fork stopped this process, in seconds."""
+        self._client = client
+        self._state = state
+        self._heard: dict[int, dict[str, str]] = {}
+        self._unsettled: set[int] = set()
+        # Not a lock: who begins a digest is not who waits for it.
+        self._one = anyio.Semaphore(1)
+        self._group: TaskGroup | None = None
+        self._last = (0, "")
+        self._wider = 0
+        self._calm = 0
+
+    async def run(self) -> None:
+        """Note and compare until cancelled; a replica that still reads the past does not run this yet."""
+        if not self.writer:
+            return
+        subscription = await self._client.subscribe(checkpoint_subject(self._state.fleet, "*"), cb=self._hear)
+        try:
+            async with anyio.create_task_group() as group:
+                self._group = group
+                await anyio.sleep_forever()
+        finally:
+            self._group = None
+            with anyio.move_on_after(LEAVE_SECONDS, shield=True), suppress(NatsError, OSError):
+                await subscription.unsubscribe()
+
+    def applied(self) -> None:
+        """A commit was applied: note a checkpoint if this is one, unless a digest is still in the making."""
+        if self._state.sequence % LEAST_COMMITS or self._group is None or not due(self._state, self._wider):
+            return
+        if not self._one.value:
+            # Too slow for these: of rarer ones others that are slow note the same.
+            self._wider, self._calm = min(self._wider + 1, MOST_WIDER), 0
+            return
+        self._calm += 1
+        if self._calm > CALM and self._wider:
+            self._wider, self._calm = self._wider - 1, 0
+        self._one.acquire_nowait()
+        try:
+            copy = self._copy()
+        except OSError as error:
+            self._one.release()
+            _log.warning("checkpoint_failed", sequence=self._state.sequence, error=str(error))
+        else:
+            self._group.start_soon(self._note, copy, self._state.sequence)
+
+    def _copy(self) -> Copy:
+        copy = Copy(partial(_digest, self._state))
+        self.worst_pause = max(self.worst_pause, copy.pause)
+        return copy
+
+    async def _note(self, copy: Copy, sequence: int) -> None:
+        try:
+            told = (await copy.result()).data.getvalue().decode()
+        except (WorkerDied, OSError) as error:
+            _log.warning("checkpoint_failed", sequence=sequence, error=str(error))
+            return
+        finally:
+            self._one.release()
+        self.note(sequence, told)
+        message = _encode(Checkpoint(self.writer, sequence, told))
+        with suppress(NatsError, OSError):
+            await self._client.publish(checkpoint_subject(self._state.fleet, self.writer), message)
+        await anyio.sleep(SETTLE_SECONDS)
+        self.settle(sequence)
+
+    async def now(self) -> dict[str, Any]:
+        """What the state holds, in numbers, with its digest. Raises `WorkerDied` or `OSError`."""
+        async with self._one:
+            found = summary(self._state, digests=False)
+            if self._last[0] != self._state.sequence:
+                sequence, copy = self._state.sequence, self._copy()
+                self._last = (sequence, (await copy.result()).data.getvalue().decode())
+            return {**found, "digest": self._last[1]}
+
+    async def _hear(self, message: Msg) -> None:
+        try:
+            told = _decode(message.data)
+            spoken_for = message.subject == checkpoint_subject(self._state.fleet, told.writer)
+        except (msgspec.DecodeError, BadName, UnicodeError) as error:
+            _log.debug("bad_checkpoint", subject=message.subject, error=str(error))
+            return
+        if spoken_for and told.writer != self.writer:
+            self.hear(told)
+
+    def note(self, sequence: int, told: str) -> None:
+        """This replica's digest at a checkpoint."""
+        self.own[sequence] = told
+        for old in sorted(self.own)[:-KEPT]:
+            del self.own[old]
+        self._unsettled.add(sequence)
+
+    def settle(self, sequence: int) -> None:
+        """Those that are as fast as this one have spoken: whoever is alone now is alone."""
+        self._unsettled.discard(sequence)
+        self._compare(sequence)
+
+    def hear(self, told: Checkpoint) -> None:
+        """Another replica's digest. Those of the future are kept as well: this one may be behind, or slower with its digest."""
+        if (
+            told.sequence % LEAST_COMMITS
+            or told.sequence < min(self.own, default=0)
+            or len(told.digest) != DIGEST_DIGITS
+        ):
+            return
+        heard = self._heard.setdefault(told.sequence, {})
+        if len(heard) < WRITERS_LIMIT or told.writer in heard:
+            heard[told.writer] = told.digest
+        if len(self._heard) > 2 * KEPT:
+            # What is farthest from where this replica is says the least: old ones, and a future that nobody can know.
+            del self._heard[max(self._heard, key=lambda sequence: abs(sequence - self._state.sequence))]
+        self._compare(told.sequence)
+
+    def _compare(self, sequence: int) -> None:
+        own = self.own.get(sequence)
+        digests = self._heard.get(sequence, {})
+        if own is None or not digests or sequence in self._unsettled:
+            return
+        others = odd({**digests, self.writer: own})
+        if self.writer in others:
+            if self.differs != sequence:
+                self.mismatches += 1
+            self.differs = max(self.differs, sequence)
+            _log.error(
+                "replica_differs", fleet=self._state.fleet, writer=self.writer, sequence=sequence, digest=own,
+                others=digests, remedy="restart it; if it differs again, report it with the log. `kvplane doctor` says more",
+            )  # fmt: skip
+            return
+        if others:
+            _log.warning("other_replica_differs", fleet=self._state.fleet, writers=others, sequence=sequence)
+        if sequence >= self.differs:
+            self.differs = 0
+
+    def told(self) -> dict[str, Any]:
+        """What `status` says of them."""
+        return {
+            "checkpoints": {str(sequence): told for sequence, told in sorted(self.own.items())},
+            "differs": self.differs,
+            "mismatches": self.mismatches,
+        }
+
+
+def _digest(state: FleetState) -> bytes:
+    return digest(state).encode()

@@ -1,0 +1,1 @@
+"""The services that answer for a fleet: router and coordinator."""

@@ -1,0 +1,357 @@
+"""The coordinator: changes nodes, places blocks on managed nodes, concludes who is lost. Start as many as you like.
+
+There is no leader. A command is decided on the fold, committed with the subject's last sequence as expectation, and
+answered after the acknowledgement was read back and the fold judged it. The loser of a race reads on and decides again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import anyio
+import msgspec
+import structlog
+
+from kvplane.events.errors import BadName, KvplaneError, LogUnavailable, LostRace
+from kvplane.events.hashing import unpack_hashes
+from kvplane.events.log.append import Appender, new_writer
+from kvplane.events.log.servers import in_cluster
+from kvplane.events.log.stream import COPIES, open_stream
+from kvplane.events.subjects import pulse_subject
+from kvplane.projections.overview import node_row
+from kvplane.services.control import formats, placement
+from kvplane.services.control.liveness import Liveness
+from kvplane.services.process.version import package_version
+from kvplane.services.protocol import messages
+from kvplane.services.protocol.errors import Conflict, LogAway, UnknownModel
+from kvplane.services.replication.compaction import SNAPSHOT_BYTES, SNAPSHOT_COMMITS, Compaction
+from kvplane.services.replication.replica import Replica
+from kvplane.services.roles.names import Names
+from kvplane.services.roles.readers import readers
+from kvplane.services.routing.policies import check
+from kvplane.services.rpc.readiness import Readiness, readiness
+from kvplane.services.rpc.server import Endpoint, serve
+from kvplane.services.rpc.tally import Tally
+
+if TYPE_CHECKING:
+    from anyio.abc import TaskStatus
+    from nats.aio.client import Client
+    from nats.aio.msg import Msg
+
+    from kvplane.services.control.placement import Proposal
+
+ANSWER_SECONDS = 10.0
+"""How long a commit is tried, and after lost races decided anew."""
+LOOK_SECONDS = 0.25
+"""How often silence is looked for."""
+
+_log = structlog.get_logger("kvplane.coordinator")
+_decode_pulse = msgspec.msgpack.Decoder(messages.Pulse).decode
+
+Decide = Callable[[Any, Any], "Proposal | None"]
+
+
+class _Turn:
+    """Whose turn it is to change one thing; `free` is when the next may begin."""
+
+    def __init__(self) -> None:
+        self.lock = anyio.Lock()
+        self.free = 0.0
+
+
+class Coordinator:
+    """One coordinator of a fleet."""
+
+    role = "coordinator"
+
+    def __init__(
+        self, client: Client, fleet: str, *, replicas: int | None = None, snapshot_commits: int = SNAPSHOT_COMMITS,
+        snapshot_bytes: int = SNAPSHOT_BYTES,
+    ) -> None:  # fmt: skip
+        self.client = client
+        self.fleet = fleet
+        self.writer = new_writer("coordinator")
+        self.replica = Replica(client, fleet, writer=self.writer)
+        self.state = self.replica.state
+        self.compaction = Compaction(client, self.replica, commits=snapshot_commits, size=snapshot_bytes)
+        self.liveness = Liveness()
+        self.races_lost = 0
+        self.conclusions = {"lost": 0, "recovered": 0, "failed": 0}
+        """What it concluded of nodes from their pulses; `failed` are those that could not be committed."""
+        self.bad_pulses = 0
+        self.tally = Tally()
+        self.serving = False
+        self.names = Names(client, fleet, f"kv.{fleet}.coordinator.{self.writer}.piece")
+        self._replicas = replicas
+        self.appender = Appender(client, fleet, self.writer)
+        self.most_tries = 0
+        """How often the unluckiest decision was made."""
+        # A turn lives as long as someone has it or waits for it.
+        self._turns: WeakValueDictionary[str, _Turn] = WeakValueDictionary()
+
+    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Answer until cancelled; creates the fleet's log when there is none, on a cluster in `COPIES`."""
+        replicas = self._replicas or (COPIES if in_cluster(self.client) else 1)
+        await open_stream(self.client.jetstream(), self.fleet, replicas=replicas, create=True)
+        async with anyio.create_task_group() as group:
+            group.start_soon(self.replica.run)
+            await self.replica.follower.caught_up.wait()
+            await group.start(self.names.run)
+            await self.client.subscribe(f"kv.{self.fleet}.pulse.*", cb=self._pulse)
+            base = f"kv.{self.fleet}.coordinator"
+            table: list[tuple[str, type[msgspec.Struct], Callable[[Any], Any]]] = [
+                ("node.register", messages.RegisterRequest, self.register),
+                ("node.cordon", messages.NodeRequest, lambda r: self._change(placement.cordon, r)),
+                ("node.uncordon", messages.NodeRequest, lambda r: self._change(placement.uncordon, r)),
+                ("node.remove", messages.NodeRequest, lambda r: self._change(placement.remove, r)),
+                ("node.list", messages.ListRequest, self.list_nodes),
+                ("cache.admit", messages.AdmitRequest, self.admit),
+                ("cache.touch", messages.BlocksRequest, lambda r: self._change(placement.touch, r)),
+                ("cache.evict", messages.BlocksRequest, lambda r: self._change(placement.evict, r)),
+                ("node.last", messages.NodeRequest, self.names.last),
+                ("cache.names", messages.NodeRequest, self.names.first),
+                ("cache.lookup", messages.LookupRequest, self.lookup),
+                ("session.end", messages.SessionRequest, self.end_session),
+                ("policy.set", messages.PolicyRequest, self.set_policy),
+                ("format.show", messages.StatusRequest, self.show_format),
+                ("format.raise", messages.FormatRequest, self.raise_format),
+                ("status", messages.StatusRequest, self.status),
+                ("snapshot", messages.StatusRequest, self.snapshot),
+                ("compact", messages.CompactRequest, self.compact),
+            ]
+            endpoints = [
+                Endpoint(name.replace(".", "_"), f"{base}.{name}", form, answer, concurrent=True)
+                for name, form, answer in table
+            ]
+            own = f"{base}.{self.writer}.status"
+            endpoints += [
+                Endpoint("status_of_one", own, messages.StatusRequest, self.status, concurrent=True),
+                Endpoint("piece", self.names.subject, messages.PieceRequest, self.names.more, concurrent=True),
+            ]
+            # What a node asks for itself, on a subject to which its credentials can be bound.
+            own_of_nodes: dict[str, tuple[str, type[msgspec.Struct], Callable[[Any], Any]]] = {
+                "register_oneself": ("node.register", messages.RegisterRequest, self.register),
+                "admit_to_oneself": ("cache.admit", messages.AdmitRequest, self.admit),
+                "last_of_oneself": ("node.last", messages.NodeRequest, self.names.last),
+                "names_of_oneself": ("cache.names", messages.NodeRequest, self.names.first),
+            }
+            endpoints += [
+                Endpoint(name, f"{base}.{what}.*", form, answer, concurrent=True)
+                for name, (what, form, answer) in own_of_nodes.items()
+            ]
+            await serve(
+                self.client, group, "kvplane-coordinator", f"coordinates fleet {self.fleet}", endpoints,
+                {"fleet": self.fleet, "writer": self.writer}, self.tally,
+            )  # fmt: skip
+            self.serving = True
+            group.start_soon(self._watch)
+            group.start_soon(self.compaction.run)
+            _log.info("coordinator_ready", fleet=self.fleet, writer=self.writer, applied=self.state.sequence)
+            task_status.started()
+
+    def readiness(self) -> Readiness:
+        """Whether it can decide: not without the log, for what it answers is on it."""
+        follower = self.replica.follower
+        away = "" if follower.healthy and self.client.is_connected else "the log is away: nothing can be committed"
+        return readiness(follower, serving=self.serving, reason=away)
+
+    async def commit(self, decide: Decide, request: object, turn: str) -> tuple[Proposal | None, int]:
+        """Decide and commit until the fold accepts it; what was committed and its sequence. `turn` names what it changes.
+
+        One decision at a time a turn: deciding side by side on one node would only lose races.
+        """
+        mine = self._turns.setdefault(turn, _Turn())
+        async with mine.lock:
+            await anyio.sleep_until(mine.free)
+            give_up = anyio.current_time() + ANSWER_SECONDS
+            tries = 0
+            while (begin := anyio.current_time()) < give_up:
+                tries += 1
+                self.most_tries = max(self.most_tries, tries)
+                based_on = self.state.sequence
+                proposal = decide(self.state, request)
+                if proposal is None:
+                    return None, based_on
+                target = proposal.subject(self.fleet)
+                deciding = proposal.room in {"node", "cache"}
+                try:
+                    sequence = await self.appender.append(
+                        target,
+                        [proposal.event],
+                        expected=self.state.head(target) if deciding else None,
+                        based_on=based_on if deciding else None,
+                        give_up=ANSWER_SECONDS,
+                    )
+                except LostRace:
+                    self.races_lost += 1
+                    await self.replica.reached(based_on + 1)
+                    continue
+                except LogUnavailable as error:
+                    raise LogAway(f"the log does not acknowledge: {error}") from error
+                await self.replica.reached(sequence)
+                skipped = self.replica.skipped(sequence)
+                if skipped is None:
+                    if tries > 1:
+                        # Others race for it: let them have as long a time as this took, or the fastest would win for ever.
+                        mine.free = 2 * anyio.current_time() - begin
+                    return proposal, sequence
+                self.races_lost += 1
+            raise Conflict(f"{turn!r} changed {tries} times while this was decided; try again later")
+
+    async def _change(
+        self, decide: Decide, request: messages.NodeRequest | messages.BlocksRequest
+    ) -> dict[str, object]:
+        self.replica.check_ready()
+        messages.names((request.node, "node"))
+        proposal, sequence = await self.commit(decide, request, request.node)
+        return {"node": request.node, "changed": proposal is not None, "sequence": sequence}
+
+    async def register(self, request: messages.RegisterRequest) -> dict[str, object]:
+        """Register a node; its epoch is in the answer."""
+        self.replica.check_ready()
+        _, sequence = await self.commit(placement.register, request, request.node)
+        return {"node": request.node, "epoch": sequence, "sequence": sequence}
+
+    async def admit(self, request: messages.AdmitRequest) -> dict[str, object]:
+        """Place blocks on a managed node."""
+        self.replica.check_ready()
+        messages.names((request.model, "model"))
+        proposal, sequence = await self.commit(placement.admit, request, request.node or f"model {request.model}")
+        if proposal is None:
+            return {"node": request.node, "evicted": b"", "sequence": sequence}
+        node = self.state.nodes.get(proposal.name)
+        return {
+            "node": proposal.name,
+            "address": node.registered.address if node else "",
+            "stored_blocks": len(request.hashes) // 8,
+            "evicted": proposal.event.evicted,  # type: ignore[attr-defined]
+            "sequence": sequence,
+        }
+
+    async def end_session(self, request: messages.SessionRequest) -> dict[str, object]:
+        """End a session."""
+        self.replica.check_ready()
+        messages.names((request.model, "model"), (request.session, "session"))
+        proposal, sequence = await self.commit(placement.end_session, request, f"session {request.session}")
+        return {"session": request.session, "changed": proposal is not None, "sequence": sequence}
+
+    async def set_policy(self, request: messages.PolicyRequest) -> dict[str, object]:
+        """Change the policy of all routers."""
+        messages.names((request.policy, "policy"))
+        check(request.policy, request.parameters)
+        _, sequence = await self.commit(lambda _, r: placement.set_policy(r), request, "policy")
+        return {"policy": request.policy, "sequence": sequence}
+
+    async def show_format(self, request: messages.StatusRequest) -> dict[str, object]:  # noqa: ARG002 - nothing to choose
+        """The log's format in force, and who reads which."""
+        self.replica.check_ready()
+        return {"format": self.state.format, "readers": await readers(self.client, self.fleet)}
+
+    async def raise_format(self, request: messages.FormatRequest) -> dict[str, object]:
+        """Raise the log's format."""
+        self.replica.check_ready()
+        raised = partial(formats.raised, kvplane=package_version())
+        wanted = raised(self.state, request)
+        if wanted is not None and not request.force:
+            formats.check_readers(await readers(self.client, self.fleet), wanted.event.format)  # type: ignore[attr-defined]
+        proposal, sequence = await self.commit(raised, request, "format")
+        return {"format": self.state.format, "changed": proposal is not None, "sequence": sequence}
+
+    async def list_nodes(self, request: messages.ListRequest) -> dict[str, object]:
+        """Nodes with their state, load and last pulse."""
+        self.replica.check_ready()
+        rows = []
+        for name, node in sorted(self.state.nodes.items()):
+            if request.model and request.model not in node.registered.models:
+                continue
+            pulse = self.liveness.pulses.get(name)
+            rows.append({**node_row(self.state, node), "waiting": pulse.waiting if pulse else None})
+        return {"fleet": self.fleet, "sequence": self.state.sequence, "nodes": rows}
+
+    async def lookup(self, request: messages.LookupRequest) -> dict[str, object]:
+        """Leading blocks that each node holds, in its fastest tier."""
+        self.replica.check_ready()
+        messages.names((request.model, "model"))
+        serving = [node for node in self.state.nodes.values() if request.model in node.registered.models]
+        if not serving:
+            raise UnknownModel(f"no node serves model {request.model[:80]!r}")
+        matches = {}
+        for cache_model in dict.fromkeys(node.model for node in serving):
+            lengths = self.state.caches.index(cache_model).match(request.hashes)
+            for node in serving:
+                if node.model == cache_model and "gpu" in node.slots:
+                    matches[node.name] = lengths[node.slots["gpu"]]
+        blocks = len(unpack_hashes(request.hashes))
+        return {"model": request.model, "blocks": blocks, "matches": matches, "sequence": self.state.sequence}
+
+    async def status(self, request: messages.StatusRequest) -> dict[str, object]:
+        """What this coordinator is and knows."""
+        return {
+            "races_lost": self.races_lost,
+            "most_tries": self.most_tries,
+            **await self.replica.about(digests=request.digest),
+        }
+
+    async def snapshot(self, request: messages.StatusRequest) -> dict[str, object]:  # noqa: ARG002 - nothing to choose
+        """Take a snapshot of the fold."""
+        self.replica.check_ready()
+        return await self.compaction.take()
+
+    async def compact(self, request: messages.CompactRequest) -> dict[str, object]:
+        """Purge what of the log is no longer needed."""
+        return await self.compaction.compact(without_history=request.without_history)
+
+    async def _pulse(self, message: Msg) -> None:
+        try:
+            pulse = _decode_pulse(message.data)
+        except msgspec.DecodeError as error:
+            self.bad_pulses += 1
+            _log.warning("bad_pulse", subject=message.subject, error=str(error))
+            return
+        try:
+            spoken_for = pulse_subject(self.fleet, pulse.node)
+        except BadName:
+            return
+        if message.subject == spoken_for:
+            self.liveness.heard(self.state, pulse, time.monotonic())
+
+    async def _watch(self) -> None:
+        """Conclude who is lost and who is back."""
+        reconnects = -1
+        looked = time.monotonic()
+        while True:
+            now = time.monotonic()
+            # A process that was stopped wakes up with the pulses of that time still unread.
+            deaf = now - looked > 4 * LOOK_SECONDS or not (self.client.is_connected and self.replica.follower.healthy)
+            if deaf or self.client.stats["reconnects"] != reconnects:
+                reconnects = self.client.stats["reconnects"]
+                self.liveness.listen(now)
+            silent = self.liveness.silent(self.state, now)
+            if silent:
+                # One a turn: the next is judged anew, with what was heard meanwhile.
+                name, quiet = silent[0]
+                if await self._conclude(placement.lost, name, f"no pulse for {quiet:.1f} s"):
+                    self.liveness.concluded(name)
+            for name in self.liveness.back(self.state, now):
+                await self._conclude(placement.recovered, name, "")
+            self.liveness.forget(self.state)
+            looked = time.monotonic()
+            await anyio.sleep(LOOK_SECONDS)
+
+    async def _conclude(self, decide: Decide, name: str, reason: str) -> bool:
+        """Commit a conclusion; false when it was not to be had."""
+        try:
+            proposal, sequence = await self.commit(decide, messages.NodeRequest(node=name, reason=reason), name)
+        except KvplaneError as error:
+            self.conclusions["failed"] += 1
+            _log.warning("conclusion_failed", node=name, error=str(error))
+            return False
+        if proposal is not None:
+            self.conclusions["lost" if decide is placement.lost else "recovered"] += 1
+            event = type(proposal.event).__name__
+            _log.warning("node_concluded", node=name, conclusion=event, reason=reason, sequence=sequence)
+        return True

@@ -1,0 +1,186 @@
+"""What the log says of a node: the engine's names of its blocks, and the last batch. Read from the node's own subject."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import anyio
+import structlog
+from nats.errors import Error as NatsError
+from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
+from nats.js.errors import APIError, NotFoundError
+
+from kvplane.events import codec
+from kvplane.events.errors import BadCommit, LogUnavailable
+from kvplane.events.hashing import unpack_hashes
+from kvplane.events.log.follow import LEAVE_SECONDS
+from kvplane.events.subjects import stream_name, subject
+from kvplane.events.types import BlocksRemoved, BlocksStored, CacheCleared, NodeRegistered
+from kvplane.services.protocol import messages
+from kvplane.services.protocol.errors import AnswerTooLarge
+
+if TYPE_CHECKING:
+    from nats.aio.client import Client
+    from nats.aio.msg import Msg
+
+    from kvplane.events.types import EngineHash, Event, Tier
+
+READ_SECONDS = 30.0
+"""How long nothing may arrive while the log is read."""
+HEARTBEAT_SECONDS = 5.0
+PENDING_BYTES = 32 << 20
+"""Bytes that may wait in the client; the server's flow control keeps below it."""
+
+MOST_ENTRIES = 4_000_000
+"""Most blocks and writers of which a node's memory may consist; some 200 bytes each."""
+NAME_BYTES = 64
+"""Longest name of a block that is taken over. Those of engines have 32 at the most."""
+
+_log = structlog.get_logger("kvplane.engines")
+
+
+class Memory:
+    """A fold of one node's cache events in one epoch. Pure."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.registered: NodeRegistered | None = None
+        self.position: int | None = None
+        """Last batch of which the log knows; some of it may be missing."""
+        self._tiers: dict[Tier, dict[int, EngineHash]] = {}
+        self._writers: dict[str, int] = {}
+
+    def apply(self, commit: codec.Commit) -> None:
+        """Apply a commit as the fleet's fold does."""
+        if commit.writer and commit.writer_seq:
+            if commit.writer_seq <= self._writers.get(commit.writer, 0):
+                return
+            self._writers[commit.writer] = commit.writer_seq
+        if all(getattr(event, "epoch", None) == self.epoch for event in commit.events):
+            for event in commit.events:
+                self._event(event)
+
+    def _event(self, event: Event) -> None:
+        if isinstance(event, BlocksStored):
+            blocks = unpack_hashes(event.hashes)
+            tier = self._tiers.setdefault(event.tier, {})
+            # What another writer stored without the engine's names can't be followed, so it is not taken over.
+            for block, name in zip(blocks, event.engine_hashes or (), strict=False):
+                if isinstance(name, int) or len(name) <= NAME_BYTES:
+                    tier[block] = name
+        elif isinstance(event, BlocksRemoved):
+            tier = self._tiers.setdefault(event.tier, {})
+            for block in unpack_hashes(event.hashes):
+                tier.pop(block, None)
+        elif isinstance(event, CacheCleared):
+            self._tiers.clear()
+        else:
+            return
+        self.position = event.batch
+
+    def entries(self) -> int:
+        """Of how many blocks and writers this consists."""
+        return len(self._writers) + sum(len(blocks) for blocks in self._tiers.values())
+
+    def names(self) -> dict[Tier, dict[EngineHash, int]]:
+        """Blocks by the engine's names, in each tier."""
+        return {tier: {name: block for block, name in blocks.items()} for tier, blocks in self._tiers.items()}
+
+
+async def last(client: Client, fleet: str, node: str) -> messages.NodeLast:
+    """The log's last commit about a node itself. Raises `LogUnavailable`."""
+    try:
+        message = await client.jetstream().get_last_msg(stream_name(fleet), subject(fleet, "node", node))
+    except NotFoundError:
+        return messages.NodeLast(sequence=0, body=b"")
+    except (NatsError, APIError, OSError, TimeoutError) as error:
+        raise LogUnavailable(f"the log can't be read for what became of node {node!r} ({error!r})") from None
+    return messages.NodeLast(sequence=message.seq or 0, body=message.data or b"")
+
+
+async def read(client: Client, fleet: str, node: str) -> Memory | None:
+    """Read the last epoch of a node's cache; none when the log knows of none.
+
+    Raises `LogUnavailable`, or `AnswerTooLarge` for more than `MOST_ENTRIES`.
+    """
+    try:
+        return await _read(client, fleet, node)
+    except (NatsError, APIError, OSError, TimeoutError) as error:
+        raise LogUnavailable(f"the log can't be read for what node {node!r} held before ({error!r})") from None
+
+
+async def _read(client: Client, fleet: str, node: str) -> Memory | None:
+    js, stream, where = client.jetstream(), stream_name(fleet), subject(fleet, "cache", node)
+    try:
+        last = await js.get_last_msg(stream, where)
+        events = codec.decode_body("cache", last.data or b"")
+        memory = Memory(getattr(events[0], "epoch", 0))
+        begun = await js.get_msg(stream, seq=memory.epoch)
+        registered = codec.decode_body("node", begun.data or b"")[0]
+    except (NotFoundError, BadCommit):
+        return None
+    end = last.seq or 0
+    if not isinstance(registered, NodeRegistered) or registered.node != node or memory.epoch >= end:
+        return None
+    memory.registered = registered
+    await _fold(client, fleet, memory, where, end)
+    return memory
+
+
+async def _fold(client: Client, fleet: str, memory: Memory, where: str, end: int) -> None:
+    """Apply what is on one subject after the memory's epoch. Raises `TimeoutError`, `AnswerTooLarge`."""
+    name, inbox = f"memory-{uuid4().hex}", client.new_inbox()
+    delivered, whole, heard = 0, True, anyio.Event()
+    done = False
+
+    async def take(message: Msg) -> None:
+        nonlocal delivered, whole, heard, done
+        if not message.reply.startswith("$JS.ACK."):
+            stalled = message.reply or (message.headers or {}).get("Nats-Consumer-Stalled")
+            if stalled:
+                await client.publish(stalled)
+            return
+        about = message.metadata
+        if about.consumer != name:
+            # A stranger's consumer that was aimed at this inbox.
+            return
+        delivered += 1
+        whole &= about.sequence.consumer == delivered
+        sequence = about.sequence.stream
+        if sequence <= end:
+            stored = codec.Message(sequence, message.subject, 0, message.headers, message.data)
+            try:
+                memory.apply(codec.decode(fleet, stored))
+            except BadCommit:
+                _log.debug("commit_passed_over", subject=where, sequence=sequence)
+        done |= sequence >= end
+        heard.set()
+        heard = anyio.Event()
+
+    subscription = await client.subscribe(inbox, cb=take, pending_msgs_limit=-1, pending_bytes_limit=PENDING_BYTES)
+    try:
+        # Coordinators may make consumers of the whole log, whose API subject names no filter; then there may be a list.
+        await client.jetstream().add_consumer(
+            stream_name(fleet),
+            ConsumerConfig(
+                name=name, deliver_subject=inbox, filter_subjects=[where], deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
+                opt_start_seq=memory.epoch + 1, ack_policy=AckPolicy.NONE, max_deliver=1, flow_control=True,
+                idle_heartbeat=HEARTBEAT_SECONDS, inactive_threshold=READ_SECONDS, mem_storage=True, num_replicas=1,
+            ),
+        )  # fmt: skip
+        while True:
+            if not whole:
+                raise TimeoutError("deliveries were lost")
+            if memory.entries() > MOST_ENTRIES:
+                raise AnswerTooLarge(
+                    f"the log says more than {MOST_ENTRIES:,} things of what the node held before; begin anew"
+                )
+            if done:
+                break
+            with anyio.fail_after(READ_SECONDS):
+                await heard.wait()
+    finally:
+        with anyio.move_on_after(LEAVE_SECONDS, shield=True), suppress(NatsError, OSError):
+            await subscription.unsubscribe()

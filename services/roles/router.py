@@ -1,0 +1,277 @@
+"""The router: answers `kv.<fleet>.route`, and records what it decided.
+
+Decisions are made from memory and committed behind the reply. While the log is away the router goes on, says
+`degraded` in its answers, keeps a bounded buffer and counts what it must drop.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import anyio
+import structlog
+
+from kvplane.events import types
+from kvplane.events.durations import MICRO, Durations
+from kvplane.events.errors import BadHashes
+from kvplane.events.hashing import block_hashes
+from kvplane.events.log.append import Appender, new_writer
+from kvplane.events.log.group import GroupWriter, Writers
+from kvplane.events.subjects import subject
+from kvplane.services.protocol import labels
+from kvplane.services.protocol.errors import BadRequest, NoTokenizer
+from kvplane.services.protocol.messages import CompleteRequest, RouteAnswer, RouteRequest, StatusRequest, names, one_of
+from kvplane.services.replication.replica import Replica
+from kvplane.services.routing.decide import Chooser, Query
+from kvplane.services.routing.overlay import Overlay
+from kvplane.services.rpc.readiness import Readiness, readiness
+from kvplane.services.rpc.server import Endpoint, serve, stop
+from kvplane.services.rpc.tally import Tally
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from anyio.abc import TaskGroup, TaskStatus
+    from nats.aio.client import Client
+    from nats.micro.service import Service
+
+    from kvplane.events.codec import Message
+    from kvplane.projections.fleet import Applied
+    from kvplane.projections.nodes import Node
+    from kvplane.services.routing.decide import Decision
+
+BUFFER_EVENTS = 100_000
+"""Decisions that may wait for the log; `group.LIMIT_BYTES` bounds their size as well."""
+LINGER_SECONDS = 0.005
+
+_log = structlog.get_logger("kvplane.router")
+_HASH_BYTES = 8
+_WARN_NS = 60 * 10**9
+"""Between two warnings that the policy fails."""
+
+
+class Router:
+    """One router of a fleet."""
+
+    role = "router"
+
+    def __init__(self, client: Client, fleet: str) -> None:
+        self.client = client
+        self.fleet = fleet
+        self.writer = new_writer("router")
+        self.overlay = Overlay()
+        self.replica = Replica(client, fleet, self._observe, before=self.settle, writer=self.writer)
+        self.state = self.replica.state
+        self.chooser = Chooser(self.state, self.overlay)
+        self.decisions = {"exact": 0, "prefix": 0, "miss": 0, "refused": 0}
+        self.sessions = {"kept": 0, "moved": 0, "new": 0}
+        """Decisions about requests with a session."""
+        self.matched_blocks = 0
+        self.asked_blocks = 0
+        """Blocks that decisions could have matched at the most."""
+        self.seconds = Durations(MICRO)
+        """How long decisions took."""
+        self.tally = Tally()
+        self.serving = False
+        self.appender = Appender(client, fleet, self.writer)
+        self.writers = Writers()
+        self._access = self._writer(subject(fleet, "access", self.writer))
+        self._session_writers: dict[str, GroupWriter] = {}
+        self._requests = 0
+        self._warned = 0
+        self._unsettled: tuple[Query, Decision, int, int] | None = None
+
+    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Answer until cancelled. Started means: the log is read and requests are taken."""
+        async with anyio.create_task_group() as group:
+            group.start_soon(self.replica.run)
+            group.start_soon(self.writers.run)
+            try:
+                service = await self._serve(group)
+                self.serving = True
+                task_status.started()
+                try:
+                    await anyio.sleep_forever()
+                finally:
+                    self.serving = False
+                    # Nothing may be answered any more that could not be recorded.
+                    await stop(service)
+            finally:
+                self.settle()
+                await self.writers.close()
+
+    async def _serve(self, group: TaskGroup) -> Service:
+        await self.replica.follower.caught_up.wait()
+        base = f"kv.{self.fleet}"
+        service = await serve(
+            self.client, group, "kvplane-router", f"routes requests of fleet {self.fleet}",
+            [
+                Endpoint("route", f"{base}.route", RouteRequest, self.route, after=self.settle, traced=True),
+                Endpoint("complete", f"{base}.complete", CompleteRequest, self.complete, traced=True, unasked=True),
+                Endpoint("status", f"{base}.router.{self.writer}.status", StatusRequest, self.status, concurrent=True),
+                Endpoint("flush", f"{base}.router.{self.writer}.flush", StatusRequest, self.flush, concurrent=True),
+            ],
+            {"fleet": self.fleet, "writer": self.writer}, self.tally,
+        )  # fmt: skip
+        _log.info("router_ready", fleet=self.fleet, writer=self.writer, applied=self.state.sequence)
+        return service
+
+    def route(self, request: RouteRequest, trace: str = "") -> RouteAnswer:
+        """Decide and answer; `settle` records. Raises the faults of `services.protocol.errors`."""
+        self.settle()
+        # In microseconds, as it is recorded: a decision must be the same when it is made again.
+        now = time.time_ns() // 1000 * 1000
+        query = self._query(request, trace)
+        failures = self.chooser.policy_failures
+        begin = time.perf_counter()
+        try:
+            decision = self.chooser.decide(query, now)
+        except Exception:
+            self.decisions["refused"] += 1
+            raise
+        self.seconds.add(time.perf_counter() - begin)
+        if self.chooser.policy_failures > failures and now - self._warned > _WARN_NS:
+            self._warned = now
+            _log.warning(
+                "policy_failed", policy=self.state.policy, error=self.chooser.last_failure,
+                failures=self.chooser.policy_failures, instead=decision.policy,
+            )  # fmt: skip
+        if not request.dry_run:
+            self.decisions[decision.kind] += 1
+            self.matched_blocks += decision.match
+            self.asked_blocks += query.blocks
+            if decision.session:
+                self.sessions[decision.session] += 1
+            self._unsettled = (query, decision, now, self.state.sequence)
+        return RouteAnswer(
+            request=query.id,
+            node=decision.node.name,
+            address=decision.node.registered.address,
+            rank=decision.node.registered.labels.get(labels.RANK, ""),
+            kind=decision.kind,
+            matched_blocks=decision.match,
+            matched_tokens=decision.match * query.block_size,
+            blocks=len(query.hashes) // _HASH_BYTES,
+            tokens=query.tokens,
+            policy=decision.policy,
+            cost=decision.cost,
+            applied=self.state.sequence,
+            session=decision.session,
+            moved_from=decision.moved_from if decision.session == "moved" else "",
+            fallbacks=decision.fallbacks,
+            degraded=self.degraded,
+        )
+
+    def settle(self) -> None:
+        """Record the last decision: behind its answer, and before anything else is decided or read from the log."""
+        if self._unsettled is not None:
+            unsettled, self._unsettled = self._unsettled, None
+            self._record(*unsettled)
+
+    @property
+    def degraded(self) -> bool:
+        """Whether decisions can't be recorded at the moment."""
+        return not (self._access.available and self.client.is_connected and self.replica.follower.healthy)
+
+    def readiness(self) -> Readiness:
+        """Whether it can answer. It can while the log is away: then it is degraded, and still better than none."""
+        return readiness(
+            self.replica.follower, serving=self.serving, degraded=self.degraded,
+            waiting=sum(writer.waiting for writer in self.writers), unrecorded=sum(w.dropped for w in self.writers),
+        )  # fmt: skip
+
+    def _query(self, request: RouteRequest, trace: str) -> Query:
+        form = one_of(request)
+        pairs = [(request.model, "model")]
+        if request.session:
+            pairs.append((request.session, "session"))
+        if request.request:
+            pairs.append((request.request, "request"))
+        names(*pairs)
+        roster = self.chooser.roster(request.model)
+        size = roster.block_size
+        if form == "hashes":
+            hashes = request.hashes or b""
+            count = len(hashes) // _HASH_BYTES
+            tokens = count * size + 1 if request.tokens_count is None else request.tokens_count
+            if tokens < count * size:
+                raise BadRequest(f"tokens_count {tokens} is less than {count} full blocks of {size} tokens")
+        else:
+            ids = request.tokens if form == "tokens" else self._tokenize(request, roster.nodes)
+            adapter = request.adapter or (request.model if roster.is_adapter else "")
+            try:
+                hashes = block_hashes(ids or [], size, adapter=adapter, salt=request.salt)
+            except BadHashes as error:
+                raise BadRequest(str(error)) from None
+            count, tokens = len(hashes) // _HASH_BYTES, len(ids or [])
+        if tokens > types.LENGTH_LIMIT:
+            raise BadRequest(f"the prompt has {tokens} tokens; the limit is {types.LENGTH_LIMIT}")
+        # The last token is always computed, so a match never covers the whole prompt.
+        blocks = min(count, max(0, tokens - 1) // size)
+        self._requests += 1
+        identity = request.request or f"{self.writer}.{self._requests:x}"
+        exclude = frozenset(request.exclude)
+        return Query(identity, request.model, hashes, tokens, blocks, size, request.session, exclude, trace)
+
+    def _tokenize(self, request: RouteRequest, nodes: Sequence[Node]) -> list[int]:
+        """Token ids of a prompt. Only the byte tokenizer of simulated nodes is built in."""
+        kinds = {node.registered.labels.get(labels.TOKENIZER, "") for node in nodes}
+        if kinds != {"bytes"}:
+            raise NoTokenizer(
+                f"no tokenizer is known for model {request.model[:80]!r}; send tokens, or hashes with tokens_count"
+            )
+        return list((request.prompt or "").encode())
+
+    def _record(self, query: Query, decision: Decision, now: int, applied: int) -> None:
+        routed, assigned = self.chooser.settle(query, decision, now, applied)
+        self._access.put(routed)
+        if assigned is not None:
+            self._session_writer(query.model).put(assigned)
+
+    def _session_writer(self, model: str) -> GroupWriter:
+        writer = self._session_writers.get(model)
+        if writer is None:
+            writer = self._session_writers[model] = self._writer(subject(self.fleet, "session", model))
+        return writer
+
+    def _writer(self, target: str) -> GroupWriter:
+        return self.writers.add(GroupWriter(self.appender, target, linger=LINGER_SECONDS, limit=BUFFER_EVENTS))
+
+    def complete(self, request: CompleteRequest, trace: str = "") -> dict[str, object]:
+        """Record how a request ended, for clients that can't write to the log."""
+        names((request.request, "request"), (request.node, "node"))
+        self._access.put(
+            types.RequestCompleted(
+                request=request.request, node=request.node, status=request.status[:512],
+                prompt_tokens=request.prompt_tokens, cached_tokens=request.cached_tokens,
+                output_tokens=request.output_tokens, ttft=request.ttft, duration=request.duration, trace=trace,
+            )
+        )  # fmt: skip
+        return {"request": request.request, "degraded": self.degraded}
+
+    def _observe(self, message: Message, applied: Applied) -> None:
+        if applied.commit is not None:
+            self.overlay.observe(applied.commit, message.time, self.state, self.writer, time.time_ns())
+
+    async def status(self, request: StatusRequest) -> dict[str, object]:
+        """What this router is and knows."""
+        self.settle()
+        return {
+            "degraded": self.degraded,
+            "decisions": self.decisions,
+            "policy_failures": self.chooser.policy_failures,
+            "policy_failure": self.chooser.last_failure,
+            "recorded": sum(writer.acknowledged for writer in self.writers),
+            "waiting": sum(writer.waiting for writer in self.writers),
+            "unrecorded": sum(writer.dropped for writer in self.writers),
+            **await self.replica.about(digests=request.digest),
+        }
+
+    async def flush(self, request: StatusRequest) -> dict[str, object]:
+        """Wait until everything decided so far is on disk and read back."""
+        self.settle()
+        await self.writers.flush()
+        for writer in self.writers:
+            await self.replica.reached(writer.last_sequence)
+        return await self.status(request)

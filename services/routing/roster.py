@@ -1,0 +1,93 @@
+"""The candidates for a model as columns, one entry a node, in the order of the fold."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvplane.services.protocol.errors import UnknownModel
+from kvplane.services.protocol.labels import is_adapter
+
+if TYPE_CHECKING:
+    from kvplane.projections.fleet import FleetState
+    from kvplane.projections.load import Load
+    from kvplane.projections.prefix import PrefixIndex
+
+Column = NDArray[Any]
+
+
+class Columns(NamedTuple):
+    """Columns of the fold, as arrays that change with it; they are replaced when a node is added."""
+
+    active: Column
+    blocks: Column
+    pending: Column
+    pace: Column
+    prefill_done: Column
+    recent_requests: Column
+    recent_tokens: Column
+    recent_uncached: Column
+    decoding: Column
+
+    @classmethod
+    def of(cls, load: Load) -> Columns:
+        """The columns as they are now."""
+        arrays = (getattr(load, name) for name in cls._fields)
+        return cls(*(np.frombuffer(array, np.int64 if array.typecode == "q" else np.float64) for array in arrays))
+
+
+class Roster:
+    """The candidates for a model as columns. Made anew when nodes change, not for each request."""
+
+    def __init__(self, state: FleetState, model: str) -> None:
+        serving = [node for node in state.nodes.values() if model in node.registered.models]
+        if not serving:
+            raise UnknownModel(
+                f"no node serves model {model[:80]!r}; `kvplane node list` shows which models are served"
+            )
+        self.made = (state.changes, state.caches.slots_made)
+        self.nodes = [node for node in serving if node.available]
+        self.serving = len(serving)
+        self.names = [node.name for node in self.nodes]
+        self.ordinals = np.array([state.load.ordinal[node.name] for node in self.nodes], dtype=np.intp)
+        self.columns = Columns.of(state.load)
+        self.capacity = np.array([node.registered.capacity_blocks["gpu"] for node in self.nodes], dtype=np.float64)
+        # Policies see this very array, decision after decision.
+        self.capacity.setflags(write=False)
+        self.position = {node.name: position for position, node in enumerate(self.nodes)}
+        self.limits = np.array([node.registered.max_active or math.inf for node in self.nodes])
+        self.limited = bool(np.isfinite(self.limits).any())
+        self.zeros = np.zeros(len(self.nodes))
+        self.tiered = [position for position, node in enumerate(self.nodes) if len(node.slots) > 1]
+        self.block_size = serving[0].registered.block_size
+        self.is_adapter = any(is_adapter(node.registered, model) for node in serving)
+        """Whether the model that was asked for is a LoRA adapter."""
+        self.indexes: list[tuple[str, PrefixIndex, NDArray[np.intp], NDArray[np.intp]]] = []
+        """For each cache model: its index, the candidates that have it, and their slots of the tier `gpu`."""
+        for cache_model in dict.fromkeys(node.model for node in self.nodes):
+            having = [at for at, node in enumerate(self.nodes) if node.model == cache_model]
+            slots = [self.nodes[at].slots["gpu"] for at in having]
+            index = state.caches.index(cache_model)
+            self.indexes.append((cache_model, index, np.array(having, np.intp), np.array(slots, np.intp)))
+
+        everyone = np.arange(len(state.load.active))
+        self.whole = bool(np.array_equal(self.ordinals, everyone))
+        """Whether the candidates are all nodes, in the order of the fold's columns."""
+        self.aligned = (
+            self.whole
+            and len(self.indexes) == 1
+            and not self.tiered
+            and bool(np.array_equal(self.indexes[0][3], np.arange(len(state.caches.owners(self.indexes[0][0])))))
+        )
+        """Whether the slots are the candidates, too, and each has one only."""
+
+    def rows(self, column: Column) -> Column:
+        """The candidates' entries of a column of the fold, to be read only: it may be the column itself."""
+        return column if self.whole else column[self.ordinals]
+
+    def pick(self, column: Column) -> Column:
+        """A copy of the candidates' entries of a column of the fold."""
+        return column.copy() if self.whole else column[self.ordinals]

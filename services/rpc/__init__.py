@@ -1,0 +1,1 @@
+"""Request and reply over NATS: serving endpoints, and asking them."""

@@ -1,0 +1,136 @@
+"""Asking the services, as any NATS client can: one request, one answer or an error with a code."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import uuid4
+
+import anyio
+import msgspec
+from nats.errors import Error as NatsError
+from nats.errors import NoRespondersError
+
+from kvplane.events.errors import ConnectionLost
+from kvplane.events.log.servers import request as ask_once
+from kvplane.services.protocol.errors import BadRequest, NoAnswer, Refused
+from kvplane.services.protocol.messages import ListRequest, LookupRequest, RouteRequest, StatusRequest
+
+if TYPE_CHECKING:
+    from nats.aio.client import Client
+    from nats.aio.msg import Msg
+
+T = TypeVar("T")
+
+ASK_SECONDS = 15.0
+AGAIN_SECONDS = 0.5
+"""What is answered from memory is answered in milliseconds or never: it is asked again after so long, then after twice as
+long, and so on."""
+PAUSE_SECONDS = 0.02
+NOBODY_SECONDS = 2.0
+"""So long a route is asked again when no router is there: one that changes servers is back soon."""
+_encode = msgspec.msgpack.Encoder().encode
+
+
+async def ask(
+    client: Client, subject: str, request: msgspec.Struct, form: type[T] | None = None, *, seconds: float = ASK_SECONDS
+) -> T:
+    """Send a request in MessagePack and return the answer, as `form` or as plain data.
+
+    What is read from memory is asked again when its answer does not come; so is a route, under one id, so that it counts
+    once. Anything else is asked once. Raises `Refused` with the service's own code and sentence, `BadRequest` for more than the
+    server takes, or `NoAnswer`.
+    """
+    if isinstance(request, RouteRequest) and not request.request:
+        request = msgspec.structs.replace(request, request=uuid4().hex)
+    asked = _encode(request)
+    if len(asked) > client.max_payload:
+        raise BadRequest(
+            f"the request takes {len(asked):,} bytes, and the server allows {client.max_payload:,}: send hashes instead of "
+            "tokens, or raise its max_payload"
+        )
+    try:
+        if isinstance(request, RouteRequest):
+            answer = await _ask_until_answered(client, subject, asked, seconds, min(NOBODY_SECONDS, seconds))
+        elif _read_from_memory(subject, request):
+            answer = await _ask_until_answered(client, subject, asked, seconds, 0)
+        else:
+            answer = await client.request(subject, asked, timeout=seconds)
+    except NoRespondersError:
+        raise NoAnswer(f"no service answers on {subject}; {_who(subject)}") from None
+    except (NatsError, TimeoutError, OSError, ConnectionLost) as error:
+        raise NoAnswer(f"no answer on {subject} in {seconds:g} s ({type(error).__name__})") from None
+    headers = answer.headers or {}
+    status = headers.get("Nats-Service-Error-Code")
+    if status is not None:
+        code, sentence = "error", headers.get("Nats-Service-Error", "")
+        try:
+            body: Any = msgspec.json.decode(answer.data)
+            code, sentence = body["code"], body["error"]
+        except (msgspec.DecodeError, KeyError, TypeError):
+            pass
+        raise Refused(int(status) if status.isdigit() else 500, code, sentence)
+    if form is None:
+        plain: T = msgspec.msgpack.decode(answer.data)
+        return plain
+    return msgspec.msgpack.decode(answer.data, type=form)
+
+
+def _read_from_memory(subject: str, request: msgspec.Struct) -> bool:
+    """Whether the answer changes nothing and takes no time to make, so that it may be asked for again."""
+    if isinstance(request, StatusRequest):
+        return subject.endswith((".status", ".format.show")) and not request.digest
+    return isinstance(request, ListRequest | LookupRequest)
+
+
+async def _ask_until_answered(client: Client, subject: str, body: bytes, seconds: float, nobody: float) -> Msg:
+    begin = anyio.current_time()
+    patience = AGAIN_SECONDS
+    while True:
+        left = begin + seconds - anyio.current_time()
+        try:
+            return await ask_once(client, subject, body, seconds=max(0.001, min(patience, left)))
+        except NoRespondersError:
+            if anyio.current_time() - begin >= nobody:
+                raise
+        except (NatsError, OSError, TimeoutError, ConnectionLost):
+            if anyio.current_time() - begin >= seconds:
+                raise
+            patience *= 2
+        await anyio.sleep(PAUSE_SECONDS)
+
+
+async def instances(
+    client: Client, service: str, *, seconds: float, enough: int | None = None
+) -> list[dict[str, str]]:  # fmt: skip
+    """Metadata of all instances of a micro service that answer in so many seconds, or of the first few that are `enough`.
+
+    Asks as `nats micro info` does. Raises errors of NATS.
+    """
+    found: list[dict[str, str]] = []
+    inbox = client.new_inbox()
+    subscription = await client.subscribe(inbox)
+    try:
+        await client.publish(f"$SRV.INFO.{service}", reply=inbox)
+        with anyio.move_on_after(seconds):
+            while enough is None or len(found) < enough:
+                message = await subscription.next_msg(timeout=2 * seconds)
+                if message.data:
+                    found.append(msgspec.json.decode(message.data)["metadata"])
+    finally:
+        await subscription.unsubscribe()
+    return found
+
+
+async def of_fleet(client: Client, service: str, fleet: str, *, seconds: float) -> list[dict[str, str]]:
+    """Metadata of all instances of a micro service that answer for a fleet. Raises errors of NATS."""
+    return [
+        metadata for metadata in await instances(client, service, seconds=seconds) if metadata.get("fleet") == fleet
+    ]
+
+
+def _who(subject: str) -> str:
+    """Who would answer, and how it is started."""
+    words = subject.split(".")
+    if len(words) > 2 and words[2] in {"sql", "explain", "history"}:
+        return "`kvplane historian` keeps a history and answers, and so does `kvplane up`"
+    return "`kvplane up` starts a coordinator and a router"

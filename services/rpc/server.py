@@ -1,0 +1,271 @@
+"""Endpoints of the micro protocol (NATS ADR-32): what `nats micro ls`, `info` and `stats` show.
+
+Every error is answered, with `Nats-Service-Error-Code`, a sentence, and a body `{"code", "error"}`; none ends a service.
+
+A reply subject is the asker's choice, and servers let a consumer be aimed at any subject. So what names a subject of the log
+or of the server as its inbox, or none, is dropped before anything is done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import nullcontext, suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import anyio
+import msgspec
+import structlog
+from nats.errors import Error as NatsError
+from nats.errors import FlushTimeoutError, MaxPayloadError
+from nats.micro.service import Service, ServiceConfig
+from structlog.contextvars import bound_contextvars
+
+from kvplane.events.errors import BadName, KvplaneError
+from kvplane.events.subjects import name_of
+from kvplane.events.versions import FORMAT
+from kvplane.services.process.version import package_version
+from kvplane.services.protocol.errors import AnswerTooLarge, NotYours, ServiceFault
+from kvplane.services.protocol.messages import decode_request, encode_answer, is_json
+from kvplane.services.protocol.traceparent import HEADER, in_headers, parse
+from kvplane.services.rpc.tally import OK, Tally
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from anyio.abc import TaskGroup
+    from nats.aio.client import Client
+    from nats.aio.msg import Msg
+    from nats.micro.request import Request
+
+STOP_SECONDS = 1.0
+_NOT_INBOXES = ("kv.", "$")
+
+_log = structlog.get_logger("kvplane.micro")
+
+
+class Endpoint(NamedTuple):
+    """One endpoint: its name, its subject, the form of its requests, and what answers them.
+
+    A subject that ends with `.*` has the name of a node there, and its requests may speak of that node only.
+    `answer` gives the answer at once, or waits for it when it is a coroutine function; then `concurrent` must be set, as it
+    must for a subject with a node's name.
+    `after` is called when the answer is on its way; with several requests waiting it may be called once for all.
+    """
+
+    name: str
+    subject: str
+    form: type[msgspec.Struct]
+    answer: Callable[..., Any]
+    concurrent: bool = False
+    after: Callable[[], None] | None = None
+    traced: bool = False
+    """Whether `answer` takes the request's traceparent as its second argument; its form has a field for it, too."""
+    unasked: bool = False
+    """Whether it may be told something by one who wants no answer. What a server answers on its own wants none either."""
+
+
+def fault(error: Exception) -> tuple[str, str, bytes]:
+    """Status, sentence and body of the answer to an error."""
+    if isinstance(error, ServiceFault):
+        status, code, sentence = str(error.status), error.code, str(error)
+    elif isinstance(error, KvplaneError):
+        status, code, sentence = "503" if error.code.startswith("log") else "400", error.code, str(error)
+    else:
+        _log.exception("endpoint_failed", error=repr(error))
+        status, code, sentence = "500", "internal", f"this is a defect of kvplane: {type(error).__name__}; see its log"
+    line = " ".join(sentence.split()).encode("ascii", "backslashreplace").decode()
+    return status, line[:500], msgspec.json.encode({"code": code, "error": sentence})
+
+
+def answerable(reply: str) -> bool:
+    """Whether an answer may be sent there: not to the log, nor to a service or the server."""
+    return not reply.startswith(_NOT_INBOXES)
+
+
+class _Service(Service):
+    """A micro service that lists itself to inboxes only."""
+
+    async def _handle_ping_request(self, msg: Msg) -> None:
+        if answerable(msg.reply):
+            await super()._handle_ping_request(msg)
+
+    async def _handle_info_request(self, msg: Msg) -> None:
+        if answerable(msg.reply):
+            await super()._handle_info_request(msg)
+
+    async def _handle_stats_request(self, msg: Msg) -> None:
+        if answerable(msg.reply):
+            await super()._handle_stats_request(msg)
+
+
+async def serve(
+    client: Client, group: TaskGroup, name: str, description: str, endpoints: list[Endpoint], metadata: dict[str, str],
+    tally: Tally | None = None,
+) -> Service:  # fmt: skip
+    """Start a micro service. Concurrent endpoints answer from tasks of `group`, the others in turn. `tally` counts."""
+    tally = tally or Tally()
+    about = {"kvplane": package_version(), "format": str(FORMAT), **metadata}
+    service = _Service(
+        client, ServiceConfig(name=name, version=package_version(), description=description, metadata=about)
+    )
+    with suppress(FlushTimeoutError):
+        await service.start()
+    for endpoint in endpoints:
+        tally.expect(endpoint.name, waits=endpoint.concurrent)
+        handler = _concurrent(endpoint, tally, group) if endpoint.concurrent else _in_turn(endpoint, tally)
+        await service.add_endpoint(name=endpoint.name, subject=endpoint.subject, handler=handler)
+    # A connection that is replaced just now subscribes again by itself.
+    with suppress(FlushTimeoutError):
+        await client.flush()
+    return service
+
+
+async def stop(service: Service) -> None:
+    """Take no more requests; those that arrived are answered."""
+    with anyio.CancelScope(shield=True), anyio.move_on_after(STOP_SECONDS), suppress(NatsError, OSError):
+        await service.stop()
+
+
+def _code(error: Exception) -> str:
+    return error.code if isinstance(error, KvplaneError) else "internal"
+
+
+def _traced(endpoint: Endpoint, tally: Tally, said: str, field: str) -> str:
+    """The traceparent that goes with a request: of its headers, else of its field."""
+    trace = parse(said) or parse(field)
+    if not trace and (said or field):
+        tally.bad_traces += 1
+        _log.debug("bad_traceparent", endpoint=endpoint.name, said=(said or field)[:80])
+    return trace
+
+
+def _genuine(endpoint: Endpoint, message: Msg) -> bool:
+    """Whether the message is of someone who can be answered. A consumer's delivery has a reply subject of the server."""
+    if (message.reply or endpoint.unasked) and answerable(message.reply):
+        return True
+    _log.warning("request_dropped", endpoint=endpoint.subject, subject=message.subject, reply=message.reply)
+    return False
+
+
+def _owned(endpoint: Endpoint, message: Msg, request: Any) -> Any:  # noqa: ANN401 - one of the endpoint's form
+    """The request, if it may be made on this subject. Raises `NotYours`."""
+    if endpoint.subject.endswith(".*"):
+        token = message.subject.rpartition(".")[2]
+        try:
+            name = name_of(token)
+        except BadName as error:
+            raise NotYours(str(error)) from None
+        if request.node != name:
+            raise NotYours(f"the subject is of node {name[:80]!r}, the request of {request.node[:80]!r}")
+    return request
+
+
+class _Soon:
+    """Has something called when those who were scheduled before have run; once, however often it is asked for until then."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call = call
+        self._scheduled = False
+
+    def schedule(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._run)
+
+    def _run(self) -> None:
+        self._scheduled = False
+        self._call()
+
+
+def _in_turn(endpoint: Endpoint, tally: Tally) -> Callable[[Request], Awaitable[None]]:
+    name, answer, form, after, traced = endpoint.name, endpoint.answer, endpoint.form, endpoint.after, endpoint.traced
+    clock = time.perf_counter
+    afterwards = _Soon(after) if after is not None else None
+
+    async def handle(request: Request) -> None:
+        if not _genuine(endpoint, request._msg):  # noqa: SLF001 - the reply subject is not told otherwise
+            return
+        begin = clock()
+        trace = ""
+        try:
+            body = request.data
+            asked = decode_request(body, form)
+            if traced:
+                headers = request.headers
+                said = in_headers(headers) if headers else ""
+                if said or asked.traceparent:  # type: ignore[attr-defined]
+                    trace = _traced(endpoint, tally, said, asked.traceparent)  # type: ignore[attr-defined]
+                with bound_contextvars(trace=trace) if trace else _NOTHING:
+                    found = answer(asked, trace)
+            else:
+                found = answer(asked)
+            reply = encode_answer(found, as_json=is_json(body))
+        except Exception as error:  # noqa: BLE001 - every error is answered
+            tally.add(name, _code(error), clock() - begin)
+            await _refuse(request, error, trace)
+        else:
+            tally.add(name, OK, clock() - begin)
+            await _respond(request, reply, trace)
+            if afterwards is not None:
+                # The client's flusher was scheduled by the answer and comes first.
+                afterwards.schedule()
+
+    return handle
+
+
+_NOTHING = nullcontext()
+
+
+def _concurrent(endpoint: Endpoint, tally: Tally, group: TaskGroup) -> Callable[[Request], Awaitable[None]]:
+    name, answer, form, traced = endpoint.name, endpoint.answer, endpoint.form, endpoint.traced
+    clock = time.perf_counter
+
+    async def work(request: Request) -> None:
+        begin = clock()
+        trace = ""
+        try:
+            body = request.data
+            asked = _owned(endpoint, request._msg, decode_request(body, form))  # noqa: SLF001 - as below
+            if traced:
+                said = in_headers(request.headers or {})
+                trace = _traced(endpoint, tally, said, asked.traceparent)
+                with bound_contextvars(trace=trace) if trace else _NOTHING:
+                    result = await answer(asked, trace)
+            else:
+                result = await answer(asked)
+            reply = encode_answer(result, as_json=is_json(body))
+        except Exception as error:  # noqa: BLE001 - every error is answered
+            tally.add(name, _code(error), clock() - begin)
+            await _refuse(request, error, trace)
+        else:
+            tally.add(name, OK, clock() - begin)
+            await _respond(request, reply, trace)
+
+    async def handle(request: Request) -> None:
+        if _genuine(endpoint, request._msg):  # noqa: SLF001 - the reply subject is not told otherwise
+            group.start_soon(work, request)
+
+    return handle
+
+
+async def _respond(request: Request, reply: bytes, trace: str = "") -> None:
+    try:
+        await request.respond(reply, {HEADER: trace} if trace else None)
+    except MaxPayloadError as error:
+        await _refuse(
+            request, AnswerTooLarge(f"the answer has {len(reply)} bytes, more than a message may; ask for less"), trace
+        )
+        _log.warning("answer_too_large", bytes=len(reply), error=repr(error))
+    except (NatsError, ValueError, OSError) as error:
+        # Nobody waits for the answer, or the connection is gone: the one who asked will ask again.
+        _log.debug("answer_not_sent", error=repr(error))
+
+
+async def _refuse(request: Request, error: Exception, trace: str) -> None:
+    with bound_contextvars(trace=trace) if trace else _NOTHING:
+        status, sentence, body = fault(error)
+    try:
+        await request.respond_error(status, sentence, data=body, headers={HEADER: trace} if trace else None)
+    except (NatsError, ValueError, OSError) as failed:
+        _log.debug("answer_not_sent", error=repr(failed))

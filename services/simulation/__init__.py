@@ -1,0 +1,1 @@
+"""Simulated nodes and fleets, in virtual time and on the wire."""

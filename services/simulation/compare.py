@@ -1,0 +1,104 @@
+"""Several runs side by side, in processes of their own, with progress."""
+
+from __future__ import annotations
+
+import math
+import sys
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
+
+from kvplane.services.process.workers import CONTEXT, results, workers
+from kvplane.services.protocol.errors import BadRequest, NotServed
+from kvplane.services.routing.policies import allow, check
+from kvplane.services.simulation.peer import POLICY, PeerDesk
+from kvplane.services.simulation.results import ideal_hit_rate, summarize
+from kvplane.services.simulation.world import Router, World
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from kvplane.services.simulation.results import Summary
+    from kvplane.services.simulation.trace import Work
+    from kvplane.services.simulation.world import Outcome, Settings
+
+
+class Choice(Struct, frozen=True):
+    """A policy with parameters, as it was written."""
+
+    text: str
+    policy: str
+    parameters: dict[str, float]
+
+
+def parse_choice(text: str) -> Choice:
+    """Read `policy`, `policy:name=value,name=value` or the same with `module:attr`. Raises `BadRequest`."""
+    policy, _, last = text.rpartition(":")
+    if "=" not in last:
+        policy, last = text, ""
+    parameters = {}
+    for pair in last.split(",") if last else ():
+        name, equals, value = pair.partition("=")
+        try:
+            if not equals:
+                raise ValueError(pair)  # noqa: TRY301
+            parameters[name] = float(value)
+            if not math.isfinite(parameters[name]):
+                raise ValueError(pair)  # noqa: TRY301
+        except ValueError:
+            raise BadRequest(f"{pair!r} in {text!r} is no parameter; write name=number") from None
+    if policy == POLICY:
+        return Choice(text, policy, parameters)
+    if ":" in policy:
+        # Whoever names a module on the command line means it to be imported.
+        if "" not in sys.path:
+            sys.path.insert(0, "")
+        allow([policy.partition(":")[0]])
+    check(policy, parameters)
+    return Choice(text, policy, parameters)
+
+
+def run(settings: Settings, work: Sequence[Work], progress: Callable[[int], None] = lambda _: None) -> Outcome:
+    """One run, by a policy of kvplane or by the peer's selector."""
+    desk = partial(PeerDesk, parameters=settings.parameters) if settings.policy == POLICY else Router
+    return World(settings, work, desk).run(progress)
+
+
+_shared: tuple[Sequence[Work], float, Any] | None = None
+
+
+def _begin(work: Sequence[Work], ideal: float, counts: Any) -> None:  # noqa: ANN401 - an array shared by processes
+    global _shared  # noqa: PLW0603 - what a worker process is given once
+    _shared = work, ideal, counts
+
+
+def _one(number: int, choice: Choice, settings: Settings, keep: bool) -> tuple[Summary, Outcome | None]:  # noqa: FBT001
+    if _shared is None:
+        raise RuntimeError("the process was not begun")
+    work, ideal, counts = _shared
+    if ":" in choice.policy:
+        parse_choice(choice.text)
+
+    def progress(done: int) -> None:
+        counts[number] = done
+
+    outcome = run(settings, work, progress)
+    if not outcome.served:
+        raise NotServed(f"with {choice.text}, none of {len(work)} requests could be served; is the capacity too small?")
+    return summarize(outcome, choice.text, ideal), outcome if keep else None
+
+
+def compare(
+    runs: Sequence[tuple[Choice, Settings]], work: Sequence[Work], *, processes: int, keep: bool = False,
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[tuple[Summary, Outcome | None]]:  # fmt: skip
+    """Make all runs over the same requests. `progress` is told the sum of requests that have arrived in them.
+
+    With `keep`, the outcomes are given as well. Results do not depend on the number of processes.
+    """
+    ideal = ideal_hit_rate(work, runs[0][1].block_size)
+    counts = CONTEXT.Array("q", len(runs))
+    with workers(min(processes, len(runs)), _begin, work, ideal, counts) as submit:
+        jobs = [submit(_one, number, choice, settings, keep) for number, (choice, settings) in enumerate(runs)]
+        return results(jobs, lambda: progress(sum(counts[:])))

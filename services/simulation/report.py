@@ -1,0 +1,190 @@
+"""The report on policies: every policy on every trace, at three loads, with three numbers of nodes and two caches.
+
+The knee of a cell is the highest load at which `ttft` keeps the p99 of TTFT under `KNEE_SECONDS`; light load is half of
+it, overload a quarter more. Nothing in a report depends on the machine or on how many processes made it.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
+
+from kvplane.events.hashing import pack_hashes
+from kvplane.services.process.workers import workers
+from kvplane.services.routing.policies import POLICIES
+from kvplane.services.simulation.compare import run
+from kvplane.services.simulation.peer import POLICY as PEER
+from kvplane.services.simulation.results import Summary, ideal_hit_rate, summarize
+from kvplane.services.simulation.trace import TRACE_BLOCK_SIZE, Work, read_trace, work_of
+from kvplane.services.simulation.workloads import GENERATED_BLOCK_SIZE, KINDS, generate
+from kvplane.services.simulation.world import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+SEED = 1
+NODES = (4, 8, 16)
+REQUESTS_A_NODE = 250
+CACHES = {"small": 420_000, "large": 3_000_000}
+"""Tokens a node: what is left of the GPU's memory, and that with some 400 GB of the host's."""
+LOADS = {"light": 0.5, "knee": 1.0, "overload": 1.25}
+KNEE_SECONDS = 10.0
+HALVINGS = 4
+"""How often the interval of the knee is halved, on a scale of powers of two: to 4 %."""
+DELAYS = (0.0, 0.05, 0.5)
+ROUTERS = (1, 2, 4)
+BURST = 50
+BURST_NODES = 16
+BURST_TOKENS = 8000
+
+
+class Cell(Struct, frozen=True, order=True):
+    """Where policies are compared: a trace (a path or a generated kind), nodes, and a cache of `CACHES`."""
+
+    trace: str
+    nodes: int
+    cache: str
+
+    @property
+    def name(self) -> str:
+        """The trace's name, without its folder."""
+        return Path(self.trace).stem
+
+
+class Job(Struct, frozen=True):
+    """One run."""
+
+    cell: Cell
+    policy: str
+    speed: float
+    delay: float = 0.002
+    routers: int = 1
+
+
+class Report(Struct):
+    """All runs of a report. `knees` are speeds; `peer` is empty where the peer's package is not installed."""
+
+    knees: dict[Cell, float]
+    runs: dict[tuple[Cell, str, str], Summary]
+    overlay: dict[tuple[str, float, int], Summary]
+    peer: dict[Cell, Summary]
+    burst: dict[tuple[float, int], tuple[int, int, float, float]]
+    """By delay and routers: nodes that got a request, most requests on one, mean and largest TTFT."""
+
+
+@lru_cache(maxsize=4)
+def load(trace: str, count: int) -> tuple[list[Work], int, float]:
+    """Requests, block size and ideal hit rate of a trace."""
+    if trace in KINDS:
+        work = [work_of(line, GENERATED_BLOCK_SIZE) for line in generate(trace, count, seed=SEED)]
+        size = GENERATED_BLOCK_SIZE
+    else:
+        work, size = read_trace(Path(trace), limit=count), TRACE_BLOCK_SIZE
+    return work, size, ideal_hit_rate(work, size)
+
+
+def make(job: Job) -> Summary:
+    """Make one run."""
+    work, size, ideal = load(job.cell.trace, job.cell.nodes * REQUESTS_A_NODE)
+    settings = Settings(
+        nodes=job.cell.nodes, capacity=CACHES[job.cell.cache] // size, block_size=size, policy=job.policy,
+        speed=job.speed, seed=SEED, delay=job.delay, routers=job.routers,
+    )  # fmt: skip
+    return summarize(run(settings, work), job.policy, ideal)
+
+
+def knee(cell: Cell) -> float:
+    """The highest speed at which `ttft` keeps its p99 under `KNEE_SECONDS`."""
+
+    def holds(power: float) -> bool:
+        return make(Job(cell, "ttft", 2.0**power)).p99 < KNEE_SECONDS
+
+    low = 0.0
+    if holds(low):
+        while holds(low + 1):
+            low += 1
+    else:
+        while not holds(low):
+            low -= 1
+    step = 0.5
+    for _ in range(HALVINGS):
+        if holds(low + step):
+            low += step
+        step /= 2
+    return float(2.0**low)
+
+
+def burst(delay: float, routers: int) -> tuple[int, int, float, float]:
+    """Requests with one new prefix, one a millisecond, on idle nodes."""
+    size = GENERATED_BLOCK_SIZE
+    prefix = range(1, BURST_TOKENS // size + 1)
+    work = [
+        Work(
+            pack_hashes([*prefix, *range(10_000 + 4 * at, 10_003 + 4 * at)]), BURST_TOKENS + 200, 100, "", 1 + at / 1000
+        )
+        for at in range(BURST)
+    ]
+    settings = Settings(
+        nodes=BURST_NODES, capacity=CACHES["large"] // size, block_size=size, seed=SEED, delay=delay, routers=routers
+    )
+    served = run(settings, work).served
+    counts = [sum(one.node == node for one in served) for node in range(BURST_NODES)]
+    times = [one.first - one.arrival for one in served]
+    return sum(count > 0 for count in counts), max(counts), sum(times) / len(times), max(times)
+
+
+def cells(traces: Iterable[str]) -> list[Cell]:
+    """All cells of a report."""
+    return [Cell(trace, nodes, cache) for trace in traces for nodes in NODES for cache in CACHES]
+
+
+def total(traces: list[str], *, peer: bool) -> int:
+    """How many steps `produce` tells of."""
+    each = len(NODES) * len(CACHES)
+    return len(traces) * (
+        each + each * len(LOADS) * len(POLICIES) + len(DELAYS) * len(ROUTERS) + (len(CACHES) if peer else 0)
+    )
+
+
+def produce(traces: list[str], *, processes: int, peer: bool, progress: Callable[[], None] = lambda: None) -> Report:
+    """Make a whole report; `progress` is told of each run. Raises `BadTrace`, and `BadRequest` without the peer."""
+    report = Report({}, {}, {}, {}, {})
+    for trace in traces:
+        # A trace that can't be read is to be told of before the work begins.
+        load(trace, 1)
+    everywhere = cells(traces)
+    with workers(processes) as submit:
+
+        def results(function: Callable[[Any], Any], arguments: Sequence[Any]) -> Iterator[Any]:
+            jobs = [submit(function, argument) for argument in arguments]
+            for job in jobs:
+                yield job.result()
+                progress()
+
+        report.knees.update(zip(everywhere, results(knee, everywhere), strict=True))
+        keys = [(cell, name, policy) for cell in everywhere for name in LOADS for policy in POLICIES]
+        jobs = [Job(cell, policy, report.knees[cell] * LOADS[name]) for cell, name, policy in keys]
+        report.runs.update(zip(keys, results(make, jobs), strict=True))
+        overlaid = [(trace, delay, routers) for trace in traces for delay in DELAYS for routers in ROUTERS]
+        jobs = [
+            Job(Cell(trace, 8, "large"), "ttft", report.knees[Cell(trace, 8, "large")], delay, routers)
+            for trace, delay, routers in overlaid
+        ]
+        report.overlay.update(zip(overlaid, results(make, jobs), strict=True))
+        judged = [Cell(trace, 8, cache) for trace in traces for cache in CACHES] if peer else []
+        jobs = [Job(cell, PEER, report.knees[cell]) for cell in judged]
+        report.peer.update(zip(judged, results(make, jobs), strict=True))
+    report.burst = {(delay, routers): burst(delay, routers) for delay in DELAYS for routers in ROUTERS}
+    return report
+
+
+def pairs(report: Report, load_name: str | None = None) -> Iterator[tuple[Cell, str, Summary, dict[str, Summary]]]:
+    """Each cell and load, with the run of `ttft` and those of the others."""
+    for cell in report.knees:
+        for name in LOADS:
+            if load_name in {None, name}:
+                others = {policy: report.runs[cell, name, policy] for policy in POLICIES if policy != "ttft"}
+                yield cell, name, report.runs[cell, name, "ttft"], others

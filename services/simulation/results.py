@@ -1,0 +1,92 @@
+"""What came out of a run, in figures."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from msgspec import Struct
+
+from kvplane.events.hashing import unpack_hashes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from numpy.typing import NDArray
+
+    from kvplane.services.simulation.trace import Work
+    from kvplane.services.simulation.world import Outcome
+
+DIGITS = 6
+"""Figures are rounded to so many decimals: enough for any use, and the same text wherever they are printed."""
+
+
+class Summary(Struct, frozen=True, kw_only=True):
+    """One run. TTFT is in seconds from the client's sending to the first token."""
+
+    policy: str
+    requests: int
+    """Requests that were served."""
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+    hit_rate: float
+    """Share of the prompt tokens that were found cached."""
+    predicted_hit_rate: float
+    """What the router expected of it."""
+    ideal_share: float
+    """Hit rate as a share of that of one cache without limit that everything goes to."""
+    imbalance: float
+    """Seconds of prefill of the busiest node, as a multiple of the mean."""
+    rejected: int
+    """Requests that no node may or can take."""
+    retried: int
+    """Requests that were sent again since their node failed."""
+    policy_failures: int
+    """Decisions for which the policy failed and the least loaded node was taken."""
+    failure: str
+    """What the last such failure was."""
+
+
+def ideal_hit_rate(work: Iterable[Work], block_size: int) -> float:
+    """Share of the prompt tokens that one cache without limit would have had."""
+    seen: set[int] = set()
+    hit = total = 0
+    for request in work:
+        hashes = unpack_hashes(request.hashes)
+        for block in hashes[: max(0, request.tokens - 1) // block_size]:
+            if block not in seen:
+                break
+            hit += block_size
+        seen.update(hashes)
+        total += request.tokens
+    return hit / total if total else 0.0
+
+
+def ttft(outcome: Outcome) -> NDArray[np.float64]:
+    """Times to first token in seconds, in the order of the requests' ends."""
+    return np.array([served.first - served.arrival for served in outcome.served], dtype=np.float64)
+
+
+def summarize(outcome: Outcome, policy: str, ideal: float) -> Summary:
+    """The figures of a run; `ideal` is the trace's ideal hit rate."""
+    times = ttft(outcome)
+    tokens = sum(served.tokens for served in outcome.served)
+    hit = sum(served.cached for served in outcome.served) / max(1, tokens)
+    mean, p50, p90, p99 = (
+        (float(times.mean()), *map(float, np.quantile(times, [0.5, 0.9, 0.99]))) if len(times) else (0.0,) * 4
+    )
+    busy = sum(outcome.busy) / len(outcome.busy)
+
+    def rounded(value: float) -> float:
+        return round(value, DIGITS)
+
+    return Summary(
+        policy=policy, requests=len(times), mean=rounded(mean), p50=rounded(p50), p90=rounded(p90), p99=rounded(p99),
+        hit_rate=rounded(hit),
+        predicted_hit_rate=rounded(sum(served.predicted for served in outcome.served) / max(1, tokens)),
+        ideal_share=rounded(hit / ideal) if ideal else 1.0, imbalance=rounded(max(outcome.busy) / busy) if busy else 1.0,
+        rejected=outcome.rejected, retried=outcome.retried, policy_failures=outcome.policy_failures,
+        failure=outcome.failure,
+    )  # fmt: skip

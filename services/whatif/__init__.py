@@ -1,0 +1,1 @@
+"""Recorded requests once more, through another policy on simulated nodes."""

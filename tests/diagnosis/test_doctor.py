@@ -1,0 +1,187 @@
+"""The doctor finds what is wrong, says what to do, and finds nothing wrong where nothing is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from msgspec.structs import replace
+
+from kvplane.events import types
+from kvplane.events.log.append import Appender, new_writer
+from kvplane.services.diagnosis.doctor import Finding, judge
+from kvplane.services.diagnosis.examine import Examined, examine
+from kvplane.services.history.historian import Historian
+from kvplane.services.protocol import messages
+from kvplane.services.simulation.simnode import NodeConfig
+from tests.cli.test_cli import run
+from tests.conftest import Fleet, until
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from nats.aio.client import Client
+
+pytestmark = pytest.mark.anyio
+
+D, E = "d" * 32, "e" * 32
+
+
+def status(writer: str, sequence: int = 100, digest: str = D, **facts: Any) -> dict[str, Any]:
+    return {
+        "writer": writer, "sequence": sequence, "digest": digest, "degraded": False, "unrecorded": 0, "policy_failures": 0,
+        "policy_failure": "", "skipped": {}, "skew": 0.0, "version": "1", "healthy": True, "checkpoints": {}, "differs": 0,
+        **facts,
+    }  # fmt: skip
+
+
+def history(**facts: Any) -> dict[str, Any]:
+    return {"historian": "h", "healthy": True, "failure": "", "stored": 100, "skew": 0.0, "version": "1", **facts}
+
+
+def stream(last: int = 100, *, skew: float = 0.0, newest: float = 1000.0, **facts: Any) -> dict[str, Any]:
+    return {
+        "config": {"num_replicas": 1, "max_bytes": -1, "max_msgs": -1}, "newest": newest, "clock": 1000.0, "skew": skew,
+        "state": {"first_seq": 1, "last_seq": last, "bytes": 900, "messages": last}, "cluster": {"leader": "s"}, **facts,
+    }  # fmt: skip
+
+
+def copies(*others: dict[str, Any], leader: str = "s1") -> dict[str, Any]:
+    return {"cluster": {"name": "c", "leader": leader, "replicas": list(others)}}
+
+
+def server(**config: Any) -> dict[str, Any]:
+    return {
+        "url": "u", "name": "s", "stats": {"storage": 900},
+        "config": {"sync_always": True, "sync_interval": 1, "max_storage": 10_000, **config},
+    }  # fmt: skip
+
+
+WELL = Examined(
+    log=stream(), routers=[status("r1"), status("r2")], coordinators=[status("c")], histories=[history()], snapshots=[50],
+    nodes=[{"node": "n", "state": "up", "reason": ""}], servers=[server()],
+)  # fmt: skip
+
+
+def wrong(found: Examined) -> set[tuple[str, str]]:
+    return {(finding.level, finding.what) for finding in judge(found) if finding.level not in {"ok", "unseen"}}
+
+
+def said(found: Examined, what: str) -> str:
+    return next(finding.said for finding in judge(found) if finding.what == what and finding.level != "ok")
+
+
+def test_a_fleet_that_is_well_has_no_findings() -> None:
+    assert wrong(WELL) == set()
+    assert {finding.level for finding in judge(WELL)} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("change", "finding"),
+    [
+        ({"log": None, "log_error": "x"}, ("problem", "log")),
+        ({"log": stream(skew=5)}, ("problem", "clock")),
+        ({"log": stream(newest=1100)}, ("problem", "clock")),
+        ({"routers": [status("r1", skew=-3)]}, ("problem", "clock")),
+        ({"histories": [history(skew=3)]}, ("problem", "clock")),
+        ({"routers": []}, ("problem", "routers")),
+        ({"coordinators": []}, ("problem", "coordinators")),
+        ({"coordinators": [status("c", healthy=False)]}, ("problem", "c")),
+        ({"routers": [status("r1"), status("r2", digest=E)]}, ("problem", "digests")),
+        ({"routers": [status("r1", differs=1000), status("r2")]}, ("problem", "digests")),
+        ({"routers": [status("r1"), status("r2", sequence=99)]}, ("warning", "digests")),
+        ({"routers": [status("r1"), status("r2", version="2")]}, ("warning", "versions")),
+        ({"routers": [status("r", degraded=True)]}, ("problem", "r")),
+        ({"routers": [status("r", unrecorded=3)]}, ("problem", "r")),
+        ({"routers": [status("r", policy_failures=2, policy_failure="ValueError")]}, ("problem", "r")),
+        ({"coordinators": [status("c", skipped={"stale": 2})]}, ("warning", "skipped commits")),
+        ({"coordinators": [status("c", skipped={"defect": 1})]}, ("problem", "skipped commits")),
+        ({"nodes": []}, ("warning", "nodes")),
+        ({"nodes": [{"node": "n", "state": "cordoned", "reason": ""}]}, ("problem", "nodes")),
+        ({"histories": []}, ("warning", "history")),
+        ({"histories": [history(), history()]}, ("warning", "history")),
+        ({"histories": [history(healthy=False, failure="disk full")]}, ("problem", "history")),
+        ({"servers": [server(sync_always=False)]}, ("problem", "durability")),
+        ({"servers": [{"url": "u", "error": "refused"}]}, ("problem", "durability")),
+        ({"servers": [server(max_storage=1000)]}, ("warning", "room")),
+        ({"servers": [server(max_storage=901)]}, ("problem", "room")),
+        ({"log": stream(config={"num_replicas": 1, "max_bytes": 900})}, ("problem", "room")),
+        ({"log": stream(config={"num_replicas": 1, "max_msgs": 110})}, ("warning", "room")),
+        ({"account": {"storage": 900, "limits": {"max_storage": 1000}}}, ("warning", "room")),
+        ({"log": stream(**copies())}, ("warning", "copies")),
+        ({"log": stream(**copies(leader=""))}, ("problem", "copies")),
+        ({"log": stream(**copies({"name": "s2", "current": True, "offline": True}))}, ("problem", "copies")),
+        ({"log": stream(**copies({"name": "s2", "current": True, "active": 5 * 10**9}))}, ("problem", "copies")),
+        ({"log": stream(**copies({"name": "s2", "current": False}))}, ("warning", "copies")),
+        ({"snapshots_stream": {"config": {"num_replicas": 0}}}, ("warning", "copies")),
+    ],
+)
+def test_what_is_wrong_is_found(change: dict[str, Any], finding: tuple[str, str]) -> None:
+    assert finding in wrong(replace(WELL, **change))
+
+
+def test_who_is_far_behind_is_found() -> None:
+    found = wrong(replace(WELL, log=stream(1_000_000)))
+    assert found == {
+        ("problem", "routers"), ("problem", "coordinators"), ("problem", "history"), ("warning", "snapshots"),
+    }  # fmt: skip
+
+
+def test_what_can_not_be_seen_is_said_to_be_so() -> None:
+    unseen = {finding.what for finding in judge(replace(WELL, servers=[])) if finding.level == "unseen"}
+    assert unseen == {"durability", "room"}
+
+
+def test_replicas_are_compared_at_checkpoints_wherever_they_are_now() -> None:
+    """Under load no two are at one sequence; the odd one is named."""
+    away = [
+        status(name, sequence=at, digest=name * 32, checkpoints={"1000": D, "2000": D})
+        for at, name in enumerate("abc", 2001)
+    ]
+    routers = replace(WELL, routers=away[:2], coordinators=away[2:])
+    assert wrong(routers) == set()
+    away[1]["checkpoints"] = {"1000": D, "2000": E}
+    assert wrong(routers) == {("problem", "digests")}
+    assert said(routers, "digests").startswith("at sequence 2,000 b differ.")
+    # Of two, nobody knows which is right.
+    pair = replace(WELL, routers=away[:1], coordinators=away[1:2])
+    assert "a, b differ, and nobody has a majority" in said(pair, "digests")
+    # One that has none of them says nothing about the others.
+    away[1]["checkpoints"] = {"3000": E}
+    assert wrong(routers) == {("warning", "digests")}
+
+
+async def test_a_real_fleet_is_examined(fleet: Fleet, tmp_path: Path) -> None:
+    await fleet.coordinator()
+    await fleet.coordinator()
+    await fleet.router()
+    await fleet.router()
+    await fleet.nodes(NodeConfig(name="n1"))
+    kept = Historian(await fleet.connect("historian"), "default", tmp_path / "history", servers=[fleet.url])
+    await fleet._group.start(kept.run)
+    await until(lambda: kept.ingest.stored >= kept.ingest.state.sequence)
+    found = await examine(fleet.client, "default")
+    assert (len(found.routers), len(found.coordinators), len(found.histories)) == (2, 2, 1)
+    assert {status["writer"] for status in found.coordinators} & {status["writer"] for status in found.routers} == set()
+    assert wrong(found) == set()
+    # A stranger's bytes on the log, and a second history.
+    stranger = Appender(fleet.client, "default", new_writer("stranger"))
+    await stranger.append("kv.default.node.n1", [types.NodeCordoned("n2")])
+    await fleet.ask("coordinator.node.cordon", messages.NodeRequest(node="n1"))
+    second = Historian(await fleet.connect("historian"), "default", tmp_path / "second", servers=[fleet.url])
+    await fleet._group.start(second.run)
+    assert wrong(await examine(fleet.client, "default")) == {
+        ("warning", "skipped commits"), ("problem", "nodes"), ("warning", "history"),
+    }  # fmt: skip
+
+
+async def test_a_log_without_anybody_and_no_log_at_all(client: Client) -> None:
+    assert [finding.what for finding in judge(await examine(client, "nobody"))] == ["log", "durability"]
+    findings: list[Finding] = judge(await examine(client, "nobody"))
+    assert "has no log yet" in findings[0].said
+
+
+def test_the_command_says_no_with_its_exit_code() -> None:
+    done = run("doctor", "--server", "nats://127.0.0.1:1")
+    assert done.returncode == 1
+    assert "no NATS server answers" in done.stderr

@@ -1,0 +1,139 @@
+"""The compose file, the configuration of three servers and the code speak of the same things. No container is needed."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvplane.services.cli import app
+from kvplane.services.embedded.server import configuration, server_binary
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPOSE = ROOT / "compose"
+TEXT = (COMPOSE / "compose.yaml").read_text()
+CLUSTER = (COMPOSE / "nats" / "cluster.conf").read_text()
+
+
+def services() -> dict[str, str]:
+    """Text of each service by its name."""
+    body = re.search(r"^services:\n(.*?)^volumes:", TEXT, re.MULTILINE | re.DOTALL)
+    assert body is not None
+    parts = re.split(r"^  ([a-z0-9-]+):", body.group(1), flags=re.MULTILINE)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def test_every_setting_of_the_servers_is_given_and_no_other() -> None:
+    wanted = set(re.findall(r"\$(NATS_[A-Z_]+)", CLUSTER))
+    given = set(re.findall(r"(NATS_[A-Z_]+):", TEXT))
+    assert wanted == given
+    assert wanted == set(re.findall(r"^#   (NATS_[A-Z_]+) ", CLUSTER, re.MULTILINE))
+
+
+def test_servers_are_called_the_same_everywhere() -> None:
+    names = [name for name in services() if name.startswith("nats-")]
+    assert len(names) == 3
+    routes = re.search(r'NATS_ROUTES: "\[(.*)\]"', TEXT)
+    urls = re.search(r"KVPLANE_SERVER: (.*)", TEXT)
+    assert routes is not None
+    assert urls is not None
+    assert routes.group(1).split(", ") == [f"nats://{name}:6222" for name in names]
+    assert urls.group(1).split() == [f"nats://{name}:4222" for name in names]
+    for name in names:
+        own = services()[name]
+        assert f"NATS_NAME: {name}," in own
+        assert f'NATS_ADVERTISE: "{name}:4222"' in own
+        assert f'"./auth/servers/{name}:/etc/nats/auth:ro", "{name}:/data"' in own
+
+
+def test_what_is_mounted_or_copied_is_there() -> None:
+    mounted = re.findall(r"(\./[a-z.][\w./-]*):/", TEXT)
+    made_later = ("./auth/", "./grafana/dashboards")
+    assert mounted
+    for path in mounted:
+        assert path.startswith(made_later) or (COMPOSE / path).exists(), path
+    copied = re.findall(r"^COPY (?!--from)(.*)", (COMPOSE / "Dockerfile").read_text(), re.MULTILINE)
+    kept = (ROOT / ".dockerignore").read_text().split()
+    for path in [path for line in copied for path in line.split()[:-1]]:
+        assert (ROOT / path).exists(), path
+        assert any(path == each[1:] or path.startswith(f"{each[1:]}/") for each in kept if each[0] == "!"), path
+
+
+def test_every_command_and_every_variable_is_one_of_kvplane() -> None:
+    commands = re.findall(r"command: \[([a-z]+)", TEXT)
+    assert set(commands) == {"coordinator", "router", "historian"}
+    known = set(
+        re.findall(r'"(KVPLANE_[A-Z]+)"', "".join(path.read_text() for path in (ROOT / "services").rglob("*.py")))
+    )
+    options: set[str] = set()
+    for command in commands:
+        # Every option can be set in the environment under its name.
+        for argument in app[command].assemble_argument_collection():
+            options |= {f"KVPLANE_{name[2:].upper().replace('-', '_')}" for name in argument.names}
+    for name in re.findall(r"^  (KVPLANE_[A-Z_]+):", TEXT, re.MULTILINE):
+        assert name in options | known, name
+
+
+def test_prometheus_asks_every_service_at_the_port_where_it_answers() -> None:
+    targets = set(re.findall(r'"([a-z0-9-]+:\d+)"', (COMPOSE / "prometheus.yml").read_text()))
+    answering = [name for name in services() if name.startswith(("router", "coordinator", "historian"))]
+    port = re.search(r"KVPLANE_HTTP: 0\.0\.0\.0:(\d+)", TEXT)
+    assert port is not None
+    assert targets == {f"{name}:{port.group(1)}" for name in answering}
+
+
+def test_all_servers_keep_what_they_acknowledge_and_take_what_is_written() -> None:
+    """The same limits, wherever a server comes from."""
+    alone = (COMPOSE / "nats" / "single.conf").read_text()
+    embedded = configuration(Path("data"), name="n", host="h", port=1)
+    for setting in ("max_payload: 8388608", "max_pending: 268435456", "sync_interval: always"):
+        for text in (CLUSTER, alone, embedded):
+            assert setting in text, setting
+
+
+@pytest.mark.parametrize("missing", ["", "NATS_NAME", "NATS_ROUTES"])
+def test_the_configuration_is_valid_when_all_is_given(tmp_path: Path, missing: str) -> None:
+    shutil.copy(COMPOSE / "nats" / "cluster.conf", tmp_path)
+    (tmp_path / "auth").mkdir()
+    for name in ("client.conf", "cluster.conf"):
+        (tmp_path / "auth" / name).touch()
+    environment: dict[str, str] = dict.fromkeys(re.findall(r"\$(NATS_[A-Z_]+)", CLUSTER), "x")
+    environment |= {
+        "NATS_PORT": "4222",
+        "NATS_CLUSTER_PORT": "6222",
+        "NATS_ROUTES": "[nats://x:6222]",
+        "NATS_MONITOR": "0",
+    }
+    environment.pop(missing, None)
+    done: Any = subprocess.run(
+        [server_binary(), "-t", "-c", str(tmp_path / "cluster.conf")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode == 0) is not bool(missing), done.stderr
+    assert missing in done.stderr
+
+
+def test_the_lock_of_the_image_is_part_of_the_lock_of_the_project() -> None:
+    def entries(path: Path) -> dict[str, set[str]]:
+        parts = re.split(r"^([a-z0-9-]+==\S+)", path.read_text(), flags=re.MULTILINE)[1:]
+        return {name: set(re.findall(r"sha256:\w+", rest)) for name, rest in zip(parts[::2], parts[1::2], strict=True)}
+
+    image, project = entries(COMPOSE / "requirements.lock"), entries(ROOT / "requirements.lock")
+    assert image
+    assert {name: hashes for name, hashes in image.items() if project.get(name) != hashes} == {}
+
+
+def test_an_upgrade_waits_until_a_service_is_ready_at_the_port_where_it_answers() -> None:
+    """Alive is too early: a replica that still reads the log answers nobody."""
+    port = re.search(r"KVPLANE_HTTP: 0\.0\.0\.0:(\d+)", TEXT)
+    assert port is not None
+    asked = re.search(r"^x-service:.*?healthy, \"(.*?)\"", TEXT, re.MULTILINE | re.DOTALL)
+    assert asked is not None
+    assert asked.group(1) == f"http://127.0.0.1:{port.group(1)}/readyz"

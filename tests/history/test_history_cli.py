@@ -1,0 +1,188 @@
+"""The commands of the history as a person meets them, on a fleet that `kvplane up` runs and that has served requests."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from kvplane.events.log.connection import connected
+from kvplane.services.cli.history import aside
+from kvplane.services.demo.traffic import Traffic
+from kvplane.services.demo.workload import conversations
+from tests.cli.test_cli import asked, run, up
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+REQUESTS = 120
+
+
+async def _serve(url: str) -> None:
+    async with connected([url], "test") as client:
+        traffic = Traffic(client, "default", "sim")
+        await traffic.run(conversations()[:REQUESTS], concurrency=8, progress=lambda: None)
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with up(tmp_path_factory.mktemp("up"), "--simulate", "3") as (found, _):
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            nodes = asked(found, "node", "list")["nodes"]
+            if len(nodes) == 3 and run("history", "status", KVPLANE_SERVER=found).returncode == 0:
+                break
+        anyio.run(_serve, found)
+        time.sleep(1)
+        yield found
+
+
+def rows(url: str, query: str) -> list[dict[str, Any]]:
+    done = run("sql", query, "--json", KVPLANE_SERVER=url)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_the_same_result_in_every_form(url: str, tmp_path: Path) -> None:
+    query = "SELECT request, node, match, hashes, time FROM decisions ORDER BY sequence, event"
+    plain = rows(url, query)
+    assert len(plain) == REQUESTS
+    done = run("sql", query, "--csv", KVPLANE_SERVER=url)
+    lines = list(csv.DictReader(io.StringIO(done.stdout)))
+    assert [line["request"] for line in lines] == [row["request"] for row in plain]
+    assert [json.loads(line["hashes"]) for line in lines] == [row["hashes"] for row in plain]
+    for option, name in (("--parquet", "out.parquet"), ("--arrow", "out.arrow")):
+        done = run("sql", query, option, str(tmp_path / name), KVPLANE_SERVER=url)
+        assert done.returncode == 0, done.stderr
+    for table in (
+        pa.parquet.read_table(tmp_path / "out.parquet"),
+        pa.ipc.open_file(tmp_path / "out.arrow").read_all(),
+    ):
+        assert table["hashes"].to_pylist() == [row["hashes"] for row in plain]
+        assert [moment.isoformat() for moment in table["time"].to_pylist()] == [row["time"] for row in plain]
+    done = run("sql", "SELECT count(*) AS n FROM completions", KVPLANE_SERVER=url)
+    assert str(REQUESTS) in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("query", "code"),
+    [
+        ("DELETE FROM live.decisions", "bad_sql"),
+        ("SELECT * FROM read_text('/etc/hostname')", "bad_sql"),
+        ("SELEC 1", "bad_sql"),
+        ("SELECT * FROM nothing", "bad_sql"),
+        ("SELECT 1; SELECT 2", "bad_sql"),
+        ("", "bad_request"),
+    ],
+)
+def test_a_query_that_is_refused_is_told_why(url: str, query: str, code: str) -> None:
+    done = run("sql", query, "--csv", KVPLANE_SERVER=url)
+    assert done.returncode == 1
+    assert f"[{code}]" in done.stderr
+    assert len(done.stderr.splitlines()) < 8
+
+
+def test_limits_are_named_and_nothing_half_is_left(url: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.parquet"
+    done = run("sql", "SELECT * FROM range(100000000)", "--max-rows", "5000", "--parquet", str(out), KVPLANE_SERVER=url)
+    assert (done.returncode, list(tmp_path.iterdir())) == (1, [])
+    assert "first 5000 rows" in done.stderr
+    slow = "SELECT count(*) FROM range(100000000000) a WHERE a.range % 7 = 3"
+    done = run("sql", slow, "--timeout", "1", KVPLANE_SERVER=url)
+    assert done.returncode == 1
+    assert "[time_limit]" in done.stderr
+    assert rows(url, "SELECT count(*) AS n FROM decisions") == [{"n": REQUESTS}]
+
+
+def test_a_file_that_can_not_be_written_is_told(url: str, tmp_path: Path) -> None:
+    done = run("sql", "SELECT 1", "--parquet", str(tmp_path / "no" / "out.parquet"), KVPLANE_SERVER=url)
+    assert done.returncode == 1
+    assert "can't be written" in done.stderr
+
+
+def test_a_decision_is_explained(url: str) -> None:
+    request = rows(url, "SELECT request FROM decisions WHERE match > 0 ORDER BY sequence, event LIMIT 1 OFFSET 40")[0]
+    answer = asked(url, "explain", request["request"])
+    assert answer["verdict"] == "agrees"
+    assert answer["outcome"]["status"] == "ok"
+    done = run("explain", request["request"], KVPLANE_SERVER=url)
+    assert done.returncode == 0
+    assert "agrees" in done.stdout
+    for node in ("sim-1", "sim-2", "sim-3"):
+        assert node in done.stdout
+    done = run("explain", "nobody", KVPLANE_SERVER=url)
+    assert done.returncode == 1
+    assert "[unknown_request]" in done.stderr
+
+
+def test_the_past_is_shown_and_compared(url: str) -> None:
+    now = asked(url, "state")
+    then = asked(url, "state", "--at", str(now["sequence"] // 2))
+    assert then["sequence"] == now["sequence"] // 2
+    assert 0 < then["memberships"] < now["memberships"]
+    assert asked(url, "state", "--at", str(now["sequence"]))["digest"] == now["digest"]
+    times = rows(url, "SELECT min(time)::VARCHAR AS first, max(time)::VARCHAR AS last FROM commits")[0]
+    assert asked(url, "state", "--at", times["last"].replace(" ", "T"))["digest"] == now["digest"]
+    assert asked(url, "state", "--at", times["first"].replace(" ", "T"))["sequence"] == 1
+    one = asked(url, "state", "--at", str(now["sequence"]), "--node", "sim-1")
+    assert [row["node"] for row in one["rows"]] == ["sim-1"]
+    changed = asked(url, "diff", "0", str(now["sequence"]))
+    assert {row["what"] for row in changed["nodes"]} == {"joined"}
+    assert sum(row["blocks"]["gpu"]["came"] for row in changed["nodes"]) == now["memberships"]
+    for moment, code in (("2001-01-01", "before_history"), ("999999", "before_history"), ("lately", "bad_request")):
+        done = run("state", "--at", moment, KVPLANE_SERVER=url)
+        assert (done.returncode, f"[{code}]" in done.stderr) == (1, True)
+
+
+def test_what_if(url: str, tmp_path: Path) -> None:
+    plot = tmp_path / "plot.png"
+    answer = asked(url, "whatif", "--policy", "round_robin", "ttft:session_seconds=1", "--plot", str(plot))
+    by_policy = {row["policy"]: row for row in answer["policies"]}
+    assert list(by_policy) == ["really", "as recorded", "round_robin", "ttft:session_seconds=1"]
+    assert {row["requests"] for row in by_policy.values()} == {REQUESTS}
+    # Whoever spreads conversations over nodes computes their beginnings again.
+    assert by_policy["round_robin"]["hit_rate"] < by_policy["as recorded"]["hit_rate"] - 0.05
+    assert abs(by_policy["really"]["hit_rate"] - by_policy["as recorded"]["hit_rate"]) < 0.1
+    assert plot.stat().st_size > 10_000
+    kept = rows(url, f"SELECT policy, requests, hit_rate FROM whatif_runs WHERE run = '{answer['run']}'")
+    assert {row["policy"]: row["hit_rate"] for row in kept} == {
+        name: row["hit_rate"] for name, row in by_policy.items()
+    }
+    per_request = rows(
+        url,
+        "SELECT policy, count(*) AS n, sum(cached_tokens) / sum(tokens) AS hit_rate FROM whatif_requests "
+        f"WHERE run = '{answer['run']}' GROUP BY policy",
+    )
+    for row in per_request:
+        assert row["n"] == REQUESTS
+        assert row["hit_rate"] == pytest.approx(by_policy[row["policy"]]["hit_rate"], abs=1e-5)
+    done = run("whatif", "--policy", "magic", KVPLANE_SERVER=url)
+    assert done.returncode == 1
+    assert "is not one of" in done.stderr
+    done = run("whatif", "--policy", "cascade", "--since", "999999", KVPLANE_SERVER=url)
+    assert (done.returncode, "[before_history]" in done.stderr) == (1, True)
+
+
+def test_what_was_there_is_kept_beside_what_is_made_again(tmp_path: Path) -> None:
+    for number in range(3):
+        file = tmp_path / "history.duckdb"
+        file.write_text(str(number))
+        file.with_name("history.duckdb.wal").write_text(f"log {number}")
+        kept = aside(file)
+        assert (kept.read_text(), kept.with_name(f"{kept.name}.wal").read_text()) == (str(number), f"log {number}")
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+def test_without_a_historian_the_commands_say_what_to_start(url: str) -> None:
+    for command in (["sql", "SELECT 1"], ["explain", "r"], ["state", "--at", "1"], ["history", "status"]):
+        done = run(*command, "--fleet", "elsewhere", KVPLANE_SERVER=url)
+        assert done.returncode == 1
+        assert "kvplane historian" in done.stderr

@@ -1,0 +1,100 @@
+"""Rules of the house that no linter knows: what is pure stays pure, and modules stay small."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("events", "projections", "services")
+
+PURE = [
+    *(path for path in sorted((ROOT / "events").glob("*.py"))),
+    *(path for path in sorted((ROOT / "projections").rglob("*.py")) if path.name not in {"store.py", "archive.py"}),
+    *(path for room in ("routing", "control", "protocol") for path in sorted((ROOT / "services" / room).glob("*.py"))),
+    ROOT / "services" / "simulation" / "blockcache.py",
+    *(ROOT / "services" / "engines" / name for name in ("dialect.py", "holding.py", "translate.py", "sequence.py")),
+]
+BANNED_MODULES = {
+    "time", "datetime", "random", "secrets", "uuid", "os", "pathlib", "io", "socket", "subprocess", "asyncio", "anyio",
+    "nats", "duckdb", "threading", "tempfile", "shutil", "structlog", "logging",
+}  # fmt: skip
+BANNED_CALLS = {"open", "print", "input", "id", "hash"}
+
+
+def _imported(tree: ast.AST) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def _called(tree: ast.AST) -> set[str]:
+    return {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+
+
+def impurities(source: str) -> set[str]:
+    """Clock, random, environment and I/O that a source text reaches for."""
+    tree = ast.parse(source)
+    return (_imported(tree) & BANNED_MODULES) | (_called(tree) & BANNED_CALLS)
+
+
+@pytest.mark.parametrize("path", PURE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_decides_knows_no_clock_no_random_and_no_io(path: Path) -> None:
+    assert impurities(path.read_text()) == set()
+
+
+@pytest.mark.parametrize(
+    "source", ["import time", "from datetime import datetime", "import os.path", "x = open('f')", "hash('a')"]
+)
+def test_the_purity_rule_bites(source: str) -> None:
+    assert impurities(source)
+
+
+def _tracked() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / line for line in listed.stdout.splitlines() if (ROOT / line).is_file()]
+
+
+def test_modules_stay_small() -> None:
+    lengths = {path: len(path.read_text().splitlines()) for path in _tracked() if path.suffix == ".py"}
+    assert {str(path.relative_to(ROOT)): lines for path, lines in lengths.items() if lines > 450} == {}
+
+
+def test_no_machine_is_named() -> None:
+    named = re.compile(r"/(?:home|root|work|Users)/[a-z]|//[^ ]*(?:pypi|pythonhosted|npmjs)", re.IGNORECASE)
+    found = []
+    for path in _tracked():
+        if path == Path(__file__).resolve():
+            continue
+        text = path.read_text(errors="replace")
+        found += [f"{path.relative_to(ROOT)}: {match.group()}" for match in named.finditer(text)]
+    assert found == []
+
+
+def test_every_module_says_what_it_is() -> None:
+    silent = [
+        str(path.relative_to(ROOT))
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+        if not ast.get_docstring(ast.parse(path.read_text()))
+    ]
+    assert silent == []
+
+
+def test_importing_the_folds_loads_no_io() -> None:
+    """Transitive imports count as well: a fold must run where no event loop is."""
+    folds = "kvplane.projections.digest, kvplane.projections.fleet"
+    code = f"import sys, {folds}; print({{'anyio', 'nats', 'asyncio'}} & set(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert loaded.stdout.strip() == "set()"

@@ -1,0 +1,270 @@
+"""Digests at checkpoints: replicas agree without being asked at one moment, and one that differs is found."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import msgspec
+import pytest
+from nats.errors import NoRespondersError
+from nats.errors import TimeoutError as NatsTimeoutError
+from structlog.testing import capture_logs
+
+from kvplane.events import codec, types
+from kvplane.events.log.follow import replay
+from kvplane.events.log.stream import open_stream
+from kvplane.projections.digest import digest
+from kvplane.projections.fleet import FleetState
+from kvplane.projections.prefix import PrefixIndex
+from kvplane.services.diagnosis.doctor import judge
+from kvplane.services.diagnosis.examine import examine
+from kvplane.services.process import logs
+from kvplane.services.process.forked import in_copy
+from kvplane.services.protocol import messages
+from kvplane.services.replication import checkpoints
+from kvplane.services.replication.checkpoints import DIGEST_DIGITS, KEPT, Checkpoint, Checkpoints, due, odd
+from kvplane.services.rpc.client import instances
+from tests.conftest import Fleet, until
+from tests.replication.test_compaction import live
+
+if TYPE_CHECKING:
+    from nats.aio.client import Client
+
+    from kvplane.events.codec import Message
+    from kvplane.services.embedded.server import Server
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "SETTLE_SECONDS", 0.05)
+
+
+async def write(client: Client, count: int, fleet: str = "default") -> None:
+    """So many commits, and return when they are stored."""
+    body = codec.encode([types.RequestCompleted("nobody", "n0")])
+    last = (await open_stream(client.jetstream(), fleet)).last_seq + count
+    for _ in range(count):
+        await client.publish(f"kv.{fleet}.access.test", body)
+    with anyio.fail_after(60):
+        while (await open_stream(client.jetstream(), fleet)).last_seq < last:
+            await anyio.sleep(0.02)
+
+
+def test_spacing_grows_with_the_state_and_wide_ones_are_among_the_narrow() -> None:
+    small, large = FleetState("f"), FleetState("f")
+    index = large.caches.by_model["m"] = PrefixIndex()
+    index.add_slot(0)
+    index._counts[0] = 1_000_000
+    found: dict[str, list[int]] = {"small": [], "large": []}
+    for sequence in range(1, 200_001):
+        for name, state in (("small", small), ("large", large)):
+            state.sequence = sequence
+            if due(state):
+                found[name].append(sequence)
+    assert found["small"] == list(range(1000, 200_001, 1000))
+    # A million memberships: a digest takes 0.05 s, and is made at most every 40,000 commits.
+    assert found["large"] == [64_000, 128_000, 192_000]
+
+
+@pytest.mark.parametrize(
+    ("digests", "named"),
+    [
+        ("a", ""),
+        ("aa", ""),
+        ("ab", "01"),
+        ("aab", "2"),
+        ("abb", "0"),
+        ("abc", "012"),
+        ("aabb", "0123"),
+        ("aaabb", "34"),
+    ],
+)
+def test_who_is_odd(digests: str, named: str) -> None:
+    assert odd({str(number): digest for number, digest in enumerate(digests)}) == list(named)
+
+
+async def test_replicas_note_the_same_digests_under_load(fleet: Fleet) -> None:
+    coordinators = [await fleet.coordinator() for _ in range(2)]
+    routers = [await fleet.router() for _ in range(2)]
+    await live(fleet)
+    replicas = [router.replica for router in routers] + [coordinator.replica for coordinator in coordinators]
+    async with anyio.create_task_group() as group:
+        group.start_soon(write, fleet.client, 12_500)
+        # Asked in the middle of it, when no two are at one sequence for long.
+        await until(lambda: set.intersection(*(set(replica.checkpoints.own) for replica in replicas)), seconds=30)
+        found = await examine(fleet.client, "default")
+    finding = next(finding for finding in judge(found) if finding.what == "digests")
+    assert finding.level == "ok"
+    assert finding.said.startswith("4 replicas had the same state at sequence ")
+    zero, truth = FleetState("default"), {}
+
+    def handle(message: Message) -> None:
+        zero.apply(message)
+        if message.sequence % checkpoints.LEAST_COMMITS == 0:
+            truth[message.sequence] = digest(zero)
+
+    await replay(fleet.client, "default", handle)
+    for replica in replicas:
+        assert replica.checkpoints.own.items() <= truth.items()
+        assert replica.checkpoints.differs == replica.checkpoints.mismatches == 0
+
+
+def test_who_is_too_slow_notes_fewer_of_the_same() -> None:
+    state = FleetState("f")
+    for wider in range(checkpoints.MOST_WIDER):
+        narrow, wide = set(), set()
+        for state.sequence in range(1000, 200_001, 1000):
+            narrow |= {state.sequence} if due(state, wider) else set()
+            wide |= {state.sequence} if due(state, wider + 1) else set()
+        assert wide < narrow
+        assert len(wide) == len(narrow) // 2
+
+
+async def test_a_replica_that_differs_says_so_is_named_and_takes_no_snapshots(fleet: Fleet) -> None:
+    victim = await fleet.coordinator()
+    others = [await fleet.router(), await fleet.router()]
+    await live(fleet)
+    await until(lambda: victim.state.sequence == others[0].state.sequence == others[1].state.sequence)
+    # A flipped bit in memory, say.
+    victim.state.parameters["x"] = 1.0
+    logs.configure("warning")
+    with capture_logs() as said:
+        await write(fleet.client, 1000)
+        await until(lambda: victim.replica.checkpoints.differs)
+        await until(lambda: sum(entry["event"] == "other_replica_differs" for entry in said) >= 2)
+    loud = [entry for entry in said if entry["event"] == "replica_differs"]
+    assert {(entry["writer"], entry["log_level"]) for entry in loud} == {(victim.writer, "error")}
+    assert [router.replica.checkpoints.differs for router in others] == [0, 0]
+    findings = [finding for finding in judge(await examine(fleet.client, "default")) if finding.what == "digests"]
+    assert [(finding.level, finding.said.split(". ")[0]) for finding in findings] == [
+        ("problem", f"at sequence 1,000 {victim.writer} differ")
+    ]
+    assert await fleet.refused("coordinator.snapshot", messages.StatusRequest()) == "conflict"
+    # It is the state that counts, not the verdict: put right, it is trusted again.
+    del victim.state.parameters["x"]
+    await write(fleet.client, 1000)
+    await until(lambda: not victim.replica.checkpoints.differs and 2000 in victim.replica.checkpoints.own)
+    assert victim.replica.checkpoints.mismatches == 1
+    assert (await fleet.ask("coordinator.snapshot", messages.StatusRequest()))["sequence"] >= 2000
+
+
+async def test_strangers_on_the_checkpoint_subject_cost_little_and_change_nothing(fleet: Fleet) -> None:
+    coordinator = await fleet.coordinator()
+    await fleet.router()
+    await live(fleet)
+    own = coordinator.replica.checkpoints
+    for data in (b"", b"\xff" * 40, msgspec.msgpack.encode(Checkpoint(own.writer, 1000, "e" * 32))):
+        await fleet.client.publish(f"kv.default.checkpoint.{own.writer}", data)
+    forged = msgspec.msgpack.encode(Checkpoint("somebody else", 1000, "e" * 32))
+    await fleet.client.publish("kv.default.checkpoint.me", forged)
+    for number in range(3000):
+        told = Checkpoint("x", 1000 * number, "e" * (DIGEST_DIGITS + 1 - number % 2))
+        await fleet.client.publish("kv.default.checkpoint.x", msgspec.msgpack.encode(told))
+    await write(fleet.client, 1000)
+    await until(lambda: 1000 in own.own)
+    await until(lambda: len(own._heard.get(1000, ())) == 2)
+    assert len(own._heard) <= 2 * KEPT
+    # One liar is outvoted.
+    assert not own.differs
+
+
+def test_only_a_few_are_remembered() -> None:
+    mine = Checkpoints(None, FleetState("f"), "me")  # type: ignore[arg-type]
+    for number in range(1, 3 * KEPT):
+        mine.note(number * 1000, "d" * 32)
+        for writer in range(2 * checkpoints.WRITERS_LIMIT if number == 5 else 3):
+            mine.hear(Checkpoint(str(writer), number * 1000, "d" * 32))
+    assert sorted(mine.own) == [number * 1000 for number in range(2 * KEPT, 3 * KEPT)]
+    assert max(map(len, mine._heard.values())) <= checkpoints.WRITERS_LIMIT
+
+
+async def test_a_digest_on_demand_is_of_one_moment_and_made_once(fleet: Fleet) -> None:
+    coordinator = await fleet.coordinator()
+    await fleet.router()
+    await live(fleet)
+    answers: list[dict[str, Any]] = []
+
+    async def one() -> None:
+        answers.append(await fleet.ask("coordinator.status", messages.StatusRequest(digest=True)))
+
+    async with anyio.create_task_group() as group:
+        for _ in range(20):
+            group.start_soon(one)
+    assert {answer["digest"] for answer in answers if answer["sequence"] == coordinator.state.sequence} == {
+        digest(coordinator.state)
+    }
+
+
+ASLEEP = """
+import sys, time, anyio
+from nats.micro import add_service
+from kvplane.events.log.connection import connected
+from kvplane.services.process.forked import Copy
+
+def forever():
+    time.sleep(600)
+    return b""
+
+async def main(url):
+    async with connected([url], "victim") as client:
+        await add_service(client, name="victim", version="1.0.0")
+        await client.flush()
+        copy = Copy(forever)
+        print(copy._child, flush=True)
+        await copy.result()
+
+anyio.run(main, sys.argv[1], backend_options={"use_uvloop": True})
+"""
+
+
+async def test_a_copy_does_not_keep_the_connections_of_a_process_that_was_killed(
+    server: Server, client: Client
+) -> None:
+    """Or requests would still be sent to it for as long as the copy works."""
+    async with await anyio.open_process([sys.executable, "-c", ASLEEP, server.url], stderr=None) as process:
+        assert process.stdout is not None
+        child = int(await process.stdout.receive())
+        try:
+            assert len(await instances(client, "victim", seconds=2, enough=1)) == 1
+            process.kill()
+            await process.wait()
+            os.kill(child, 0)
+            with anyio.fail_after(10):
+                while await served(client):
+                    await anyio.sleep(0.05)
+            os.kill(child, 0)
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+async def served(client: Client) -> bool:
+    """Whether the server still has somebody to send a request to."""
+    with suppress(NatsTimeoutError):
+        try:
+            await client.request("$SRV.PING.victim", b"", timeout=0.3)
+        except NoRespondersError:
+            return False
+    return True
+
+
+def children() -> set[str]:
+    """Processes that this one has started and not yet buried."""
+    return {pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
+
+
+async def test_a_copy_leaves_with_the_one_who_waits_for_it() -> None:
+    before = children()
+    with anyio.move_on_after(0.1) as scope:
+        await in_copy(partial(bytes, iter(partial(time.sleep, 600), 0)))
+    assert scope.cancelled_caught
+    assert children() <= before

@@ -1,0 +1,196 @@
+"""Snapshots on the server under attack: killed writers, several at once, readers of what is being deleted, newer ones."""
+
+from __future__ import annotations
+
+import sys
+from hashlib import sha256
+from typing import TYPE_CHECKING
+
+import anyio
+import msgspec
+import pytest
+from structlog.testing import capture_logs
+
+from kvplane.events.errors import LogUnavailable
+from kvplane.events.log import snapshots
+from kvplane.events.log.follow import replay
+from kvplane.events.log.snapshots import SnapshotStore
+from kvplane.events.log.stream import open_stream
+from kvplane.projections import snapshot
+from kvplane.projections.digest import digest
+from kvplane.projections.fleet import FleetState
+from kvplane.projections.snapshot import load
+from kvplane.services.process import hugepages, logs
+from kvplane.services.process.forked import in_copy
+from kvplane.services.protocol import messages
+from kvplane.services.replication import replica
+from tests.conftest import Fleet, until
+from tests.replication.test_compaction import live
+
+if TYPE_CHECKING:
+    from nats.aio.client import Client
+
+
+pytestmark = pytest.mark.anyio
+
+MIB = 1 << 20
+
+WRITER = """
+import sys, anyio
+from kvplane.events.log.connection import connected
+from kvplane.events.log.snapshots import SnapshotStore
+from kvplane.events.log.stream import open_stream
+
+async def main(url):
+    async with connected([url], "writer") as client:
+        await SnapshotStore(client, "default").put(7, bytes(1 << 30))
+
+anyio.run(main, sys.argv[1], backend_options={"use_uvloop": True})
+"""
+
+
+@pytest.fixture(autouse=True)
+def _old_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica, "RECENT_NS", 0)
+
+
+async def pieces(client: Client) -> set[str]:
+    """Subjects of pieces that are in the bucket."""
+    info = await client.jetstream().stream_info(
+        "OBJ_KV_default_snapshots", subjects_filter="$O.KV_default_snapshots.C.*"
+    )
+    return set(info.state.subjects or {})
+
+
+async def test_a_writer_that_is_killed_leaves_nothing_that_counts_or_stays(fleet: Fleet) -> None:
+    await fleet.coordinator()
+    await fleet.router()
+    await live(fleet)
+    taken = await fleet.ask("coordinator.snapshot", messages.StatusRequest())
+    whole = await pieces(fleet.client)
+    assert len(whole) == 1
+    async with await anyio.open_process([sys.executable, "-c", WRITER, fleet.url], stderr=None) as process:
+        with anyio.fail_after(30):
+            while await pieces(fleet.client) == whole:
+                await anyio.sleep(0.01)
+        process.kill()
+    store = SnapshotStore(fleet.client, "default")
+    assert await store.sequences() == [taken["sequence"]]
+    late = await fleet.coordinator()
+    assert late.replica.began == taken["sequence"]
+    # For all that anybody knows it still writes.
+    assert await store.sweep() == 0
+    assert len(await pieces(fleet.client)) == 2
+    assert await store.sweep(seconds=0) == 1
+    assert await pieces(fleet.client) == whole
+    assert load("default", await store.get(taken["sequence"])).sequence == taken["sequence"]
+
+
+async def test_two_coordinators_take_one_at_once(fleet: Fleet) -> None:
+    both = [await fleet.coordinator() for _ in range(2)]
+    await fleet.router()
+    await live(fleet)
+    await until(lambda: both[0].state.sequence == both[1].state.sequence)
+    async with anyio.create_task_group() as group:
+        for coordinator in both:
+            group.start_soon(coordinator.compaction.take)
+    store = SnapshotStore(fleet.client, "default")
+    # One, or two when a commit came in between.
+    last = (await store.sequences())[0]
+    zero = FleetState("default")
+    await replay(fleet.client, "default", zero.apply, last=last)
+    assert digest(load("default", await store.get(zero.sequence))) == digest(zero)
+    # What one of them wrote in vain is swept away.
+    await store.sweep(seconds=0)
+    assert len(await pieces(fleet.client)) == len(await store.sequences())
+    assert digest(load("default", await store.get(zero.sequence))) == digest(zero)
+
+
+async def test_a_reader_of_what_is_deleted_gives_up_and_whoever_reads_gets_all_or_nothing(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshots, "IDLE_SECONDS", 0.5)
+    await open_stream(client.jetstream(), "default", create=True)
+    store, data = SnapshotStore(client, "default"), bytes(range(256)) * (32 * MIB // 256)
+    # Listed, and its pieces are gone: the client's own way would be to wait for ever.
+    await store.put(1, data)
+    await client.jetstream().purge_stream("OBJ_KV_default_snapshots", subject="$O.KV_default_snapshots.C.*")
+    with anyio.fail_after(20), pytest.raises(LogUnavailable, match="nothing came for 0.5 s"):
+        await store.get(1)
+    outcomes = set()
+    for number in range(8):
+        await store.put(2, data)
+
+        async def read() -> None:
+            try:
+                outcomes.add(sha256(await store.get(2)).hexdigest())
+            except LogUnavailable:
+                outcomes.add("unavailable")
+
+        with anyio.fail_after(60):
+            async with anyio.create_task_group() as group:
+                group.start_soon(read)
+                await anyio.sleep(0.02 * number)
+                await store.delete(2)
+    assert outcomes <= {"unavailable", sha256(data).hexdigest()}
+    assert "unavailable" in outcomes
+
+
+async def test_a_newer_one_is_passed_over_with_a_warning_and_the_one_before_is_used(fleet: Fleet) -> None:
+    first = await fleet.coordinator()
+    await fleet.router()
+    await live(fleet)
+    taken = await fleet.ask("coordinator.snapshot", messages.StatusRequest())
+    store = SnapshotStore(fleet.client, "default")
+    good = await store.get(taken["sequence"])
+    header, start = snapshot._opened(good)
+    for ahead, change in ((1, {"version": snapshot.VERSION + 1}), (2, {"revision": snapshot.FOLD_REVISION + 1})):
+        await store.put(
+            taken["sequence"] + ahead, snapshot._sealed(msgspec.structs.replace(header, **change), good[start:])
+        )
+    logs.configure("warning")
+    with capture_logs() as said:
+        second = await fleet.coordinator()
+    assert second.replica.began == taken["sequence"]
+    assert digest(second.state) == digest(first.state)
+    warned = [entry["error"] for entry in said if entry["event"] == "snapshot_passed_over"]
+    assert [
+        f"this kvplane has {snapshot.FOLD_REVISION}; replay the log" in warned[0],
+        "use a newer kvplane" in warned[1],
+    ] == [True, True]
+
+
+async def test_many_bytes_are_a_reason_as_well(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvplane.services.replication.compaction.LOOK_SECONDS", 0.05)
+    coordinator = await fleet.coordinator()
+    await fleet.router()
+    coordinator.compaction._bytes = 20 * MIB
+    store = SnapshotStore(fleet.client, "default")
+    for _ in range(3):
+        await fleet.client.publish("kv.default.control", bytes(6 * MIB))
+        await fleet.client.flush()
+    await coordinator.replica.reached(3)
+    await anyio.sleep(0.5)
+    assert await store.sequences() == []
+    await fleet.client.publish("kv.default.control", bytes(6 * MIB))
+    with anyio.fail_after(10):
+        while await store.sequences() != [4]:
+            await anyio.sleep(0.05)
+    # And the count begins anew.
+    await fleet.client.publish("kv.default.control", bytes(6 * MIB))
+    await coordinator.replica.reached(5)
+    await anyio.sleep(0.5)
+    assert await store.sequences() == [4]
+
+
+async def test_gigabytes_are_copied_and_come_back_whole() -> None:
+    held = [bytes([number]) * (64 * MIB) for number in range(32)]
+    assert hugepages.collapse() >= 0
+    copied = await in_copy(lambda: b"".join(held[::2]))
+    expected = sha256()
+    for part in held[::2]:
+        expected.update(part)
+    with copied.data.getbuffer() as view:
+        assert view.nbytes == 1024 * MIB
+        assert sha256(view).digest() == expected.digest()
+    assert copied.pause < 5
