@@ -17,7 +17,8 @@ from benchmarks.common import Limit, Row, row
 from kvplane.events.log.connection import connected
 from kvplane.services.demo.fleet import Fleet
 from tests.support.load_ledger import MODEL, Ledger
-from tests.support.three_servers import Cluster, cluster_in, until
+from tests.support.three_servers import WAIT_SECONDS, Cluster, cluster_in
+from tests.support.waiting import until
 
 FLEET = "bench"
 AFTER_SECONDS = 1.0
@@ -45,7 +46,7 @@ async def one(cluster: Cluster, kind: str) -> Ledger:
             async def goes_on() -> bool:
                 return len(ledger.committed) > acknowledged + 20
 
-            await until(goes_on)
+            await until(goes_on, WAIT_SECONDS)
             await cluster.start(leader)
             await anyio.sleep(AFTER_SECONDS)
             stop.set()

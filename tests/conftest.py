@@ -3,38 +3,32 @@
 from __future__ import annotations
 
 import os
-from contextlib import AsyncExitStack, asynccontextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
-import anyio
 import pytest
+
+# Asserts of helpers say as much as those of tests.
+pytest.register_assert_rewrite("tests.support")
+
 from hypothesis import settings
 
 from kvplane.events.log.connection import connected
 from kvplane.services.embedded.server import Server, free_port, start_server
 from kvplane.services.process import logs
-from kvplane.services.protocol.errors import ServiceFault
-from kvplane.services.roles.coordinator import Coordinator
-from kvplane.services.roles.router import Router
-from kvplane.services.rpc.client import ask
-from kvplane.services.simulation.simnode import NodeConfig, run_nodes
 from tests.support.disks import small_disk
+from tests.support.fleet import Fleet, fleet_on
+from tests.support.shared_data import TRACE
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
 
-    import msgspec
     from nats.aio.client import Client
 
-T = TypeVar("T")
 
 # A failure must be repeatable by whoever reads it.
 settings.register_profile("kvplane", print_blob=True, deadline=None)
 settings.load_profile("kvplane")
-
-SHARED = Path(__file__).resolve().parents[2] / "shared"
-TRACE = SHARED / "traces" / "conversation_trace.jsonl"
 
 
 @pytest.fixture(autouse=True)
@@ -76,63 +70,7 @@ async def client(server: Server) -> AsyncIterator[Client]:
         yield connection
 
 
-class Fleet:
-    """Services on one server, in this process, each with a connection of its own."""
-
-    def __init__(self, url: str, client: Client, group: anyio.abc.TaskGroup, stack: AsyncExitStack) -> None:
-        self.url = url
-        self.client = client
-        self.name = "default"
-        self._group = group
-        self._stack = stack
-
-    async def connect(self, name: str) -> Client:
-        return await self._stack.enter_async_context(connected([self.url], name))
-
-    async def coordinator(self) -> Coordinator:
-        service = Coordinator(await self.connect("coordinator"), self.name)
-        await self._group.start(service.run)
-        return service
-
-    async def router(self) -> Router:
-        service = Router(await self.connect("router"), self.name)
-        await self._group.start(service.run)
-        return service
-
-    async def nodes(self, *configs: NodeConfig) -> None:
-        client = await self.connect("nodes")
-        await self._group.start(run_nodes, client, self.name, list(configs))
-
-    async def ask(self, endpoint: str, request: msgspec.Struct, form: type[T] | None = None) -> Any:
-        return await ask(self.client, f"kv.{self.name}.{endpoint}", request, form)
-
-    async def refused(self, endpoint: str, request: msgspec.Struct) -> str:
-        with pytest.raises(ServiceFault) as caught:
-            await self.ask(endpoint, request)
-        return caught.value.code
-
-
 @pytest.fixture
 async def fleet(server: Server, client: Client) -> AsyncIterator[Fleet]:
     async with fleet_on(server.url, client) as running:
         yield running
-
-
-@asynccontextmanager
-async def fleet_on(url: str, client: Client) -> AsyncIterator[Fleet]:
-    """Services on a server, stopped before their connections are."""
-    async with AsyncExitStack() as stack, anyio.create_task_group() as group:
-        yield Fleet(url, client, group, stack)
-        group.cancel_scope.cancel()
-
-
-def stopped(pid: int) -> bool:
-    """Whether SIGSTOP has reached all of a process; until then it may still answer."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-
-
-async def until(holds: Callable[[], object], seconds: float = 10) -> None:
-    """Wait until something holds."""
-    with anyio.fail_after(seconds):
-        while not holds():
-            await anyio.sleep(0.01)

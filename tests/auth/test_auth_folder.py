@@ -26,8 +26,8 @@ from kvplane.services.protocol import messages
 from kvplane.services.roles.coordinator import Coordinator
 from kvplane.services.roles.router import Router
 from kvplane.services.rpc.client import ask
-from tests.cli.test_cli import asked, run, up
-from tests.conftest import until
+from tests.support.commands import asked, run, up
+from tests.support.waiting import until
 from tests.support.with_credentials import NAME, Guarded, folder_of, guarded
 
 if TYPE_CHECKING:

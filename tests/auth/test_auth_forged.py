@@ -24,7 +24,7 @@ from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import Refused
 from kvplane.services.roles.coordinator import Coordinator
 from kvplane.services.rpc.client import ask
-from tests.conftest import until
+from tests.support.waiting import until
 from tests.support.with_credentials import NAME, OTHER, TRIED, Guarded, Stranger, guarded, last_sequence, subjects_of
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from kvplane.services.history.client import table
 from kvplane.services.protocol import messages
 from kvplane.services.replication import checkpoints
 from kvplane.services.rpc.client import ask
-from tests.conftest import until
+from tests.support.waiting import until
 from tests.support.with_credentials import NAME, Guarded, guarded
 
 if TYPE_CHECKING:

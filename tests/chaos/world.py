@@ -15,7 +15,8 @@ from kvplane.services.embedded.server import server_binary
 from tests.chaos.faults import Ground
 from tests.chaos.network import network
 from tests.chaos.processes import Service
-from tests.support.three_servers import CONFIGURATION, NAMES, Cluster, Member, monitor, until
+from tests.support.three_servers import CONFIGURATION, NAMES, Cluster, Member, monitor
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable

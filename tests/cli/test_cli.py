@@ -3,66 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import socket
 import subprocess
-import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 from kvplane.services.embedded.server import free_port, server_binary
+from tests.support.commands import asked, run, up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "kvplane", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env={**os.environ, "COLUMNS": "100", **environment},
-    )
-
-
-@contextmanager
-def up(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """`kvplane up`, until the end of the block; its URL and process."""
-    port = free_port()
-    command = [sys.executable, "-m", "kvplane", "up", "--data", str(folder), "--port", str(port), *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    said = []
-    for line in process.stderr:
-        said.append(line)
-        if "Ctrl-C" in line:
-            break
-    else:
-        pytest.fail("".join(said))
-    try:
-        yield f"nats://127.0.0.1:{port}", process
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=20)
 
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with up(tmp_path_factory.mktemp("up"), "--simulate", "3") as (found, _):
         yield found
-
-
-def asked(url: str, *arguments: str) -> Any:
-    done = run(*arguments, "--json", KVPLANE_SERVER=url)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize(

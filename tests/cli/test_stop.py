@@ -6,14 +6,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from tests.support.processes import alive
+from tests.support.waiting import until
+
+pytestmark = pytest.mark.anyio
 
 ENDLESS = """
 def score(view, request, parameters):
@@ -24,21 +24,9 @@ def score(view, request, parameters):
 """
 
 
-def alive(process: int) -> bool:
-    status = Path(f"/proc/{process}/status")
-    return status.exists() and "\nState:\tZ" not in status.read_text()
-
-
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="processes are looked up in /proc")
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_processes_of_a_simulation_end_with_it(tmp_path: Path, ending: signal.Signals) -> None:
+async def test_processes_of_a_simulation_end_with_it(tmp_path: Path, ending: signal.Signals) -> None:
     (tmp_path / "endless_for_test.py").write_text(ENDLESS)
     command = [
         sys.executable,
@@ -54,9 +42,11 @@ def test_processes_of_a_simulation_end_with_it(tmp_path: Path, ending: signal.Si
     # Whoever started the tests in the background may have had them ignore it, and processes would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     found = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, env=found, cwd=tmp_path) as process:
+    with subprocess.Popen(  # noqa: ASYNC220 - starting it does not wait
+        command, stderr=subprocess.PIPE, start_new_session=True, env=found, cwd=tmp_path
+    ) as process:
         try:
-            until(lambda: (tmp_path / "worker").exists() or process.poll() is not None)
+            await until(lambda: (tmp_path / "worker").exists() or process.poll() is not None, 20)
             worker = int((tmp_path / "worker").read_text())
             # A terminal's Ctrl-C goes to all of them.
             if ending == signal.SIGINT:
@@ -68,4 +58,4 @@ def test_processes_of_a_simulation_end_with_it(tmp_path: Path, ending: signal.Si
             process.kill()
     assert process.returncode == (130 if ending == signal.SIGINT else -ending)
     assert b"Traceback" not in said
-    until(lambda: not alive(worker))
+    await until(lambda: not alive(worker), 20)

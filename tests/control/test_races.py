@@ -29,6 +29,7 @@ from kvplane.services.protocol.errors import Refused
 from kvplane.services.rpc.client import ask
 from kvplane.services.simulation.simnode import _encode as encode_pulse
 from tests.support.naive_fold import Naive
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -209,10 +210,11 @@ async def states(client: Client) -> dict[str, str]:
     return {row["node"]: row["state"] for row in answer["nodes"]}
 
 
-async def wait_for(client: Client, wanted: dict[str, str]) -> None:
-    with anyio.fail_after(30):
-        while await states(client) != wanted:
-            await anyio.sleep(0.05)
+async def see(client: Client, wanted: dict[str, str]) -> None:
+    async def seen() -> bool:
+        return await states(client) == wanted
+
+    await until(seen, 30, every=0.05)
 
 
 def conclusions(written: list[Message]) -> list[tuple[str, str]]:
@@ -227,9 +229,9 @@ async def test_conclusions_are_made_once_also_by_those_who_slept(fleet: Fleet) -
         group.start_soon(pulse, client, epochs, silent)
         await anyio.sleep(1)
         silent.add("a")
-        await wait_for(client, {"a": "lost", "b": "up", "c": "up"})
+        await see(client, {"a": "lost", "b": "up", "c": "up"})
         silent.clear()
-        await wait_for(client, {"a": "up", "b": "up", "c": "up"})
+        await see(client, {"a": "up", "b": "up", "c": "up"})
         assert conclusions(await messages_of(client)) == [("NodeLost", "a"), ("NodeRecovered", "a")]
         # One is stopped for longer than a node may be silent; while it sleeps, b dies. What it finds in its buffers when it
         # wakes up is b's last pulses, and silence of all for as long as it slept.
@@ -245,6 +247,6 @@ async def test_conclusions_are_made_once_also_by_those_who_slept(fleet: Fleet) -
         await anyio.sleep(4)
         assert conclusions(await messages_of(client))[2:] == [("NodeLost", "b")]
         silent.clear()
-        await wait_for(client, {"a": "up", "b": "up", "c": "up"})
+        await see(client, {"a": "up", "b": "up", "c": "up"})
         assert conclusions(await messages_of(client))[2:] == [("NodeLost", "b"), ("NodeRecovered", "b")]
         group.cancel_scope.cancel()

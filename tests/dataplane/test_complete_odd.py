@@ -9,10 +9,10 @@ import anyio
 import pytest
 
 from kvplane.services.protocol.errors import BadRequest, EngineFailed
-from tests.dataplane.test_complete import scene
+from tests.support.completions import scene
 
 if TYPE_CHECKING:
-    from tests.conftest import Fleet
+    from tests.support.fleet import Fleet
 
 pytestmark = pytest.mark.anyio
 

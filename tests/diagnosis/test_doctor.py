@@ -14,13 +14,16 @@ from kvplane.services.diagnosis.examine import Examined, examine
 from kvplane.services.history.historian import Historian
 from kvplane.services.protocol import messages
 from kvplane.services.simulation.simnode import NodeConfig
-from tests.cli.test_cli import run
-from tests.conftest import Fleet, until
+from tests.support.commands import run
+from tests.support.findings import said, wrong
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from nats.aio.client import Client
+
+    from tests.support.fleet import Fleet
 
 pytestmark = pytest.mark.anyio
 
@@ -61,14 +64,6 @@ WELL = Examined(
     log=stream(), routers=[status("r1"), status("r2")], coordinators=[status("c")], histories=[history()], snapshots=[50],
     nodes=[{"node": "n", "state": "up", "reason": ""}], servers=[server()],
 )  # fmt: skip
-
-
-def wrong(found: Examined) -> set[tuple[str, str]]:
-    return {(finding.level, finding.what) for finding in judge(found) if finding.level not in {"ok", "unseen"}}
-
-
-def said(found: Examined, what: str) -> str:
-    return next(finding.said for finding in judge(found) if finding.what == what and finding.level != "ok")
 
 
 def test_a_fleet_that_is_well_has_no_findings() -> None:

@@ -18,17 +18,18 @@ from kvplane.events.log.stream import open_stream, stream_config
 from kvplane.services.diagnosis.doctor import FULL, judge
 from kvplane.services.diagnosis.examine import examine
 from kvplane.services.embedded.server import configuration, free_port, server_binary
-from tests.cli.test_cli import run
-from tests.conftest import Fleet, until
-from tests.diagnosis.test_doctor import said, wrong
-from tests.replication.test_checkpoints import write
-from tests.replication.test_compaction import live
+from tests.support.commands import run
+from tests.support.eventful_fleet import live, write_commits
+from tests.support.findings import said, wrong
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
     from nats.aio.client import Client
+
+    from tests.support.fleet import Fleet
 
 pytestmark = pytest.mark.anyio
 
@@ -173,7 +174,7 @@ async def test_a_replica_that_is_far_behind(fleet: Fleet) -> None:
     router = await fleet.router()
     await live(fleet)
     router.replica.follower.pause()
-    await write(fleet.client, 1200)
+    await write_commits(fleet.client, 1200)
     found = await examine(fleet.client, "default")
     assert ("problem", "routers") in wrong(found)
     assert ("problem", "coordinators") not in wrong(found)
@@ -200,7 +201,7 @@ async def test_a_log_with_a_limit_is_full_some_day(client: Client) -> None:
     config = stream_config("default")
     config.max_msgs = 100
     await client.jetstream().add_stream(config)
-    await write(client, 79)
+    await write_commits(client, 79)
     assert ("warning", "room") not in wrong(await examine(client, "default"))
-    await write(client, 5)
+    await write_commits(client, 5)
     assert ("warning", "room") in wrong(await examine(client, "default"))

@@ -23,7 +23,8 @@ from kvplane.services.replication.replica import Replica
 from kvplane.services.roles.coordinator import Coordinator
 from kvplane.services.rpc.client import ask
 from tests.support.load_ledger import MODEL, Ledger
-from tests.support.three_servers import NAMES, Cluster, cluster_in, until
+from tests.support.three_servers import NAMES, WAIT_SECONDS, Cluster, cluster_in
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -115,15 +116,15 @@ async def test_the_leader_is_killed_then_another_and_routers_go_on(cluster: Clus
     async with load(cluster, ledger) as client:
         first = await cluster.leader(NAME)
         assert first is not None
-        await until(partial(_degraded, client, expected=False))
+        await until(partial(_degraded, client, expected=False), WAIT_SECONDS)
         await cluster.kill(first)
-        await until(partial(_more, ledger, len(ledger.committed) + 50))
+        await until(partial(_more, ledger, len(ledger.committed) + 50), WAIT_SECONDS)
         tell("leader killed", ledger)
 
         second = cluster.running[0].name
         await cluster.kill(second)
         acknowledged = len(ledger.committed)
-        await until(partial(_degraded, client, expected=True))
+        await until(partial(_degraded, client, expected=True), WAIT_SECONDS)
         with pytest.raises(LogUnavailable):
             appender = Appender(client, NAME, new_writer("test"))
             await appender.append(f"kv.{NAME}.control", [types.PolicyChanged("ttft")], give_up=1)
@@ -131,8 +132,8 @@ async def test_the_leader_is_killed_then_another_and_routers_go_on(cluster: Clus
         assert len(ledger.committed) <= acknowledged + WRITERS
 
         await cluster.start(first, second)
-        await until(partial(_more, ledger, acknowledged + 50))
-        await until(partial(_degraded, client, expected=False))
+        await until(partial(_more, ledger, acknowledged + 50), WAIT_SECONDS)
+        await until(partial(_degraded, client, expected=False), WAIT_SECONDS)
     tell("two of three killed", ledger)
     assert ledger.failed == []
     # A request that a router had when its server died is asked again after half a second.
@@ -168,11 +169,11 @@ async def test_followers_go_on_when_the_server_of_one_is_stopped_and_when_it_wak
         group.start_soon(partial(ledger.write, client, stop))
         leader = await cluster.leader(NAME)
         assert leader is not None
-        await until(partial(_reach, replicas, ledger, 20))
+        await until(partial(_reach, replicas, ledger, 20), WAIT_SECONDS)
         cluster.pause(leader)
-        await until(partial(_reach, replicas, ledger, 50))
+        await until(partial(_reach, replicas, ledger, 50), WAIT_SECONDS)
         cluster.resume(leader)
-        await until(partial(_reach, replicas, ledger, 500))
+        await until(partial(_reach, replicas, ledger, 500), WAIT_SECONDS)
         stop.set()
         await anyio.sleep(0.1)
         last = max(ledger.committed)
@@ -213,7 +214,7 @@ async def test_a_log_with_one_copy_gets_three(cluster: Cluster) -> None:
                 return await SnapshotStore(client, NAME).sequences()
             return []
 
-        await until(snapshots)
+        await until(snapshots, WAIT_SECONDS)
         assert await snapshots() == [taken["sequence"]]
         await Ledger(NAME).register(client, "node-b")
         group.cancel_scope.cancel()

@@ -29,8 +29,9 @@ from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import ServiceFault
 from kvplane.services.roles import coordinator
 from kvplane.services.rpc.client import ask
-from tests.conftest import fleet_on, until
 from tests.support.disks import filled
+from tests.support.fleet import fleet_on
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from pathlib import Path

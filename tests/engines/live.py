@@ -32,8 +32,8 @@ from kvplane.services.protocol import messages
 from kvplane.services.roles.coordinator import Coordinator
 from kvplane.services.roles.router import Router
 from kvplane.services.rpc.client import ask
-from tests.conftest import SHARED
 from tests.support.fake_engine import free_port
+from tests.support.shared_data import SHARED
 
 if TYPE_CHECKING:
     from kvplane.services.dataplane.complete import Completion

@@ -18,19 +18,19 @@ from kvplane.services.engines.adapters import Adapters
 from kvplane.services.engines.attachment import Attachment
 from kvplane.services.engines.facts import Engine
 from kvplane.services.protocol.errors import EngineUnfit
-from tests.cli.test_cli import run
-from tests.conftest import until
-from tests.observability.test_health import break_read_loop, deaf
+from tests.support.commands import run
+from tests.support.deaf_client import break_read_loop, deaf
 from tests.support.fake_engine import FakeEngine, running
 from tests.support.fake_ranks import ranks
 from tests.support.historians import messages_of
 from tests.support.http_of_services import Http, observed
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from kvplane.services.embedded.server import Server
-    from tests.conftest import Fleet
+    from tests.support.fleet import Fleet
 
 pytestmark = pytest.mark.anyio
 

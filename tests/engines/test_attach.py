@@ -12,13 +12,14 @@ from kvplane.events.hashing import block_hashes
 from kvplane.services.engines.adapter import Adapter, AdapterConfig
 from kvplane.services.engines.facts import Engine, check
 from kvplane.services.protocol.errors import EngineUnfit
-from tests.conftest import Fleet, until
 from tests.support.fake_engine import FakeEngine, free_port, running
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from kvplane.services.roles.coordinator import Coordinator
+    from tests.support.fleet import Fleet
 
 
 class Scene:

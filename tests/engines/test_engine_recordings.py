@@ -12,9 +12,9 @@ import pytest
 from kvplane.events.hashing import block_hashes
 from kvplane.services.engines.sequence import Track, Verdict
 from kvplane.services.engines.translate import Translator
-from tests.conftest import SHARED
 from tests.support.naive_engine import naive_hashes
 from tests.support.one_node_fold import Folded
+from tests.support.shared_data import SHARED
 
 if TYPE_CHECKING:
     from pathlib import Path

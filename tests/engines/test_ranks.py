@@ -15,8 +15,8 @@ from kvplane.services.dataplane.complete import Completer
 from kvplane.services.engines.attachment import Attachment
 from kvplane.services.engines.facts import Engine, Facts, Source
 from kvplane.services.protocol.errors import EngineUnfit
-from tests.conftest import until
 from tests.support.fake_ranks import Rank, ranks
+from tests.support.waiting import until
 from tests.support.with_credentials import NAME, guarded
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from kvplane.services.embedded.server import Server
     from kvplane.services.roles.coordinator import Coordinator
-    from tests.conftest import Fleet
+    from tests.support.fleet import Fleet
 
 pytestmark = pytest.mark.anyio
 

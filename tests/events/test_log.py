@@ -21,7 +21,8 @@ from kvplane.events.log.follow import Follower, replay
 from kvplane.events.log.group import GroupWriter
 from kvplane.events.log.stream import open_stream, stream_config
 from kvplane.services.embedded.server import free_port, start_server
-from tests.conftest import stopped, until
+from tests.support.processes import stopped
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from pathlib import Path

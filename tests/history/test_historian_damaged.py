@@ -23,11 +23,11 @@ from kvplane.projections.history.store import FILE, Store
 from kvplane.services.cli import first_known
 from kvplane.services.embedded.server import free_port, start_server
 from kvplane.services.history.ingest import Ingest
+from tests.support.commands import run
 from tests.support.historians import (
     FAR,
     NAME,
     Scribe,
-    command,
     counted_rows,
     historian,
     listed_files,
@@ -130,13 +130,13 @@ async def test_the_command_says_what_is_wrong_and_a_rebuild_mends_it(
     for damage in (another_version,):
         damage(folder / FILE)
         options = ["--history", str(folder), "--server", server.url]
-        done = await anyio.to_thread.run_sync(command, "historian", *options)
+        done = await anyio.to_thread.run_sync(run, "historian", *options)
         assert done.returncode == 1
         lines = done.stderr.splitlines()
         assert "Traceback" not in done.stderr
         assert "`kvplane history rebuild`" in lines[-1]
         assert lines[-1].endswith("[bad_history]")
-        done = await anyio.to_thread.run_sync(command, "history", "rebuild", *options)
+        done = await anyio.to_thread.run_sync(run, "history", "rebuild", *options)
         assert (done.returncode, done.stdout) == (0, "")
         assert f"archive: up to sequence {last}" in done.stderr
         store = Store(folder, NAME)
@@ -156,7 +156,7 @@ async def test_one_process_has_the_history(server: Server, client: Client, tmp_p
             (("historian",), "another process has the history open"),
             (("history", "rebuild"), "stop it first"),
         ):
-            done = await anyio.to_thread.run_sync(partial(command, *arguments, *options))
+            done = await anyio.to_thread.run_sync(partial(run, *arguments, *options))
             assert (done.returncode, "Traceback" in done.stderr) == (1, False)
             assert said in done.stderr
             assert done.stderr.count("\n") == 1
@@ -321,7 +321,7 @@ async def test_a_log_that_was_replaced_is_refused(
         async with connected([other.url], "test") as there:
             await Scribe(there, seed=1).write(120 if longer else 60)
             done = await anyio.to_thread.run_sync(
-                command, "historian", "--history", str(tmp_path / "h"), "--server", other.url
+                run, "historian", "--history", str(tmp_path / "h"), "--server", other.url
             )
     finally:
         await other.stop()

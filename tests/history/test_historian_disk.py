@@ -13,7 +13,6 @@ from kvplane.projections.history.store import Store
 from kvplane.services.history import ingest as ingestion
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import ServiceFault
-from tests.conftest import until
 from tests.support.disks import filled
 from tests.support.historians import (
     FAR,
@@ -28,6 +27,7 @@ from tests.support.historians import (
     one_go,
     question,
 )
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from kvplane.services.embedded.server import Server
     from kvplane.services.routing.explain import Explanation
     from kvplane.services.simulation.trace import Work
-    from tests.conftest import Fleet
+    from tests.support.fleet import Fleet
 
 pytestmark = pytest.mark.anyio
 

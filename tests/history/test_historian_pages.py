@@ -18,8 +18,8 @@ from kvplane.services.history.pages import Limits
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import Refused
 from kvplane.services.rpc.client import ask
-from tests.conftest import until
 from tests.support.historians import NAME, Scribe, historian, question
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -14,7 +14,6 @@ import pytest
 from kvplane.projections.history.store import Store
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import ServiceFault
-from tests.conftest import until
 from tests.support.historians import (
     NAME,
     Scribe,
@@ -26,6 +25,8 @@ from tests.support.historians import (
     one_go,
     question,
 )
+from tests.support.processes import alive, children
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
@@ -35,18 +36,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.anyio
 
 LONG = "SELECT sum(hash(a.range * b.range)) FROM range(3000000) a, range(2000000) b"
-
-
-def alive(process: int) -> bool:
-    status = Path(f"/proc/{process}/status")
-    return status.exists() and "\nState:\tZ" not in status.read_text()
-
-
-def children(process: int) -> list[int]:
-    # They belong to the thread that started them.
-    return [
-        int(child) for each in Path(f"/proc/{process}/task").glob("*/children") for child in each.read_text().split()
-    ]
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="processes are looked up in /proc")

@@ -17,7 +17,7 @@ from kvplane.events.log.connection import connected
 from kvplane.services.cli.history import aside
 from kvplane.services.demo.traffic import Traffic
 from kvplane.services.demo.workload import conversations
-from tests.cli.test_cli import asked, run, up
+from tests.support.commands import asked, run, up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -14,12 +14,12 @@ from kvplane.projections.digest import digest
 from kvplane.projections.fleet import FleetState
 from kvplane.projections.history import archive
 from kvplane.projections.history.replay import messages
-from kvplane.projections.history.rows import Rows, Waiting
 from kvplane.projections.history.store import Store
-from tests.projections.test_fold_model import FoldMachine
+from tests.support.fold_machine import FoldMachine
+from tests.support.history_stores import write_history
 
 if TYPE_CHECKING:
-    from kvplane.events.codec import Message
+    from kvplane.projections.history.rows import Waiting
 
 
 class HistoryMachine(FoldMachine):
@@ -47,14 +47,14 @@ class HistoryMachine(FoldMachine):
             elif step == "archive":
                 _archive(store)
             else:
-                write(store, self.messages, upto)
+                write_history(store, self.messages, upto)
         fold = FleetState("f")
         for message in messages(store.fetch, "f", 0, last, step=7):
             fold.apply(message)
         assert digest(fold) == digest(self.state)
         assert store.checkpoint.sequence == last
         once = Store(folder / "once", "f")
-        write(once, self.messages, last)
+        write_history(once, self.messages, last)
         assert store.content() == once.content()
         _archive(once)
         archive.sweep(once)
@@ -72,18 +72,6 @@ class HistoryMachine(FoldMachine):
 
 def _waiting(waiting: Waiting) -> object:
     return {request: routed._replace(time=routed.time // 1000) for request, routed in waiting._decisions.items()}
-
-
-def write(store: Store, log: list[Message], upto: int) -> None:
-    """What a historian that starts now does: fold from zero, store what is beyond the checkpoint."""
-    stored = store.checkpoint.sequence
-    state, rows, waiting = FleetState("f"), Rows(), store.waiting()
-    for message in log[:upto]:
-        applied = state.apply(message)
-        if message.sequence > stored:
-            rows.add(message, applied, state, waiting)
-    if len(rows):
-        store.write(rows, time=state.time)
 
 
 def _archive(store: Store) -> None:

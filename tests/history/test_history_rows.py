@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvplane.projections.history.store import Store
-from tests.history.test_history_model import write
 from tests.support.fold_given import Given, registered
+from tests.support.history_stores import write_history
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,7 +21,7 @@ def test_what_a_placement_evicts_is_counted_as_what_an_engine_removes(tmp_path: 
     given.stores("b", 5, 6)
     given.drops("b", 6)
     store = Store(tmp_path, "f")
-    write(store, given.messages, len(given.messages))
+    write_history(store, given.messages, len(given.messages))
     found = store.connection.execute("SELECT node, stored, evicted FROM evictions_by_node ORDER BY node").fetchall()
     assert found == [("a", 4, 2), ("b", 2, 1)]
     store.close()

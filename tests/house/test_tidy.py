@@ -82,6 +82,39 @@ def test_no_machine_is_named() -> None:
     assert found == []
 
 
+TESTS = [path for path in sorted((ROOT / "tests").rglob("*.py")) if path != Path(__file__).resolve()]
+
+
+def imported_tests(source: str) -> set[str]:
+    """Test modules that a source text imports, also in programs that it starts and in names of functions."""
+    named = set(re.findall(r"\btests\.(?:\w+\.)*(?:test_\w+|conftest)\b", source))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "tests":
+            named |= {f"{node.module}.{alias.name}" for alias in node.names if re.match("test_|conftest$", alias.name)}
+    return named
+
+
+def test_no_test_imports_another() -> None:
+    """What they share lies in `tests/support/`: a test may be changed without a look at the others."""
+    found = {}
+    for path in TESTS:
+        itself = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        if others := imported_tests(path.read_text()) - {itself}:
+            found[itself] = others
+    assert found == {}
+
+
+@pytest.mark.parametrize("source", ["import tests.cli.test_x", "from tests import conftest", "x = 'tests.a.test_b:f'"])
+def test_the_rule_of_imports_bites(source: str) -> None:
+    assert imported_tests(source)
+
+
+def test_there_is_one_way_to_wait() -> None:
+    ways = re.compile(r"^(?:async )?def ((?:wait_)?(?:until|for)(?:_\w+)?)\(", re.MULTILINE)
+    found = [f"{path.relative_to(ROOT)}: {name}" for path in TESTS for name in ways.findall(path.read_text())]
+    assert found == ["tests/support/waiting.py: until"]
+
+
 def test_every_module_says_what_it_is() -> None:
     silent = [
         str(path.relative_to(ROOT))

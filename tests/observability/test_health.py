@@ -27,26 +27,17 @@ from kvplane.services.protocol.errors import ConnectionBroken
 from kvplane.services.roles.router import Router
 from kvplane.services.rpc.client import ask
 from kvplane.services.simulation.simnode import NodeConfig
-from tests.conftest import until
+from tests.support.deaf_client import break_read_loop, deaf
 from tests.support.http_of_services import Http, observed
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
 
     from kvplane.services.embedded.server import Server
-    from tests.conftest import Fleet
+    from tests.support.fleet import Fleet
 
 pytestmark = pytest.mark.anyio
-
-
-def break_read_loop(client: Client) -> None:
-    """End a client's read loop, as what it does not expect would: the causes that are known are survived."""
-    assert client._reading_task is not None
-    client._reading_task.cancel()
-
-
-def deaf(client: Client) -> bool:
-    return Lifeline(client, "test").deaf
 
 
 @pytest.fixture

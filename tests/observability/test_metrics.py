@@ -35,13 +35,13 @@ from kvplane.services.observability.scrape import Scrape
 from kvplane.services.process import logs
 from kvplane.services.protocol import messages
 from kvplane.services.simulation.simnode import NodeConfig, SimNodes
-from tests.conftest import until
 from tests.support.historians import historian, messages_of, question
 from tests.support.http_of_services import OPENMETRICS, Http, Metrics, observed
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from kvplane.services.embedded.server import Server
-    from tests.conftest import Fleet
+    from tests.support.fleet import Fleet
 
 pytestmark = pytest.mark.anyio
 

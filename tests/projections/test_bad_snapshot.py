@@ -18,8 +18,8 @@ from kvplane.events.subjects import subject
 from kvplane.projections import snapshot, snapshot_body
 from kvplane.projections.digest import digest
 from kvplane.projections.errors import BadSnapshot
-from tests.projections.test_snapshot import BODY_AT, DUMPED, TOLD
 from tests.support.fold_given import SECOND
+from tests.support.snapshot_example import BODY_AT, DUMPED, TOLD
 
 
 def refused(data: bytes, because: str, fleet: str = "f") -> None:

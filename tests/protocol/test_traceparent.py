@@ -27,16 +27,17 @@ from kvplane.projections.history.tables import SINCE_1, VERSION
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.traceparent import parse
 from kvplane.services.simulation.simnode import NodeConfig
-from tests.history.test_history_model import write
+from tests.support.commands import run
 from tests.support.fold_given import Given, registered
-from tests.support.historians import command, historian, messages_of, question
+from tests.support.historians import historian, messages_of, question
+from tests.support.history_stores import write_history
 from tests.support.http_of_services import observed
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from kvplane.services.embedded.server import Server
-    from tests.conftest import Fleet
+    from tests.support.fleet import Fleet
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 PARENT = f"00-{TRACE}-{SPAN}-01"
@@ -123,7 +124,7 @@ async def test_from_the_request_to_sql_and_explain(fleet: Fleet, server: Server,
 
 
 async def commanded(*arguments: str) -> str:
-    return (await anyio.to_thread.run_sync(lambda: command(*arguments))).stdout
+    return (await anyio.to_thread.run_sync(lambda: run(*arguments))).stdout
 
 
 def fold(log: list[Message]) -> str:
@@ -217,17 +218,17 @@ def test_a_history_of_version_1_goes_on_with_its_archive(tmp_path: Path) -> None
     log = Given()
     traced_log(log, trace="")
     store = Store(tmp_path, "f")
-    write(store, log.messages, 4)
+    write_history(store, log.messages, 4)
     archived = archive.Part("1970-01-01", 0, 4)
     archive.adopt(store, archived, archive.export(store, archived, store.cursor()))
-    write(store, log.messages, len(log.messages))
+    write_history(store, log.messages, len(log.messages))
     store.close()
     make_version_1(tmp_path)
 
     raised = Store(tmp_path, "f")
     assert raised.raised
     traced_log(log, trace=PARENT)
-    write(raised, log.messages, len(log.messages))
+    write_history(raised, log.messages, len(log.messages))
     again = archive.Part("1970-01-02", 4, 9)
     archive.adopt(raised, again, archive.export(raised, again, raised.cursor()))
     raised.close()
@@ -241,7 +242,7 @@ def test_a_history_of_version_1_goes_on_with_its_archive(tmp_path: Path) -> None
         assert found == [(PARENT, 3), (None, 3)]
     # The same as a history that was never of version 1, and the log comes out of it.
     once = Store(tmp_path / "once", "f")
-    write(once, log.messages, len(log.messages))
+    write_history(once, log.messages, len(log.messages))
     assert once.content() == store.content()
     fold_again = FleetState("f")
     made = list(replay.messages(store.fetch, "f", 0, len(log.messages)))

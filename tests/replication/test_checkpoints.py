@@ -8,7 +8,6 @@ import sys
 import time
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -18,9 +17,7 @@ from nats.errors import NoRespondersError
 from nats.errors import TimeoutError as NatsTimeoutError
 from structlog.testing import capture_logs
 
-from kvplane.events import codec, types
 from kvplane.events.log.follow import replay
-from kvplane.events.log.stream import open_stream
 from kvplane.projections.digest import digest
 from kvplane.projections.fleet import FleetState
 from kvplane.projections.prefix import PrefixIndex
@@ -32,14 +29,16 @@ from kvplane.services.protocol import messages
 from kvplane.services.replication import checkpoints
 from kvplane.services.replication.checkpoints import DIGEST_DIGITS, KEPT, Checkpoint, Checkpoints, due, odd
 from kvplane.services.rpc.client import instances
-from tests.conftest import Fleet, until
-from tests.replication.test_compaction import live
+from tests.support.eventful_fleet import live, write_commits
+from tests.support.processes import children
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
 
     from kvplane.events.codec import Message
     from kvplane.services.embedded.server import Server
+    from tests.support.fleet import Fleet
 
 pytestmark = pytest.mark.anyio
 
@@ -47,17 +46,6 @@ pytestmark = pytest.mark.anyio
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "SETTLE_SECONDS", 0.05)
-
-
-async def write(client: Client, count: int, fleet: str = "default") -> None:
-    """So many commits, and return when they are stored."""
-    body = codec.encode([types.RequestCompleted("nobody", "n0")])
-    last = (await open_stream(client.jetstream(), fleet)).last_seq + count
-    for _ in range(count):
-        await client.publish(f"kv.{fleet}.access.test", body)
-    with anyio.fail_after(60):
-        while (await open_stream(client.jetstream(), fleet)).last_seq < last:
-            await anyio.sleep(0.02)
 
 
 def test_spacing_grows_with_the_state_and_wide_ones_are_among_the_narrow() -> None:
@@ -99,7 +87,7 @@ async def test_replicas_note_the_same_digests_under_load(fleet: Fleet) -> None:
     await live(fleet)
     replicas = [router.replica for router in routers] + [coordinator.replica for coordinator in coordinators]
     async with anyio.create_task_group() as group:
-        group.start_soon(write, fleet.client, 12_500)
+        group.start_soon(write_commits, fleet.client, 12_500)
         # Asked in the middle of it, when no two are at one sequence for long.
         await until(lambda: set.intersection(*(set(replica.checkpoints.own) for replica in replicas)), seconds=30)
         found = await examine(fleet.client, "default")
@@ -139,7 +127,7 @@ async def test_a_replica_that_differs_says_so_is_named_and_takes_no_snapshots(fl
     victim.state.parameters["x"] = 1.0
     logs.configure("warning")
     with capture_logs() as said:
-        await write(fleet.client, 1000)
+        await write_commits(fleet.client, 1000)
         await until(lambda: victim.replica.checkpoints.differs)
         await until(lambda: sum(entry["event"] == "other_replica_differs" for entry in said) >= 2)
     loud = [entry for entry in said if entry["event"] == "replica_differs"]
@@ -152,7 +140,7 @@ async def test_a_replica_that_differs_says_so_is_named_and_takes_no_snapshots(fl
     assert await fleet.refused("coordinator.snapshot", messages.StatusRequest()) == "conflict"
     # It is the state that counts, not the verdict: put right, it is trusted again.
     del victim.state.parameters["x"]
-    await write(fleet.client, 1000)
+    await write_commits(fleet.client, 1000)
     await until(lambda: not victim.replica.checkpoints.differs and 2000 in victim.replica.checkpoints.own)
     assert victim.replica.checkpoints.mismatches == 1
     assert (await fleet.ask("coordinator.snapshot", messages.StatusRequest()))["sequence"] >= 2000
@@ -170,7 +158,7 @@ async def test_strangers_on_the_checkpoint_subject_cost_little_and_change_nothin
     for number in range(3000):
         told = Checkpoint("x", 1000 * number, "e" * (DIGEST_DIGITS + 1 - number % 2))
         await fleet.client.publish("kv.default.checkpoint.x", msgspec.msgpack.encode(told))
-    await write(fleet.client, 1000)
+    await write_commits(fleet.client, 1000)
     await until(lambda: 1000 in own.own)
     await until(lambda: len(own._heard.get(1000, ())) == 2)
     assert len(own._heard) <= 2 * KEPT
@@ -255,11 +243,6 @@ async def served(client: Client) -> bool:
         except NoRespondersError:
             return False
     return True
-
-
-def children() -> set[str]:
-    """Processes that this one has started and not yet buried."""
-    return {pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
 
 
 async def test_a_copy_leaves_with_the_one_who_waits_for_it() -> None:

@@ -26,7 +26,8 @@ from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import WorkerDied
 from kvplane.services.replication import replica
 from kvplane.services.replication.compaction import KEPT
-from tests.conftest import Fleet, until
+from tests.support.eventful_fleet import live
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from kvplane.services.embedded.server import Server
     from kvplane.services.roles.coordinator import Coordinator
+    from tests.support.fleet import Fleet
 
 pytestmark = pytest.mark.anyio
 
@@ -44,29 +46,6 @@ pytestmark = pytest.mark.anyio
 def _old_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Snapshots may be begun with as soon as they are there."""
     monkeypatch.setattr(replica, "RECENT_NS", 0)
-
-
-async def live(fleet: Fleet, count: int = 3) -> None:
-    """Managed nodes, placements, sessions, a lost node: something to know."""
-    for number in range(count):
-        await fleet.ask("coordinator.node.register", registration(f"n{number}"))
-    for number in range(40):
-        admit = messages.AdmitRequest(
-            model="m", hashes=pack_hashes(range(number * 4, number * 4 + 6)), node=f"n{number % count}"
-        )
-        await fleet.ask("coordinator.cache.admit", admit)
-        route = messages.RouteRequest(
-            model="m", hashes=pack_hashes([number * 4, number * 4 + 1]), session=f"s{number % 7}"
-        )
-        answer = await fleet.ask("route", route, messages.RouteAnswer)
-        if number % 2:
-            await fleet.ask("complete", messages.CompleteRequest(request=answer.request, node=answer.node))
-
-
-def registration(node: str) -> messages.RegisterRequest:
-    return messages.RegisterRequest(
-        node=node, address="x", models=["m"], block_size=16, capacity_blocks={"gpu": 64}, cache_mode="managed"
-    )
 
 
 async def at_zero(client: Client) -> FleetState:

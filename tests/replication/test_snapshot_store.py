@@ -24,11 +24,13 @@ from kvplane.services.process import hugepages, logs
 from kvplane.services.process.forked import in_copy
 from kvplane.services.protocol import messages
 from kvplane.services.replication import replica
-from tests.conftest import Fleet, until
-from tests.replication.test_compaction import live
+from tests.support.eventful_fleet import live
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
+
+    from tests.support.fleet import Fleet
 
 
 pytestmark = pytest.mark.anyio

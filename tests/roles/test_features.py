@@ -27,12 +27,14 @@ from kvplane.services.roles.router import Router
 from kvplane.services.routing.policies import allow
 from kvplane.services.rpc.client import instances
 from kvplane.services.simulation.simnode import NodeConfig, run_nodes
-from tests.conftest import Fleet, until
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     from nats.aio.client import Client
+
+    from tests.support.fleet import Fleet
 
 pytestmark = pytest.mark.anyio
 
@@ -159,12 +161,12 @@ async def test_the_policy_changes_on_every_router_at_one_sequence(stage: Stage, 
 
 
 async def test_a_router_whose_policy_fails_goes_on_counts_it_and_says_so(fleet: Fleet) -> None:
-    allow(["tests.routing.test_decide"])
+    allow(["tests.support.odd_policies"])
     await fleet.coordinator()
     router = await fleet.router()
     await fleet.nodes(NodeConfig(name="a"))
-    await fleet.ask("coordinator.policy.set", messages.PolicyRequest(policy="tests.routing.test_decide:raises"))
-    await until(lambda: router.state.policy == "tests.routing.test_decide:raises" and "a" in router.state.nodes)
+    await fleet.ask("coordinator.policy.set", messages.PolicyRequest(policy="tests.support.odd_policies:raises"))
+    await until(lambda: router.state.policy == "tests.support.odd_policies:raises" and "a" in router.state.nodes)
     logs.configure("warning")
     with capture_logs() as said:
         for count in (1, 2):
@@ -174,7 +176,7 @@ async def test_a_router_whose_policy_fails_goes_on_counts_it_and_says_so(fleet: 
             assert (status["policy_failures"], status["policy_failure"]) == (count, "ZeroDivisionError: ")
     warnings = [entry for entry in said if entry["event"] == "policy_failed"]
     assert [(entry["policy"], entry["instead"]) for entry in warnings] == [
-        ("tests.routing.test_decide:raises", "least_loaded")
+        ("tests.support.odd_policies:raises", "least_loaded")
     ]
 
 

@@ -22,8 +22,8 @@ from kvplane.services.rpc import pieces
 from kvplane.services.rpc.client import ask
 from kvplane.services.rpc.tally import OK
 from kvplane.services.simulation.simnode import Registered
-from tests.conftest import Fleet, until
 from tests.support.fake_engine import FakeEngine, running
+from tests.support.waiting import until
 from tests.support.with_credentials import NAME, TRIED, Guarded, guarded
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from kvplane.services.protocol.messages import Remembered
     from kvplane.services.roles.coordinator import Coordinator
+    from tests.support.fleet import Fleet
 
 pytestmark = pytest.mark.anyio
 

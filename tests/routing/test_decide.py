@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -15,60 +14,18 @@ from kvplane.events import codec, types
 from kvplane.events.codec import Message
 from kvplane.events.hashing import pack_hashes
 from kvplane.projections.digest import digest
-from kvplane.projections.fleet import FleetState
 from kvplane.services.protocol.errors import NoNode, Overloaded, ServiceFault, UnknownModel
 from kvplane.services.routing import policies
-from kvplane.services.routing.decide import Chooser, Decision, Query
+from kvplane.services.routing.decide import Chooser, Query
 from kvplane.services.routing.overlay import PREDICTION_SECONDS, Overlay
 from kvplane.services.routing.policies import POLICIES, Policy
+from tests.support.odd_policies import KEPT
+from tests.support.routing_given import CHAIN, NOW, Given, Parameters
 
 if TYPE_CHECKING:
     from kvplane.services.routing.view import Request, View
 
-policies.allow(["tests.routing.test_decide"])
-
-Parameters = dict[str, float]
-
-NOW = 1_700_000_000 * 10**9
-CHAIN = [*range(1, 33)]
-
-
-class Given:
-    """A fleet, told event by event."""
-
-    def __init__(self) -> None:
-        self.state = FleetState("f")
-        self.overlay = Overlay()
-        self.chooser = Chooser(self.state, self.overlay)
-        self.at = 0
-        """Nanoseconds since `NOW`."""
-
-    def put(self, subject: str, event: types.Event) -> None:
-        message = Message(self.state.sequence + 1, f"kv.f.{subject}", NOW + self.at, None, codec.encode([event]))
-        assert self.state.apply(message).skipped is None
-
-    def node(self, name: str, *, model: str = "m", most: int = 0, mode: Any = "reported", **labels: str) -> None:
-        self.put(f"node.{name}", types.NodeRegistered(name, "x", [model], 16, {"gpu": 64}, mode, "", most, 0.0, labels))
-
-    def holds(self, name: str, length: int, *, start: int = 0, tier: types.Tier = "gpu") -> None:
-        epoch = self.state.nodes[name].epoch
-        hashes = pack_hashes(CHAIN[start:length])
-        self.put(f"cache.{name}", types.BlocksStored(name, epoch, 1, hashes, None, tier))
-
-    def runs(self, name: str, count: int) -> None:
-        for number in range(count):
-            self.put("access.w", types.RequestRouted(f"{name}{number}", "m", name, 0, 0, 0))
-
-    def policy(self, name: str, **parameters: float) -> None:
-        self.put("control", types.PolicyChanged(name, parameters))
-
-    def decide(
-        self, request: str = "q", blocks: int = 32, session: str = "", exclude: tuple[str, ...] = ()
-    ) -> Decision:
-        query = Query(
-            request, "m", pack_hashes(CHAIN[:blocks]), blocks * 16 + 1, blocks, 16, session, frozenset(exclude)
-        )
-        return self.chooser.decide(query, NOW)
+policies.allow(["tests.support.odd_policies"])
 
 
 STATES = ["up", "cordoned", "lost", "removed", "full", "other model"]
@@ -240,41 +197,6 @@ def test_predictions_end_with_their_node_and_with_time() -> None:
     assert given_.decide("x").match == 0
 
 
-def raises(_view: View, _request: Request, _parameters: Parameters) -> Any:
-    raise ZeroDivisionError
-
-
-def nan(view: View, _request: Request, _parameters: Parameters) -> Any:
-    return [math.nan] * len(view.names)
-
-
-def plus_infinity(view: View, _request: Request, _parameters: Parameters) -> Any:
-    return [*range(1, len(view.names)), math.inf]
-
-
-def minus_infinity(view: View, _request: Request, _parameters: Parameters) -> Any:
-    return [*range(1, len(view.names)), -math.inf]
-
-
-KEPT = np.array([1.0, 2.0])
-
-
-def kept(_view: View, _request: Request, _parameters: Parameters) -> Any:
-    return KEPT
-
-
-def short(_view: View, _request: Request, _parameters: Parameters) -> Any:
-    return [1.0]
-
-
-def text(_view: View, _request: Request, _parameters: Parameters) -> Any:
-    return "cheap"
-
-
-def first(view: View, _request: Request, _parameters: Parameters) -> Any:
-    return list(range(len(view.names)))
-
-
 @pytest.mark.parametrize(
     "name",
     [
@@ -295,7 +217,7 @@ def test_a_policy_that_fails_is_counted_and_the_least_loaded_node_taken(name: st
     given_.runs("a", 3)
     given_.runs("b", 1)
     given_.runs("c", 2)
-    given_.policy(f"tests.routing.test_decide:{name}")
+    given_.policy(f"tests.support.odd_policies:{name}")
     for count in (1, 2):
         decision = given_.decide()
         assert (decision.node.name, decision.policy) == ("b", "least_loaded")
@@ -306,16 +228,16 @@ def test_any_function_can_be_a_policy() -> None:
     given_ = Given()
     for node in ("a", "b"):
         given_.node(node)
-    given_.policy("tests.routing.test_decide:first")
+    given_.policy("tests.support.odd_policies:first")
     decision = given_.decide()
-    assert (decision.node.name, decision.policy) == ("a", "tests.routing.test_decide:first")
+    assert (decision.node.name, decision.policy) == ("a", "tests.support.odd_policies:first")
 
 
 def test_what_a_policy_keeps_is_not_changed_by_a_decision() -> None:
     given_ = Given()
     for node in ("a", "b"):
         given_.node(node)
-    given_.policy("tests.routing.test_decide:kept")
+    given_.policy("tests.support.odd_policies:kept")
     assert given_.decide(exclude=("a",)).node.name == "b"
     assert KEPT.tolist() == [1.0, 2.0]
     assert given_.decide().node.name == "a"

@@ -12,12 +12,7 @@ from kvplane.events import types
 from kvplane.events.hashing import pack_hashes
 from kvplane.services.routing.overlay import PENDING_SECONDS, PREDICTION_SECONDS, Overlay
 from tests.support.fold_given import SECOND, START
-
-CHAIN = [*range(1, 9)]
-
-
-def routed(request: str, node: str = "a", *, match: int = 0, length: int = 8, tokens: int = 128) -> types.RequestRouted:
-    return types.RequestRouted(request, "m", node, match, length, tokens, pack_hashes(CHAIN[:length]))
+from tests.support.routed_requests import CHAIN, routed
 
 
 def at(seconds: float) -> int:

@@ -13,8 +13,8 @@ from kvplane.events import types
 from kvplane.events.hashing import pack_hashes, unpack_hashes
 from kvplane.services.routing.decide import Chooser, Query
 from kvplane.services.routing.overlay import PREDICTION_SECONDS, Overlay
-from tests.routing.test_overlay import CHAIN, routed
 from tests.support.fold_given import SECOND, Given, registered
+from tests.support.routed_requests import CHAIN, routed
 
 if TYPE_CHECKING:
     from kvplane.projections.fleet import Applied

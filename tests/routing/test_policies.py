@@ -11,7 +11,7 @@ from kvplane.events.hashing import pack_hashes
 from kvplane.services.protocol.errors import BadRequest
 from kvplane.services.routing.decide import Decision, Query
 from kvplane.services.routing.policies import POLICIES, allow, check, policy
-from tests.routing.test_decide import CHAIN, NOW, Given
+from tests.support.routing_given import CHAIN, NOW, Given
 
 allow(["tests.routing.test_policies", "math"])
 

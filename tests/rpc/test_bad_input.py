@@ -17,10 +17,12 @@ from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import Refused
 from kvplane.services.rpc.client import ask
 from kvplane.services.rpc.server import Endpoint, fault, serve
-from tests.conftest import Fleet, until
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
+
+    from tests.support.fleet import Fleet
 
 pytestmark = pytest.mark.anyio
 

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from kvplane.events.hashing import pack_hashes
 from kvplane.services.routing.policies import POLICIES
-from kvplane.services.simulation.trace import Work, work_of
-from kvplane.services.simulation.workloads import GENERATED_BLOCK_SIZE, generate
+from kvplane.services.simulation.trace import Work
+from kvplane.services.simulation.workloads import GENERATED_BLOCK_SIZE
 from kvplane.services.simulation.world import Change, Router, Settings, World
+from tests.support.generated_worlds import generated, outcome_bytes
 from tests.support.recorded_fleets import finished, held
 
 if TYPE_CHECKING:
@@ -27,10 +28,6 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = 16
 DELAYS = [0.0, 0.05, 0.5]
-
-
-def generated(kind: str, count: int, **options: Any) -> list[Work]:
-    return [work_of(line, GENERATED_BLOCK_SIZE) for line in generate(kind, count, **options)]
 
 
 def prompt(arrival: float, *blocks: int, own: int = 5, output: int = 20, session: str = "") -> Work:
@@ -54,21 +51,15 @@ def agrees(world: World, *, lost: int = 0) -> None:
     assert not world._predicted
 
 
-def outcome_bytes(seed: int = 0) -> bytes:
-    chosen = Settings(
-        nodes=4, capacity=800, block_size=GENERATED_BLOCK_SIZE, routers=3, delay=0.05, seed=seed,
-        changes=(Change(2.0, "node-2", joins=False), Change(4.0, "node-5", joins=True)),
-    )  # fmt: skip
-    return msgspec.json.encode(World(chosen, generated("agent", 250, seed=7)).run())
-
-
 def test_the_same_seed_gives_the_same_outcome_and_another_one_another() -> None:
     assert outcome_bytes() == outcome_bytes()
     assert outcome_bytes() != outcome_bytes(seed=1)
 
 
 def test_another_process_with_other_hashes_of_strings_has_the_same_outcome() -> None:
-    code = "import sys; from tests.simulation.test_world import outcome_bytes; sys.stdout.buffer.write(outcome_bytes())"
+    code = (
+        "import sys; from tests.support.generated_worlds import outcome_bytes; sys.stdout.buffer.write(outcome_bytes())"
+    )
     here = outcome_bytes()
     for seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": seed}

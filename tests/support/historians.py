@@ -239,14 +239,6 @@ async def question(client: Client, endpoint: str, request: msgspec.Struct, *, se
     return await ask(client, f"kv.{NAME}.{endpoint}", request, seconds=seconds)
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run kvplane in a process of its own, to its end."""
-    return subprocess.run(
-        [sys.executable, "-m", "kvplane", *arguments],
-        capture_output=True, text=True, check=False, timeout=30,
-    )  # fmt: skip
-
-
 @contextmanager
 def commanded(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     """Run kvplane in a process of its own beside the test."""

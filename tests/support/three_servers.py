@@ -18,9 +18,10 @@ import anyio
 
 from kvplane.events.subjects import stream_name
 from kvplane.services.embedded.server import free_port, server_binary
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Mapping, Sequence
 
     from anyio.abc import Process
 
@@ -136,7 +137,7 @@ class Cluster:
                 return False
             return all([(await monitor(each, "healthz")).get("status") == "ok" for each in self.running])
 
-        await until(holds)
+        await until(holds, WAIT_SECONDS, every=0.05)
 
     async def meta_leader(self) -> str | None:
         """Server that leads the cluster, as far as one that runs knows."""
@@ -201,13 +202,6 @@ async def monitor(member: Member, what: str) -> Any:
             answer = await session.get(f"http://{member.host}:{member.monitor_port}/{what}")
             return await answer.json(content_type=None)
     return {}
-
-
-async def until(holds: Callable[[], Any], seconds: float = WAIT_SECONDS, *, every: float = 0.05) -> None:
-    """Wait until a coroutine function gives something true. Raises `TimeoutError`."""
-    with anyio.fail_after(seconds):
-        while not await holds():
-            await anyio.sleep(every)
 
 
 @asynccontextmanager

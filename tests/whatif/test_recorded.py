@@ -5,24 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from kvplane.events import types
 from kvplane.events.hashing import pack_hashes, unpack_hashes
 from kvplane.services.process.workers import workers
 from kvplane.services.simulation.blockcache import Allocation, BlockCache
 from kvplane.services.simulation.workloads import GENERATED_BLOCK_SIZE
-from kvplane.services.simulation.world import START, Settings, World
+from kvplane.services.simulation.world import World
 from kvplane.services.whatif.recorded import (
-    Recorded,
-    RecordedChange,
-    RecordedRequest,
     recorded_from,
     run_recorded,
 )
@@ -32,48 +27,17 @@ from tests.support.recorded_fleets import (
     GAP,
     ROOT,
     SIZE,
+    SMALL,
     asks,
+    cut,
     engine_holds,
     finished,
     held,
+    recorded_bytes,
     spaced,
     went,
     world_of,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from kvplane.services.simulation.trace import Work
-
-SMALL = Settings(nodes=3, capacity=400, block_size=GENERATED_BLOCK_SIZE, policy="blocks")
-
-
-def cut(work: Sequence[Work], at: int, settings: Settings = SMALL, *, told: bool = True) -> tuple[World, Recorded]:
-    """A simulated fleet that has served requests up to one, and what is recorded of it and of those that follow."""
-    world = World(settings, work[:at])
-    outcome = finished(world)
-    begin = at * GAP
-    names = {served.request: outcome.names[served.node] for served in outcome.served}
-    used = [(names[f"0.{number}"], request.hashes) for number, request in enumerate(work[:at])]
-    follow = [
-        RecordedRequest(
-            request.hashes, request.tokens, request.output_tokens, request.session, request.arrival - begin,
-            request=f"0.{number}", model="sim",
-        )
-        for number, request in enumerate(work[at:], at)
-    ]  # fmt: skip
-    start = int((START + begin) * 10**9)
-    return world, recorded_from(world.state, follow, used=used if told else (), start=start)
-
-
-def recorded_bytes() -> bytes:
-    """A run whose caches are of the index alone, with failures and two routers."""
-    _, recorded = cut(spaced(120), 80, replace(SMALL, policy="ttft"), told=False)
-    changes = (RecordedChange(100.0, types.NodeLost("node-2", "")), RecordedChange(400.0, recorded.nodes[1].registered))
-    quick = tuple(replace(request, arrival=request.arrival / 60) for request in recorded.requests)
-    recorded = replace(recorded, changes=changes, requests=quick)
-    return msgspec.json.encode([msgspec.to_builtins(recorded), run_recorded(recorded, routers=2, delay=0.05)])
 
 
 @pytest.mark.parametrize("told", [True, False])
@@ -113,9 +77,7 @@ def test_what_follows_goes_as_it_went_without_a_cut() -> None:
 
 def test_the_same_run_twice_and_in_other_processes_is_the_same() -> None:
     here = recorded_bytes()
-    code = (
-        "import sys; from tests.whatif.test_recorded import recorded_bytes; sys.stdout.buffer.write(recorded_bytes())"
-    )
+    code = "import sys; from tests.support.recorded_fleets import recorded_bytes; sys.stdout.buffer.write(recorded_bytes())"
     environment = {**os.environ, "PYTHONHASHSEED": "2"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, cwd=ROOT, env=environment)
     assert done.stdout == here, done.stderr.decode()

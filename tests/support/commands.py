@@ -1,0 +1,59 @@
+"""The command line in processes of its own, as a person or a script meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from kvplane.services.embedded.server import free_port
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command to its end; named options are its environment."""
+    return subprocess.run(
+        [sys.executable, "-m", "kvplane", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "COLUMNS": "100", **environment},
+    )
+
+
+@contextmanager
+def up(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """`kvplane up`, until the end of the block; its URL and process."""
+    port = free_port()
+    command = [sys.executable, "-m", "kvplane", "up", "--data", str(folder), "--port", str(port), *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if "Ctrl-C" in line:
+            break
+    else:
+        pytest.fail("".join(said))
+    try:
+        yield f"nats://127.0.0.1:{port}", process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=20)
+
+
+def asked(url: str, *arguments: str) -> Any:
+    """What a command answers as JSON."""
+    done = run(*arguments, "--json", KVPLANE_SERVER=url)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)

@@ -1,0 +1,18 @@
+"""What the doctor finds, without what is well."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvplane.services.diagnosis.doctor import judge
+
+if TYPE_CHECKING:
+    from kvplane.services.diagnosis.examine import Examined
+
+
+def wrong(found: Examined) -> set[tuple[str, str]]:
+    return {(finding.level, finding.what) for finding in judge(found) if finding.level not in {"ok", "unseen"}}
+
+
+def said(found: Examined, what: str) -> str:
+    return next(finding.said for finding in judge(found) if finding.what == what and finding.level != "ok")
