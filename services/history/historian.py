@@ -27,6 +27,7 @@ from kvplane.services.history.past import Past
 from kvplane.services.process.version import package_version
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import BadRequest
+from kvplane.services.protocol.status import HistoryStatus
 from kvplane.services.rpc.pieces import Pieces
 from kvplane.services.rpc.readiness import Readiness, readiness
 from kvplane.services.rpc.server import Endpoint, serve, stop
@@ -154,7 +155,7 @@ class Historian:
             raise BadRequest(f"data is no Arrow stream with the columns of {request.table}: {error}") from None
         return {"table": request.table, "rows": rows.num_rows}
 
-    async def status(self, request: messages.StatusRequest) -> dict[str, Any]:  # noqa: ARG002 - nothing to choose
+    async def status(self, request: messages.StatusRequest) -> HistoryStatus:  # noqa: ARG002 - nothing to choose
         """How far the history is, and what it takes on the disk."""
         ingest = self.ingest
         log = await open_stream(self.client.jetstream(), self.fleet)
@@ -162,24 +163,24 @@ class Historian:
         with suppress(BadHistory):
             self._known = await ingest.in_thread(lambda: (ingest.store.checkpoint, archive.listed(ingest.store)))
         checkpoint, files = self._known
-        return {
-            "fleet": self.fleet,
-            "historian": self.id,
-            "version": package_version(),
-            "clock": time.time(),
-            "healthy": ingest.follower.healthy and not ingest.failure,
-            "failure": ingest.failure,
-            "log": log.last_seq,
-            "applied": ingest.state.sequence,
-            "stored": checkpoint.sequence,
-            "archived": checkpoint.archived,
-            "live_bytes": self.live_bytes,
-            "archive_files": len(files),
-            "archive_bytes": sum(file.bytes for file in files),
-            "archive_days": [files[0].day, files[-1].day] if files else [],
-            "snapshots": [int(path.stem) for path in reversed(ingest.snapshots.upto(1 << 62))],
-            "queries": self.pages.open,
-        }
+        return HistoryStatus(
+            fleet=self.fleet,
+            historian=self.id,
+            version=package_version(),
+            clock=time.time(),
+            healthy=ingest.follower.healthy and not ingest.failure,
+            failure=ingest.failure,
+            log=log.last_seq,
+            applied=ingest.state.sequence,
+            stored=checkpoint.sequence,
+            archived=checkpoint.archived,
+            live_bytes=self.live_bytes,
+            archive_files=len(files),
+            archive_bytes=sum(file.bytes for file in files),
+            archive_days=[files[0].day, files[-1].day] if files else [],
+            snapshots=[int(path.stem) for path in reversed(ingest.snapshots.upto(1 << 62))],
+            queries=self.pages.open,
+        )
 
 
 def _check_new(store: Store) -> None:

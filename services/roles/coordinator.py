@@ -28,6 +28,7 @@ from kvplane.services.control.liveness import Liveness
 from kvplane.services.process.version import package_version
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import Conflict, LogAway, UnknownModel
+from kvplane.services.protocol.status import CoordinatorStatus
 from kvplane.services.replication.compaction import SNAPSHOT_BYTES, SNAPSHOT_COMMITS, Compaction
 from kvplane.services.replication.replica import Replica
 from kvplane.services.roles.names import Names
@@ -288,13 +289,11 @@ class Coordinator:
         blocks = len(unpack_hashes(request.hashes))
         return {"model": request.model, "blocks": blocks, "matches": matches, "sequence": self.state.sequence}
 
-    async def status(self, request: messages.StatusRequest) -> dict[str, object]:
+    async def status(self, request: messages.StatusRequest) -> CoordinatorStatus:
         """What this coordinator is and knows."""
-        return {
-            "races_lost": self.races_lost,
-            "most_tries": self.most_tries,
-            **await self.replica.about(digests=request.digest),
-        }
+        return await self.replica.about(
+            CoordinatorStatus, digests=request.digest, races_lost=self.races_lost, most_tries=self.most_tries
+        )
 
     async def snapshot(self, request: messages.StatusRequest) -> dict[str, object]:  # noqa: ARG002 - nothing to choose
         """Take a snapshot of the fold."""

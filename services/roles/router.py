@@ -22,6 +22,7 @@ from kvplane.events.subjects import subject
 from kvplane.services.protocol import labels
 from kvplane.services.protocol.errors import BadRequest, NoTokenizer
 from kvplane.services.protocol.messages import CompleteRequest, RouteAnswer, RouteRequest, StatusRequest, names, one_of
+from kvplane.services.protocol.status import RouterStatus
 from kvplane.services.replication.replica import Replica
 from kvplane.services.routing.decide import Chooser, Query
 from kvplane.services.routing.overlay import Overlay
@@ -254,21 +255,22 @@ class Router:
         if applied.commit is not None:
             self.overlay.observe(applied.commit, message.time, self.state, self.writer, time.time_ns())
 
-    async def status(self, request: StatusRequest) -> dict[str, object]:
+    async def status(self, request: StatusRequest) -> RouterStatus:
         """What this router is and knows."""
         self.settle()
-        return {
-            "degraded": self.degraded,
-            "decisions": self.decisions,
-            "policy_failures": self.chooser.policy_failures,
-            "policy_failure": self.chooser.last_failure,
-            "recorded": sum(writer.acknowledged for writer in self.writers),
-            "waiting": sum(writer.waiting for writer in self.writers),
-            "unrecorded": sum(writer.dropped for writer in self.writers),
-            **await self.replica.about(digests=request.digest),
-        }
+        return await self.replica.about(
+            RouterStatus,
+            digests=request.digest,
+            degraded=self.degraded,
+            decisions=self.decisions,
+            policy_failures=self.chooser.policy_failures,
+            policy_failure=self.chooser.last_failure,
+            recorded=sum(writer.acknowledged for writer in self.writers),
+            waiting=sum(writer.waiting for writer in self.writers),
+            unrecorded=sum(writer.dropped for writer in self.writers),
+        )
 
-    async def flush(self, request: StatusRequest) -> dict[str, object]:
+    async def flush(self, request: StatusRequest) -> RouterStatus:
         """Wait until everything decided so far is on disk and read back."""
         self.settle()
         await self.writers.flush()
