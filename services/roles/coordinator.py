@@ -35,7 +35,7 @@ from kvplane.services.roles.names import Names
 from kvplane.services.roles.readers import readers
 from kvplane.services.routing.policies import check
 from kvplane.services.rpc.readiness import Readiness, readiness
-from kvplane.services.rpc.server import Endpoint, serve
+from kvplane.services.rpc.server import serve, serving
 from kvplane.services.rpc.tally import Tally
 
 if TYPE_CHECKING:
@@ -103,49 +103,9 @@ class Coordinator:
             await self.replica.follower.caught_up.wait()
             await group.start(self.names.run)
             await self.client.subscribe(f"kv.{self.fleet}.pulse.*", cb=self._pulse)
-            base = f"kv.{self.fleet}.coordinator"
-            table: list[tuple[str, type[msgspec.Struct], Callable[[Any], Any]]] = [
-                ("node.register", messages.RegisterRequest, self.register),
-                ("node.cordon", messages.NodeRequest, lambda r: self._change(placement.cordon, r)),
-                ("node.uncordon", messages.NodeRequest, lambda r: self._change(placement.uncordon, r)),
-                ("node.remove", messages.NodeRequest, lambda r: self._change(placement.remove, r)),
-                ("node.list", messages.ListRequest, self.list_nodes),
-                ("cache.admit", messages.AdmitRequest, self.admit),
-                ("cache.touch", messages.BlocksRequest, lambda r: self._change(placement.touch, r)),
-                ("cache.evict", messages.BlocksRequest, lambda r: self._change(placement.evict, r)),
-                ("node.last", messages.NodeRequest, self.names.last),
-                ("cache.names", messages.NodeRequest, self.names.first),
-                ("cache.lookup", messages.LookupRequest, self.lookup),
-                ("session.end", messages.SessionRequest, self.end_session),
-                ("policy.set", messages.PolicyRequest, self.set_policy),
-                ("format.show", messages.StatusRequest, self.show_format),
-                ("format.raise", messages.FormatRequest, self.raise_format),
-                ("status", messages.StatusRequest, self.status),
-                ("snapshot", messages.StatusRequest, self.snapshot),
-                ("compact", messages.CompactRequest, self.compact),
-            ]
-            endpoints = [
-                Endpoint(name.replace(".", "_"), f"{base}.{name}", form, answer, concurrent=True)
-                for name, form, answer in table
-            ]
-            own = f"{base}.{self.writer}.status"
-            endpoints += [
-                Endpoint("status_of_one", own, messages.StatusRequest, self.status, concurrent=True),
-                Endpoint("piece", self.names.subject, messages.PieceRequest, self.names.more, concurrent=True),
-            ]
-            # What a node asks for itself, on a subject to which its credentials can be bound.
-            own_of_nodes: dict[str, tuple[str, type[msgspec.Struct], Callable[[Any], Any]]] = {
-                "register_oneself": ("node.register", messages.RegisterRequest, self.register),
-                "admit_to_oneself": ("cache.admit", messages.AdmitRequest, self.admit),
-                "last_of_oneself": ("node.last", messages.NodeRequest, self.names.last),
-                "names_of_oneself": ("cache.names", messages.NodeRequest, self.names.first),
-            }
-            endpoints += [
-                Endpoint(name, f"{base}.{what}.*", form, answer, concurrent=True)
-                for name, (what, form, answer) in own_of_nodes.items()
-            ]
             await serve(
-                self.client, group, "kvplane-coordinator", f"coordinates fleet {self.fleet}", endpoints,
+                self.client, group, "kvplane-coordinator", f"coordinates fleet {self.fleet}",
+                serving("coordinator", self.fleet, self.writer, self._answers()),
                 {"fleet": self.fleet, "writer": self.writer}, self.tally,
             )  # fmt: skip
             self.serving = True
@@ -153,6 +113,28 @@ class Coordinator:
             group.start_soon(self.compaction.run)
             _log.info("coordinator_ready", fleet=self.fleet, writer=self.writer, applied=self.state.sequence)
             task_status.started()
+
+    def _answers(self) -> dict[str, Callable[[Any], Any]]:
+        """What answers each endpoint."""
+        names = self.names
+        return {
+            "node_register": self.register, "register_oneself": self.register,
+            "node_cordon": partial(self._change, placement.cordon),
+            "node_uncordon": partial(self._change, placement.uncordon),
+            "node_remove": partial(self._change, placement.remove),
+            "node_list": self.list_nodes,
+            "cache_admit": self.admit, "admit_to_oneself": self.admit,
+            "cache_touch": partial(self._change, placement.touch),
+            "cache_evict": partial(self._change, placement.evict),
+            "node_last": names.last, "last_of_oneself": names.last,
+            "cache_names": names.first, "names_of_oneself": names.first, "piece": names.more,
+            "cache_lookup": self.lookup,
+            "session_end": self.end_session,
+            "policy_set": self.set_policy,
+            "format_show": self.show_format, "format_raise": self.raise_format,
+            "status": self.status, "status_of_one": self.status,
+            "snapshot": self.snapshot, "compact": self.compact,
+        }  # fmt: skip
 
     def readiness(self) -> Readiness:
         """Whether it can decide: not without the log, for what it answers is on it."""

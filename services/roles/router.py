@@ -27,7 +27,7 @@ from kvplane.services.replication.replica import Replica
 from kvplane.services.routing.decide import Chooser, Query
 from kvplane.services.routing.overlay import Overlay
 from kvplane.services.rpc.readiness import Readiness, readiness
-from kvplane.services.rpc.server import Endpoint, serve, stop
+from kvplane.services.rpc.server import serve, serving, stop
 from kvplane.services.rpc.tally import Tally
 
 if TYPE_CHECKING:
@@ -104,15 +104,13 @@ class Router:
 
     async def _serve(self, group: TaskGroup) -> Service:
         await self.replica.follower.caught_up.wait()
-        base = f"kv.{self.fleet}"
         service = await serve(
             self.client, group, "kvplane-router", f"routes requests of fleet {self.fleet}",
-            [
-                Endpoint("route", f"{base}.route", RouteRequest, self.route, after=self.settle, traced=True),
-                Endpoint("complete", f"{base}.complete", CompleteRequest, self.complete, traced=True, unasked=True),
-                Endpoint("status", f"{base}.router.{self.writer}.status", StatusRequest, self.status, concurrent=True),
-                Endpoint("flush", f"{base}.router.{self.writer}.flush", StatusRequest, self.flush, concurrent=True),
-            ],
+            serving(
+                "router", self.fleet, self.writer,
+                {"route": self.route, "complete": self.complete, "status": self.status, "flush": self.flush},
+                in_turn={"route", "complete"}, after={"route": self.settle},
+            ),
             {"fleet": self.fleet, "writer": self.writer}, self.tally,
         )  # fmt: skip
         _log.info("router_ready", fleet=self.fleet, writer=self.writer, applied=self.state.sequence)

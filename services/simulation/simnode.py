@@ -25,6 +25,7 @@ from kvplane.events.log.group import GroupWriter, Writers
 from kvplane.events.subjects import access_name, pulse_subject, subject, token
 from kvplane.projections.load import PREFILL_LABEL
 from kvplane.services.protocol import labels, messages
+from kvplane.services.protocol.endpoints import served
 from kvplane.services.protocol.errors import ServiceFault
 from kvplane.services.rpc.client import ask
 from kvplane.services.rpc.readiness import Readiness
@@ -121,7 +122,8 @@ class SimNode:
 
     async def _serve(self, group: TaskGroup) -> None:
         await self.client.subscribe(subject(self.fleet, "node", self.config.name), cb=self._concluded)
-        endpoint = Endpoint("serve", self.address, messages.ServeRequest, self.serve, concurrent=True, traced=True)
+        (spec,) = served("node")
+        endpoint = Endpoint(spec.name, self.address, spec.request, self.serve, concurrent=True, traced=spec.traced)
         await serve(
             self.client, group, "kvplane-simnode", f"simulated node {self.config.name!r}", [endpoint],
             {"fleet": self.fleet, "node": self.config.name}, self.tally,
