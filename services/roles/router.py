@@ -15,7 +15,7 @@ import structlog
 from kvplane.events import types
 from kvplane.events.durations import MICRO, Durations
 from kvplane.events.errors import BadHashes
-from kvplane.events.hashing import block_hashes
+from kvplane.events.hashing import block_hashes, longest_match
 from kvplane.events.log.append import Appender, new_writer
 from kvplane.events.log.group import GroupWriter, Writers
 from kvplane.events.subjects import subject
@@ -206,8 +206,7 @@ class Router:
             count, tokens = len(hashes) // _HASH_BYTES, len(ids or [])
         if tokens > types.LENGTH_LIMIT:
             raise BadRequest(f"the prompt has {tokens} tokens; the limit is {types.LENGTH_LIMIT}")
-        # The last token is always computed, so a match never covers the whole prompt.
-        blocks = min(count, max(0, tokens - 1) // size)
+        blocks = min(count, longest_match(tokens, size))
         self._requests += 1
         identity = request.request or f"{self.writer}.{self._requests:x}"
         exclude = frozenset(request.exclude)

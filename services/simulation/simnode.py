@@ -18,7 +18,7 @@ from nats.errors import Error as NatsError
 
 from kvplane.events import codec, types
 from kvplane.events.errors import BadCommit
-from kvplane.events.hashing import pack_hashes, unpack_hashes
+from kvplane.events.hashing import longest_match, pack_hashes, unpack_hashes
 from kvplane.events.log.append import Appender, new_life
 from kvplane.events.log.client import check_open
 from kvplane.events.log.group import GroupWriter, Writers
@@ -189,7 +189,7 @@ class SimNode:
         """Run a request: wait for room, prefill what is not cached, decode, report."""
         arrived = time.monotonic()
         hashes = unpack_hashes(request.hashes)
-        usable = hashes[: max(0, request.tokens - 1) // self.config.block_size]
+        usable = hashes[: longest_match(request.tokens, self.config.block_size)]
         self.active += 1
         self.waiting += 1
         try:
