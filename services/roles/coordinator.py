@@ -23,7 +23,7 @@ from kvplane.events.log.servers import in_cluster
 from kvplane.events.log.stream import COPIES, open_stream
 from kvplane.events.subjects import pulse_subject
 from kvplane.projections.overview import node_row
-from kvplane.services.control import formats, placement
+from kvplane.services.control import admission, commands, formats
 from kvplane.services.control.liveness import Liveness
 from kvplane.services.process.version import package_version
 from kvplane.services.protocol import messages
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from nats.aio.client import Client
     from nats.aio.msg import Msg
 
-    from kvplane.services.control.placement import Proposal
+    from kvplane.services.control.commands import Proposal
 
 ANSWER_SECONDS = 10.0
 """How long a commit is tried, and after lost races decided anew."""
@@ -119,13 +119,13 @@ class Coordinator:
         names = self.names
         return {
             "node_register": self.register, "register_oneself": self.register,
-            "node_cordon": partial(self._change, placement.cordon),
-            "node_uncordon": partial(self._change, placement.uncordon),
-            "node_remove": partial(self._change, placement.remove),
+            "node_cordon": partial(self._change, commands.cordon),
+            "node_uncordon": partial(self._change, commands.uncordon),
+            "node_remove": partial(self._change, commands.remove),
             "node_list": self.list_nodes,
             "cache_admit": self.admit, "admit_to_oneself": self.admit,
-            "cache_touch": partial(self._change, placement.touch),
-            "cache_evict": partial(self._change, placement.evict),
+            "cache_touch": partial(self._change, admission.touch),
+            "cache_evict": partial(self._change, admission.evict),
             "node_last": names.last, "last_of_oneself": names.last,
             "cache_names": names.first, "names_of_oneself": names.first, "piece": names.more,
             "cache_lookup": self.lookup,
@@ -196,14 +196,14 @@ class Coordinator:
     async def register(self, request: messages.RegisterRequest) -> dict[str, object]:
         """Register a node; its epoch is in the answer."""
         self.replica.check_ready()
-        _, sequence = await self.commit(placement.register, request, request.node)
+        _, sequence = await self.commit(commands.register, request, request.node)
         return {"node": request.node, "epoch": sequence, "sequence": sequence}
 
     async def admit(self, request: messages.AdmitRequest) -> dict[str, object]:
         """Place blocks on a managed node."""
         self.replica.check_ready()
         messages.names((request.model, "model"))
-        proposal, sequence = await self.commit(placement.admit, request, request.node or f"model {request.model}")
+        proposal, sequence = await self.commit(admission.admit, request, request.node or f"model {request.model}")
         if proposal is None:
             return {"node": request.node, "evicted": b"", "sequence": sequence}
         node = self.state.nodes.get(proposal.name)
@@ -219,14 +219,14 @@ class Coordinator:
         """End a session."""
         self.replica.check_ready()
         messages.names((request.model, "model"), (request.session, "session"))
-        proposal, sequence = await self.commit(placement.end_session, request, f"session {request.session}")
+        proposal, sequence = await self.commit(commands.end_session, request, f"session {request.session}")
         return {"session": request.session, "changed": proposal is not None, "sequence": sequence}
 
     async def set_policy(self, request: messages.PolicyRequest) -> dict[str, object]:
         """Change the policy of all routers."""
         messages.names((request.policy, "policy"))
         check(request.policy, request.parameters)
-        _, sequence = await self.commit(lambda _, r: placement.set_policy(r), request, "policy")
+        _, sequence = await self.commit(lambda _, r: commands.set_policy(r), request, "policy")
         return {"policy": request.policy, "sequence": sequence}
 
     async def show_format(self, request: messages.StatusRequest) -> dict[str, object]:  # noqa: ARG002 - nothing to choose
@@ -315,10 +315,10 @@ class Coordinator:
             if silent:
                 # One a turn: the next is judged anew, with what was heard meanwhile.
                 name, quiet = silent[0]
-                if await self._conclude(placement.lost, name, f"no pulse for {quiet:.1f} s"):
+                if await self._conclude(commands.lost, name, f"no pulse for {quiet:.1f} s"):
                     self.liveness.concluded(name)
             for name in self.liveness.back(self.state, now):
-                await self._conclude(placement.recovered, name, "")
+                await self._conclude(commands.recovered, name, "")
             self.liveness.forget(self.state)
             looked = time.monotonic()
             await anyio.sleep(LOOK_SECONDS)
@@ -332,7 +332,7 @@ class Coordinator:
             _log.warning("conclusion_failed", node=name, error=str(error))
             return False
         if proposal is not None:
-            self.conclusions["lost" if decide is placement.lost else "recovered"] += 1
+            self.conclusions["lost" if decide is commands.lost else "recovered"] += 1
             event = type(proposal.event).__name__
             _log.warning("node_concluded", node=name, conclusion=event, reason=reason, sequence=sequence)
         return True

@@ -14,7 +14,7 @@ from kvplane.events import codec, types
 from kvplane.events.hashing import pack_hashes
 from kvplane.events.log.follow import replay
 from kvplane.projections.digest import digest
-from kvplane.services.control import placement
+from kvplane.services.control import commands
 from kvplane.services.demo.features import FEATURES
 from kvplane.services.demo.fleet import ANSWER_SECONDS
 from kvplane.services.demo.stage import Stage
@@ -106,7 +106,7 @@ async def test_a_lost_node_that_is_heard_again_comes_back_with_its_cache(stage: 
     # Another coordinator that was cut off concludes it lost, although it is not.
     await fleet.ask("coordinator.node.list", messages.ListRequest())
     coordinator = await fleet.coordinator()
-    await coordinator.commit(placement.lost, messages.NodeRequest(node=victim, reason="a mistake"), victim)
+    await coordinator.commit(commands.lost, messages.NodeRequest(node=victim, reason="a mistake"), victim)
     await stage.seen(types.NodeLost, lambda event: event.node == victim)
     epoch = stage.state.nodes[victim].epoch
     await until(lambda: stage.state.nodes[victim].epoch != epoch and stage.state.nodes[victim].available)
