@@ -118,6 +118,11 @@ def parse_hash(text: object) -> int:
     return value
 
 
+def longest_match(tokens: int, block_size: int) -> int:
+    """Most leading blocks of a prompt of so many tokens that can be matched: its last token is always computed."""
+    return max(0, tokens - 1) // block_size
+
+
 def format_hash(value: int) -> str:
     """A hash as 16 hex digits, as JSON and terminals show it."""
     return f"{value:016x}"

@@ -11,10 +11,17 @@ can be old, late, wrong or hostile:
 
 A decision about a request that names a node that has since gone is not the commit's fault: that one event is ignored
 and counted, the others of its commit are applied.
+
+A commit is judged before anything changes: one of several events whole (`_cache`, `_judge_control`), an
+event that is alone in its commit by its handler. Events of requests and sessions are never a reason to skip.
+
+When it is not the commit but this process that fails (no memory, an interrupt), the state may hold half a commit that
+other replicas hold whole. It says so and is of no use from then on: `Unusable`.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvplane.events import types
@@ -22,6 +29,7 @@ from kvplane.events.codec import Commit, Message, decode
 from kvplane.events.errors import BadCommit, NewerFormat
 from kvplane.events.hashing import unpack_hashes
 from kvplane.events.versions import FORMAT
+from kvplane.projections.errors import Unusable
 from kvplane.projections.load import Early, Load, prefill_speed
 from kvplane.projections.nodes import Caches, Node
 from kvplane.projections.recency import Recency
@@ -46,6 +54,10 @@ BACK_SECONDS = 60
 """Log time that goes back further than this was wrong before: a server's clock was set right."""
 
 DEFAULT_POLICY = "ttft"
+
+DEFECTS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, TypeError, ValueError)
+"""What code raises that is wrong for some commit: on every replica alike, since nothing but the log is read. Every other
+error may be this process's own: no memory, no stack, an interrupt, an array that somebody else here looks at."""
 
 REASONS = {
     "duplicate": "the writer's counter says that this commit is on the log already",
@@ -103,6 +115,8 @@ class FleetState:
         self.removed: dict[str, int] = {}
         self.heads: dict[str, int] = {}
         """Last sequence on each subject of nodes and caches, skipped commits included: what a writer must expect."""
+        self.failure: Exception | None = None
+        """Why this state is of no use any more."""
         self.changes = 0
         """Counts changes of nodes and policy, so that what is derived from them knows when to be made again."""
         self._on_event: dict[type[types.Event], Callable[..., None]] = {
@@ -133,30 +147,43 @@ class FleetState:
     def apply(self, message: Message) -> Applied:
         """Apply one message of the log. A message at or below `sequence` is a redelivery and changes nothing.
 
-        Raises `NewerFormat` when the log goes on in a format that isn't known here; the state is of no use then.
+        Raises `NewerFormat` when the log goes on in a format that isn't known here, and `Unusable` when this process
+        failed; both again at every later call, since the state is of no use then.
         """
+        if self.failure is not None:
+            raise self.failure
         if message.sequence <= self.sequence:
             return Applied(None, "redelivered")
-        self.sequence = message.sequence
-        self._pass_time(message.time)
-        if message.subject.startswith(self._deciding):
-            self._head(message.subject)
         try:
+            self.sequence = message.sequence
+            self._pass_time(message.time)
+            if message.subject.startswith(self._deciding):
+                self._head(message.subject)
             commit = decode(self.fleet, message, self.format)
             self._check_writer(message.subject, commit)
-            if commit.place.room == "cache":
+            room = commit.place.room
+            if room == "cache":
                 self._cache(commit)
             else:
-                if commit.place.room == "node":
+                if room == "node":
                     self._check_based_on(commit)
+                elif room == "control":
+                    self._judge_control(commit)
                 for event in commit.events:
                     self._on_event[type(event)](event)
         except (BadCommit, Skip) as error:
             reason, detail = error.code if isinstance(error, BadCommit) else str(error), str(error)
-        except NewerFormat:
-            raise
-        except Exception as error:  # noqa: BLE001 - a poisoned commit must not keep every replica from starting
+        except DEFECTS as error:
+            # A poisoned commit must not keep every replica from starting.
             reason, detail = "defect", repr(error)
+        except NewerFormat as error:
+            self.failure = error
+            raise
+        except BaseException as error:
+            self.failure = Unusable(message.sequence, error)
+            if isinstance(error, Exception):
+                raise self.failure from error
+            raise
         else:
             self.commits += 1
             return Applied(commit, None)
@@ -297,7 +324,9 @@ class FleetState:
         if managed:
             # Only on managed nodes do decisions rest on the cache.
             self._check_based_on(commit)
-            node.changed = self.sequence if type(commit.events[0]) is types.CacheCleared else node.changed
+        # It is judged: from here on things change, and nothing is skipped but what is alone in its commit.
+        if managed and type(commit.events[0]) is types.CacheCleared:
+            node.changed = self.sequence
         caches, slot = self.caches, 0
         tier: types.Tier | None = None
         index = caches.index(node.model)
@@ -399,12 +428,19 @@ class FleetState:
         self.parameters = dict(event.parameters)
         self.changes += 1
 
-    def _format_raised(self, event: types.FormatRaised) -> None:
-        if event.format <= self.format:
+    def _judge_control(self, commit: Commit) -> None:
+        raised = [event for event in commit.events if isinstance(event, types.FormatRaised)]
+        if not raised:
+            return
+        formats = [self.format, *(event.format for event in raised)]
+        if any(later <= before for before, later in pairwise(formats)):
             raise Skip("no_change")
-        if event.format > FORMAT:
+        last = raised[-1]
+        if last.format > FORMAT:
             raise NewerFormat(
-                f"from commit {self.sequence} on the log is in format {event.format}, which kvplane {event.kvplane or '?'} "
+                f"from commit {self.sequence} on the log is in format {last.format}, which kvplane {last.kvplane or '?'} "
                 f"wrote; this kvplane reads up to format {FORMAT}: install that version or a newer one"
             )
+
+    def _format_raised(self, event: types.FormatRaised) -> None:
         self.format = event.format

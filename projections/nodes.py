@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from msgspec import Struct
 
@@ -10,6 +10,9 @@ from kvplane.projections.prefix import PrefixIndex
 
 if TYPE_CHECKING:
     from kvplane.events.types import NodeRegistered, Tier
+
+
+NodeState = Literal["up", "cordoned", "lost"]
 
 
 class Node(Struct, kw_only=True):
@@ -25,9 +28,14 @@ class Node(Struct, kw_only=True):
     slots: dict[Tier, int] = {}
 
     @property
+    def state(self) -> NodeState:
+        """Whether it takes requests, and if not, why."""
+        return "lost" if self.lost is not None else "cordoned" if self.cordoned else "up"
+
+    @property
     def available(self) -> bool:
         """Whether a request may be sent here at all."""
-        return self.lost is None and not self.cordoned
+        return self.state == "up"
 
     @property
     def managed(self) -> bool:

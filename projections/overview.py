@@ -39,7 +39,7 @@ def node_row(state: FleetState, node: Node) -> dict[str, Any]:
     load = state.load.of(node.name)
     return {
         "node": node.name,
-        "state": "lost" if node.lost is not None else "cordoned" if node.cordoned else "up",
+        "state": node.state,
         "reason": node.lost or "",
         "address": node.registered.address,
         "models": node.registered.models,

@@ -70,8 +70,10 @@ _VERSION = msgspec.msgpack.Decoder(_Version)
 def dump(state: FleetState, *, known_digest: str | None = None) -> bytes:
     """A snapshot of the state. Most of the time goes into the digest, unless the caller knows it.
 
-    Raises `BadSnapshot` for a fleet with more than `snapshot_body.MOST_SLOTS` slots.
+    Raises `BadSnapshot` for a fleet with more than `snapshot_body.MOST_SLOTS` slots, and for a state that is of no use.
     """
+    if state.failure is not None:
+        raise BadSnapshot(f"no snapshot can be made: {state.failure}")
     try:
         body = msgspec.msgpack.encode(snapshot_body.take(state))
     except ValueError as error:

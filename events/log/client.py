@@ -68,6 +68,7 @@ class LogClient(Client):
         """What it was told behind its back, by kind; counted by `events.log.connection`."""
         self.refused = ""
         """Why the server wants this client no more; empty as long as it does."""
+        self._starved: MemoryError | None = None
 
     async def publish(
         self, subject: str, payload: bytes = b"", reply: str = "", headers: dict[str, Any] | None = None
@@ -103,12 +104,29 @@ class LogClient(Client):
             await super()._process_err(err_msg)
 
     async def _process_headers(self, headers: bytes) -> dict[str, str] | None:
-        """Malformed headers are none: the client's read loop would end on them, and `is_connected` stay true."""
+        """Malformed headers are none: the client's read loop would end on them, and `is_connected` stay true.
+
+        For want of memory it shall end, and is made anew: a commit without its headers is judged otherwise than elsewhere.
+        """
         try:
             parsed: dict[str, str] | None = await super()._process_headers(headers)
+        except MemoryError:
+            raise
         except Exception as error:  # noqa: BLE001 - whatever a stranger's bytes cause
             _log.warning("malformed_headers", client=self.options.get("name"), error=repr(error))
-            return None
+            parsed = None
+        starved, self._starved = self._starved, None
+        if starved is not None:
+            raise starved
+        return parsed
+
+    def _parse_header_lines(self, raw: bytes) -> dict[str, str]:  # type: ignore[override] # it is called on the client
+        try:
+            parsed: dict[str, str] = super()._parse_header_lines(raw)
+        except MemoryError as error:
+            # The client takes it for one of the bytes'.
+            self._starved = error
+            raise
         return parsed
 
     async def _connect_to_server(self, s: Srv) -> None:

@@ -1,4 +1,4 @@
-"""What each role may publish and subscribe to: the whole table.
+"""What each role may publish and subscribe to: the whole table. Who may ask which endpoint is said in `protocol.endpoints`.
 
 Everything that is not listed is refused. `{f}` is the fleet, `{log}` its stream, `{box}` the bucket of its snapshots and
 `{snapshots}` the bucket's stream, `{name}` the name of a node as a subject token, `{access}` its token in the room `access`.
@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from kvplane.events.subjects import access_name, check_fleet, stream_name, token
+from kvplane.services.protocol import endpoints
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,16 +35,32 @@ _READ_SNAPSHOTS = (
 _WRITE_SNAPSHOTS = (
     "$O.{box}.C.*", "$O.{box}.M.*", "$JS.API.STREAM.CREATE.{snapshots}", "$JS.API.STREAM.PURGE.{snapshots}",
 )  # fmt: skip
-# Digests at checkpoints, and a state from the history where no snapshot leads to the log.
-_BE_REPLICA = ("kv.{f}.checkpoint.*", "kv.{f}.history.snapshot", "kv.{f}.history.*.piece", INBOXES)
+# Digests at checkpoints.
+_BE_REPLICA = ("kv.{f}.checkpoint.*", INBOXES)
 _LIST_SERVICES = ("$SRV.PING", "$SRV.PING.>", "$SRV.INFO", "$SRV.INFO.>", "$SRV.STATS", "$SRV.STATS.>")
-_ASK = (
-    "kv.{f}.route", "kv.{f}.complete", "kv.{f}.serve.*", "kv.{f}.sql", "kv.{f}.sql.*", "kv.{f}.explain",
-    "kv.{f}.history.state", "kv.{f}.history.changes", "kv.{f}.history.sequence", "kv.{f}.history.snapshot",
-    "kv.{f}.history.*.piece", "kv.{f}.history.status", "kv.{f}.history.*.status", "kv.{f}.coordinator.node.list",
-    "kv.{f}.coordinator.cache.lookup", "kv.{f}.coordinator.format.show", "kv.{f}.coordinator.status",
-    "kv.{f}.coordinator.*.status", "kv.{f}.router.*.status",
-)  # fmt: skip
+
+
+def _asks(asker: endpoints.Asker) -> tuple[str, ...]:
+    """Endpoints that a role may ask. A node asks for itself only."""
+    own = "{name}" if asker == "node" else "*"
+    return tuple(
+        f"kv.{{f}}.{spec.subject.replace('{node}', own).replace('{writer}', '*').replace('{historian}', '*')}"
+        for spec in endpoints.asked_by(asker)
+    )
+
+
+def _serves(server: endpoints.Server, *wide: str) -> tuple[str, ...]:
+    """Endpoints that a service answers; those below a wider subject are allowed with it."""
+    words = [subject.split(".") for subject in wide]
+    patterns = [spec.pattern("{f}") for spec in endpoints.served(server)]
+    return (*wide, *(pattern for pattern in patterns if not any(_below(pattern.split("."), each) for each in words)))
+
+
+def _below(pattern: list[str], wide: list[str]) -> bool:
+    """Whether a subject is one of those that a wider one, with `*` or `>` at its end, is for."""
+    alike = pattern[: len(wide) - 1] == wide[:-1]
+    return alike and (len(pattern) >= len(wide) if wide[-1] == ">" else len(pattern) == len(wide))
+
 
 PUBLISH: dict[Role, tuple[str, ...]] = {
     "admin": (
@@ -55,18 +72,16 @@ PUBLISH: dict[Role, tuple[str, ...]] = {
         "$JS.SNAPSHOT.ACK.{log}.>", "$JS.SNAPSHOT.RESTORE.{log}.>",
     ),
     "coordinator": (
-        "kv.{f}.node.*", "kv.{f}.cache.*", "kv.{f}.session.*", "kv.{f}.control", "kv.{f}.history.status",
-        "kv.{f}.history.*.status", *_BE_REPLICA, *_LIST_SERVICES,
+        "kv.{f}.node.*", "kv.{f}.cache.*", "kv.{f}.session.*", "kv.{f}.control", *_asks("coordinator"), *_BE_REPLICA,
+        *_LIST_SERVICES,
         "$JS.API.STREAM.CREATE.{log}", "$JS.API.STREAM.PURGE.{log}", *_READ_LOG, *_READ_SNAPSHOTS, *_WRITE_SNAPSHOTS,
     ),
-    "router": ("kv.{f}.access.*", "kv.{f}.session.*", *_BE_REPLICA, *_READ_LOG, *_READ_SNAPSHOTS),
+    "router": ("kv.{f}.access.*", "kv.{f}.session.*", *_asks("router"), *_BE_REPLICA, *_READ_LOG, *_READ_SNAPSHOTS),
     "historian": (INBOXES, *_READ_LOG, *_READ_SNAPSHOTS),
     "node": (
-        "kv.{f}.cache.{name}", "kv.{f}.access.{access}", "kv.{f}.pulse.{name}", "kv.{f}.coordinator.node.register.{name}",
-        "kv.{f}.coordinator.cache.admit.{name}", "kv.{f}.coordinator.node.last.{name}",
-        "kv.{f}.coordinator.cache.names.{name}", "kv.{f}.coordinator.*.piece", INBOXES,
+        "kv.{f}.cache.{name}", "kv.{f}.access.{access}", "kv.{f}.pulse.{name}", *_asks("node"), INBOXES,
     ),
-    "client": (*_ASK, *_LIST_SERVICES),
+    "client": (*_asks("client"), *_LIST_SERVICES),
 }  # fmt: skip
 """Subjects that a role may publish to. `INBOXES` is for those that answer."""
 
@@ -79,15 +94,12 @@ def _listed(service: str) -> tuple[str, ...]:
 
 SUBSCRIBE: dict[Role, tuple[str, ...]] = {
     "admin": ("kv.{f}.>",),
-    "coordinator": ("kv.{f}.coordinator.>", "kv.{f}.pulse.*", "kv.{f}.checkpoint.*", *_listed("kvplane-coordinator")),
-    "router": (
-        "kv.{f}.route", "kv.{f}.complete", "kv.{f}.router.*.status", "kv.{f}.router.*.flush", "kv.{f}.checkpoint.*",
-        *_listed("kvplane-router"),
+    "coordinator": (
+        *_serves("coordinator", "kv.{f}.coordinator.>"), "kv.{f}.pulse.*", "kv.{f}.checkpoint.*",
+        *_listed("kvplane-coordinator"),
     ),
-    "historian": (
-        "kv.{f}.sql", "kv.{f}.sql.*", "kv.{f}.explain", "kv.{f}.history.*", "kv.{f}.history.*.piece", "kv.{f}.history.*.status",
-        *_listed("kvplane-historian"),
-    ),
+    "router": (*_serves("router"), "kv.{f}.checkpoint.*", *_listed("kvplane-router")),
+    "historian": (*_serves("historian", "kv.{f}.history.*"), *_listed("kvplane-historian")),
     "node": ("kv.{f}.node.{name}", "kv.{f}.serve.{name}", *_listed("kvplane-simnode")),
     "client": (),
 }  # fmt: skip

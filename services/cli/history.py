@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import anyio
+import msgspec
 from cyclopts import App, Parameter
 from rich.console import Console
 from rich.markup import escape
@@ -22,6 +23,7 @@ from kvplane.services.history.pages import Limits
 from kvplane.services.observability.web import check_address, observing
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import BadRequest
+from kvplane.services.protocol.status import HistoryStatus
 
 history = App(name="history", help="See how far the history is, or make it again.")
 
@@ -102,16 +104,17 @@ def status(*, json: Json = False, common: Common = COMMON) -> None:
     if json:
         show_json(answer)
         return
-    behind = answer["log"] - answer["stored"]
-    days = " to ".join(dict.fromkeys(answer["archive_days"]))
+    told = msgspec.convert(answer, HistoryStatus)
+    behind = told.log - told.stored
+    days = " to ".join(dict.fromkeys(told.archive_days))
     grid(
         [
-            ("fleet", answer["fleet"]),
-            ("state", "healthy" if answer["healthy"] else f"[red]not stored:[/] {escape(answer['failure'] or 'log away')}"),
-            ("stored", f"up to sequence {answer['stored']:,}" + (f", {behind:,} behind the log" if behind else "")),
-            ("live", f"{answer['live_bytes'] / 1e6:,.1f} MB, from sequence {answer['archived'] + 1:,}"),
-            ("archive", f"{answer['archive_bytes'] / 1e6:,.1f} MB in {answer['archive_files']} files {days}"),
-            ("snapshots", ", ".join(f"{sequence:,}" for sequence in answer["snapshots"][-3:]) or "none"),
+            ("fleet", told.fleet),
+            ("state", "healthy" if told.healthy else f"[red]not stored:[/] {escape(told.failure or 'log away')}"),
+            ("stored", f"up to sequence {told.stored:,}" + (f", {behind:,} behind the log" if behind else "")),
+            ("live", f"{told.live_bytes / 1e6:,.1f} MB, from sequence {told.archived + 1:,}"),
+            ("archive", f"{told.archive_bytes / 1e6:,.1f} MB in {told.archive_files} files {days}"),
+            ("snapshots", ", ".join(f"{sequence:,}" for sequence in told.snapshots[-3:]) or "none"),
         ]
     )  # fmt: skip
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from kvplane.events.types import FormatRaised
 from kvplane.events.versions import FORMAT
-from kvplane.services.control.placement import Proposal, propose
+from kvplane.services.control.commands import Proposal, propose
 from kvplane.services.protocol.errors import BadRequest, Conflict
 
 if TYPE_CHECKING:

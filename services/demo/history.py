@@ -14,6 +14,7 @@ from kvplane.services.demo.stage import check
 from kvplane.services.history.client import table
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import NoAnswer, Refused, StepFailed
+from kvplane.services.protocol.status import HistoryStatus
 from kvplane.services.rpc.client import ask
 from kvplane.services.simulation.compare import parse_choice
 from kvplane.services.whatif import replay
@@ -53,12 +54,13 @@ async def caught_up(stage: Stage) -> int:
     with anyio.move_on_after(READY_SECONDS):
         while True:
             try:
-                status: dict[str, Any] = await ask(stage.client, f"kv.{name}.history.status", messages.StatusRequest())
+                request = messages.StatusRequest()
+                stored = (await ask(stage.client, f"kv.{name}.history.status", request, HistoryStatus)).stored
             except (NoAnswer, Refused):
-                status = {"stored": 0}
+                stored = 0
             log = await open_stream(stage.client.jetstream(), name)
-            if status["stored"] >= log.last_seq:
-                return int(status["stored"])
+            if stored >= log.last_seq:
+                return stored
             await anyio.sleep(0.05)
     raise StepFailed(f"the history did not hold the log after {READY_SECONDS:g} s")
 

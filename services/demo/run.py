@@ -253,8 +253,8 @@ class Demo:
         await stage.traffic.send(work)
         await anyio.sleep(0.3)
         before = await stage.statuses()
-        check(len({status["digest"] for status in before}) == 1, "routers and coordinator have different digests")
-        sequence, digest = before[0]["sequence"], before[0]["digest"]
+        check(len({status.digest for status in before}) == 1, "routers and coordinator have different digests")
+        sequence, digest = before[0].sequence, str(before[0].digest)
         began = time.monotonic()
         await stage.fleet.kill("server", "coordinator", "router-1", "router-2", "historian")
         await stage.fleet.start_server()
@@ -267,13 +267,13 @@ class Demo:
         self.result.full_recovery_seconds = time.monotonic() - began
         rebuilt = await stage.digest_at(sequence)
         after = await stage.statuses()
-        self.result.digests_equal = rebuilt == digest and len({status["digest"] for status in after}) == 1
-        self.result.commits = after[0]["commits"]
+        self.result.digests_equal = rebuilt == digest and len({status.digest for status in after}) == 1
+        self.result.commits = after[0].commits
         check(rebuilt == digest, f"the digest at {sequence} was {digest} and is {rebuilt}")
         check(self.result.digests_equal, "routers and coordinator came back with different digests")
         check(answer.kind == "exact", f"the next request was {answer.kind}")
         check(again.cached_tokens == answer.matched_tokens, "the next request was not cached as predicted")
-        check(after[0]["nodes"] == before[0]["nodes"], "nodes are missing")
+        check(after[0].nodes == before[0].nodes, "nodes are missing")
         return (
             f"digest {digest[:12]} at sequence {sequence} before and after, nodes and sessions as they were, and the next "
             f"request was {answer.kind} on {answer.node} after {self.result.full_recovery_seconds:.1f} s"

@@ -13,6 +13,7 @@ from kvplane.projections.digest import digest
 from kvplane.projections.fleet import FleetState
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import Refused, StepFailed
+from kvplane.services.protocol.status import ReplicaStatus
 from kvplane.services.rpc.client import ask
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class Stage:
         epoch: int = (await self.tell("node.register", request))["epoch"]
         return epoch
 
-    async def statuses(self) -> list[dict[str, Any]]:
+    async def statuses(self) -> list[ReplicaStatus]:
         """Status with digest of every router and coordinator, once all of them have applied the same sequence."""
         name = self.fleet.name
         routers = await self.fleet.routers(self.client, 2)
@@ -115,10 +116,10 @@ class Stage:
             while True:
                 ask_all = [f"kv.{name}.router.{writer}.flush" for writer in routers]
                 ask_all += [f"kv.{name}.coordinator.status"]
-                found: list[dict[str, Any]] = []
+                found: list[ReplicaStatus] = []
                 for subject in ask_all:
-                    found.append(await ask(self.client, subject, messages.StatusRequest(digest=True)))
-                if len({status["sequence"] for status in found}) == 1:
+                    found.append(await ask(self.client, subject, messages.StatusRequest(digest=True), ReplicaStatus))
+                if len({status.sequence for status in found}) == 1:
                     return found
                 await anyio.sleep(0.05)
         raise StepFailed("routers and coordinator never came to the same sequence")

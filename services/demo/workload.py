@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from kvplane.events.hashing import block_hashes, unpack_hashes
+from kvplane.events.hashing import block_hashes, longest_match, unpack_hashes
 from kvplane.services.simulation.blockcache import BlockCache
 from kvplane.services.simulation.trace import Work
 
@@ -46,7 +46,7 @@ def round_robin_hit_rate(work: list[Work], *, nodes: int, capacity_blocks: int, 
     for number, request in enumerate(work):
         hashes = unpack_hashes(request.hashes)
         cache = caches[number % nodes]
-        usable = max(0, request.tokens - 1) // block_size
+        usable = longest_match(request.tokens, block_size)
         cached = cache.leading(hashes)
         if len(hashes) <= capacity_blocks and cache.start(hashes) is not None:
             cache.finish(hashes)

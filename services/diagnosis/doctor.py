@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from msgspec import Struct
+from msgspec import UNSET, Struct
 
 from kvplane.services.replication.checkpoints import odd
 from kvplane.services.replication.compaction import SNAPSHOT_COMMITS
@@ -124,9 +124,9 @@ def _clocks(found: Examined, log: Plain) -> Iterator[Finding]:
     server = log["skew"]
     ahead = log["newest"] - log["clock"]
     remedy = "set the clocks right (NTP)"
+    historians = {history.historian for history in found.histories}
     wrong = [
-        (status["writer"] if "writer" in status else f"historian {status['historian']}", status["skew"] - server)
-        for status in (*found.replicas, *found.histories)
+        (f"historian {who}" if who in historians else who, skew - server) for who, skew in found.skews.items()
     ]  # fmt: skip
     wrong.append(("this machine", -server))
     wrong = [(who, skew) for who, skew in wrong if abs(skew) > SKEW_SECONDS]
@@ -146,29 +146,33 @@ def _replicas(found: Examined, last: int) -> Iterator[Finding]:
         if not statuses:
             yield Finding("problem", name, f"none answers; start one with `{start}`")
             continue
-        behind = max(last - status["sequence"] for status in statuses)
+        behind = max(last - status.sequence for status in statuses)
         level: Level = "problem" if behind > LAG_COMMITS else "ok"
         yield Finding(level, name, f"{len(statuses)} answer, at most {max(0, behind):,} commits behind the log")
     for status in found.routers:
-        who = status["writer"]
-        if status["degraded"]:
+        who = status.writer
+        if status.degraded:
             yield Finding("problem", who, "its decisions are not recorded at the moment; can it reach the log?")
-        if status["unrecorded"]:
-            yield Finding("problem", who, f"{status['unrecorded']:,} decisions were dropped while the log was away")
-        if status["policy_failures"]:
-            said = f"the policy failed {status['policy_failures']:,} times: {status['policy_failure']}"
+        if status.unrecorded:
+            yield Finding("problem", who, f"{status.unrecorded:,} decisions were dropped while the log was away")
+        if status.policy_failures:
+            said = f"the policy failed {status.policy_failures:,} times: {status.policy_failure}"
             yield Finding("problem", who, said)
-    for status in found.coordinators:
-        if not status.get("healthy", True):
-            yield Finding("problem", status["writer"], "it does not hear from the log; can it reach the servers?")
+    for coordinator in found.coordinators:
+        if not coordinator.healthy:
+            yield Finding("problem", coordinator.writer, "it does not hear from the log; can it reach the servers?")
 
 
 def _versions(found: Examined) -> Iterator[Finding]:
     by_version: dict[str, list[str]] = {}
-    for status in (*found.replicas, *found.histories):
-        by_version.setdefault(status.get("version", "unknown"), []).append(status.get("writer", "a historian"))
+    for replica in found.replicas:
+        by_version.setdefault(replica.version, []).append(replica.writer)
+    for history in found.histories:
+        by_version.setdefault(history.version, []).append("a historian")
     if len(by_version) > 1:
-        said = "; ".join(f"{version}: {', '.join(sorted(who)[:5])}" for version, who in sorted(by_version.items()))
+        said = "; ".join(
+            f"{version}: {', '.join(sorted(services)[:5])}" for version, services in sorted(by_version.items())
+        )
         yield Finding("warning", "versions", f"services are of several, end the upgrade: {said}")
 
 
@@ -176,11 +180,11 @@ def _digests(found: Examined) -> Iterator[Finding]:
     """Compare at checkpoints, and at the sequences that replicas were at when they were asked."""
     told: dict[int, dict[str, str]] = {}
     for status in found.replicas:
-        known = {int(sequence): digest for sequence, digest in status.get("checkpoints", {}).items()}
-        if "digest" in status:
-            known[status["sequence"]] = status["digest"]
+        known = {int(sequence): digest for sequence, digest in status.checkpoints.items()}
+        if status.digest is not UNSET:
+            known[status.sequence] = status.digest
         for sequence, digest in known.items():
-            told.setdefault(sequence, {})[status["writer"]] = digest
+            told.setdefault(sequence, {})[status.writer] = digest
     forked = [(sequence, others) for sequence, digests in sorted(told.items()) if (others := odd(digests))]
     remedy = "Restart them; if they differ again, report it with the log"
     if forked:
@@ -191,9 +195,9 @@ def _digests(found: Examined) -> Iterator[Finding]:
         )
         yield Finding("problem", "digests", f"at sequence {sequence:,} {who}. {remedy}")
         return
-    claims = [status for status in found.replicas if status.get("differs")]
+    claims = [status for status in found.replicas if status.differs]
     for status in claims:
-        said = f"{status['writer']} found itself to differ at checkpoint {status['differs']:,}. {remedy}"
+        said = f"{status.writer} found itself to differ at checkpoint {status.differs:,}. {remedy}"
         yield Finding("problem", "digests", said)
     common = [sequence for sequence, digests in told.items() if len(digests) == len(found.replicas)]
     if claims or not found.replicas:
@@ -209,7 +213,7 @@ def _digests(found: Examined) -> Iterator[Finding]:
 
 
 def _skipped(found: Examined) -> Iterator[Finding]:
-    skipped: dict[str, int] = next((status["skipped"] for status in (*found.coordinators, *found.routers)), {})
+    skipped: dict[str, int] = next((status.skipped for status in (*found.coordinators, *found.routers)), {})
     if skipped:
         said = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()))
         hint = "; `kvplane sql 'SELECT * FROM skipped_commits'` says whose"
@@ -234,10 +238,10 @@ def _histories(found: Examined, last: int) -> Iterator[Finding]:
         said = f"{len(found.histories)} historians answer, each with a history of its own: questions go to any of them"
         yield Finding("warning", "history", said)
     for history in found.histories:
-        if not history["healthy"]:
-            yield Finding("problem", "history", history["failure"] or "the historian does not hear from the log")
+        if not history.healthy:
+            yield Finding("problem", "history", history.failure or "the historian does not hear from the log")
             continue
-        behind = max(0, last - history["stored"])
+        behind = max(0, last - history.stored)
         yield Finding("problem" if behind > LAG_COMMITS else "ok", "history", f"{behind:,} commits behind the log")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import aiohttp
 import anyio
@@ -20,6 +20,7 @@ from kvplane.events.log.stream import open_stream
 from kvplane.events.subjects import stream_name
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import ServiceFault
+from kvplane.services.protocol.status import CoordinatorStatus, HistoryStatus, ReplicaStatus, RouterStatus
 from kvplane.services.rpc.client import ask, of_fleet
 
 if TYPE_CHECKING:
@@ -38,8 +39,19 @@ TRIES = 5
 Plain = dict[str, Any]
 
 
+S = TypeVar("S", RouterStatus, CoordinatorStatus, HistoryStatus)
+R = TypeVar("R", RouterStatus, CoordinatorStatus)
+
+
+class _Answer(Struct, Generic[S]):
+    """A status, and the skew of the clock of the service that gave it."""
+
+    status: S
+    skew: float
+
+
 class Examined(Struct, kw_only=True):
-    """What was found out. Statuses are the services' own, with `skew`.
+    """What was found out.
 
     A skew is by how many seconds a clock is at least ahead of that of the one who asks; below zero, behind it.
     """
@@ -50,15 +62,17 @@ class Examined(Struct, kw_only=True):
     account: Plain = {}
     servers: list[Plain] = []
     """What the servers' monitoring endpoints say, or `error`."""
-    routers: list[Plain] = []
-    coordinators: list[Plain] = []
+    routers: list[RouterStatus] = []
+    coordinators: list[CoordinatorStatus] = []
     nodes: list[Plain] = []
-    histories: list[Plain] = []
+    histories: list[HistoryStatus] = []
+    skews: dict[str, float] = {}
+    """Skew of each service, by writer or historian."""
     snapshots: list[int] = []
     snapshots_stream: Plain | None = None
 
     @property
-    def replicas(self) -> list[Plain]:
+    def replicas(self) -> list[ReplicaStatus]:
         """Routers and coordinators."""
         return [*self.routers, *self.coordinators]
 
@@ -80,15 +94,17 @@ async def examine(client: Client, fleet: str, monitors: Sequence[str] = ()) -> E
     except (NatsError, JetStreamError, OSError, ValueError, KeyError) as error:
         found.log_error = f"the log of fleet {fleet!r} does not answer: {error!r}"
         return found
-    found.routers, found.coordinators = await _replicas(client, fleet)
+    await _replicas(client, fleet, found)
     try:
-        answer: Plain = await ask(client, f"kv.{fleet}.coordinator.node.list", messages.ListRequest(), seconds=5)
-        found.nodes = answer["nodes"]
+        listed: Plain = await ask(client, f"kv.{fleet}.coordinator.node.list", messages.ListRequest(), seconds=5)
+        found.nodes = listed["nodes"]
     except ServiceFault:
         found.nodes = []
     for historian in await _of_fleet(client, "kvplane-historian", fleet, "historian"):
-        if history := await _status(client, f"kv.{fleet}.history.{historian}.status"):
-            found.histories.append(history)
+        answer = await _status(client, f"kv.{fleet}.history.{historian}.status", HistoryStatus)
+        if answer is not None:
+            found.histories.append(answer.status)
+            found.skews[historian] = answer.skew
     with suppress(LogUnavailable):
         found.snapshots = await SnapshotStore(client, fleet).sequences()
     if found.snapshots:
@@ -128,34 +144,47 @@ async def _server(url: str) -> Plain:
         return {"url": url, "error": str(error) or type(error).__name__}
 
 
-async def _replicas(client: Client, fleet: str) -> tuple[list[Plain], list[Plain]]:
+async def _replicas(client: Client, fleet: str, found: Examined) -> None:
     """Statuses of routers and of coordinators, with digests of one sequence if that can be had."""
-    kinds = [
-        [f"kv.{fleet}.{kind}.{writer}.status" for writer in await _of_fleet(client, f"kvplane-{kind}", fleet, "writer")]
-        for kind in ("router", "coordinator")
-    ]
-    routers, coordinators = [await _statuses(client, subjects, digest=False) for subjects in kinds]
+
+    async def subjects(kind: str) -> list[str]:
+        writers = await _of_fleet(client, f"kvplane-{kind}", fleet, "writer")
+        return [f"kv.{fleet}.{kind}.{writer}.status" for writer in writers]
+
+    routers, coordinators = await subjects("router"), await subjects("coordinator")
+    of_routers = await _statuses(client, routers, RouterStatus)
+    of_coordinators = await _statuses(client, coordinators, CoordinatorStatus)
+    found.routers = [answer.status for answer in of_routers]
+    found.coordinators = [answer.status for answer in of_coordinators]
+    found.skews |= {answer.status.writer: answer.skew for answer in of_routers}
+    found.skews |= {answer.status.writer: answer.skew for answer in of_coordinators}
     for _ in range(TRIES):
-        known = [set(status.get("checkpoints", ())) for status in (*routers, *coordinators)]
+        known = [set(status.checkpoints) for status in found.replicas]
         if not known or set.intersection(*known):
             break
         # All at once: the sooner they are asked one after the other, the likelier they are at one sequence.
-        asked = await _statuses(client, [*kinds[0], *kinds[1]], digest=True)
-        by_writer = {status["writer"]: status for status in asked}
-        for status in (*routers, *coordinators):
-            status |= {key: value for key, value in by_writer.get(status["writer"], {}).items() if key != "skew"}
-        if len({status["sequence"] for status in (*routers, *coordinators)}) < 2:
+        asked: dict[str, Any] = {}
+        async with anyio.create_task_group() as group:
+            group.start_soon(_again, client, routers, RouterStatus, asked)
+            group.start_soon(_again, client, coordinators, CoordinatorStatus, asked)
+        found.routers = [asked.get(status.writer, status) for status in found.routers]
+        found.coordinators = [asked.get(status.writer, status) for status in found.coordinators]
+        if len({status.sequence for status in found.replicas}) < 2:
             break
         await anyio.sleep(0.1)
-    return routers, coordinators
 
 
-async def _statuses(client: Client, subjects: list[str], *, digest: bool) -> list[Plain]:
-    found: dict[str, Plain] = {}
+async def _again(client: Client, subjects: list[str], form: type[R], asked: dict[str, Any]) -> None:
+    for answer in await _statuses(client, subjects, form, digest=True):
+        asked[answer.status.writer] = answer.status
+
+
+async def _statuses(client: Client, subjects: list[str], form: type[S], *, digest: bool = False) -> list[_Answer[S]]:
+    found: dict[str, _Answer[S]] = {}
 
     async def one(subject: str) -> None:
-        if status := await _status(client, subject, digest=digest):
-            found[subject] = status
+        if (answer := await _status(client, subject, form, digest=digest)) is not None:
+            found[subject] = answer
 
     async with anyio.create_task_group() as group:
         for subject in subjects:
@@ -163,14 +192,15 @@ async def _statuses(client: Client, subjects: list[str], *, digest: bool) -> lis
     return [found[subject] for subject in subjects if subject in found]
 
 
-async def _status(client: Client, subject: str, *, digest: bool = False) -> Plain | None:
+async def _status(client: Client, subject: str, form: type[S], *, digest: bool = False) -> _Answer[S] | None:
     begin = time.time()
     try:
         seconds = DIGEST_SECONDS if digest else STATUS_SECONDS
-        status: Plain = await ask(client, subject, messages.StatusRequest(digest=digest), seconds=seconds)
+        status = await ask(client, subject, messages.StatusRequest(digest=digest), form, seconds=seconds)
     except ServiceFault:
         return None
-    return {**status, "skew": _skew(status.get("clock", begin), begin, time.time())}
+    clock: float = status.clock or begin
+    return _Answer(status, _skew(clock, begin, time.time()))
 
 
 async def _of_fleet(client: Client, service: str, fleet: str, key: str) -> list[str]:

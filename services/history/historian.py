@@ -25,11 +25,11 @@ from kvplane.services.history.ingest import Ingest, Retention
 from kvplane.services.history.pages import Pages
 from kvplane.services.history.past import Past
 from kvplane.services.process.version import package_version
-from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import BadRequest
+from kvplane.services.protocol.status import HistoryStatus
 from kvplane.services.rpc.pieces import Pieces
 from kvplane.services.rpc.readiness import Readiness, readiness
-from kvplane.services.rpc.server import Endpoint, serve, stop
+from kvplane.services.rpc.server import serve, serving, stop
 from kvplane.services.rpc.tally import Tally
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from kvplane.projections.history.store import Store
     from kvplane.services.history.pages import Limits
+    from kvplane.services.protocol import messages
 
 
 _log = structlog.get_logger("kvplane.history")
@@ -76,25 +77,13 @@ class Historian:
             await self.ingest.flush()
             group.start_soon(self.pages.run)
             group.start_soon(self.pieces.run)
-            base = f"kv.{self.fleet}"
             service = await serve(
                 self.client, group, "kvplane-historian", f"history of fleet {self.fleet}",
-                [
-                    Endpoint("sql", f"{base}.sql", messages.SqlRequest, self.pages.ask, concurrent=True),
-                    Endpoint("sql_next", self.pages.subject, messages.SqlNextRequest, self.pages.more, concurrent=True),
-                    Endpoint("explain", f"{base}.explain", messages.ExplainRequest, self.explain, concurrent=True),
-                    Endpoint("state", f"{base}.history.state", messages.MomentRequest, self.state, concurrent=True),
-                    Endpoint("changes", f"{base}.history.changes", messages.ChangesRequest, self.changes, concurrent=True),
-                    Endpoint("sequence", f"{base}.history.sequence", messages.MomentRequest, self.sequence, concurrent=True),
-                    Endpoint("snapshot", f"{base}.history.snapshot", messages.SnapshotRequest, self.snapshot, concurrent=True),
-                    Endpoint("piece", self.pieces.subject, messages.PieceRequest, self.pieces.more, concurrent=True),
-                    Endpoint("whatif", f"{base}.history.whatif", messages.WhatifRequest, self.whatif, concurrent=True),
-                    Endpoint("status", f"{base}.history.status", messages.StatusRequest, self.status, concurrent=True),
-                    Endpoint(
-                        "status_of_one", f"{base}.history.{self.id}.status", messages.StatusRequest, self.status,
-                        concurrent=True,
-                    ),
-                ],
+                serving("historian", self.fleet, self.id, {
+                    "sql": self.pages.ask, "sql_next": self.pages.more, "explain": self.explain, "state": self.state,
+                    "changes": self.changes, "sequence": self.sequence, "snapshot": self.snapshot, "piece": self.pieces.more,
+                    "whatif": self.whatif, "status": self.status, "status_of_one": self.status,
+                }),
                 {"fleet": self.fleet, "historian": self.id}, self.tally,
             )  # fmt: skip
             self.serving = True
@@ -154,7 +143,7 @@ class Historian:
             raise BadRequest(f"data is no Arrow stream with the columns of {request.table}: {error}") from None
         return {"table": request.table, "rows": rows.num_rows}
 
-    async def status(self, request: messages.StatusRequest) -> dict[str, Any]:  # noqa: ARG002 - nothing to choose
+    async def status(self, request: messages.StatusRequest) -> HistoryStatus:  # noqa: ARG002 - nothing to choose
         """How far the history is, and what it takes on the disk."""
         ingest = self.ingest
         log = await open_stream(self.client.jetstream(), self.fleet)
@@ -162,24 +151,24 @@ class Historian:
         with suppress(BadHistory):
             self._known = await ingest.in_thread(lambda: (ingest.store.checkpoint, archive.listed(ingest.store)))
         checkpoint, files = self._known
-        return {
-            "fleet": self.fleet,
-            "historian": self.id,
-            "version": package_version(),
-            "clock": time.time(),
-            "healthy": ingest.follower.healthy and not ingest.failure,
-            "failure": ingest.failure,
-            "log": log.last_seq,
-            "applied": ingest.state.sequence,
-            "stored": checkpoint.sequence,
-            "archived": checkpoint.archived,
-            "live_bytes": self.live_bytes,
-            "archive_files": len(files),
-            "archive_bytes": sum(file.bytes for file in files),
-            "archive_days": [files[0].day, files[-1].day] if files else [],
-            "snapshots": [int(path.stem) for path in reversed(ingest.snapshots.upto(1 << 62))],
-            "queries": self.pages.open,
-        }
+        return HistoryStatus(
+            fleet=self.fleet,
+            historian=self.id,
+            version=package_version(),
+            clock=time.time(),
+            healthy=ingest.follower.healthy and not ingest.failure,
+            failure=ingest.failure,
+            log=log.last_seq,
+            applied=ingest.state.sequence,
+            stored=checkpoint.sequence,
+            archived=checkpoint.archived,
+            live_bytes=self.live_bytes,
+            archive_files=len(files),
+            archive_bytes=sum(file.bytes for file in files),
+            archive_days=[files[0].day, files[-1].day] if files else [],
+            snapshots=[int(path.stem) for path in reversed(ingest.snapshots.upto(1 << 62))],
+            queries=self.pages.open,
+        )
 
 
 def _check_new(store: Store) -> None:

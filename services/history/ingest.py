@@ -366,7 +366,7 @@ class Ingest:
         if len(self._rows):
             with suppress(BadHistory):
                 await self.in_thread(partial(self.store.write, self._rows, time=self.state.time))
-        if self.state.sequence - self._snapshot_at > SNAPSHOT_COMMITS // 10:
+        if self.state.failure is None and self.state.sequence - self._snapshot_at > SNAPSHOT_COMMITS // 10:
             await self.save_snapshot()
         await self._close()
 

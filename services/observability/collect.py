@@ -134,7 +134,7 @@ def _holding(scrape: Scrape, replica: Replica) -> None:
     put, state = scrape.put, replica.state
     states = {"up": 0, "cordoned": 0, "lost": 0}
     for node in state.nodes.values():
-        states["lost" if node.lost is not None else "cordoned" if node.cordoned else "up"] += 1
+        states[node.state] += 1
     for name, count in states.items():
         put("kvplane_fleet_nodes", count, state=name)
     put("kvplane_fleet_memberships", sum(index.memberships for index in state.caches.by_model.values()))

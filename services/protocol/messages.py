@@ -229,6 +229,14 @@ class Pulse(Struct, frozen=True, kw_only=True, omit_defaults=True):
     used_blocks: int = 0
 
 
+class Checkpoint(Struct, frozen=True):
+    """What a replica's state was at a sequence. Travels on core NATS and is never stored."""
+
+    writer: str
+    sequence: int
+    digest: str
+
+
 class SqlRequest(Struct, frozen=True, kw_only=True):
     """Ask the history in SQL. The answer comes in pages; `next` of a page is the subject to ask for the one after it."""
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import msgspec
 import structlog
-from msgspec import Struct
 from nats.errors import Error as NatsError
 
 from kvplane.events.errors import BadName
@@ -25,6 +24,7 @@ from kvplane.projections.digest import digest
 from kvplane.projections.overview import summary
 from kvplane.services.process.forked import Copy
 from kvplane.services.protocol.errors import WorkerDied
+from kvplane.services.protocol.messages import Checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -52,14 +52,6 @@ WRITERS_LIMIT = 1000
 """Most replicas of which one checkpoint is remembered."""
 
 _log = structlog.get_logger("kvplane.checkpoints")
-
-
-class Checkpoint(Struct, frozen=True):
-    """What a replica's state was at a sequence."""
-
-    writer: str
-    sequence: int
-    digest: str
 
 
 _encode = msgspec.msgpack.Encoder().encode

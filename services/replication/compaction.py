@@ -23,6 +23,7 @@ from kvplane.projections.snapshot import dump
 from kvplane.services.process.forked import in_copy
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import Conflict, LogAway, NoAnswer
+from kvplane.services.protocol.status import HistoryStatus
 from kvplane.services.rpc.client import ask, of_fleet
 
 if TYPE_CHECKING:
@@ -137,10 +138,9 @@ class Compaction:
             stored = []
             for history in histories:
                 subject = f"kv.{self._fleet}.history.{history['historian']}.status"
-                status: dict[str, Any] = await ask(
-                    self._client, subject, messages.StatusRequest(), seconds=HISTORY_SECONDS
-                )
-                stored.append(int(status["stored"]))
+                request = messages.StatusRequest()
+                status = await ask(self._client, subject, request, HistoryStatus, seconds=HISTORY_SECONDS)
+                stored.append(status.stored)
             return min(stored)
         except (NoAnswer, ValueError, KeyError, NatsError):
             raise Conflict(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 import structlog
@@ -21,6 +21,7 @@ from kvplane.projections.snapshot import load, peek
 from kvplane.services.process.hugepages import collapse
 from kvplane.services.process.version import package_version
 from kvplane.services.protocol.errors import LogAway, NotReady, ServiceFault, WorkerDied
+from kvplane.services.protocol.status import ReplicaStatus
 from kvplane.services.replication.checkpoints import Checkpoints
 from kvplane.services.rpc.pieces import snapshot_at
 
@@ -39,6 +40,8 @@ SNAPSHOT_TRIES = 30
 """How often snapshots are asked for when the log alone is not enough."""
 SKIPS_KNOWN = 10_000
 """For how many skipped commits their reason is kept for those who wait for their own."""
+
+Status = TypeVar("Status", bound=ReplicaStatus)
 
 _log = structlog.get_logger("kvplane.replica")
 
@@ -203,12 +206,13 @@ class Replica:
             _log.warning("snapshot_passed_over", sequence=sequence, error=str(error))
         return True
 
-    async def about(self, *, digests: bool) -> dict[str, Any]:
-        """What `status` says of a replica: who and when it is, what its state holds, its digests at checkpoints.
+    async def about(self, form: type[Status], *, digests: bool, **own: Any) -> Status:  # noqa: ANN401 - its fields
+        """The status of the service whose replica this is; `own` are the fields that `form` has beside.
 
         With `digests` also the digest now. Raises `WorkerDied`.
         """
         whole = {
+            **own,
             "writer": self.writer,
             "version": package_version(),
             "clock": time.time(),
@@ -218,7 +222,7 @@ class Replica:
             **self.checkpoints.told(),
         }
         try:
-            return whole | (await self.checkpoints.now() if digests else summary(self.state, digests=False))
+            return form(**whole, **(await self.checkpoints.now() if digests else summary(self.state, digests=False)))
         except OSError as error:
             raise WorkerDied(f"no copy of the process could be made for the digest: {error}") from error
 

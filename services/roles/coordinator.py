@@ -23,18 +23,19 @@ from kvplane.events.log.servers import in_cluster
 from kvplane.events.log.stream import COPIES, open_stream
 from kvplane.events.subjects import pulse_subject
 from kvplane.projections.overview import node_row
-from kvplane.services.control import formats, placement
+from kvplane.services.control import admission, commands, formats
 from kvplane.services.control.liveness import Liveness
 from kvplane.services.process.version import package_version
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import Conflict, LogAway, UnknownModel
+from kvplane.services.protocol.status import CoordinatorStatus
 from kvplane.services.replication.compaction import SNAPSHOT_BYTES, SNAPSHOT_COMMITS, Compaction
 from kvplane.services.replication.replica import Replica
 from kvplane.services.roles.names import Names
 from kvplane.services.roles.readers import readers
 from kvplane.services.routing.policies import check
 from kvplane.services.rpc.readiness import Readiness, readiness
-from kvplane.services.rpc.server import Endpoint, serve
+from kvplane.services.rpc.server import serve, serving
 from kvplane.services.rpc.tally import Tally
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from nats.aio.client import Client
     from nats.aio.msg import Msg
 
-    from kvplane.services.control.placement import Proposal
+    from kvplane.services.control.commands import Proposal
 
 ANSWER_SECONDS = 10.0
 """How long a commit is tried, and after lost races decided anew."""
@@ -102,49 +103,9 @@ class Coordinator:
             await self.replica.follower.caught_up.wait()
             await group.start(self.names.run)
             await self.client.subscribe(f"kv.{self.fleet}.pulse.*", cb=self._pulse)
-            base = f"kv.{self.fleet}.coordinator"
-            table: list[tuple[str, type[msgspec.Struct], Callable[[Any], Any]]] = [
-                ("node.register", messages.RegisterRequest, self.register),
-                ("node.cordon", messages.NodeRequest, lambda r: self._change(placement.cordon, r)),
-                ("node.uncordon", messages.NodeRequest, lambda r: self._change(placement.uncordon, r)),
-                ("node.remove", messages.NodeRequest, lambda r: self._change(placement.remove, r)),
-                ("node.list", messages.ListRequest, self.list_nodes),
-                ("cache.admit", messages.AdmitRequest, self.admit),
-                ("cache.touch", messages.BlocksRequest, lambda r: self._change(placement.touch, r)),
-                ("cache.evict", messages.BlocksRequest, lambda r: self._change(placement.evict, r)),
-                ("node.last", messages.NodeRequest, self.names.last),
-                ("cache.names", messages.NodeRequest, self.names.first),
-                ("cache.lookup", messages.LookupRequest, self.lookup),
-                ("session.end", messages.SessionRequest, self.end_session),
-                ("policy.set", messages.PolicyRequest, self.set_policy),
-                ("format.show", messages.StatusRequest, self.show_format),
-                ("format.raise", messages.FormatRequest, self.raise_format),
-                ("status", messages.StatusRequest, self.status),
-                ("snapshot", messages.StatusRequest, self.snapshot),
-                ("compact", messages.CompactRequest, self.compact),
-            ]
-            endpoints = [
-                Endpoint(name.replace(".", "_"), f"{base}.{name}", form, answer, concurrent=True)
-                for name, form, answer in table
-            ]
-            own = f"{base}.{self.writer}.status"
-            endpoints += [
-                Endpoint("status_of_one", own, messages.StatusRequest, self.status, concurrent=True),
-                Endpoint("piece", self.names.subject, messages.PieceRequest, self.names.more, concurrent=True),
-            ]
-            # What a node asks for itself, on a subject to which its credentials can be bound.
-            own_of_nodes: dict[str, tuple[str, type[msgspec.Struct], Callable[[Any], Any]]] = {
-                "register_oneself": ("node.register", messages.RegisterRequest, self.register),
-                "admit_to_oneself": ("cache.admit", messages.AdmitRequest, self.admit),
-                "last_of_oneself": ("node.last", messages.NodeRequest, self.names.last),
-                "names_of_oneself": ("cache.names", messages.NodeRequest, self.names.first),
-            }
-            endpoints += [
-                Endpoint(name, f"{base}.{what}.*", form, answer, concurrent=True)
-                for name, (what, form, answer) in own_of_nodes.items()
-            ]
             await serve(
-                self.client, group, "kvplane-coordinator", f"coordinates fleet {self.fleet}", endpoints,
+                self.client, group, "kvplane-coordinator", f"coordinates fleet {self.fleet}",
+                serving("coordinator", self.fleet, self.writer, self._answers()),
                 {"fleet": self.fleet, "writer": self.writer}, self.tally,
             )  # fmt: skip
             self.serving = True
@@ -152,6 +113,28 @@ class Coordinator:
             group.start_soon(self.compaction.run)
             _log.info("coordinator_ready", fleet=self.fleet, writer=self.writer, applied=self.state.sequence)
             task_status.started()
+
+    def _answers(self) -> dict[str, Callable[[Any], Any]]:
+        """What answers each endpoint."""
+        names = self.names
+        return {
+            "node_register": self.register, "register_oneself": self.register,
+            "node_cordon": partial(self._change, commands.cordon),
+            "node_uncordon": partial(self._change, commands.uncordon),
+            "node_remove": partial(self._change, commands.remove),
+            "node_list": self.list_nodes,
+            "cache_admit": self.admit, "admit_to_oneself": self.admit,
+            "cache_touch": partial(self._change, admission.touch),
+            "cache_evict": partial(self._change, admission.evict),
+            "node_last": names.last, "last_of_oneself": names.last,
+            "cache_names": names.first, "names_of_oneself": names.first, "piece": names.more,
+            "cache_lookup": self.lookup,
+            "session_end": self.end_session,
+            "policy_set": self.set_policy,
+            "format_show": self.show_format, "format_raise": self.raise_format,
+            "status": self.status, "status_of_one": self.status,
+            "snapshot": self.snapshot, "compact": self.compact,
+        }  # fmt: skip
 
     def readiness(self) -> Readiness:
         """Whether it can decide: not without the log, for what it answers is on it."""
@@ -213,14 +196,14 @@ class Coordinator:
     async def register(self, request: messages.RegisterRequest) -> dict[str, object]:
         """Register a node; its epoch is in the answer."""
         self.replica.check_ready()
-        _, sequence = await self.commit(placement.register, request, request.node)
+        _, sequence = await self.commit(commands.register, request, request.node)
         return {"node": request.node, "epoch": sequence, "sequence": sequence}
 
     async def admit(self, request: messages.AdmitRequest) -> dict[str, object]:
         """Place blocks on a managed node."""
         self.replica.check_ready()
         messages.names((request.model, "model"))
-        proposal, sequence = await self.commit(placement.admit, request, request.node or f"model {request.model}")
+        proposal, sequence = await self.commit(admission.admit, request, request.node or f"model {request.model}")
         if proposal is None:
             return {"node": request.node, "evicted": b"", "sequence": sequence}
         node = self.state.nodes.get(proposal.name)
@@ -236,14 +219,14 @@ class Coordinator:
         """End a session."""
         self.replica.check_ready()
         messages.names((request.model, "model"), (request.session, "session"))
-        proposal, sequence = await self.commit(placement.end_session, request, f"session {request.session}")
+        proposal, sequence = await self.commit(commands.end_session, request, f"session {request.session}")
         return {"session": request.session, "changed": proposal is not None, "sequence": sequence}
 
     async def set_policy(self, request: messages.PolicyRequest) -> dict[str, object]:
         """Change the policy of all routers."""
         messages.names((request.policy, "policy"))
         check(request.policy, request.parameters)
-        _, sequence = await self.commit(lambda _, r: placement.set_policy(r), request, "policy")
+        _, sequence = await self.commit(lambda _, r: commands.set_policy(r), request, "policy")
         return {"policy": request.policy, "sequence": sequence}
 
     async def show_format(self, request: messages.StatusRequest) -> dict[str, object]:  # noqa: ARG002 - nothing to choose
@@ -288,13 +271,11 @@ class Coordinator:
         blocks = len(unpack_hashes(request.hashes))
         return {"model": request.model, "blocks": blocks, "matches": matches, "sequence": self.state.sequence}
 
-    async def status(self, request: messages.StatusRequest) -> dict[str, object]:
+    async def status(self, request: messages.StatusRequest) -> CoordinatorStatus:
         """What this coordinator is and knows."""
-        return {
-            "races_lost": self.races_lost,
-            "most_tries": self.most_tries,
-            **await self.replica.about(digests=request.digest),
-        }
+        return await self.replica.about(
+            CoordinatorStatus, digests=request.digest, races_lost=self.races_lost, most_tries=self.most_tries
+        )
 
     async def snapshot(self, request: messages.StatusRequest) -> dict[str, object]:  # noqa: ARG002 - nothing to choose
         """Take a snapshot of the fold."""
@@ -334,10 +315,10 @@ class Coordinator:
             if silent:
                 # One a turn: the next is judged anew, with what was heard meanwhile.
                 name, quiet = silent[0]
-                if await self._conclude(placement.lost, name, f"no pulse for {quiet:.1f} s"):
+                if await self._conclude(commands.lost, name, f"no pulse for {quiet:.1f} s"):
                     self.liveness.concluded(name)
             for name in self.liveness.back(self.state, now):
-                await self._conclude(placement.recovered, name, "")
+                await self._conclude(commands.recovered, name, "")
             self.liveness.forget(self.state)
             looked = time.monotonic()
             await anyio.sleep(LOOK_SECONDS)
@@ -351,7 +332,7 @@ class Coordinator:
             _log.warning("conclusion_failed", node=name, error=str(error))
             return False
         if proposal is not None:
-            self.conclusions["lost" if decide is placement.lost else "recovered"] += 1
+            self.conclusions["lost" if decide is commands.lost else "recovered"] += 1
             event = type(proposal.event).__name__
             _log.warning("node_concluded", node=name, conclusion=event, reason=reason, sequence=sequence)
         return True

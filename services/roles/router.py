@@ -15,18 +15,19 @@ import structlog
 from kvplane.events import types
 from kvplane.events.durations import MICRO, Durations
 from kvplane.events.errors import BadHashes
-from kvplane.events.hashing import block_hashes
+from kvplane.events.hashing import block_hashes, longest_match
 from kvplane.events.log.append import Appender, new_writer
 from kvplane.events.log.group import GroupWriter, Writers
 from kvplane.events.subjects import subject
 from kvplane.services.protocol import labels
 from kvplane.services.protocol.errors import BadRequest, NoTokenizer
 from kvplane.services.protocol.messages import CompleteRequest, RouteAnswer, RouteRequest, StatusRequest, names, one_of
+from kvplane.services.protocol.status import RouterStatus
 from kvplane.services.replication.replica import Replica
 from kvplane.services.routing.decide import Chooser, Query
 from kvplane.services.routing.overlay import Overlay
 from kvplane.services.rpc.readiness import Readiness, readiness
-from kvplane.services.rpc.server import Endpoint, serve, stop
+from kvplane.services.rpc.server import serve, serving, stop
 from kvplane.services.rpc.tally import Tally
 
 if TYPE_CHECKING:
@@ -103,15 +104,13 @@ class Router:
 
     async def _serve(self, group: TaskGroup) -> Service:
         await self.replica.follower.caught_up.wait()
-        base = f"kv.{self.fleet}"
         service = await serve(
             self.client, group, "kvplane-router", f"routes requests of fleet {self.fleet}",
-            [
-                Endpoint("route", f"{base}.route", RouteRequest, self.route, after=self.settle, traced=True),
-                Endpoint("complete", f"{base}.complete", CompleteRequest, self.complete, traced=True, unasked=True),
-                Endpoint("status", f"{base}.router.{self.writer}.status", StatusRequest, self.status, concurrent=True),
-                Endpoint("flush", f"{base}.router.{self.writer}.flush", StatusRequest, self.flush, concurrent=True),
-            ],
+            serving(
+                "router", self.fleet, self.writer,
+                {"route": self.route, "complete": self.complete, "status": self.status, "flush": self.flush},
+                in_turn={"route", "complete"}, after={"route": self.settle},
+            ),
             {"fleet": self.fleet, "writer": self.writer}, self.tally,
         )  # fmt: skip
         _log.info("router_ready", fleet=self.fleet, writer=self.writer, applied=self.state.sequence)
@@ -207,8 +206,7 @@ class Router:
             count, tokens = len(hashes) // _HASH_BYTES, len(ids or [])
         if tokens > types.LENGTH_LIMIT:
             raise BadRequest(f"the prompt has {tokens} tokens; the limit is {types.LENGTH_LIMIT}")
-        # The last token is always computed, so a match never covers the whole prompt.
-        blocks = min(count, max(0, tokens - 1) // size)
+        blocks = min(count, longest_match(tokens, size))
         self._requests += 1
         identity = request.request or f"{self.writer}.{self._requests:x}"
         exclude = frozenset(request.exclude)
@@ -254,21 +252,22 @@ class Router:
         if applied.commit is not None:
             self.overlay.observe(applied.commit, message.time, self.state, self.writer, time.time_ns())
 
-    async def status(self, request: StatusRequest) -> dict[str, object]:
+    async def status(self, request: StatusRequest) -> RouterStatus:
         """What this router is and knows."""
         self.settle()
-        return {
-            "degraded": self.degraded,
-            "decisions": self.decisions,
-            "policy_failures": self.chooser.policy_failures,
-            "policy_failure": self.chooser.last_failure,
-            "recorded": sum(writer.acknowledged for writer in self.writers),
-            "waiting": sum(writer.waiting for writer in self.writers),
-            "unrecorded": sum(writer.dropped for writer in self.writers),
-            **await self.replica.about(digests=request.digest),
-        }
+        return await self.replica.about(
+            RouterStatus,
+            digests=request.digest,
+            degraded=self.degraded,
+            decisions=self.decisions,
+            policy_failures=self.chooser.policy_failures,
+            policy_failure=self.chooser.last_failure,
+            recorded=sum(writer.acknowledged for writer in self.writers),
+            waiting=sum(writer.waiting for writer in self.writers),
+            unrecorded=sum(writer.dropped for writer in self.writers),
+        )
 
-    async def flush(self, request: StatusRequest) -> dict[str, object]:
+    async def flush(self, request: StatusRequest) -> RouterStatus:
         """Wait until everything decided so far is on disk and read back."""
         self.settle()
         await self.writers.flush()

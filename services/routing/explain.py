@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from msgspec import Struct
 
+from kvplane.events.hashing import longest_match
 from kvplane.services.routing.decide import Chooser, Query
 from kvplane.services.routing.overlay import PREDICTION_SECONDS, Overlay
 from kvplane.services.routing.policies import policy
@@ -78,7 +79,7 @@ class Explanation(Struct, kw_only=True):
 
 def query_of(event: RequestRouted, block_size: int) -> Query:
     """The request as the decision had it."""
-    blocks = min(event.blocks, max(0, event.tokens - 1) // block_size)
+    blocks = min(event.blocks, longest_match(event.tokens, block_size))
     return Query(
         event.request,
         event.model,

@@ -53,11 +53,15 @@ def _mean(column: Column) -> float:
     return total / len(column)
 
 
+def _weight(view: View, queue: Column, parameters: dict[str, float]) -> float:
+    """How much a second of own prefill counts: more, the more requests will wait behind it."""
+    return parameters["uncached_weight"] + parameters["crowd_weight"] * (_mean(queue) * view.arrivals)
+
+
 def ttft(view: View, request: Request, parameters: dict[str, float]) -> Column:
     """The least expected time to first token, of this request and of those that come after it."""
     queue, speed = view.queue, view.speed
-    crowd = _mean(queue) * view.arrivals
-    weight = parameters["uncached_weight"] + parameters["crowd_weight"] * crowd
+    weight = _weight(view, queue, parameters)
     costs: Column = view.match * (-request.block_size * weight)
     costs += request.tokens * weight
     if view.slow is not None:
@@ -77,8 +81,7 @@ def ttft(view: View, request: Request, parameters: dict[str, float]) -> Column:
 def ttft_terms(view: View, request: Request, parameters: dict[str, float]) -> dict[str, Column]:
     """The parts of `ttft`'s costs, in seconds."""
     queue, speed = view.queue, view.speed
-    crowd = _mean(queue) * view.arrivals
-    weight = parameters["uncached_weight"] + parameters["crowd_weight"] * crowd
+    weight = _weight(view, queue, parameters)
     slow = 0 if view.slow is None else view.slow * request.block_size * parameters["slow_share"]
     session = np.zeros(len(queue))
     if view.session >= 0:

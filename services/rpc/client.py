@@ -12,8 +12,9 @@ from nats.errors import NoRespondersError
 
 from kvplane.events.errors import ConnectionLost
 from kvplane.events.log.servers import request as ask_once
+from kvplane.services.protocol.endpoints import of_subject
 from kvplane.services.protocol.errors import BadRequest, NoAnswer, Refused
-from kvplane.services.protocol.messages import ListRequest, LookupRequest, RouteRequest, StatusRequest
+from kvplane.services.protocol.messages import RouteRequest, StatusRequest
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
@@ -51,7 +52,7 @@ async def ask(
     try:
         if isinstance(request, RouteRequest):
             answer = await _ask_until_answered(client, subject, asked, seconds, min(NOBODY_SECONDS, seconds))
-        elif _read_from_memory(subject, request):
+        elif _again(subject, request):
             answer = await _ask_until_answered(client, subject, asked, seconds, 0)
         else:
             answer = await client.request(subject, asked, timeout=seconds)
@@ -72,14 +73,18 @@ async def ask(
     if form is None:
         plain: T = msgspec.msgpack.decode(answer.data)
         return plain
-    return msgspec.msgpack.decode(answer.data, type=form)
+    try:
+        return msgspec.msgpack.decode(answer.data, type=form)
+    except msgspec.DecodeError as error:
+        raise NoAnswer(
+            f"the answer on {subject} can't be read ({error}); is that service of another version?"
+        ) from None
 
 
-def _read_from_memory(subject: str, request: msgspec.Struct) -> bool:
-    """Whether the answer changes nothing and takes no time to make, so that it may be asked for again."""
-    if isinstance(request, StatusRequest):
-        return subject.endswith((".status", ".format.show")) and not request.digest
-    return isinstance(request, ListRequest | LookupRequest)
+def _again(subject: str, request: msgspec.Struct) -> bool:
+    """Whether the answer changes nothing and takes no time to make, so that it may be asked for again; a digest takes some."""
+    spec = of_subject(subject)
+    return spec is not None and spec.again and not (isinstance(request, StatusRequest) and request.digest)
 
 
 async def _ask_until_answered(client: Client, subject: str, body: bytes, seconds: float, nobody: float) -> Msg:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import nullcontext, suppress
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
@@ -25,18 +26,21 @@ from kvplane.events.errors import BadName, KvplaneError
 from kvplane.events.subjects import name_of
 from kvplane.events.versions import FORMAT
 from kvplane.services.process.version import package_version
+from kvplane.services.protocol.endpoints import served
 from kvplane.services.protocol.errors import AnswerTooLarge, NotYours, ServiceFault
 from kvplane.services.protocol.messages import decode_request, encode_answer, is_json
 from kvplane.services.protocol.traceparent import HEADER, in_headers, parse
 from kvplane.services.rpc.tally import OK, Tally
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Collection, Mapping
 
     from anyio.abc import TaskGroup
     from nats.aio.client import Client
     from nats.aio.msg import Msg
     from nats.micro.request import Request
+
+    from kvplane.services.protocol.endpoints import Server
 
 STOP_SECONDS = 1.0
 _NOT_INBOXES = ("kv.", "$")
@@ -63,6 +67,26 @@ class Endpoint(NamedTuple):
     """Whether `answer` takes the request's traceparent as its second argument; its form has a field for it, too."""
     unasked: bool = False
     """Whether it may be told something by one who wants no answer. What a server answers on its own wants none either."""
+
+
+def serving(
+    server: Server, fleet: str, name: str, answers: dict[str, Callable[..., Any]], *, in_turn: Collection[str] = (),
+    after: Mapping[str, Callable[[], None]] = MappingProxyType({}),
+) -> list[Endpoint]:  # fmt: skip
+    """The endpoints of one service, by the table. `answers` are by endpoint, and so is `after`; `name` is the service's own.
+
+    Those `in_turn` answer at once. Raises `ValueError` unless every endpoint has its answer.
+    """
+    specs = served(server)
+    if {spec.name for spec in specs} != answers.keys():
+        raise ValueError(f"the table of endpoints and the answers of a {server} are not of the same names")
+    return [
+        Endpoint(
+            spec.name, spec.at(fleet, name), spec.request, answers[spec.name], concurrent=spec.name not in in_turn,
+            after=after.get(spec.name), traced=spec.traced, unasked=spec.unasked,
+        )
+        for spec in specs
+    ]  # fmt: skip
 
 
 def fault(error: Exception) -> tuple[str, str, bytes]:

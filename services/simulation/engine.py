@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
+from kvplane.events.hashing import longest_match
 from kvplane.services.simulation.blockcache import BlockCache
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ class Engine:
                 break
             self.waiting.popleft()
             # The last token is always computed.
-            job.cached = min(found.cached, max(0, job.tokens - 1) // self.block_size) * self.block_size
+            job.cached = min(found.cached, longest_match(job.tokens, self.block_size)) * self.block_size
             job.done = job.cached
             job.stored = found.stored
             job.parent = job.hashes[found.cached - 1] if found.cached else None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from msgspec import Struct
 
-from kvplane.events.hashing import unpack_hashes
+from kvplane.events.hashing import longest_match, unpack_hashes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -55,7 +55,7 @@ def ideal_hit_rate(work: Iterable[Work], block_size: int) -> float:
     hit = total = 0
     for request in work:
         hashes = unpack_hashes(request.hashes)
-        for block in hashes[: max(0, request.tokens - 1) // block_size]:
+        for block in hashes[: longest_match(request.tokens, block_size)]:
             if block not in seen:
                 break
             hit += block_size

@@ -18,13 +18,14 @@ from nats.errors import Error as NatsError
 
 from kvplane.events import codec, types
 from kvplane.events.errors import BadCommit
-from kvplane.events.hashing import pack_hashes, unpack_hashes
+from kvplane.events.hashing import longest_match, pack_hashes, unpack_hashes
 from kvplane.events.log.append import Appender, new_life
 from kvplane.events.log.client import check_open
 from kvplane.events.log.group import GroupWriter, Writers
 from kvplane.events.subjects import access_name, pulse_subject, subject, token
 from kvplane.projections.load import PREFILL_LABEL
 from kvplane.services.protocol import labels, messages
+from kvplane.services.protocol.endpoints import served
 from kvplane.services.protocol.errors import ServiceFault
 from kvplane.services.rpc.client import ask
 from kvplane.services.rpc.readiness import Readiness
@@ -121,7 +122,8 @@ class SimNode:
 
     async def _serve(self, group: TaskGroup) -> None:
         await self.client.subscribe(subject(self.fleet, "node", self.config.name), cb=self._concluded)
-        endpoint = Endpoint("serve", self.address, messages.ServeRequest, self.serve, concurrent=True, traced=True)
+        (spec,) = served("node")
+        endpoint = Endpoint(spec.name, self.address, spec.request, self.serve, concurrent=True, traced=spec.traced)
         await serve(
             self.client, group, "kvplane-simnode", f"simulated node {self.config.name!r}", [endpoint],
             {"fleet": self.fleet, "node": self.config.name}, self.tally,
@@ -187,7 +189,7 @@ class SimNode:
         """Run a request: wait for room, prefill what is not cached, decode, report."""
         arrived = time.monotonic()
         hashes = unpack_hashes(request.hashes)
-        usable = hashes[: max(0, request.tokens - 1) // self.config.block_size]
+        usable = hashes[: longest_match(request.tokens, self.config.block_size)]
         self.active += 1
         self.waiting += 1
         try:

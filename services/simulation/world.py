@@ -22,7 +22,7 @@ from msgspec.structs import replace
 
 from kvplane.events import types
 from kvplane.events.codec import WRITER, Message, encode
-from kvplane.events.hashing import derive_hash, pack_hashes, unpack_hashes
+from kvplane.events.hashing import derive_hash, longest_match, pack_hashes, unpack_hashes
 from kvplane.events.subjects import token
 from kvplane.projections.fleet import FleetState
 from kvplane.projections.load import PREFILL_LABEL
@@ -314,7 +314,7 @@ class World:
         settings = self.settings
         identity = f"{settings.seed}.{number}"
         hashes = request.hashes
-        blocks = min(len(hashes) >> 3, max(0, request.tokens - 1) // settings.block_size)
+        blocks = min(len(hashes) >> 3, longest_match(request.tokens, settings.block_size))
         query = Query(identity, MODEL, hashes, request.tokens, blocks, settings.block_size, request.session)
         desk = self._desks[derive_hash(f"{identity} router".encode()) % len(self._desks)]
         self._route(query, desk, unpack_hashes(hashes), request.output_tokens, now, now)

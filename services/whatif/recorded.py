@@ -19,7 +19,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from kvplane.events import types
-from kvplane.events.hashing import derive_hash, pack_hashes, unpack_hashes
+from kvplane.events.hashing import derive_hash, longest_match, pack_hashes, unpack_hashes
 from kvplane.events.subjects import token
 from kvplane.projections.load import PREFILL_LABEL, prefill_speed
 from kvplane.projections.recency import Recency
@@ -289,7 +289,7 @@ class RecordedWorld(World):
         size = self._sizes.get(asked.model, 1)
         # Not every writer is a router: full blocks alone can be cached.
         hashes = request.hashes[: request.tokens // size * 8]
-        blocks = min(len(hashes) >> 3, max(0, request.tokens - 1) // size)
+        blocks = min(len(hashes) >> 3, longest_match(request.tokens, size))
         query = Query(
             asked.request, asked.model, hashes, request.tokens, blocks, size, request.session, frozenset(asked.exclude)
         )

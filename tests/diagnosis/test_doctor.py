@@ -13,6 +13,7 @@ from kvplane.services.diagnosis.doctor import Finding, judge
 from kvplane.services.diagnosis.examine import Examined, examine
 from kvplane.services.history.historian import Historian
 from kvplane.services.protocol import messages
+from kvplane.services.protocol.status import CoordinatorStatus, HistoryStatus, RouterStatus
 from kvplane.services.simulation.simnode import NodeConfig
 from tests.support.commands import run
 from tests.support.findings import said, wrong
@@ -30,16 +31,16 @@ pytestmark = pytest.mark.anyio
 D, E = "d" * 32, "e" * 32
 
 
-def status(writer: str, sequence: int = 100, digest: str = D, **facts: Any) -> dict[str, Any]:
-    return {
-        "writer": writer, "sequence": sequence, "digest": digest, "degraded": False, "unrecorded": 0, "policy_failures": 0,
-        "policy_failure": "", "skipped": {}, "skew": 0.0, "version": "1", "healthy": True, "checkpoints": {}, "differs": 0,
-        **facts,
-    }  # fmt: skip
+def router(writer: str, sequence: int = 100, digest: str = D, **facts: Any) -> RouterStatus:
+    return RouterStatus(writer=writer, sequence=sequence, digest=digest, **{"version": "1", **facts})
 
 
-def history(**facts: Any) -> dict[str, Any]:
-    return {"historian": "h", "healthy": True, "failure": "", "stored": 100, "skew": 0.0, "version": "1", **facts}
+def coordinator(writer: str, sequence: int = 100, digest: str = D, **facts: Any) -> CoordinatorStatus:
+    return CoordinatorStatus(writer=writer, sequence=sequence, digest=digest, **{"version": "1", **facts})
+
+
+def history(**facts: Any) -> HistoryStatus:
+    return HistoryStatus(**{"historian": "h", "healthy": True, "stored": 100, "version": "1", **facts})
 
 
 def stream(last: int = 100, *, skew: float = 0.0, newest: float = 1000.0, **facts: Any) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def server(**config: Any) -> dict[str, Any]:
 
 
 WELL = Examined(
-    log=stream(), routers=[status("r1"), status("r2")], coordinators=[status("c")], histories=[history()], snapshots=[50],
+    log=stream(), routers=[router("r1"), router("r2")], coordinators=[coordinator("c")], histories=[history()], snapshots=[50],
     nodes=[{"node": "n", "state": "up", "reason": ""}], servers=[server()],
 )  # fmt: skip
 
@@ -77,20 +78,20 @@ def test_a_fleet_that_is_well_has_no_findings() -> None:
         ({"log": None, "log_error": "x"}, ("problem", "log")),
         ({"log": stream(skew=5)}, ("problem", "clock")),
         ({"log": stream(newest=1100)}, ("problem", "clock")),
-        ({"routers": [status("r1", skew=-3)]}, ("problem", "clock")),
-        ({"histories": [history(skew=3)]}, ("problem", "clock")),
+        ({"skews": {"r1": -3.0}}, ("problem", "clock")),
+        ({"skews": {"h": 3.0}}, ("problem", "clock")),
         ({"routers": []}, ("problem", "routers")),
         ({"coordinators": []}, ("problem", "coordinators")),
-        ({"coordinators": [status("c", healthy=False)]}, ("problem", "c")),
-        ({"routers": [status("r1"), status("r2", digest=E)]}, ("problem", "digests")),
-        ({"routers": [status("r1", differs=1000), status("r2")]}, ("problem", "digests")),
-        ({"routers": [status("r1"), status("r2", sequence=99)]}, ("warning", "digests")),
-        ({"routers": [status("r1"), status("r2", version="2")]}, ("warning", "versions")),
-        ({"routers": [status("r", degraded=True)]}, ("problem", "r")),
-        ({"routers": [status("r", unrecorded=3)]}, ("problem", "r")),
-        ({"routers": [status("r", policy_failures=2, policy_failure="ValueError")]}, ("problem", "r")),
-        ({"coordinators": [status("c", skipped={"stale": 2})]}, ("warning", "skipped commits")),
-        ({"coordinators": [status("c", skipped={"defect": 1})]}, ("problem", "skipped commits")),
+        ({"coordinators": [coordinator("c", healthy=False)]}, ("problem", "c")),
+        ({"routers": [router("r1"), router("r2", digest=E)]}, ("problem", "digests")),
+        ({"routers": [router("r1", differs=1000), router("r2")]}, ("problem", "digests")),
+        ({"routers": [router("r1"), router("r2", sequence=99)]}, ("warning", "digests")),
+        ({"routers": [router("r1"), router("r2", version="2")]}, ("warning", "versions")),
+        ({"routers": [router("r", degraded=True)]}, ("problem", "r")),
+        ({"routers": [router("r", unrecorded=3)]}, ("problem", "r")),
+        ({"routers": [router("r", policy_failures=2, policy_failure="ValueError")]}, ("problem", "r")),
+        ({"coordinators": [coordinator("c", skipped={"stale": 2})]}, ("warning", "skipped commits")),
+        ({"coordinators": [coordinator("c", skipped={"defect": 1})]}, ("problem", "skipped commits")),
         ({"nodes": []}, ("warning", "nodes")),
         ({"nodes": [{"node": "n", "state": "cordoned", "reason": ""}]}, ("problem", "nodes")),
         ({"histories": []}, ("warning", "history")),
@@ -129,20 +130,20 @@ def test_what_can_not_be_seen_is_said_to_be_so() -> None:
 
 def test_replicas_are_compared_at_checkpoints_wherever_they_are_now() -> None:
     """Under load no two are at one sequence; the odd one is named."""
-    away = [
-        status(name, sequence=at, digest=name * 32, checkpoints={"1000": D, "2000": D})
-        for at, name in enumerate("abc", 2001)
-    ]
-    routers = replace(WELL, routers=away[:2], coordinators=away[2:])
+    common = {"1000": D, "2000": D}
+    a, b = (router(name, at, name * 32, checkpoints=dict(common)) for at, name in enumerate("ab", 2001))
+    c = coordinator("c", 2003, "c" * 32, checkpoints=common)
+    routers = replace(WELL, routers=[a, b], coordinators=[c])
     assert wrong(routers) == set()
-    away[1]["checkpoints"] = {"1000": D, "2000": E}
+    b.checkpoints["2000"] = E
     assert wrong(routers) == {("problem", "digests")}
     assert said(routers, "digests").startswith("at sequence 2,000 b differ.")
     # Of two, nobody knows which is right.
-    pair = replace(WELL, routers=away[:1], coordinators=away[1:2])
+    pair = replace(WELL, routers=[a], coordinators=[coordinator("b", 2002, checkpoints=b.checkpoints)])
     assert "a, b differ, and nobody has a majority" in said(pair, "digests")
     # One that has none of them says nothing about the others.
-    away[1]["checkpoints"] = {"3000": E}
+    b.checkpoints.clear()
+    b.checkpoints["3000"] = E
     assert wrong(routers) == {("warning", "digests")}
 
 
@@ -157,7 +158,7 @@ async def test_a_real_fleet_is_examined(fleet: Fleet, tmp_path: Path) -> None:
     await until(lambda: kept.ingest.stored >= kept.ingest.state.sequence)
     found = await examine(fleet.client, "default")
     assert (len(found.routers), len(found.coordinators), len(found.histories)) == (2, 2, 1)
-    assert {status["writer"] for status in found.coordinators} & {status["writer"] for status in found.routers} == set()
+    assert {status.writer for status in found.coordinators} & {status.writer for status in found.routers} == set()
     assert wrong(found) == set()
     # A stranger's bytes on the log, and a second history.
     stranger = Appender(fleet.client, "default", new_writer("stranger"))

@@ -150,7 +150,7 @@ async def test_a_clock_that_is_wrong_and_a_version_that_is_another(
             while len((found := await examine(fleet.client, "default")).routers) < 2:
                 await anyio.sleep(0.1)
         process.kill()
-    strange = next(status["writer"] for status in found.routers if status["version"] == "99.0.0")
+    strange = next(status.writer for status in found.routers if status.version == "99.0.0")
     assert said(found, "clock").startswith(f"{strange} is 60.0 s ahead of the log's server")
     assert f"99.0.0: {strange}" in said(found, "versions")
     # The one who asks may be the one that is wrong.

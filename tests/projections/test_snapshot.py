@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from kvplane.events.codec import Message
     from kvplane.projections.fleet import Applied
 
-MADE_ANEW = {"changes", "slots_made", "_on_event", "_no_index", "set_back"}
+MADE_ANEW = {"changes", "slots_made", "_on_event", "_no_index", "set_back", "failure"}
 """What a loaded state need not have in common with the dumped one: counts of this process, and what every state has."""
 
 

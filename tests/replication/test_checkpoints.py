@@ -26,8 +26,9 @@ from kvplane.services.diagnosis.examine import examine
 from kvplane.services.process import logs
 from kvplane.services.process.forked import in_copy
 from kvplane.services.protocol import messages
+from kvplane.services.protocol.messages import Checkpoint
 from kvplane.services.replication import checkpoints
-from kvplane.services.replication.checkpoints import DIGEST_DIGITS, KEPT, Checkpoint, Checkpoints, due, odd
+from kvplane.services.replication.checkpoints import DIGEST_DIGITS, KEPT, Checkpoints, due, odd
 from kvplane.services.rpc.client import instances
 from tests.support.eventful_fleet import live, write_commits
 from tests.support.processes import children

@@ -14,7 +14,7 @@ from kvplane.events import codec, types
 from kvplane.events.hashing import pack_hashes
 from kvplane.events.log.follow import replay
 from kvplane.projections.digest import digest
-from kvplane.services.control import placement
+from kvplane.services.control import commands
 from kvplane.services.demo.features import FEATURES
 from kvplane.services.demo.fleet import ANSWER_SECONDS
 from kvplane.services.demo.stage import Stage
@@ -106,7 +106,7 @@ async def test_a_lost_node_that_is_heard_again_comes_back_with_its_cache(stage: 
     # Another coordinator that was cut off concludes it lost, although it is not.
     await fleet.ask("coordinator.node.list", messages.ListRequest())
     coordinator = await fleet.coordinator()
-    await coordinator.commit(placement.lost, messages.NodeRequest(node=victim, reason="a mistake"), victim)
+    await coordinator.commit(commands.lost, messages.NodeRequest(node=victim, reason="a mistake"), victim)
     await stage.seen(types.NodeLost, lambda event: event.node == victim)
     epoch = stage.state.nodes[victim].epoch
     await until(lambda: stage.state.nodes[victim].epoch != epoch and stage.state.nodes[victim].available)
@@ -173,7 +173,7 @@ async def test_a_router_whose_policy_fails_goes_on_counts_it_and_says_so(fleet: 
             answer = await fleet.ask("route", messages.RouteRequest(model="sim", prompt="hello"), messages.RouteAnswer)
             assert (answer.node, answer.policy) == ("a", "least_loaded")
             status = await router.status(messages.StatusRequest())
-            assert (status["policy_failures"], status["policy_failure"]) == (count, "ZeroDivisionError: ")
+            assert (status.policy_failures, status.policy_failure) == (count, "ZeroDivisionError: ")
     warnings = [entry for entry in said if entry["event"] == "policy_failed"]
     assert [(entry["policy"], entry["instead"]) for entry in warnings] == [
         ("tests.support.odd_policies:raises", "least_loaded")
@@ -196,8 +196,8 @@ async def test_the_router_goes_on_while_the_log_is_away(fleet: Fleet, client: Cl
     answer = await fleet.ask("route", request, messages.RouteAnswer)
     assert (answer.node, answer.degraded) == ("a", True)
     status = await router.status(messages.StatusRequest())
-    assert status["waiting"] == 2
-    assert status["unrecorded"] == 0
+    assert status.waiting == 2
+    assert status.unrecorded == 0
 
 
 async def test_each_decision_is_recorded_behind_its_answer_though_nothing_comes_after_it(fleet: Fleet) -> None:

@@ -12,8 +12,8 @@ from kvplane.events import codec, types
 from kvplane.events.codec import Message
 from kvplane.events.hashing import pack_hashes, unpack_hashes
 from kvplane.projections.fleet import FleetState
-from kvplane.services.control import placement
-from kvplane.services.control.placement import Proposal
+from kvplane.services.control import admission, commands
+from kvplane.services.control.commands import Proposal
 from kvplane.services.protocol.errors import BadRequest, Conflict, NodeExists, NoRoom, ServiceFault, UnknownModel
 from kvplane.services.protocol.messages import (
     AdmitRequest,
@@ -34,7 +34,7 @@ class Given:
     def __init__(self, *nodes: str, capacity: int = 4) -> None:
         self.state = FleetState("f")
         for node in nodes:
-            self.accept(placement.register(self.state, registration(node, capacity)))
+            self.accept(commands.register(self.state, registration(node, capacity)))
 
     def accept(self, proposal: Proposal | None, based_on: int | None = None) -> None:
         """Commit what was proposed; the fold must accept it."""
@@ -46,7 +46,7 @@ class Given:
 
     def admit(self, *blocks: int, node: str = "", strategy: str = "least_loaded") -> Proposal:
         request = AdmitRequest(model="m", hashes=pack_hashes(blocks), node=node, strategy=strategy)
-        proposal = placement.admit(self.state, request)
+        proposal = admission.admit(self.state, request)
         self.accept(proposal, self.state.sequence)
         assert proposal is not None
         return proposal
@@ -90,7 +90,7 @@ def test_the_least_recently_used_leave_first_and_children_before_parents() -> No
     given_ = Given("a")
     given_.admit(1, 2)
     given_.admit(3, 4)
-    given_.accept(placement.touch(given_.state, BlocksRequest(node="a", hashes=pack_hashes([1, 2]))))
+    given_.accept(admission.touch(given_.state, BlocksRequest(node="a", hashes=pack_hashes([1, 2]))))
     assert evicted(given_.admit(5)) == [4]
     assert evicted(given_.admit(6, 7)) == [3, 2]
     assert given_.held("a") == {1, 5, 6, 7}
@@ -139,61 +139,61 @@ def test_blocks_that_are_there_need_no_room() -> None:
 def test_eviction_by_name_and_by_count() -> None:
     given_ = Given("a")
     given_.admit(1, 2, 3)
-    given_.accept(placement.evict(given_.state, BlocksRequest(node="a", hashes=pack_hashes([2, 2, 77]))))
+    given_.accept(admission.evict(given_.state, BlocksRequest(node="a", hashes=pack_hashes([2, 2, 77]))))
     assert given_.held("a") == {1, 3}
-    given_.accept(placement.evict(given_.state, BlocksRequest(node="a", count=1)))
+    given_.accept(admission.evict(given_.state, BlocksRequest(node="a", count=1)))
     assert given_.held("a") == {1}
     with pytest.raises(NoRoom, match="only 1 blocks"):
-        placement.evict(given_.state, BlocksRequest(node="a", count=2))
+        admission.evict(given_.state, BlocksRequest(node="a", count=2))
     given_.run("q", "a", 1)
     with pytest.raises(NoRoom, match="used by running requests"):
-        placement.evict(given_.state, BlocksRequest(node="a", hashes=pack_hashes([1])))
+        admission.evict(given_.state, BlocksRequest(node="a", hashes=pack_hashes([1])))
 
 
 def test_nothing_to_do_is_no_proposal() -> None:
     given_ = Given("a")
     node = NodeRequest(node="a")
-    assert placement.uncordon(given_.state, node) is None
-    assert placement.recovered(given_.state, node) is None
-    given_.accept(placement.cordon(given_.state, node))
-    assert placement.cordon(given_.state, node) is None
-    given_.accept(placement.lost(given_.state, node))
-    assert placement.lost(given_.state, node) is None
-    assert placement.touch(Given("b").state, BlocksRequest(node="b", hashes=pack_hashes([1]))) is None
+    assert commands.uncordon(given_.state, node) is None
+    assert commands.recovered(given_.state, node) is None
+    given_.accept(commands.cordon(given_.state, node))
+    assert commands.cordon(given_.state, node) is None
+    given_.accept(commands.lost(given_.state, node))
+    assert commands.lost(given_.state, node) is None
+    assert admission.touch(Given("b").state, BlocksRequest(node="b", hashes=pack_hashes([1]))) is None
 
 
 def test_a_living_node_is_registered_again_only_on_purpose() -> None:
     given_ = Given("a")
     with pytest.raises(NodeExists, match="registered already"):
-        placement.register(given_.state, registration("a"))
+        commands.register(given_.state, registration("a"))
     given_.admit(1)
-    given_.accept(placement.register(given_.state, registration("a", replace=True)))
+    given_.accept(commands.register(given_.state, registration("a", replace=True)))
     assert given_.held("a") == set()
-    given_.accept(placement.lost(given_.state, NodeRequest(node="a")))
-    given_.accept(placement.register(given_.state, registration("a")))
+    given_.accept(commands.lost(given_.state, NodeRequest(node="a")))
+    given_.accept(commands.register(given_.state, registration("a")))
 
 
 def test_what_the_fold_would_never_take_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a coordinator would decide it anew until its time is up, as if it had lost races."""
     given_ = Given("a")
     with pytest.raises(BadRequest, match="gpu; a tier can have 67,108,864 at the most"):
-        placement.register(given_.state, registration("b", capacity_blocks={"gpu": 1 << 27}))
-    monkeypatch.setattr(placement, "NODES_LIMIT", 1)
+        commands.register(given_.state, registration("b", capacity_blocks={"gpu": 1 << 27}))
+    monkeypatch.setattr(commands, "NODES_LIMIT", 1)
     with pytest.raises(Conflict, match="has 1 nodes, more it can't have"):
-        placement.register(given_.state, registration("b"))
-    given_.accept(placement.register(given_.state, registration("a", replace=True)))
+        commands.register(given_.state, registration("b"))
+    given_.accept(commands.register(given_.state, registration("a", replace=True)))
 
 
 def test_placements_go_to_managed_nodes_that_are_there() -> None:
     given_ = Given("a")
-    given_.accept(placement.register(given_.state, registration("r", cache_mode="reported")))
+    given_.accept(commands.register(given_.state, registration("r", cache_mode="reported")))
     request = AdmitRequest(model="m", hashes=pack_hashes([1]), node="r")
     with pytest.raises(Conflict, match="reports its own cache"):
-        placement.admit(given_.state, request)
-    given_.accept(placement.cordon(given_.state, NodeRequest(node="a")))
+        admission.admit(given_.state, request)
+    given_.accept(commands.cordon(given_.state, NodeRequest(node="a")))
     with pytest.raises(UnknownModel, match="no managed node is available"):
         given_.admit(1)
-    given_.accept(placement.lost(given_.state, NodeRequest(node="a", reason="fire")))
+    given_.accept(commands.lost(given_.state, NodeRequest(node="a", reason="fire")))
     with pytest.raises(Conflict, match="is lost \\(fire\\)"):
         given_.admit(1, node="a")
 
@@ -208,7 +208,7 @@ steps = st.lists(
 )
 
 
-@given(steps, st.integers(1, 6), st.sampled_from(sorted(placement.STRATEGIES)))
+@given(steps, st.integers(1, 6), st.sampled_from(sorted(admission.STRATEGIES)))
 def test_what_is_proposed_is_accepted_and_never_exceeds_capacity(
     todo: list[tuple[str, str, list[int]]], capacity: int, strategy: str
 ) -> None:
@@ -223,7 +223,7 @@ def test_what_is_proposed_is_accepted_and_never_exceeds_capacity(
             elif step == "complete":
                 given_.accept(Proposal("access", "w", types.RequestCompleted(f"{where}{blocks[0]}", where)))
             else:
-                decide = placement.evict if step == "evict" else placement.touch
+                decide = admission.evict if step == "evict" else admission.touch
                 proposal = decide(given_.state, BlocksRequest(node=where, hashes=pack_hashes(blocks)))
                 if proposal is not None:
                     given_.accept(proposal, given_.state.sequence)
@@ -250,7 +250,7 @@ def test_what_is_proposed_is_accepted_and_never_exceeds_capacity(
 def test_a_registration_that_the_log_would_not_take_is_refused_before_it_is_written(fields: dict[str, Any]) -> None:
     """Otherwise it is committed, skipped by every replica, committed again, and the caller told of a conflict."""
     with pytest.raises(BadRequest):
-        placement.register(FleetState("f"), registration("a", **fields))
+        commands.register(FleetState("f"), registration("a", **fields))
 
 
 def test_reasons_and_parameters_of_any_length_are_refused_or_accepted_by_the_fold() -> None:
@@ -258,11 +258,11 @@ def test_reasons_and_parameters_of_any_length_are_refused_or_accepted_by_the_fol
     given_ = Given("a")
     given_.accept(Proposal("session", "m", types.SessionAssigned("s", "m", "a")))
     proposals: list[Callable[[], Proposal | None]] = [
-        lambda: placement.cordon(given_.state, NodeRequest(node="a", reason=long)),
-        lambda: placement.lost(given_.state, NodeRequest(node="a", reason=long)),
-        lambda: placement.remove(given_.state, NodeRequest(node="a", reason=long)),
-        lambda: placement.end_session(given_.state, SessionRequest(model="m", session="s", reason=long)),
-        lambda: placement.set_policy(PolicyRequest(policy="ttft", parameters={"x" * 129: 1.0})),
+        lambda: commands.cordon(given_.state, NodeRequest(node="a", reason=long)),
+        lambda: commands.lost(given_.state, NodeRequest(node="a", reason=long)),
+        lambda: commands.remove(given_.state, NodeRequest(node="a", reason=long)),
+        lambda: commands.end_session(given_.state, SessionRequest(model="m", session="s", reason=long)),
+        lambda: commands.set_policy(PolicyRequest(policy="ttft", parameters={"x" * 129: 1.0})),
     ]
     skipped = []
     for propose in proposals:
@@ -290,11 +290,11 @@ def test_what_is_malformed_is_refused_with_a_sentence() -> None:
     ]
     for fields, sentence in refusals:
         with pytest.raises(BadRequest, match=sentence):
-            placement.register(given_.state, registration("b", **fields))
+            commands.register(given_.state, registration("b", **fields))
     with pytest.raises(BadRequest, match="node is empty"):
-        placement.register(given_.state, registration(""))
+        commands.register(given_.state, registration(""))
     with pytest.raises(Conflict, match="must have one block size"):
-        placement.register(given_.state, registration("b", block_size=32))
+        commands.register(given_.state, registration("b", block_size=32))
     with pytest.raises(BadRequest, match="names a block twice"):
         given_.admit(1, 1)
     with pytest.raises(BadRequest, match="hashes is empty"):
@@ -303,4 +303,4 @@ def test_what_is_malformed_is_refused_with_a_sentence() -> None:
         given_.admit(1, strategy="worst")
     for both in (BlocksRequest(node="a"), BlocksRequest(node="a", hashes=bytes(8), count=1)):
         with pytest.raises(BadRequest, match="either hashes or count"):
-            placement.evict(given_.state, both)
+            admission.evict(given_.state, both)

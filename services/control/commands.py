@@ -1,4 +1,6 @@
-"""Decisions of the coordinator: pure functions from a fold and a command to one event, or an error.
+"""Commands to the coordinator: pure functions from a fold and a command to one event, or an error.
+
+Those that place and evict blocks are in `admission`.
 
 What they return is only a proposal. It is committed with the subject's last sequence as expectation and `based_on` the
 fold's sequence, and the fold of every replica judges it again.
@@ -12,19 +14,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from kvplane.events import types
 from kvplane.events.codec import decode_body, encode, validate
 from kvplane.events.errors import BadCommit, BadName
-from kvplane.events.hashing import derive_hash, pack_hashes, unpack_hashes
 from kvplane.events.subjects import Place, Room, check_name, subject
 from kvplane.projections.fleet import NODES_LIMIT, TIER_LIMIT
-from kvplane.services.protocol.errors import BadRequest, Conflict, NodeExists, NoRoom, UnknownModel, UnknownNode
+from kvplane.services.protocol.errors import BadRequest, Conflict, NodeExists, UnknownNode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from kvplane.projections.fleet import FleetState
     from kvplane.projections.nodes import Node
     from kvplane.services.protocol.messages import (
-        AdmitRequest,
-        BlocksRequest,
         NodeRequest,
         PolicyRequest,
         RegisterRequest,
@@ -53,7 +50,8 @@ def propose(room: Room, name: str, event: types.Event) -> Proposal:
     return Proposal(room, name, event)
 
 
-def _known(state: FleetState, name: str) -> Node:
+def known(state: FleetState, name: str) -> Node:
+    """The node of this name. Raises `UnknownNode`."""
     node = state.nodes.get(name)
     if node is None:
         raise UnknownNode(f"node {name[:80]!r} is not registered; `kvplane node list` shows those that are")
@@ -108,159 +106,32 @@ def register(state: FleetState, request: RegisterRequest) -> Proposal:
 
 def cordon(state: FleetState, request: NodeRequest) -> Proposal | None:
     """Keep new requests from a node; none when it is so already."""
-    node = _known(state, request.node)
+    node = known(state, request.node)
     return None if node.cordoned else propose("node", node.name, types.NodeCordoned(node.name, request.reason))
 
 
 def uncordon(state: FleetState, request: NodeRequest) -> Proposal | None:
     """Let a node take requests again; none when it does already."""
-    node = _known(state, request.node)
+    node = known(state, request.node)
     return propose("node", node.name, types.NodeUncordoned(node.name)) if node.cordoned else None
 
 
 def remove(state: FleetState, request: NodeRequest) -> Proposal:
     """Take a node out of the fleet."""
-    node = _known(state, request.node)
+    node = known(state, request.node)
     return propose("node", node.name, types.NodeRemoved(node.name, request.reason))
 
 
 def lost(state: FleetState, request: NodeRequest) -> Proposal | None:
     """Conclude that a node is lost; none when that is known."""
-    node = _known(state, request.node)
+    node = known(state, request.node)
     return None if node.lost is not None else propose("node", node.name, types.NodeLost(node.name, request.reason))
 
 
 def recovered(state: FleetState, request: NodeRequest) -> Proposal | None:
     """Conclude that a lost node is back; none when it is not lost."""
-    node = _known(state, request.node)
+    node = known(state, request.node)
     return None if node.lost is None else propose("node", node.name, types.NodeRecovered(node.name))
-
-
-class _Room(NamedTuple):
-    """What a placement would mean for one node: blocks that are new there, free and evictable room."""
-
-    node: Node
-    new: int
-    free: int
-    active: int
-    used: int
-
-
-def _managed(state: FleetState, name: str) -> Node:
-    node = _known(state, name)
-    if not node.managed:
-        raise Conflict(f"node {name!r} reports its own cache; only managed nodes take placements")
-    if node.lost is not None:
-        raise Conflict(f"node {name!r} is lost ({node.lost}); register it again first")
-    return node
-
-
-def _room(state: FleetState, node: Node, wanted: set[int]) -> _Room:
-    order = state.recency[node.name].order
-    used = len(order)
-    new = sum(block not in order for block in wanted)
-    free = node.registered.capacity_blocks["gpu"] - used
-    return _Room(node, new, free, int(state.load.active[state.load.ordinal[node.name]]), used)
-
-
-def _least_loaded(room: _Room) -> tuple[float, ...]:
-    """Fewest requests, then the smallest share of the cache in use."""
-    return (room.active, room.used / max(1, room.node.registered.capacity_blocks["gpu"]))
-
-
-def _best_fit(room: _Room) -> tuple[float, ...]:
-    """The least room that is left over."""
-    return (room.free - room.new, room.active)
-
-
-STRATEGIES: dict[str, Callable[[_Room], tuple[float, ...]]] = {"least_loaded": _least_loaded, "best_fit": _best_fit}
-
-
-def admit(state: FleetState, request: AdmitRequest) -> Proposal:
-    """Place blocks on a managed node, evicting the least recently used for them; those that are there are used anew.
-
-    A node with room goes before one that must evict. Raises `NoRoom` when eviction can't make room anywhere.
-    """
-    if request.strategy not in STRATEGIES:
-        raise BadRequest(f"strategy {request.strategy[:40]!r} is not one of {', '.join(STRATEGIES)}")
-    blocks = unpack_hashes(request.hashes)
-    wanted = set(blocks)
-    if not blocks:
-        raise BadRequest("hashes is empty; name the blocks to be placed")
-    if len(wanted) != len(blocks):
-        raise BadRequest("hashes names a block twice")
-    if request.node:
-        node = _managed(state, request.node)
-        if request.model not in node.registered.models:
-            raise UnknownModel(f"node {node.name!r} does not serve model {request.model[:80]!r}")
-        rooms = [_room(state, node, wanted)]
-    else:
-        rooms = [
-            _room(state, node, wanted)
-            for node in state.nodes.values()
-            if node.available and node.managed and request.model in node.registered.models
-        ]
-        if not rooms:
-            raise UnknownModel(f"no managed node is available for model {request.model[:80]!r}")
-    key = STRATEGIES[request.strategy]
-    tie = request.request.encode() or request.hashes[:8]
-    rooms.sort(key=lambda room: (*key(room), derive_hash(tie, room.node.name.encode())))
-    for room in rooms:
-        if room.new <= room.free:
-            return _place(room.node, request, b"")
-    for room in rooms:
-        need = room.new - room.free
-        victims = state.recency[room.node.name].victims(need, wanted)
-        if len(victims) == need:
-            return _place(room.node, request, pack_hashes(victims))
-    raise NoRoom(_why_no_room(state, rooms))
-
-
-def _place(node: Node, request: AdmitRequest, evicted: bytes) -> Proposal:
-    event = types.BlocksPlaced(
-        node=node.name, epoch=node.epoch, stored=request.hashes, evicted=evicted, request=request.request[:128]
-    )
-    return propose("cache", node.name, event)
-
-
-def _why_no_room(state: FleetState, rooms: list[_Room]) -> str:
-    best = min(rooms, key=lambda room: room.new - room.free)
-    capacity = best.node.registered.capacity_blocks["gpu"]
-    recency = state.recency[best.node.name]
-    protected = sum(block in recency.order for block in recency.protected)
-    return (
-        f"{best.new} new blocks don't fit on any of {len(rooms)} nodes; on {best.node.name!r} {best.free} of {capacity} "
-        f"are free and {protected} are protected by running requests. Wait for requests to complete, or add capacity"
-    )
-
-
-def touch(state: FleetState, request: BlocksRequest) -> Proposal | None:
-    """Mark held blocks as used now; none when the node holds none of them."""
-    node = _managed(state, request.node)
-    order = state.recency[node.name].order
-    held = [block for block in unpack_hashes(request.hashes) if block in order]
-    if not held:
-        return None
-    return propose("cache", node.name, types.BlocksPlaced(node.name, node.epoch, stored=pack_hashes(held)))
-
-
-def evict(state: FleetState, request: BlocksRequest) -> Proposal | None:
-    """Evict named blocks, or the `count` least recently used; none when there is nothing to evict."""
-    node = _managed(state, request.node)
-    recency = state.recency[node.name]
-    if bool(request.hashes) is bool(request.count):
-        raise BadRequest("give either hashes or count")
-    if request.count:
-        victims = recency.victims(request.count)
-        if len(victims) < request.count:
-            raise NoRoom(f"node {node.name!r} has only {len(victims)} blocks that may be evicted, not {request.count}")
-    else:
-        victims = [block for block in dict.fromkeys(unpack_hashes(request.hashes)) if block in recency.order]
-        if any(block in recency.protected for block in victims):
-            raise NoRoom(f"some of these blocks on node {node.name!r} are used by running requests")
-    if not victims:
-        return None
-    return propose("cache", node.name, types.BlocksPlaced(node.name, node.epoch, evicted=pack_hashes(victims)))
 
 
 def end_session(state: FleetState, request: SessionRequest) -> Proposal | None:
