@@ -17,7 +17,7 @@ from rich.table import Table
 
 from kvplane.services.cli.ask import CONNECT_SECONDS, Json, grid, show_json
 from kvplane.services.cli.common import COMMON, Common, run_async, start
-from kvplane.services.cli.simulate import progress_bar
+from kvplane.services.cli.progress import progress_bar
 from kvplane.services.history import client as historian
 from kvplane.services.history.plain import plain
 from kvplane.services.history.report import Range, clock, collect, extent, headline, moment, said

@@ -20,7 +20,7 @@ from rich.table import Table
 from kvplane.projections.history.tables import WHATIF_RUNS
 from kvplane.services.cli.ask import CONNECT_SECONDS, Json, show_json
 from kvplane.services.cli.common import COMMON, Common, run_async, start
-from kvplane.services.cli.simulate import progress_bar
+from kvplane.services.cli.progress import progress_bar
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import BadRequest
 from kvplane.services.rpc.client import ask

@@ -18,7 +18,7 @@ from kvplane.services.routing.policies import POLICIES
 from kvplane.services.simulation.compare import run
 from kvplane.services.simulation.peer import POLICY as PEER
 from kvplane.services.simulation.results import Summary, ideal_hit_rate, summarize
-from kvplane.services.simulation.trace import TRACE_BLOCK_SIZE, Work, read_trace, work_of
+from kvplane.services.simulation.trace import Work, read_trace, work_of
 from kvplane.services.simulation.workloads import GENERATED_BLOCK_SIZE, KINDS, generate
 from kvplane.services.simulation.world import Settings
 
@@ -82,7 +82,8 @@ def load(trace: str, count: int) -> tuple[list[Work], int, float]:
         work = [work_of(line, GENERATED_BLOCK_SIZE) for line in generate(trace, count, seed=SEED)]
         size = GENERATED_BLOCK_SIZE
     else:
-        work, size = read_trace(Path(trace), limit=count), TRACE_BLOCK_SIZE
+        found = read_trace(Path(trace), limit=count)
+        work, size = found.work, found.block_size
     return work, size, ideal_hit_rate(work, size)
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from kvplane.services.simulation.compare import Choice
+    from kvplane.services.routing.choice import Choice
     from kvplane.services.simulation.world import Outcome, Served
     from kvplane.services.whatif.recorded import Recorded
 
