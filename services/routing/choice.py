@@ -13,7 +13,7 @@ from msgspec import Struct
 from kvplane.services.protocol.errors import BadRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
 
 class Choice(Struct, frozen=True):
@@ -24,18 +24,21 @@ class Choice(Struct, frozen=True):
     parameters: dict[str, float]
 
 
-def parse(text: str) -> Choice:
+def parse(text: str, *more: str) -> Choice:
     """Read `policy`, `policy:name=value,name=value` or the same with `module:attr`. Raises `BadRequest`.
 
-    Whether there is such a policy and whether it has these parameters is not looked at.
+    `more` are further parameters that were written apart. Whether there is such a policy and whether it has these parameters
+    is not looked at.
     """
     policy, colon, last = text.rpartition(":")
-    if not colon or "=" not in last:
-        return Choice(text, text, {})
-    return Choice(text, policy, pairs(last.split(","), text))
+    given = last.split(",") if colon and "=" in last else []
+    whole = " ".join((text, *more))
+    for words in more:
+        given += words.split(",")
+    return Choice(whole, policy if colon and "=" in last else text, _pairs(given, whole))
 
 
-def pairs(given: Iterable[str], whole: str) -> dict[str, float]:
+def _pairs(given: Iterable[str], whole: str) -> dict[str, float]:
     """Read each `name=value`; `whole` is the text that they stand in. Raises `BadRequest`."""
     found: dict[str, float] = {}
     for pair in given:
@@ -50,9 +53,3 @@ def pairs(given: Iterable[str], whole: str) -> dict[str, float]:
             raise BadRequest(f"{whole!r} gives {name} twice")
         found[name] = value
     return found
-
-
-def written(policy: str, parameters: Mapping[str, float]) -> str:
-    """The same the other way round."""
-    values = ",".join(f"{name}={value:g}" for name, value in parameters.items())
-    return f"{policy}:{values}" if values else policy
