@@ -26,7 +26,11 @@ CONNECT_SECONDS = 2.0
 
 node = App(name="node", help="See and change the nodes of the fleet.")
 policy = App(name="policy", help="Change how routers decide.")
-policy.command("kvplane.services.cli.report:report_policies", name="report")
+policy.command(
+    "kvplane.services.cli.report:report_policies",
+    name="report",
+    help="Measure every policy, and write it down as Markdown.",
+)
 
 Json = Annotated[bool, Parameter(name="--json", negative="")]
 

@@ -110,9 +110,10 @@ def simulate(
     ):  # fmt: skip
         within(value, name, least, most)
     with progress_bar() as progress:
-        # Shown first that it is at work: what simulates is slow to load.
-        from kvplane.services.cli.simulating import Asked, simulated  # noqa: PLC0415
+        starting = progress.add_task("starting", total=None)
+        from kvplane.services.cli.simulating import Asked, simulated  # noqa: PLC0415 - slow to load
 
+        progress.remove_task(starting)
         found = simulated(
             Asked(
                 trace=trace, policy=policy, fail=fail, join=join, hardware=hardware, capacity=capacity,

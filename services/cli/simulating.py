@@ -71,6 +71,8 @@ class Simulated(Struct, frozen=True):
 
 def simulated(asked: Asked, progress: Progress) -> Simulated:
     """Read the trace and run every policy. Raises `BadRequest`, `BadTrace` or `NotServed`."""
+    if not asked.policy:
+        raise BadRequest("--policy has no value; name at least one policy, or leave it out")
     asked = with_trace(asked)
     name = asked.trace or ""
     made_of = hardware_of(asked.hardware) if asked.hardware is not None else Hardware()

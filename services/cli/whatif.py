@@ -26,7 +26,6 @@ from kvplane.services.protocol.errors import BadRequest, PolicyFailed
 from kvplane.services.rpc.client import ask
 from kvplane.services.simulation.compare import parse_choice
 from kvplane.services.simulation.plot import draw
-from kvplane.services.simulation.results import never_decided
 from kvplane.services.whatif import replay as what
 from kvplane.services.whatif.recording import REALLY, recorded_span
 
@@ -91,9 +90,11 @@ def whatif(
     allow_modules(policy_module)
     choices = [parse_choice(text) for text in dict.fromkeys(policy)]
     run = uuid4().hex[:12]
-    span, begin, end = run_async(_recorded, since, until, warm, common)
     runs = [None, *choices]
     with progress_bar() as progress:
+        task = progress.add_task("reading the history", total=None)
+        span, begin, end = run_async(_recorded, since, until, warm, common)
+        progress.remove_task(task)
         task = progress.add_task("simulating", total=len(span.recorded.requests) * len(runs))
         simulated = what.simulate(
             span.recorded, runs, routers=routers, processes=processes or os.cpu_count() or 1,
@@ -101,7 +102,7 @@ def whatif(
         )  # fmt: skip
     names = [REALLY, what.AS_RECORDED, *(choice.text for choice in choices)]
     outcomes = [span.really, *simulated]
-    names, outcomes, failed = _decided(names, outcomes)
+    names, outcomes, failed = what.decided(names, outcomes)
     served = what.compared(outcomes, span.counted)
     if not served[0]:
         raise BadRequest("no request of the span completed; choose a longer one with --since and --until")
@@ -126,24 +127,6 @@ def whatif(
             raise BadRequest(f"the picture can't be written: {error}") from None
     if failed:
         raise PolicyFailed("; ".join(failed))
-
-
-def _decided(
-    names: Sequence[str], outcomes: Sequence[Outcome]
-) -> tuple[list[str], list[Outcome], list[str]]:  # fmt: skip
-    """Those that decided at least once, and a sentence about each of the others. Raises `PolicyFailed` for the recorded one."""
-    kept, failed = [], []
-    for name, outcome in zip(names, outcomes, strict=True):
-        if not never_decided(outcome.decisions, outcome.policy_failures):
-            kept.append((name, outcome))
-            continue
-        why = f"failed in all of its {outcome.decisions:,} decisions: {' '.join(outcome.failure.split())}"
-        if name == what.AS_RECORDED:
-            raise PolicyFailed(
-                f"the recorded policy {why}; nothing can be compared with it. --policy-module names the modules of policies"
-            )
-        failed.append(f"policy {name} {why}, so there are no figures of it")
-    return [name for name, _ in kept], [outcome for _, outcome in kept], failed
 
 
 async def _recorded(since: str | None, until: str | None, warm: float, common: Common) -> tuple[Span, int, int]:

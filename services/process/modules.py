@@ -6,6 +6,6 @@ import sys
 
 
 def look_here() -> None:
-    """Let modules of the current folder be imported, as `python -m` does."""
+    """Let modules of the current folder be imported. They come last, so that none stands in for an installed one."""
     if "" not in sys.path:
-        sys.path.insert(0, "")
+        sys.path.append("")

@@ -15,7 +15,8 @@ from msgspec import Struct
 
 from kvplane.projections.history.tables import WHATIF_REQUESTS
 from kvplane.services.process.workers import CONTEXT, results, workers
-from kvplane.services.simulation.results import DIGITS
+from kvplane.services.protocol.errors import PolicyFailed
+from kvplane.services.simulation.results import DIGITS, never_decided
 from kvplane.services.whatif.recorded import run_recorded
 
 if TYPE_CHECKING:
@@ -90,6 +91,24 @@ def compared(outcomes: Sequence[Outcome], counted: float) -> list[list[Served]]:
     found = [{served.request: served for served in outcome.served if served.arrival >= counted} for outcome in outcomes]
     common = sorted(set.intersection(*(set(each) for each in found))) if found else []
     return [[each[request] for request in common] for each in found]
+
+
+def decided(
+    names: Sequence[str], outcomes: Sequence[Outcome]
+) -> tuple[list[str], list[Outcome], list[str]]:  # fmt: skip
+    """Those that decided at least once, and a sentence about each of the others. Raises `PolicyFailed` for the recorded one."""
+    kept, failed = [], []
+    for name, outcome in zip(names, outcomes, strict=True):
+        if not never_decided(outcome.decisions, outcome.policy_failures):
+            kept.append((name, outcome))
+            continue
+        why = f"failed in all of its {outcome.decisions:,} decisions: {' '.join(outcome.failure.split())}"
+        if name == AS_RECORDED:
+            raise PolicyFailed(
+                f"the recorded policy {why}; nothing can be compared with it. --policy-module names the modules of policies"
+            )
+        failed.append(f"policy {name} {why}, so there are no figures of it")
+    return [name for name, _ in kept], [outcome for _, outcome in kept], failed
 
 
 def summarize(policy: str, served: Sequence[Served], rejected: int, outcome: Outcome | None = None) -> Result:

@@ -295,6 +295,7 @@ BAD = [
     (["--policy", "ttft", "blocks"], "name a trace (a file), or one of"),
     (["--policy", "ttft", "blcks"], "'blcks' is neither a policy (round_robin, "),
     (["--policy", "ttft", "typo.jsonl"], "the trace can't be read: [Errno 2] No such file or directory: 'typo.jsonl'"),
+    (["agent", "--policy"], "--policy has no value; name at least one policy, or leave it out"),
     (["--policy", "trace.jsonl"], "--policy has no value but the trace 'trace.jsonl'"),
     (["--fail", "node-1"], "--fail is 'node-1'; write a node and seconds, as in node-3@60"),
     (["cut.jsonl.gz"], "cut.jsonl.gz is compressed with gzip and damaged"),
