@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ import pytest
 
 from kvplane.services.embedded.server import free_port
 from kvplane.services.routing.view import Request, View
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,22 +57,27 @@ def left_running(command: str, folder: Path, url: str, port: int) -> Iterator[No
         process.communicate(timeout=30)
 
 
-def done(command: str, folder: Path, url: str) -> str:
+async def done(command: str, folder: Path, url: str, *, shows: str = "") -> str:
     """What a command printed. The fleet may not be ready at once, nor the history: then it is asked again."""
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        ended = subprocess.run(
-            command, shell=True, cwd=folder, env=environment(url), capture_output=True, text=True, check=False,
-            timeout=PATIENCE,
+    ended: list[subprocess.CompletedProcess[str]] = []
+
+    def succeeds() -> bool:
+        ended.append(
+            subprocess.run(
+                command, shell=True, cwd=folder, env=environment(url), capture_output=True, text=True, check=False,
+                timeout=PATIENCE,
+            )
         )  # fmt: skip
-        if ended.returncode == 0 and ended.stdout.strip() != "request":
-            return ended.stdout
-        if time.monotonic() > deadline:
-            pytest.fail(f"{command}: {ended.stdout}{ended.stderr}")
-        time.sleep(0.3)
+        return ended[-1].returncode == 0 and shows in ended[-1].stdout
+
+    try:
+        await until(succeeds, PATIENCE, every=0.3)
+    except TimeoutError:
+        pytest.fail(f"{command}: {ended[-1].stdout}{ended[-1].stderr}")
+    return ended[-1].stdout
 
 
-def test_the_page_does_what_it_prints(tmp_path: Path) -> None:
+async def test_the_page_does_what_it_prints(tmp_path: Path) -> None:
     (module,) = blocks("python")
     (tmp_path / module.splitlines()[0].removeprefix("# ")).write_text(module)
     port = free_port()
@@ -84,10 +89,10 @@ def test_the_page_does_what_it_prints(tmp_path: Path) -> None:
                 stack.enter_context(left_running(line, tmp_path, url, port))
             elif line.startswith("kvplane sql"):
                 # The history is a moment behind.
-                printed[line] = until_there(line, tmp_path, url)
+                printed[line] = await done(line, tmp_path, url, shows="my_policies")
             else:
-                printed[line] = done(line, tmp_path, url)
-        doctor = done("kvplane doctor --json || true", tmp_path, url)
+                printed[line] = await done(line, tmp_path, url)
+        doctor = await done("kvplane doctor --json || true", tmp_path, url)
     simulated = next(text for line, text in printed.items() if line.startswith("kvplane simulate"))
     explained = next(text for line, text in printed.items() if line.startswith("kvplane explain"))
     asked = next(text for line, text in printed.items() if line.startswith("kvplane sql"))
@@ -99,20 +104,11 @@ def test_the_page_does_what_it_prints(tmp_path: Path) -> None:
     assert "the policy failed" not in doctor
 
 
-def until_there(command: str, folder: Path, url: str) -> str:
-    deadline = time.monotonic() + PATIENCE
-    while "my_policies" not in (text := done(command, folder, url)):
-        if time.monotonic() > deadline:
-            pytest.fail(f"{command}: {text}")
-        time.sleep(0.3)
-    return text
-
-
-def test_the_figures_of_the_page_are_those_that_its_command_shows(tmp_path: Path) -> None:
+async def test_the_figures_of_the_page_are_those_that_its_command_shows(tmp_path: Path) -> None:
     (module,) = blocks("python")
     (tmp_path / "my_policies.py").write_text(module)
     for line in blocks("sh")[0].splitlines():
-        text = done(f"{line} --json" if line.startswith("kvplane simulate") else line, tmp_path, "")
+        text = await done(f"{line} --json" if line.startswith("kvplane simulate") else line, tmp_path, "")
     found = json.loads(text)
     rows = [
         f"| {row['policy']} | {row['mean']:.3f} | {row['p99']:.3f} | {row['hit_rate']:.1%} |"

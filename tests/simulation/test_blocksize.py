@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,11 +16,13 @@ from kvplane.services.protocol.errors import BadTrace
 from kvplane.services.simulation.blocksize import MOST_BLOCK_SIZE, BlockSize, allowed
 from kvplane.services.simulation.trace import read_trace
 from kvplane.services.simulation.workloads import GENERATED_BLOCK_SIZE
+from tests.support.shared_data import SHARED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
-TRACES = Path(__file__).resolve().parents[3] / "shared" / "traces"
+TRACES = SHARED / "traces"
 lengths = st.integers(0, 20_000)
 
 

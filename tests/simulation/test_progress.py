@@ -9,9 +9,14 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+from tests.support.processes import cpu_seconds
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 LINE = '{"timestamp": %d, "input_length": 1100, "output_length": 5, "hash_ids": [1, 2, %d]}\n'
 CPU_SECONDS = 1.0
@@ -37,12 +42,6 @@ def drain(terminal: int) -> None:
             pass
 
 
-def cpu_seconds(process: int) -> float:
-    ticks = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return (int(ticks[11]) + int(ticks[12])) / os.sysconf("SC_CLK_TCK")
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="times of a process are read from /proc")
 def test_progress_is_shown_before_the_trace_is_read(tmp_path: Path) -> None:
     trace = tmp_path / "slow.jsonl"
     os.mkfifo(trace)

@@ -317,8 +317,11 @@ def test_a_policy_of_ones_own_decides_here_and_in_a_worker(own_policy: str) -> N
         assert submit(run_recorded, recorded, own_policy).result() == outcome
 
 
-def test_a_recorded_policy_that_never_decides_is_no_yardstick(own_policy: str) -> None:
+def test_a_recorded_policy_that_never_decides_is_no_yardstick(
+    own_policy: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Its decisions would be those of least_loaded, under its name."""
+    monkeypatch.syspath_prepend(tmp_path)
     recorded = replace(two(asks(0.0, "x", 1)), policy=types.PolicyChanged(own_policy))
     with pytest.raises(
         PolicyFailed, match=r"the recorded policy failed in all of its 1 decisions: .*--policy-module names"
