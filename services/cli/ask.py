@@ -15,6 +15,7 @@ from kvplane.events.hashing import pack_hashes, parse_hash
 from kvplane.services.cli.common import COMMON, Common, run_async, start
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import BadRequest
+from kvplane.services.routing.choice import parse
 from kvplane.services.routing.policies import POLICIES
 from kvplane.services.rpc.client import ASK_SECONDS, ask
 
@@ -25,7 +26,11 @@ CONNECT_SECONDS = 2.0
 
 node = App(name="node", help="See and change the nodes of the fleet.")
 policy = App(name="policy", help="Change how routers decide.")
-policy.command("kvplane.services.cli.report:report_policies", name="report")
+policy.command(
+    "kvplane.services.cli.report:report_policies",
+    name="report",
+    help="Measure every policy, and write it down as Markdown.",
+)
 
 Json = Annotated[bool, Parameter(name="--json", negative="")]
 
@@ -217,25 +222,15 @@ def set_policy(name: str, *parameter: str, json: Json = False, common: Common = 
     Parameters
     ----------
     name
-        A policy that `kvplane policy list` shows, or module:attr.
+        A policy that `kvplane policy list` shows, or module:attr; with its parameters, if any, as in ttft:crowd_weight=4.
     parameter
-        Parameters as key=number, such as session_seconds=0.5.
+        Further parameters, as in session_seconds=0.5. Those that are not given have their defaults.
     json
         Print JSON.
     """
-    parameters = {}
-    for text in parameter:
-        key, equals, value = text.partition("=")
-        try:
-            if not equals:
-                raise ValueError(text)  # noqa: TRY301
-            parameters[key] = float(value)
-        except ValueError:
-            raise BadRequest(f"{text!r} is no parameter; write key=number") from None
-    _tell(
-        question(common, "coordinator.policy.set", messages.PolicyRequest(policy=name, parameters=parameters)),
-        json=json,
-    )
+    choice = parse(name, *parameter)
+    request = messages.PolicyRequest(policy=choice.policy, parameters=choice.parameters)
+    _tell(question(common, "coordinator.policy.set", request), json=json)
 
 
 def route(

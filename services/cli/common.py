@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import signal
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path  # noqa: TC003 - options are read by their types
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -14,9 +15,11 @@ from cyclopts import Parameter
 from kvplane.events.log.connection import CONNECT_SECONDS, DEFAULT_URL, connected
 from kvplane.events.subjects import check_fleet
 from kvplane.services.process import logs
+from kvplane.services.process.modules import look_here
+from kvplane.services.protocol.errors import BadRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterable
     from contextlib import AbstractAsyncContextManager
 
     from nats.aio.client import Client
@@ -59,6 +62,20 @@ def start(common: Common, *, quiet: bool = False) -> None:
     check_fleet(common.fleet)
     level: logs.Level = "warning" if quiet and common.log_level == "info" else common.log_level
     logs.configure(level, common.log_format)
+
+
+def allow_modules(modules: Iterable[str]) -> None:
+    """Let policies be taken from these modules, also those of the current folder. Raises `BadRequest` for one that is none."""
+    # Policies are slow to load, and most have none of their own.
+    for module in modules:
+        from kvplane.services.routing.policies import allow  # noqa: PLC0415
+
+        look_here()
+        allow([module])
+        try:
+            import_module(module)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - importing runs anybody's code
+            raise BadRequest(f"--policy-module {module!r} can't be imported: {error}") from None
 
 
 def run_async(function: Callable[..., Awaitable[T]], *arguments: Any) -> T:  # noqa: ANN401 - passed through

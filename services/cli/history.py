@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kvplane.projections.history import archive
 from kvplane.projections.history.store import ARCHIVE, FILE
 from kvplane.services.cli.ask import CONNECT_SECONDS, Json, grid, question, show_json
-from kvplane.services.cli.common import COMMON, Common, PolicyModules, run_async, run_until_signal, start
+from kvplane.services.cli.common import COMMON, Common, PolicyModules, allow_modules, run_async, run_until_signal, start
 from kvplane.services.history.historian import Historian
 from kvplane.services.history.ingest import Ingest, Retention, give_way, relax_collector
 from kvplane.services.history.pages import Limits
@@ -66,6 +66,7 @@ def historian(
     """
     start(common)
     check_address(http)
+    allow_modules(policy_module)
     for value, option in ((keep_days, "keep-days"), (keep_gb, "keep-gb"), (timeout, "timeout"), (max_rows, "max-rows")):
         if value is not None and value <= 0:
             raise BadRequest(f"--{option} is {value:g}; it must be more than 0")

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from kvplane.services.cli.ask import CONNECT_SECONDS, Json, grid, show_json
 from kvplane.services.cli.common import COMMON, Common, run_async, start
-from kvplane.services.cli.simulate import progress_bar
+from kvplane.services.cli.progress import progress_bar
 from kvplane.services.history import client as historian
 from kvplane.services.history.plain import plain
 from kvplane.services.history.report import Range, clock, collect, extent, headline, moment, said
@@ -34,6 +34,7 @@ def report_policies(
     *,
     out: Path,
     trace: Annotated[tuple[Path, ...], Parameter(consume_multiple=True)] = (),
+    policy: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
     peer: Annotated[bool, Parameter(negative="")] = False,
     processes: int | None = None,
 ) -> None:
@@ -47,6 +48,8 @@ def report_policies(
         File to write to.
     trace
         Traces beside the generated workloads, in the form of `kvplane simulate`.
+    policy
+        Policies beside the built-in ones, as in ttft:crowd_weight=4 or my_module:score.
     peer
         Also compare with Dynamo's real selector; needs kvplane[peers].
     processes
@@ -56,13 +59,20 @@ def report_policies(
         raise BadRequest(f"{out.parent} is no folder; make it first")
     traces = [*map(str, trace), *KINDS]
     command = " ".join(
-        ["kvplane policy report", *(f"--trace {path}" for path in trace), *(["--peer"] if peer else []), f"--out {out}"]
+        [
+            "kvplane policy report",
+            *(f"--trace {path}" for path in trace),
+            *(f"--policy {text}" for text in policy),
+            *(["--peer"] if peer else []),
+            f"--out {out}",
+        ]
     )
     with progress_bar() as progress:
-        task = progress.add_task("simulating", total=total(traces, peer=peer))
+        task = progress.add_task("simulating", total=total(traces, peer=peer, policies=policy))
         report = produce(
-            traces, processes=processes or os.cpu_count() or 1, peer=peer, progress=lambda: progress.advance(task)
-        )
+            traces, processes=processes or os.cpu_count() or 1, peer=peer, policies=policy,
+            progress=lambda: progress.advance(task),
+        )  # fmt: skip
     out.write_text(page(report, command))
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from kvplane.services.cli.common import COMMON, Common, PolicyModules, run_until_signal, start
+from kvplane.services.cli.common import COMMON, Common, PolicyModules, allow_modules, run_until_signal, start
 from kvplane.services.observability.web import check_address, observing
 from kvplane.services.protocol.errors import BadRequest
 from kvplane.services.replication.compaction import SNAPSHOT_BYTES, SNAPSHOT_COMMITS
 from kvplane.services.roles.coordinator import Coordinator
 from kvplane.services.roles.router import Router
-from kvplane.services.routing.policies import allow
 from kvplane.services.simulation.simnode import NodeConfig, SimNodes
 
 if TYPE_CHECKING:
@@ -23,13 +22,13 @@ def router(*, policy_module: PolicyModules = (), http: str | None = None, common
     Parameters
     ----------
     policy_module
-        Modules from which policies of the form module:attr may be taken.
+        Modules from which policies of the form module:attr may be taken; they may lie in the current folder.
     http
         HOST:PORT of metrics and health (/metrics, /healthz, /readyz), such as 127.0.0.1:9464; default is none.
     """
     start(common)
     check_address(http)
-    allow(policy_module)
+    allow_modules(policy_module)
     run_until_signal(_run_router, http, common)
 
 
@@ -63,13 +62,13 @@ def coordinator(
     snapshot_bytes
         Take one when so many bytes of commits have come, too.
     policy_module
-        Modules from which policies of the form module:attr may be taken.
+        Modules from which policies of the form module:attr may be taken; they may lie in the current folder.
     http
         HOST:PORT of metrics and health (/metrics, /healthz, /readyz), such as 127.0.0.1:9464; default is none.
     """
     start(common)
     check_address(http)
-    allow(policy_module)
+    allow_modules(policy_module)
     if replicas not in {None, 1, 3, 5}:
         raise BadRequest(f"--replicas is {replicas}; it must be 1, 3 or 5")
     for option, value in (("--snapshot-commits", snapshot_commits), ("--snapshot-bytes", snapshot_bytes)):

@@ -2,51 +2,45 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from pathlib import Path
+from pathlib import Path  # noqa: TC003 - cyclopts reads annotations
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 from cyclopts import Parameter
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.markup import escape
 from rich.table import Table
 
-from kvplane.events.subjects import check_name
 from kvplane.services.cli.ask import Json, show_json
-from kvplane.services.protocol.errors import BadRequest, BadTrace
-from kvplane.services.simulation.compare import compare, parse_choice
-from kvplane.services.simulation.hardware import Hardware
-from kvplane.services.simulation.plot import draw
-from kvplane.services.simulation.results import ideal_hit_rate
-from kvplane.services.simulation.trace import TRACE_BLOCK_SIZE, read_trace, work_of
-from kvplane.services.simulation.workloads import GENERATED_BLOCK_SIZE, KINDS, generate
-from kvplane.services.simulation.world import Change, Settings
+from kvplane.services.cli.limits import within
+from kvplane.services.cli.progress import progress_bar
+from kvplane.services.protocol.errors import BadRequest, PolicyFailed
+from kvplane.services.simulation.workloads import GENERATED_REQUESTS, generate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from kvplane.services.cli.simulating import Simulated
     from kvplane.services.simulation.results import Summary
-    from kvplane.services.simulation.trace import Work
 
 DEFAULT_POLICIES = ("ttft", "blocks", "threshold", "least_loaded", "round_robin")
-GENERATED_REQUESTS = 6000
 MOST = 10**12
 MOST_NODES = 10_000
-MOST_BLOCK_SIZE = 65536
-MOST_SECONDS = 4e9
-"""Longest span of virtual time; beyond it nanoseconds are no 64-bit numbers."""
-CAPACITY_TOKENS = 3_000_000
-"""Default capacity of a node: its GPU's memory and some 400 GB of its host's."""
+SOURCES = {
+    "option": "as --block-size says",
+    "trace": "as the trace says",
+    "inferred": "inferred from the trace's lengths",
+}
 
 
 def simulate(
-    trace: str,
+    trace: str | None = None,
     *,
     nodes: int = 8,
     policy: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = DEFAULT_POLICIES,
+    hardware: str | None = None,
     capacity: int | None = None,
     speed: float = 1.0,
     seed: int = 0,
@@ -71,13 +65,17 @@ def simulate(
     ----------
     trace
         JSON lines with timestamp (ms), input_length, output_length, hash_ids and, if there is one, session; or a
-        generated workload: multi-turn, shared-prefix, agent, single-turn.
+        generated workload: multi-turn, shared-prefix, agent, single-turn. Also the last value of --policy, --fail, --join.
     nodes
         How many nodes there are, named node-1, node-2, ...
     policy
         Policies to compare, each with parameters if need be: ttft:session_seconds=1 or my_module:score.
+    hardware
+        Model and GPU by name, such as llama-3.1-8b@h100, or four numbers that you measured (tokens per second, and a number
+        of requests): prefill=18000,decode=110,batch=64,batch_decode=3200. docs/hardware.md says more; default is Llama 3.3
+        70B in FP4 on one B200.
     capacity
-        Blocks that a node can hold; default is 3 million tokens.
+        Blocks that a node can hold; default is what the GPU of --hardware has room for, and 3 million tokens without.
     speed
         How much faster than recorded requests arrive.
     seed
@@ -85,7 +83,7 @@ def simulate(
     limit
         Only so many requests from the beginning; of a generated workload 6,000 if not given.
     block_size
-        Tokens a block of the trace; default is 512, and 64 for generated workloads.
+        Tokens a block of the trace; default is what the trace says, or what its lengths allow.
     delay
         Seconds until a router sees what is on the log.
     routers
@@ -111,130 +109,73 @@ def simulate(
         (delay, "delay", 0, 1e4),
     ):  # fmt: skip
         within(value, name, least, most)
-    work, size = requests(trace, limit=limit, seed=seed, rate=rate, block_size=block_size)
-    span = max(request.arrival for request in work) / speed
-    if not span <= MOST_SECONDS:
-        raise BadRequest(f"the last request is sent after {span:g} s; the limit is {MOST_SECONDS:g}, see --speed")
-    blocks = capacity if capacity is not None else CAPACITY_TOKENS // size
-    base = Settings(
-        nodes=nodes, capacity=blocks, block_size=size, speed=speed, seed=seed, delay=delay, routers=routers,
-        most_active=max_active,
-        changes=(*changes(fail, "fail", joins=False), *changes(join, "join", joins=True)),
-    )  # fmt: skip
-    check_changes(base)
-    choices = [parse_choice(text) for text in dict.fromkeys(policy)]
-    runs = [
-        (choice, msgspec.structs.replace(base, policy=choice.policy, parameters=choice.parameters))
-        for choice in choices
-    ]
     with progress_bar() as progress:
-        task = progress.add_task("simulating", total=len(work) * len(runs))
-        made = compare(
-            runs, work, processes=processes or os.cpu_count() or 1, keep=plot is not None,
-            progress=lambda done: progress.update(task, completed=done),
+        starting = progress.add_task("starting", total=None)
+        from kvplane.services.cli.simulating import Asked, simulated  # noqa: PLC0415 - slow to load
+
+        progress.remove_task(starting)
+        found = simulated(
+            Asked(
+                trace=trace, policy=policy, fail=fail, join=join, hardware=hardware, capacity=capacity,
+                block_size=block_size, limit=limit, rate=rate, processes=processes, keep=plot is not None,
+                nodes=nodes, speed=speed, seed=seed, delay=delay, routers=routers, most_active=max_active,
+            ),
+            progress,
         )  # fmt: skip
-    summaries = [summary for summary, _ in made]
-    ideal = ideal_hit_rate(work, size)
+    own = [summary for summary, _ in found.made if not summary.failed]
+    failed = [summary for summary, _ in found.made if summary.failed]
     if json:
-        show_json(
-            {
-                "trace": Path(trace).name, "requests": len(work), "ideal_hit_rate": round(ideal, 6),
-                "settings": {
-                    key: value for key, value in msgspec.to_builtins(base).items() if key not in {"policy", "parameters"}
-                },
-                "policies": msgspec.to_builtins(summaries),
-            }
-        )  # fmt: skip
+        show_json(_plain(found, own, failed))
     else:
-        _show(base, work, ideal, summaries)
-    if plot is not None:
-        title = f"{Path(trace).name}: {len(work)} requests at speed {speed:g} on {nodes} nodes"
-        try:
-            draw(plot, title, [(summary.policy, outcome) for summary, outcome in made if outcome is not None])
-        except (OSError, ValueError) as error:
-            raise BadRequest(f"the picture can't be written: {error}") from None
-
-
-def requests(
-    trace: str, *, limit: int | None, seed: int, rate: float | None, block_size: int | None
-) -> tuple[list[Work], int]:
-    """Requests of a trace, or of a generated workload, and their block size. Raises `BadRequest` or `BadTrace`."""
-    within(limit, "limit", 1, MOST)
-    within(rate, "rate", 1e-3, 1e6)
-    if trace in KINDS and not Path(trace).exists():
-        if block_size not in {None, GENERATED_BLOCK_SIZE}:
-            raise BadRequest(
-                f"generated workloads have blocks of {GENERATED_BLOCK_SIZE} tokens; leave --block-size out"
+        _show(found, own)
+    if plot is not None and own:
+        _draw(plot, found)
+    if failed:
+        raise PolicyFailed(
+            "; ".join(
+                f"policy {row.policy} failed in all of its {row.decisions:,} decisions, so there are no figures of it: "
+                f"{' '.join(row.failure.split())}"
+                for row in failed
             )
-        made = generate(trace, limit or GENERATED_REQUESTS, seed=seed, rate=rate)
-        return [work_of(line, GENERATED_BLOCK_SIZE) for line in made], GENERATED_BLOCK_SIZE
-    if rate is not None:
-        raise BadRequest("--rate is for generated workloads; a trace has its own times, see --speed")
-    size = TRACE_BLOCK_SIZE if block_size is None else block_size
-    within(size, "block-size", 1, MOST_BLOCK_SIZE)
+        )
+
+
+def _plain(found: Simulated, own: Sequence[Summary], failed: Sequence[Summary]) -> dict[str, object]:
+    settings = msgspec.to_builtins(found.settings)
+    return {
+        "trace": found.name, "requests": len(found.trace.work), "ideal_hit_rate": round(found.ideal, 6),
+        "block_size_source": found.trace.source,
+        "settings": {key: value for key, value in settings.items() if key not in {"policy", "parameters"}},
+        "policies": msgspec.to_builtins(own),
+        "failed": [{"policy": row.policy, "decisions": row.decisions, "failure": row.failure} for row in failed],
+    }  # fmt: skip
+
+
+def _draw(path: Path, found: Simulated) -> None:
+    from kvplane.services.simulation.plot import draw  # noqa: PLC0415 - slow to load, and seldom asked for
+
+    settings = found.settings
+    title = f"{found.name}: {len(found.trace.work)} requests at speed {settings.speed:g} on {settings.nodes} nodes"
+    shown = [(row.policy, outcome) for row, outcome in found.made if outcome is not None and not row.failed]
     try:
-        work = read_trace(Path(trace), block_size=size, limit=limit)
-    except BadTrace as error:
-        if os.path.exists(trace):  # noqa: PTH110 - for a name that is too long as well
-            raise
-        raise BadTrace(f"{error}; without a trace, simulate one of {', '.join(KINDS)}") from None
-    # Traces may have times of the day; a simulation begins with its first request.
-    begin = min(request.arrival for request in work)
-    return [msgspec.structs.replace(request, arrival=request.arrival - begin) for request in work], size
+        draw(path, title, shown)
+    except (OSError, ValueError) as error:
+        raise BadRequest(f"the picture can't be written: {error}") from None
 
 
-def within(value: float | None, option: str, least: float, most: float) -> None:
-    """Raise `BadRequest` unless an option that is given lies in its limits."""
-    if value is not None and not least <= value <= most:
-        raise BadRequest(f"--{option} is {value:g}; it must be from {least:g} to {most:g}")
-
-
-def changes(given: Sequence[str], option: str, *, joins: bool) -> list[Change]:
-    """Read `node@seconds`. Raises `BadRequest`."""
-    found = []
-    for text in given:
-        node, at, time = text.partition("@")
-        try:
-            if not at or not node or not 0 <= float(time) < float("inf"):
-                raise ValueError(text)  # noqa: TRY301
-            found.append(Change(float(time), node, joins))
-        except ValueError:
-            raise BadRequest(f"--{option} is {text!r}; write a node and seconds, as in node-3@60") from None
-    return found
-
-
-def check_changes(settings: Settings) -> None:
-    """Raise `BadRequest` unless only nodes that are there fail, and only nodes that are not there join."""
-    there = {f"node-{number + 1}" for number in range(settings.nodes)}
-    for change in sorted(settings.changes, key=lambda change: change.time):
-        check_name(change.node, "a node's name")
-        if change.joins and change.node in there:
-            raise BadRequest(f"--join names {change.node!r}, which is there at {change.time:g} s already")
-        if not change.joins and change.node not in there:
-            raise BadRequest(
-                f"--fail names {change.node!r}, which is not there at {change.time:g} s; the nodes are node-1 to "
-                f"node-{settings.nodes}, and those that join"
-            )
-        there ^= {change.node}
-
-
-def progress_bar() -> Progress:
-    """Progress on standard error, when that is a terminal."""
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
-        console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty(),
-    )  # fmt: skip
-
-
-def _show(settings: Settings, work: Sequence[Work], ideal: float, summaries: Sequence[Summary]) -> None:
+def _show(found: Simulated, summaries: Sequence[Summary]) -> None:
     console = Console()
+    settings, work = found.settings, found.trace.work
     span = max(request.arrival for request in work) / settings.speed
     tokens = sum(request.tokens for request in work)
     console.print(
-        f"{len(work)} requests, {tokens / len(work):,.0f} tokens each, in {span:,.0f} s; ideal hit rate {ideal:.1%}\n"
-        f"{settings.nodes} nodes ({Hardware().name}), {settings.capacity} blocks of {settings.block_size} tokens each",
-        highlight=False,
-    )
+        f"{len(work)} requests, {tokens / len(work):,.0f} tokens each, in {span:,.0f} s; ideal hit rate {found.ideal:.1%}\n"
+        f"{settings.nodes} nodes ({settings.hardware.name}), {settings.capacity} blocks of {settings.block_size} tokens each "
+        f"({SOURCES[found.trace.source]})",
+        highlight=False, markup=False,
+    )  # fmt: skip
+    if not summaries:
+        return
     table = Table(
         box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
         caption="Time to first token in seconds; imbalance: busiest node over mean.",
@@ -245,17 +186,17 @@ def _show(settings: Settings, work: Sequence[Work], ideal: float, summaries: Seq
     best = min(summary.mean for summary in summaries)
     for row in summaries:
         table.add_row(
-            row.policy, f"{row.mean:.3f}", f"{row.p50:.3f}", f"{row.p90:.3f}", f"{row.p99:.3f}", f"{row.hit_rate:.1%}",
-            f"{row.ideal_share:.1%}", f"{row.imbalance:.2f}", str(row.rejected),
-            style="bold" if row.mean == best else None,
+            escape(row.policy) + ("*" if row.policy_failures else ""), f"{row.mean:.3f}", f"{row.p50:.3f}",
+            f"{row.p90:.3f}", f"{row.p99:.3f}", f"{row.hit_rate:.1%}", f"{row.ideal_share:.1%}", f"{row.imbalance:.2f}",
+            str(row.rejected), style="bold" if row.mean == best else None,
         )  # fmt: skip
     console.print(table)
     for row in summaries:
         if row.policy_failures:
             console.print(
-                f"[yellow]{row.policy} failed for {row.policy_failures} decisions, and the least loaded node was taken:[/] "
-                f"{row.failure}"
-            )
+                f"* {row.policy} failed in {row.policy_failures:,} of its {row.decisions:,} decisions, and the least loaded "
+                f"node was taken: {row.failure}", highlight=False, markup=False,
+            )  # fmt: skip
 
 
 def workload(

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from kvplane.events.errors import KvplaneError
 from kvplane.services.auth.folder import FIRST, AuthFolder
-from kvplane.services.cli.common import COMMON, Common, run_until_signal, start
+from kvplane.services.cli.common import COMMON, Common, PolicyModules, allow_modules, run_until_signal, start
 from kvplane.services.embedded.keeper import kept
 from kvplane.services.embedded.server import start_server
 from kvplane.services.observability.web import address, is_free, observing
@@ -48,6 +48,7 @@ def up(
     simulate: int = 0,
     bare: bool = False,
     no_history: Annotated[bool, Parameter(negative="")] = False,
+    policy_module: PolicyModules = (),
     http: str | None = None,
     auth: Annotated[Path | None, Parameter(env_var="KVPLANE_AUTH")] = None,
     common: Common = COMMON,
@@ -68,6 +69,8 @@ def up(
         Start the server only.
     no_history
         Keep no history; otherwise it lies beside the log, kept by a process of its own.
+    policy_module
+        Modules from which policies of the form module:attr may be taken; they may lie in the current folder.
     http
         HOST:PORT of metrics and health (/metrics, /healthz, /readyz), and the port after it for the historian's. Default is
         127.0.0.1:9464 where these ports are free; `off` is none.
@@ -77,7 +80,9 @@ def up(
     start(common)
     if simulate < 0:
         raise BadRequest(f"--simulate is {simulate}; it must not be negative")
-    run_until_signal(_up, data, host, port, simulate, bare, not no_history, _up_http(http), _Inside(common, auth))
+    allow_modules(policy_module)
+    inside = _Inside(common, auth, tuple(policy_module))
+    run_until_signal(_up, data, host, port, simulate, bare, not no_history, _up_http(http), inside)
 
 
 def _up_http(http: str | None) -> tuple[str | None, str | None]:
@@ -98,8 +103,10 @@ def _up_http(http: str | None) -> tuple[str | None, str | None]:
 class _Inside:
     """How what `up` runs connects to its server: each with credentials of its own, if there are any."""
 
-    def __init__(self, common: Common, auth: Path | None) -> None:
+    def __init__(self, common: Common, auth: Path | None, modules: tuple[str, ...] = ()) -> None:
         self.fleet = common.fleet
+        self.modules = modules
+        """Where policies may be taken from."""
         self.auth = None if auth is None else AuthFolder.existing(auth)
         self._common = common
 
@@ -148,7 +155,9 @@ async def _up(
             for service in services:
                 await group.start(service.run)
             if history:
-                group.start_soon(_keep_history, data / "history", http[1], inside.common(url, "historian"))
+                group.start_soon(
+                    _keep_history, data / "history", http[1], inside.modules, inside.common(url, "historian")
+                )
         _say(inside, url, data, http=http[0], simulated=bool(configs), history=history, bare=bare)
         await anyio.sleep_forever()
 
@@ -174,19 +183,19 @@ def _say(
     console.print("Ctrl-C stops it.")
 
 
-async def _keep_history(folder: Path, http: str | None, common: Common) -> None:
+async def _keep_history(folder: Path, http: str | None, modules: tuple[str, ...], common: Common) -> None:
     """Run a historian beside this process, again when it ends: routers don't share their core with it."""
     while True:
-        code = await beside(_historian, folder, http, common, patience=STOP_SECONDS)
+        code = await beside(_historian, folder, http, modules, common, patience=STOP_SECONDS)
         _log.error("historian_ended", code=code, again_in=RESTART_SECONDS)
         await anyio.sleep(RESTART_SECONDS)
 
 
-def _historian(folder: Path, http: str | None, common: Common) -> None:
+def _historian(folder: Path, http: str | None, modules: tuple[str, ...], common: Common) -> None:
     from kvplane.services.cli.history import historian  # noqa: PLC0415 - DuckDB is loaded in that process only
 
     try:
-        historian(history=folder, http=http, common=common)
+        historian(history=folder, policy_module=modules, http=http, common=common)
     except KvplaneError as error:
         _log.error("historian_failed", error=str(error), code=error.code)
         sys.exit(1)

@@ -19,10 +19,10 @@ from rich.table import Table
 
 from kvplane.projections.history.tables import WHATIF_RUNS
 from kvplane.services.cli.ask import CONNECT_SECONDS, Json, show_json
-from kvplane.services.cli.common import COMMON, Common, run_async, start
-from kvplane.services.cli.simulate import progress_bar
+from kvplane.services.cli.common import COMMON, Common, PolicyModules, allow_modules, run_async, start
+from kvplane.services.cli.progress import progress_bar
 from kvplane.services.protocol import messages
-from kvplane.services.protocol.errors import BadRequest
+from kvplane.services.protocol.errors import BadRequest, PolicyFailed
 from kvplane.services.rpc.client import ask
 from kvplane.services.simulation.compare import parse_choice
 from kvplane.services.simulation.plot import draw
@@ -46,6 +46,7 @@ def whatif(
     until: str | None = None,
     warm: float = 120.0,
     routers: int = 1,
+    policy_module: PolicyModules = (),
     processes: int | None = None,
     plot: Path | None = None,
     keep: bool = True,
@@ -70,6 +71,8 @@ def whatif(
         So many seconds before the span are simulated as well and not counted.
     routers
         How many routers share the simulated requests.
+    policy_module
+        Modules from which the recorded policy may be taken, if it is of the form module:attr.
     processes
         Processes to use; default is one a core.
     plot
@@ -84,23 +87,27 @@ def whatif(
         raise BadRequest(f"--warm is {warm:g}; it must not be negative")
     if routers < 1 or (processes is not None and processes < 1):
         raise BadRequest("--routers and --processes must be at least 1")
+    allow_modules(policy_module)
     choices = [parse_choice(text) for text in dict.fromkeys(policy)]
     run = uuid4().hex[:12]
-    span, begin, end = run_async(_recorded, since, until, warm, common)
     runs = [None, *choices]
     with progress_bar() as progress:
+        task = progress.add_task("reading the history", total=None)
+        span, begin, end = run_async(_recorded, since, until, warm, common)
+        progress.remove_task(task)
         task = progress.add_task("simulating", total=len(span.recorded.requests) * len(runs))
         simulated = what.simulate(
             span.recorded, runs, routers=routers, processes=processes or os.cpu_count() or 1,
-            progress=lambda done: progress.update(task, completed=done),
+            modules=policy_module, progress=lambda done: progress.update(task, completed=done),
         )  # fmt: skip
     names = [REALLY, what.AS_RECORDED, *(choice.text for choice in choices)]
     outcomes = [span.really, *simulated]
+    names, outcomes, failed = what.decided(names, outcomes)
     served = what.compared(outcomes, span.counted)
     if not served[0]:
         raise BadRequest("no request of the span completed; choose a longer one with --since and --until")
     results = [
-        what.summarize(name, each, outcome.rejected)
+        what.summarize(name, each, outcome.rejected, outcome)
         for name, each, outcome in zip(names, served, outcomes, strict=True)
     ]
     if keep:
@@ -118,6 +125,8 @@ def whatif(
             draw(plot, f"{len(served[0])} recorded requests, sequences {begin} to {end}", shown)
         except (OSError, ValueError) as error:
             raise BadRequest(f"the picture can't be written: {error}") from None
+    if failed:
+        raise PolicyFailed("; ".join(failed))
 
 
 async def _recorded(since: str | None, until: str | None, warm: float, common: Common) -> tuple[Span, int, int]:
@@ -169,12 +178,21 @@ def _show(results: Sequence[Result], run: str, begin: int, end: int) -> None:
         board.add_column(name, justify="right")
     base = results[1].mean
     for place, row in enumerate(results):
+        name = (
+            escape(row.policy) + ("*" if row.policy_failures else "") + (" [dim](simulated)[/]" if place == 1 else "")
+        )
         board.add_row(
-            escape(row.policy) + (" [dim](simulated)[/]" if place == 1 else ""), f"{row.mean:.3f}", f"{row.p50:.3f}",
-            f"{row.p90:.3f}", f"{row.p99:.3f}", f"{row.hit_rate:.1%}", f"{row.imbalance:.2f}", str(row.rejected),
-            f"{row.mean / base:.2f}x" if place and base else "", end_section=place == 0,
+            name, f"{row.mean:.3f}", f"{row.p50:.3f}", f"{row.p90:.3f}", f"{row.p99:.3f}", f"{row.hit_rate:.1%}",
+            f"{row.imbalance:.2f}", str(row.rejected), f"{row.mean / base:.2f}x" if place and base else "",
+            end_section=place == 0,
         )  # fmt: skip
     console.print(board)
+    for row in results:
+        if row.policy_failures:
+            console.print(
+                f"* {row.policy} failed in {row.policy_failures:,} of its {row.decisions:,} decisions, and the least loaded "
+                f"node was taken: {row.failure}", highlight=False, markup=False,
+            )  # fmt: skip
     off = bias(results)
     said = ", ".join(f"{name} {value:.2f}x" for name, value in off.items() if value is not None)
     console.print(

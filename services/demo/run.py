@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 from msgspec import Struct
+from msgspec.structs import replace
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -26,7 +27,7 @@ from kvplane.services.demo.traffic import Traffic
 from kvplane.services.demo.workload import conversations, round_robin_hit_rate
 from kvplane.services.embedded.server import free_port
 from kvplane.services.protocol import messages
-from kvplane.services.simulation.trace import TRACE_BLOCK_SIZE, Work, read_trace
+from kvplane.services.simulation.trace import Work, read_trace
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -56,7 +57,8 @@ class Scale(Struct, frozen=True):
 
 
 CHAT = Scale(block_size=16, capacity_blocks=4096, prefill_speed=200_000, decode_speed=4_000)
-TRACE = Scale(block_size=TRACE_BLOCK_SIZE, capacity_blocks=4096, prefill_speed=4_000_000, decode_speed=100_000)
+TRACE = Scale(block_size=512, capacity_blocks=4096, prefill_speed=4_000_000, decode_speed=100_000)
+"""For a trace, whose own block size is taken with as many tokens."""
 
 
 class StepResult(Struct):
@@ -101,7 +103,7 @@ class Demo:
     async def run(self) -> Result:
         """Run all steps; the result says whether each of them held."""
         began = time.monotonic()
-        work = read_trace(self.options.trace, limit=self.options.limit) if self.options.trace else conversations()
+        work = self._work()
         with tempfile.TemporaryDirectory(prefix="kvplane-demo-") as temporary:
             folder = self.options.keep or Path(temporary)
             folder.mkdir(parents=True, exist_ok=True)
@@ -113,6 +115,15 @@ class Demo:
         self.result.seconds = time.monotonic() - began
         self.result.held = bool(self.result.steps) and all(step.held for step in self.result.steps)
         return self.result
+
+    def _work(self) -> list[Work]:
+        """The requests, from the trace if there is one; the nodes are made for its blocks."""
+        if self.options.trace is None:
+            return conversations()
+        trace = read_trace(self.options.trace, limit=self.options.limit)
+        tokens = TRACE.capacity_blocks * TRACE.block_size
+        self.scale = replace(TRACE, block_size=trace.block_size, capacity_blocks=tokens // trace.block_size)
+        return trace.work
 
     async def _run_on(self, fleet: Fleet, work: list[Work]) -> None:
         if not await self._step("start", lambda: self._start(fleet)):

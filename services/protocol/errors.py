@@ -148,6 +148,12 @@ class NotServed(KvplaneError):
     code = "not_served"
 
 
+class PolicyFailed(KvplaneError):
+    """A policy that failed in every decision of a simulation, so that there are no figures of it."""
+
+    code = "policy_failed"
+
+
 class StepFailed(KvplaneError):
     """A step of the demonstration did not hold."""
 

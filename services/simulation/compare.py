@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
-import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct
-
+from kvplane.services.process.modules import look_here
 from kvplane.services.process.workers import CONTEXT, results, workers
-from kvplane.services.protocol.errors import BadRequest, NotServed
+from kvplane.services.protocol.errors import NotServed
+from kvplane.services.routing.choice import Choice, parse
 from kvplane.services.routing.policies import allow, check
 from kvplane.services.simulation.peer import POLICY, PeerDesk
-from kvplane.services.simulation.results import ideal_hit_rate, summarize
+from kvplane.services.simulation.results import summarize
 from kvplane.services.simulation.world import Router, World
 
 if TYPE_CHECKING:
@@ -24,39 +22,18 @@ if TYPE_CHECKING:
     from kvplane.services.simulation.world import Outcome, Settings
 
 
-class Choice(Struct, frozen=True):
-    """A policy with parameters, as it was written."""
-
-    text: str
-    policy: str
-    parameters: dict[str, float]
-
-
 def parse_choice(text: str) -> Choice:
-    """Read `policy`, `policy:name=value,name=value` or the same with `module:attr`. Raises `BadRequest`."""
-    policy, _, last = text.rpartition(":")
-    if "=" not in last:
-        policy, last = text, ""
-    parameters = {}
-    for pair in last.split(",") if last else ():
-        name, equals, value = pair.partition("=")
-        try:
-            if not equals:
-                raise ValueError(pair)  # noqa: TRY301
-            parameters[name] = float(value)
-            if not math.isfinite(parameters[name]):
-                raise ValueError(pair)  # noqa: TRY301
-        except ValueError:
-            raise BadRequest(f"{pair!r} in {text!r} is no parameter; write name=number") from None
+    """Read a policy as it is written, and check it. Raises `BadRequest`."""
+    choice = parse(text)
+    policy, parameters = choice.policy, choice.parameters
     if policy == POLICY:
-        return Choice(text, policy, parameters)
+        return choice
     if ":" in policy:
         # Whoever names a module on the command line means it to be imported.
-        if "" not in sys.path:
-            sys.path.insert(0, "")
+        look_here()
         allow([policy.partition(":")[0]])
     check(policy, parameters)
-    return Choice(text, policy, parameters)
+    return choice
 
 
 def run(settings: Settings, work: Sequence[Work], progress: Callable[[int], None] = lambda _: None) -> Outcome:
@@ -90,14 +67,14 @@ def _one(number: int, choice: Choice, settings: Settings, keep: bool) -> tuple[S
 
 
 def compare(
-    runs: Sequence[tuple[Choice, Settings]], work: Sequence[Work], *, processes: int, keep: bool = False,
+    runs: Sequence[tuple[Choice, Settings]], work: Sequence[Work], ideal: float, *, processes: int, keep: bool = False,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[tuple[Summary, Outcome | None]]:  # fmt: skip
     """Make all runs over the same requests. `progress` is told the sum of requests that have arrived in them.
 
-    With `keep`, the outcomes are given as well. Results do not depend on the number of processes.
+    `ideal` is the ideal hit rate. With `keep`, the outcomes are given as well. Results do not depend on the number of
+    processes.
     """
-    ideal = ideal_hit_rate(work, runs[0][1].block_size)
     counts = CONTEXT.Array("q", len(runs))
     with workers(min(processes, len(runs)), _begin, work, ideal, counts) as submit:
         jobs = [submit(_one, number, choice, settings, keep) for number, (choice, settings) in enumerate(runs)]

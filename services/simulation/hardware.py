@@ -10,6 +10,7 @@ once and the keys and values of all contexts, and does 2 operations per paramete
 `bandwidth` and `operations` are the data sheet's, times an efficiency. Efficiencies and the two constants were fitted to
 what TensorRT-LLM's performance overview publishes for this model and GPU (`PUBLISHED`, release 1.0, table "Llama 3.3
 70B", column B200 TP1 FP4): output tokens per second under full load. `tests/simulation/test_engine.py` holds the model to it.
+Other models and GPUs are in `catalog`.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class Hardware(Struct, frozen=True, kw_only=True):
     """Most tokens in a step (vLLM: `max_num_batched_tokens`)."""
     most_running: int = 1024
     """Most requests at once (vLLM: `max_num_seqs`)."""
+    cache_tokens: int = 3_000_000
+    """Tokens whose keys and values a node holds: what its GPU's memory and some 400 GB of its host's have room for."""
 
     def step(self, tokens: int, pairs: float, decoding: int, context: int) -> float:
         """Seconds of one step.
@@ -68,3 +71,7 @@ class Hardware(Struct, frozen=True, kw_only=True):
         """Tokens per second of prefill alone, at a context of 4,096 tokens; what a node says of itself."""
         tokens = self.step_tokens
         return tokens / self.step(tokens, tokens * 4096.0, 0, 4096)
+
+    def decode_speed(self, requests: int, context: int = 0) -> float:
+        """Tokens per second of so many requests together that only decode, each at a context of so many tokens."""
+        return requests / self.step(0, 0, requests, requests * context)

@@ -62,7 +62,12 @@ def page(report: Report, command: str) -> str:
         lines += [f"### {cell.name}, {cell.nodes} nodes, {cell.cache} cache (knee at speed {speed:.3f})", ""]
         head = ["load, policy", "mean", "p50", "p90", "p99", "hit rate", "of ideal", "imbalance", "rejected"]
         lines += table(
-            head, (_row(f"{name}, {policy}", report.runs[cell, name, policy]) for name in LOADS for policy in POLICIES)
+            head,
+            (
+                _row(f"{name}, {policy}", report.runs[cell, name, policy])
+                for name in LOADS
+                for policy in report.policies
+            ),
         )
     return "\n".join(lines).rstrip() + "\n"
 
@@ -77,7 +82,7 @@ def _row(name: str, run: Summary) -> list[str]:
 def _short(report: Report) -> list[str]:
     """`ttft` against each other policy at the knee."""
     rows = []
-    others = [policy for policy in POLICIES if policy != "ttft"]
+    others = [policy for policy in report.policies if policy != "ttft"]
     for policy in others:
         means = {(cell, name): ratio(own.mean, all_[policy].mean) for cell, name, own, all_ in pairs(report, "knee")}
         tails = {(cell, name): ratio(own.p99, all_[policy].p99) for cell, name, own, all_ in pairs(report, "knee")}

@@ -290,7 +290,7 @@ class Selector:
 class PeerDesk:
     """A router that asks Dynamo. Knows of nodes and blocks what the log says, and its own requests."""
 
-    policy_failures = 0
+    decisions = policy_failures = 0
     last_failure = ""
 
     def __init__(

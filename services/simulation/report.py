@@ -14,11 +14,12 @@ from msgspec import Struct
 
 from kvplane.events.hashing import pack_hashes
 from kvplane.services.process.workers import workers
+from kvplane.services.protocol.errors import PolicyFailed
 from kvplane.services.routing.policies import POLICIES
-from kvplane.services.simulation.compare import run
+from kvplane.services.simulation.compare import parse_choice, run
 from kvplane.services.simulation.peer import POLICY as PEER
 from kvplane.services.simulation.results import Summary, ideal_hit_rate, summarize
-from kvplane.services.simulation.trace import TRACE_BLOCK_SIZE, Work, read_trace, work_of
+from kvplane.services.simulation.trace import Work, read_trace, work_of
 from kvplane.services.simulation.workloads import GENERATED_BLOCK_SIZE, KINDS, generate
 from kvplane.services.simulation.world import Settings
 
@@ -73,6 +74,7 @@ class Report(Struct):
     peer: dict[Cell, Summary]
     burst: dict[tuple[float, int], tuple[int, int, float, float]]
     """By delay and routers: nodes that got a request, most requests on one, mean and largest TTFT."""
+    policies: tuple[str, ...] = tuple(POLICIES)
 
 
 @lru_cache(maxsize=4)
@@ -82,18 +84,23 @@ def load(trace: str, count: int) -> tuple[list[Work], int, float]:
         work = [work_of(line, GENERATED_BLOCK_SIZE) for line in generate(trace, count, seed=SEED)]
         size = GENERATED_BLOCK_SIZE
     else:
-        work, size = read_trace(Path(trace), limit=count), TRACE_BLOCK_SIZE
+        found = read_trace(Path(trace), limit=count)
+        work, size = found.work, found.block_size
     return work, size, ideal_hit_rate(work, size)
 
 
 def make(job: Job) -> Summary:
-    """Make one run."""
+    """Make one run. Raises `PolicyFailed` when the policy failed in every decision of it."""
+    choice = parse_choice(job.policy)
     work, size, ideal = load(job.cell.trace, job.cell.nodes * REQUESTS_A_NODE)
     settings = Settings(
-        nodes=job.cell.nodes, capacity=CACHES[job.cell.cache] // size, block_size=size, policy=job.policy,
-        speed=job.speed, seed=SEED, delay=job.delay, routers=job.routers,
+        nodes=job.cell.nodes, capacity=CACHES[job.cell.cache] // size, block_size=size, policy=choice.policy,
+        parameters=choice.parameters, speed=job.speed, seed=SEED, delay=job.delay, routers=job.routers,
     )  # fmt: skip
-    return summarize(run(settings, work), job.policy, ideal)
+    summary = summarize(run(settings, work), job.policy, ideal)
+    if summary.failed:
+        raise PolicyFailed(f"policy {job.policy} failed in all of its decisions: {' '.join(summary.failure.split())}")
+    return summary
 
 
 def knee(cell: Cell) -> float:
@@ -141,17 +148,28 @@ def cells(traces: Iterable[str]) -> list[Cell]:
     return [Cell(trace, nodes, cache) for trace in traces for nodes in NODES for cache in CACHES]
 
 
-def total(traces: list[str], *, peer: bool) -> int:
+def total(traces: list[str], *, peer: bool, policies: Sequence[str] = ()) -> int:
     """How many steps `produce` tells of."""
     each = len(NODES) * len(CACHES)
     return len(traces) * (
-        each + each * len(LOADS) * len(POLICIES) + len(DELAYS) * len(ROUTERS) + (len(CACHES) if peer else 0)
+        each
+        + each * len(LOADS) * len({*POLICIES, *policies})
+        + len(DELAYS) * len(ROUTERS)
+        + (len(CACHES) if peer else 0)
     )
 
 
-def produce(traces: list[str], *, processes: int, peer: bool, progress: Callable[[], None] = lambda: None) -> Report:
-    """Make a whole report; `progress` is told of each run. Raises `BadTrace`, and `BadRequest` without the peer."""
-    report = Report({}, {}, {}, {}, {})
+def produce(
+    traces: list[str], *, processes: int, peer: bool, policies: Sequence[str] = (),
+    progress: Callable[[], None] = lambda: None,
+) -> Report:  # fmt: skip
+    """Make a whole report; `policies` are judged beside the built-in ones, `progress` is told of each run.
+
+    Raises `BadTrace`, `BadRequest` for a policy that is none or without the peer, and `PolicyFailed`.
+    """
+    report = Report({}, {}, {}, {}, {}, tuple(dict.fromkeys([*POLICIES, *policies])))
+    for policy in policies:
+        parse_choice(policy)
     for trace in traces:
         # A trace that can't be read is to be told of before the work begins.
         load(trace, 1)
@@ -165,7 +183,7 @@ def produce(traces: list[str], *, processes: int, peer: bool, progress: Callable
                 progress()
 
         report.knees.update(zip(everywhere, results(knee, everywhere), strict=True))
-        keys = [(cell, name, policy) for cell in everywhere for name in LOADS for policy in POLICIES]
+        keys = [(cell, name, policy) for cell in everywhere for name in LOADS for policy in report.policies]
         jobs = [Job(cell, policy, report.knees[cell] * LOADS[name]) for cell, name, policy in keys]
         report.runs.update(zip(keys, results(make, jobs), strict=True))
         overlaid = [(trace, delay, routers) for trace in traces for delay in DELAYS for routers in ROUTERS]
@@ -186,5 +204,5 @@ def pairs(report: Report, load_name: str | None = None) -> Iterator[tuple[Cell, 
     for cell in report.knees:
         for name in LOADS:
             if load_name in {None, name}:
-                others = {policy: report.runs[cell, name, policy] for policy in POLICIES if policy != "ttft"}
+                others = {policy: report.runs[cell, name, policy] for policy in report.policies if policy != "ttft"}
                 yield cell, name, report.runs[cell, name, "ttft"], others

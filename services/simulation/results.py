@@ -43,10 +43,22 @@ class Summary(Struct, frozen=True, kw_only=True):
     """Requests that no node may or can take."""
     retried: int
     """Requests that were sent again since their node failed."""
+    decisions: int
+    """How often the policy was asked."""
     policy_failures: int
     """Decisions for which the policy failed and the least loaded node was taken."""
     failure: str
     """What the last such failure was."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether the policy failed in every decision, so that none of these figures is its own."""
+        return never_decided(self.decisions, self.policy_failures)
+
+
+def never_decided(decisions: int, failures: int) -> bool:
+    """Whether a policy that was asked failed each time."""
+    return 0 < decisions <= failures
 
 
 def ideal_hit_rate(work: Iterable[Work], block_size: int) -> float:
@@ -87,6 +99,6 @@ def summarize(outcome: Outcome, policy: str, ideal: float) -> Summary:
         hit_rate=rounded(hit),
         predicted_hit_rate=rounded(sum(served.predicted for served in outcome.served) / max(1, tokens)),
         ideal_share=rounded(hit / ideal) if ideal else 1.0, imbalance=rounded(max(outcome.busy) / busy) if busy else 1.0,
-        rejected=outcome.rejected, retried=outcome.retried, policy_failures=outcome.policy_failures,
-        failure=outcome.failure,
+        rejected=outcome.rejected, retried=outcome.retried, decisions=outcome.decisions,
+        policy_failures=outcome.policy_failures, failure=outcome.failure,
     )  # fmt: skip

@@ -1,13 +1,16 @@
 """Traces of requests: JSON lines with `timestamp` (ms), `input_length`, `output_length` (tokens) and `hash_ids`.
 
-A line may also name a `session`. This is the format of the published Mooncake traces: `hash_ids` are chained, so an
-equal id means an equal block and an equal prefix, and they can be used as block hashes as they are.
+A line may also name a `session`, and say the trace's `block_size` (tokens). This is the format of the published Mooncake
+traces: `hash_ids` are chained, so an equal id means an equal block and an equal prefix, and they can be used as block hashes
+as they are. A file may be compressed with gzip.
 """
 
 from __future__ import annotations
 
+import gzip
+import zlib
 from itertools import islice
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -15,12 +18,16 @@ from msgspec import Meta, Struct
 from kvplane.events.errors import BadHashes
 from kvplane.events.hashing import pack_hashes
 from kvplane.services.protocol.errors import BadTrace
+from kvplane.services.simulation.blocksize import MOST_BLOCK_SIZE, BlockSize
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from io import BufferedReader
     from pathlib import Path
 
-TRACE_BLOCK_SIZE = 512
-"""Tokens a block in the published traces."""
+PROGRESS_LINES = 256
+"""After so many lines the one who waits is told how far the reading is."""
+_GZIP = b"\x1f\x8b"
 
 
 class TraceRequest(Struct, frozen=True):
@@ -31,6 +38,8 @@ class TraceRequest(Struct, frozen=True):
     output_length: Annotated[int, Meta(ge=0)]
     hash_ids: Annotated[list[Annotated[int, Meta(ge=0)]], Meta(max_length=1 << 18)]
     session: Annotated[str, Meta(max_length=128)] = ""
+    block_size: Annotated[int, Meta(ge=1, le=MOST_BLOCK_SIZE)] | None = None
+    """Tokens a block, the same on every line that says it."""
 
 
 class Work(Struct, frozen=True):
@@ -43,33 +52,82 @@ class Work(Struct, frozen=True):
     arrival: float = 0.0
 
 
+class Trace(Struct):
+    """A trace that was read: its requests in order, its block size in tokens, and who says that size."""
+
+    work: list[Work]
+    block_size: int
+    source: Literal["option", "trace", "inferred"]
+
+
 def work_of(request: TraceRequest, block_size: int) -> Work:
     """A line of a trace as a request to be sent. Only full blocks have a hash. Raises `BadHashes`."""
-    full = request.hash_ids[: request.input_length // block_size]
+    return _full(_packed(request), block_size)
+
+
+def _packed(request: TraceRequest) -> Work:
+    """A line with all its ids, the one of a partial last block included. Raises `BadHashes`."""
     return Work(
-        pack_hashes(full), request.input_length, request.output_length, request.session, request.timestamp / 1000
-    )
+        pack_hashes(request.hash_ids), request.input_length, request.output_length, request.session,
+        request.timestamp / 1000,
+    )  # fmt: skip
 
 
-def read_trace(path: Path, *, block_size: int = TRACE_BLOCK_SIZE, limit: int | None = None) -> list[Work]:
-    """Requests of a trace, in order. Raises `BadTrace` with the line that is wrong."""
+def _full(work: Work, block_size: int) -> Work:
+    """The same with the hashes of full blocks only."""
+    length = work.tokens // block_size * 8
+    return work if len(work.hashes) <= length else msgspec.structs.replace(work, hashes=work.hashes[:length])
+
+
+def read_trace(
+    path: Path, *, block_size: int | None = None, limit: int | None = None,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> Trace:  # fmt: skip
+    """Read a trace. `block_size` is to be given when the trace does not say it and its lines allow several.
+
+    `progress` is told how many bytes of the file are read, and of how many (0 when that isn't known). Raises `BadTrace` with
+    the line that is wrong, or that contradicts the block size.
+    """
     decoder = msgspec.json.Decoder(TraceRequest)
+    known = BlockSize(block_size)
+    said = False
     found = []
     try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(islice(lines, limit), 1):
+        with path.open("rb") as file:
+            # A pipe's size is 0.
+            total = path.stat().st_size
+            for number, line in enumerate(islice(_opened(file), limit), 1):
+                if not number % PROGRESS_LINES and file.seekable():
+                    progress(file.tell(), total)
                 if not line.strip():
                     continue
                 try:
                     request = decoder.decode(line)
-                    found.append(work_of(request, block_size))
+                    found.append(_packed(request))
                 except (msgspec.DecodeError, BadHashes, UnicodeError, RecursionError) as error:
                     raise BadTrace(
                         f"{path.name}, line {number}: {error}; a line must be a JSON object with timestamp, input_length, "
                         "output_length and hash_ids"
                     ) from None
+                said = said or request.block_size is not None
+                try:
+                    known.line(number, request.input_length, len(request.hash_ids), request.block_size)
+                except BadTrace as error:
+                    raise BadTrace(f"{path.name}: {error}") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise BadTrace(f"{path.name} is compressed with gzip and damaged: {error}") from None
     except OSError as error:
         raise BadTrace(f"the trace can't be read: {error}") from None
     if not found:
         raise BadTrace(f"{path.name} holds no requests")
-    return found
+    try:
+        size = known.size()
+    except BadTrace as error:
+        raise BadTrace(f"{path.name}: {error}") from None
+    source: Literal["option", "trace", "inferred"] = "trace" if said else "inferred" if known.inferred else "option"
+    return Trace([_full(work, size) for work in found], size, source)
+
+
+def _opened(file: BufferedReader) -> Iterator[bytes]:
+    """Its lines, decompressed if need be."""
+    return iter(gzip.open(file) if file.peek(2)[:2] == _GZIP else file)

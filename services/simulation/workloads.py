@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 GENERATED_BLOCK_SIZE = 64
 """Tokens a block in generated workloads."""
+GENERATED_REQUESTS = 6000
+"""How many are made if nobody says it."""
 TOKEN_SECONDS = 0.01
 """Time that a token of an answer takes here."""
 
@@ -119,6 +121,7 @@ def generate(kind: str, requests: int, *, seed: int = 0, rate: float | None = No
             TraceRequest(
                 timestamp=round(time * 1000, 3), input_length=text.tokens, output_length=answer,
                 hash_ids=list(text.ids), session=f"session-{session}" if form.sessions else "",
+                block_size=GENERATED_BLOCK_SIZE,
             )
         )  # fmt: skip
         text.extend(answer, fresh)

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
     from kvplane.events.codec import Commit
     from kvplane.services.routing.decide import Decision
+    from kvplane.services.routing.roster import Column, Roster
+    from kvplane.services.routing.view import View
     from kvplane.services.simulation.trace import Work
 
 FLEET = "sim"
@@ -104,10 +106,16 @@ class Outcome(Struct):
     policy_failures: int
     failure: str
     """What the policy's last failure was."""
+    decisions: int = 0
+    """How often the policy was asked."""
 
 
 class Desk(Protocol):
     """What stands for one router: a `Chooser` with its overlay, or a peer's selector."""
+
+    @property
+    def decisions(self) -> int:
+        """How often the policy was asked."""
 
     @property
     def policy_failures(self) -> int:
@@ -140,6 +148,12 @@ class Router(Chooser):
         super().__init__(state, self._own)
         self._seen = state
         self._name = name
+        self.decisions = 0
+
+    def weigh(self, roster: Roster, query: Query, session: str, now: int) -> tuple[View, Column, str]:
+        """Ask the policy, and count that."""
+        self.decisions += 1
+        return super().weigh(roster, query, session, now)
 
     def computed(self, request: str, now: int) -> None:
         """Nothing: this router passes on no answers, and hears of them from the log."""
@@ -231,6 +245,7 @@ class World:
             settings, self._names, self._served, self.rejected, self.retried, [engine.busy for engine in self._engines],
             sum(desk.policy_failures for desk in self._desks),
             next((desk.last_failure for desk in self._desks if desk.last_failure), ""),
+            sum(desk.decisions for desk in self._desks),
         )  # fmt: skip
 
     def _put(self, now: float, room: str, event: types.Event, writer: str = "") -> None:

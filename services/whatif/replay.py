@@ -15,7 +15,8 @@ from msgspec import Struct
 
 from kvplane.projections.history.tables import WHATIF_REQUESTS
 from kvplane.services.process.workers import CONTEXT, results, workers
-from kvplane.services.simulation.results import DIGITS
+from kvplane.services.protocol.errors import PolicyFailed
+from kvplane.services.simulation.results import DIGITS, never_decided
 from kvplane.services.whatif.recorded import run_recorded
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from kvplane.services.simulation.compare import Choice
+    from kvplane.services.routing.choice import Choice
     from kvplane.services.simulation.world import Outcome, Served
     from kvplane.services.whatif.recorded import Recorded
 
@@ -42,6 +43,12 @@ class Result(Struct, frozen=True, kw_only=True):
     p99: float
     hit_rate: float
     imbalance: float
+    decisions: int = 0
+    """How often the policy was asked."""
+    policy_failures: int = 0
+    """Decisions for which the policy failed and the least loaded node was taken."""
+    failure: str = ""
+    """What the last such failure was."""
 
 
 _shared: tuple[Recorded, Any] | None = None
@@ -52,7 +59,7 @@ def _begin(recorded: Recorded, counts: Any) -> None:  # noqa: ANN401 - an array 
     _shared = recorded, counts
 
 
-def _one(number: int, choice: Choice | None, routers: int) -> Outcome:
+def _one(number: int, choice: Choice | None, routers: int, modules: tuple[str, ...]) -> Outcome:
     if _shared is None:
         raise RuntimeError("the process was not begun")
     recorded, counts = _shared
@@ -61,18 +68,21 @@ def _one(number: int, choice: Choice | None, routers: int) -> Outcome:
         counts[number] = done
 
     if choice is None:
-        return run_recorded(recorded, routers=routers, progress=progress)
+        return run_recorded(recorded, routers=routers, modules=modules, progress=progress)
     return run_recorded(recorded, choice.policy, choice.parameters, routers=routers, progress=progress)
 
 
 def simulate(
     recorded: Recorded, choices: Sequence[Choice | None], *, routers: int, processes: int,
-    progress: Callable[[int], None] = lambda _: None,
+    modules: tuple[str, ...] = (), progress: Callable[[int], None] = lambda _: None,
 ) -> list[Outcome]:  # fmt: skip
-    """Run each policy in a process; none is the recorded one. `progress` is told the sum of requests that arrived."""
+    """Run each policy in a process; none is the recorded one, which may come from `modules`.
+
+    `progress` is told the sum of requests that arrived.
+    """
     counts = CONTEXT.Array("q", len(choices))
     with workers(min(processes, len(choices)), _begin, recorded, counts) as submit:
-        jobs = [submit(_one, number, choice, routers) for number, choice in enumerate(choices)]
+        jobs = [submit(_one, number, choice, routers, modules) for number, choice in enumerate(choices)]
         return results(jobs, lambda: progress(sum(counts[:])))
 
 
@@ -83,8 +93,26 @@ def compared(outcomes: Sequence[Outcome], counted: float) -> list[list[Served]]:
     return [[each[request] for request in common] for each in found]
 
 
-def summarize(policy: str, served: Sequence[Served], rejected: int) -> Result:
-    """The figures of one policy."""
+def decided(
+    names: Sequence[str], outcomes: Sequence[Outcome]
+) -> tuple[list[str], list[Outcome], list[str]]:  # fmt: skip
+    """Those that decided at least once, and a sentence about each of the others. Raises `PolicyFailed` for the recorded one."""
+    kept, failed = [], []
+    for name, outcome in zip(names, outcomes, strict=True):
+        if not never_decided(outcome.decisions, outcome.policy_failures):
+            kept.append((name, outcome))
+            continue
+        why = f"failed in all of its {outcome.decisions:,} decisions: {' '.join(outcome.failure.split())}"
+        if name == AS_RECORDED:
+            raise PolicyFailed(
+                f"the recorded policy {why}; nothing can be compared with it. --policy-module names the modules of policies"
+            )
+        failed.append(f"policy {name} {why}, so there are no figures of it")
+    return [name for name, _ in kept], [outcome for _, outcome in kept], failed
+
+
+def summarize(policy: str, served: Sequence[Served], rejected: int, outcome: Outcome | None = None) -> Result:
+    """The figures of one policy; `outcome`, if there is one, says how often it failed."""
     times: NDArray[np.float64] = np.array([each.first - each.arrival for each in served])
     tokens = sum(each.tokens for each in served)
     uncached: dict[int, int] = {}
@@ -98,6 +126,8 @@ def summarize(policy: str, served: Sequence[Served], rejected: int) -> Result:
         mean=round(float(times.mean()), DIGITS) if len(times) else 0.0, p50=p50, p90=p90, p99=p99,
         hit_rate=round(sum(each.cached for each in served) / tokens, DIGITS) if tokens else 0.0,
         imbalance=round(max(uncached.values()) / mean, DIGITS) if mean else 1.0,
+        decisions=outcome.decisions if outcome else 0, policy_failures=outcome.policy_failures if outcome else 0,
+        failure=outcome.failure if outcome else "",
     )  # fmt: skip
 
 

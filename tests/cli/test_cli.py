@@ -109,7 +109,10 @@ def test_any_nats_client_can_ask_in_json(url: str) -> None:
         (["node", "cordon", "sim *.>"], 1, "is not registered"),
         (["node", "cordon", ""], 1, "node is empty"),
         (["policy", "set", "magic"], 1, "is not one of round_robin"),
-        (["policy", "set", "ttft", "speed=fast"], 1, "write key=number"),
+        (["policy", "set", "ttft", "speed=fast"], 1, "'speed=fast' in 'ttft speed=fast' is no parameter"),
+        (["policy", "set", "ttft:speed=1"], 1, "policy ttft has no parameter 'speed'; it has uncached_weight"),
+        (["policy", "set", "ttft:slow_share=0.1", "slow_share=0.2"], 1, "gives slow_share twice"),
+        (["router", "--policy-module", "no_such_module"], 1, "--policy-module 'no_such_module' can't be imported"),
         (["state", "--fleet", "no.such"], 1, "fleet name 'no.such' must be"),
         (["state", "--fleet", "other"], 1, "has no log yet"),
         (["node", "list", "--fleet", "other"], 1, "no service answers"),
@@ -126,6 +129,19 @@ def test_nonsense_is_answered_with_a_sentence(url: str, arguments: list[str], co
     assert done.returncode == code, done.stderr
     assert says in " ".join((done.stderr + done.stdout).split())
     assert "Traceback" not in done.stderr
+
+
+def test_a_policy_is_written_in_one_word_or_apart(url: str) -> None:
+    for words, given in (
+        (["ttft:crowd_weight=4,slow_share=0.5"], {"crowd_weight": 4.0, "slow_share": 0.5}),
+        (["ttft", "crowd_weight=5", "slow_share=0.25"], {"crowd_weight": 5.0, "slow_share": 0.25}),
+        (["ttft:crowd_weight=6", "slow_share=0.125"], {"crowd_weight": 6.0, "slow_share": 0.125}),
+        (["ttft"], {}),
+    ):
+        sequence = asked(url, "policy", "set", *words)["sequence"]
+        state = asked(url, "state")
+        assert state["sequence"] >= sequence
+        assert (state["policy"], state["parameters"]) == ("ttft", given)
 
 
 def test_no_server_is_one_sentence() -> None:

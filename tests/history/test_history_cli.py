@@ -24,6 +24,16 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 REQUESTS = 120
+OWN = """
+def broken(view, request, parameters):
+    raise ZeroDivisionError
+
+
+def flaky(view, request, parameters):
+    if request.tokens % 2:
+        raise ValueError("odd")
+    return view.active
+"""
 
 
 async def _serve(url: str) -> None:
@@ -169,6 +179,27 @@ def test_what_if(url: str, tmp_path: Path) -> None:
     assert "is not one of" in done.stderr
     done = run("whatif", "--policy", "cascade", "--since", "999999", KVPLANE_SERVER=url)
     assert (done.returncode, "[before_history]" in done.stderr) == (1, True)
+
+
+def test_what_if_shows_no_figures_of_a_policy_that_always_failed(url: str, tmp_path: Path) -> None:
+    (tmp_path / "own_for_whatif.py").write_text(OWN)
+    options = {"KVPLANE_SERVER": url, "PYTHONPATH": str(tmp_path), "COLUMNS": "160"}
+    arguments = ["whatif", "--policy", "own_for_whatif:broken", "own_for_whatif:flaky", "cascade"]
+    done = run(*arguments, "--json", **options)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert "policy own_for_whatif:broken failed in all of its" in done.stderr
+    assert "ZeroDivisionError" in done.stderr
+    answer = json.loads(done.stdout)
+    assert [row["policy"] for row in answer["policies"]] == ["really", "as recorded", "own_for_whatif:flaky", "cascade"]
+    flaky = answer["policies"][2]
+    assert 0 < flaky["policy_failures"] < flaky["decisions"]
+    kept = rows(url, f"SELECT DISTINCT policy FROM whatif_requests WHERE run = '{answer['run']}'")
+    assert {row["policy"] for row in kept} == {"really", "as recorded", "own_for_whatif:flaky", "cascade"}
+    done = run(*arguments, "--no-keep", **options)
+    assert done.returncode == 1
+    assert f"own_for_whatif:flaky failed in {flaky['policy_failures']} of its" in " ".join(done.stdout.split())
+    assert "broken" not in done.stdout
 
 
 def test_what_was_there_is_kept_beside_what_is_made_again(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
@@ -13,7 +15,6 @@ from kvplane.services.routing import policies
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 LINE = '{"timestamp": %d, "input_length": 1100, "output_length": 5, "hash_ids": [%d, %d, 99]}\n'
 SMALL = ["single-turn", "--limit", "40", "--nodes", "3"]
@@ -24,6 +25,12 @@ def idle(view, request, parameters):
 
 def broken(view, request, parameters):
     raise ZeroDivisionError
+
+
+def flaky(view, request, parameters):
+    if request.tokens % 2:
+        raise ValueError("odd")
+    return view.active
 
 
 def suicidal(view, request, parameters):
@@ -72,7 +79,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def figures(run: Callable[..., Done], *arguments: str) -> Any:
-    done = run(*arguments, "--json")
+    done = run("--json", *arguments)
     assert done.code == 0, done.err
     return json.loads(done.out)
 
@@ -175,18 +182,52 @@ def test_a_policy_of_ones_own_is_taken_from_the_folder(run: Callable[..., Done])
     assert reverse["mean"] > known["mean"]
 
 
-def test_a_policy_that_raises_falls_back_and_is_counted_and_said(run: Callable[..., Done]) -> None:
-    own, known = figures(run, *SMALL, "--policy", "mine_for_test:broken", "least_loaded")["policies"]
-    assert (own.pop("policy_failures"), known.pop("policy_failures")) == (40, 0)
-    assert (own.pop("failure").partition(":")[0], known.pop("failure")) == ("ZeroDivisionError", "")
-    own.pop("policy")
-    known.pop("policy")
-    assert own == known
-    done = run(*SMALL, "--policy", "mine_for_test:broken")
+ALWAYS = (
+    "policy mine_for_test:broken failed in all of its 40 decisions, so there are no figures of it: ZeroDivisionError"
+)
+
+
+def test_a_policy_that_always_fails_has_no_figures_and_the_others_have(run: Callable[..., Done]) -> None:
+    done = run(*SMALL, "--policy", "mine_for_test:broken", "least_loaded", "--plot", "picture.svg")
+    assert (done.code, len(done.err.splitlines())) == (1, 1)
+    assert ALWAYS in done.err
+    assert [line.split()[0] for line in done.out.splitlines() if line.split()[-1:] == ["0"]] == ["least_loaded"]
+    assert "broken" not in done.out
+    picture = Path("picture.svg").read_text()
+    assert "least_loaded" in picture
+    assert "broken" not in picture
+    done = run(*SMALL, "--policy", "mine_for_test:broken", "least_loaded", "--json")
+    assert done.code == 1
+    found = json.loads(done.out)
+    assert [row["policy"] for row in found["policies"]] == ["least_loaded"]
+    (failed,) = found["failed"]
+    assert (failed["policy"], failed["decisions"]) == ("mine_for_test:broken", 40)
+    assert failed["failure"].startswith("ZeroDivisionError")
+
+
+def test_when_all_policies_always_fail_there_is_no_table_and_no_picture(run: Callable[..., Done]) -> None:
+    done = run(*SMALL, "--policy", "mine_for_test:broken", "mine_for_test:broken:a=1", "--plot", "picture.svg")
+    assert (done.code, len(done.err.splitlines())) == (1, 1)
+    assert ALWAYS in done.err
+    assert "mine_for_test:broken:a=1 failed in all of its 40 decisions" in done.err
+    assert "policy" not in done.out
+    assert not Path("picture.svg").exists()
+
+
+def test_a_policy_that_fails_now_and_then_is_marked_with_how_often(run: Callable[..., Done]) -> None:
+    arguments = [*SMALL, "--policy", "mine_for_test:flaky", "least_loaded"]
+    done = run(*arguments)
+    assert done.code == 0
+    named = [line.split()[0] for line in done.out.splitlines() if line.split()[-1:] == ["0"]]
+    assert named == ["mine_for_test:flaky*", "least_loaded"]
+    own, known = figures(run, *arguments)["policies"]
+    assert own["decisions"] == known["decisions"] == 40
+    assert 0 < own["policy_failures"] < 40
+    assert known["policy_failures"] == 0
     assert (
-        "mine_for_test:broken failed for 40 decisions, and the least loaded node was taken: ZeroDivisionError"
-        in done.words
-    )
+        f"* mine_for_test:flaky failed in {own['policy_failures']} of its 40 decisions, and the least loaded node was "
+        "taken: ValueError: odd"
+    ) in done.words
 
 
 def test_a_policy_that_ends_its_process_is_one_sentence(run: Callable[..., Done]) -> None:
@@ -195,13 +236,73 @@ def test_a_policy_that_ends_its_process_is_one_sentence(run: Callable[..., Done]
     assert "a process died before its run was done" in done.err
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--policy", "ttft", "blocks", "trace.jsonl"],
+        ["--policy", "ttft", "blocks", "trace.jsonl", "--nodes", "8"],
+        ["--nodes", "8", "--policy", "ttft", "blocks", "--", "trace.jsonl"],
+        ["--policy", "ttft", "--policy", "blocks", "trace.jsonl"],
+        ["--policy", "ttft", "blocks", "--fail", "node-9@1", "trace.jsonl", "--join", "node-9@0.5"],
+        ["--policy", "ttft", "blocks", "--fail", "node-9@1", "--join", "node-9@0.5", "trace.jsonl"],
+    ],
+    ids=" ".join,
+)
+def test_the_trace_may_stand_behind_what_takes_several_values(run: Callable[..., Done], arguments: list[str]) -> None:
+    found = figures(run, *arguments)
+    assert (found["trace"], found["requests"]) == ("trace.jsonl", 40)
+    assert [row["policy"] for row in found["policies"]] == ["ttft", "blocks"]
+    assert len(found["settings"]["changes"]) == (2 if "--fail" in arguments else 0)
+
+
+def test_a_generated_workload_and_a_trace_with_a_colon_may_stand_there_too(run: Callable[..., Done]) -> None:
+    assert figures(run, "--limit", "9", "--policy", "ttft", "agent")["trace"] == "agent"
+    Path("a:trace").write_text(Path("trace.jsonl").read_text())
+    assert figures(run, "--policy", "mine_for_test:idle", "a:trace")["trace"] == "a:trace"
+
+
+def test_a_trace_may_be_compressed(run: Callable[..., Done]) -> None:
+    Path("small.jsonl.gz").write_bytes(gzip.compress(Path("trace.jsonl").read_bytes()))
+    plain, small = (figures(run, name, "--policy", "ttft") for name in ("trace.jsonl", "small.jsonl.gz"))
+    assert (plain.pop("trace"), small.pop("trace")) == ("trace.jsonl", "small.jsonl.gz")
+    assert plain == small
+
+
+def test_hardware_by_name_and_by_four_numbers_reaches_the_simulated_fleet(run: Callable[..., Done]) -> None:
+    arguments = [*SMALL, "--policy", "ttft"]
+    plain = figures(run, *arguments)
+    named = figures(run, *arguments, "--hardware", "llama-3.1-8b@h100")
+    # What the GPU has room for, in blocks of 64 tokens.
+    assert (plain["settings"]["capacity"], named["settings"]["capacity"]) == (3_000_000 // 64, 935_363 // 64)
+    assert named["policies"][0]["mean"] < plain["policies"][0]["mean"] / 2
+    four = "prefill=2000,decode=20,batch=8,batch_decode=100,cache=64000"
+    slow = figures(run, *arguments, "--hardware", four)
+    assert slow["settings"]["capacity"] == 1000
+    assert slow["policies"][0]["mean"] > 2 * plain["policies"][0]["mean"]
+    assert figures(run, *arguments, "--hardware", four, "--capacity", "77")["settings"]["capacity"] == 77
+    assert "3 nodes (Llama 3.1 8B FP8, H100 SXM 80 GB), 14615 blocks of 64 tokens each" in (
+        run(*arguments, "--hardware", "llama-3.1-8b@h100").words
+    )
+
+
 BAD = [
     (["nowhere.jsonl"], "the trace can't be read"),
     (["nowhere.jsonl"], "without a trace, simulate one of multi-turn, shared-prefix, agent, single-turn"),
     (["x" * 5000], "the trace can't be read"),
     (["."], "the trace can't be read"),
+    (["no/such/trace"], "the trace can't be read"),
+    ([], "name a trace (a file), or one of multi-turn, shared-prefix, agent, single-turn"),
+    (["--policy", "ttft", "blocks"], "name a trace (a file), or one of"),
+    (["--policy", "ttft", "blcks"], "'blcks' is neither a policy (round_robin, "),
+    (["--policy", "ttft", "typo.jsonl"], "the trace can't be read: [Errno 2] No such file or directory: 'typo.jsonl'"),
+    (["agent", "--policy"], "--policy has no value; name at least one policy, or leave it out"),
+    (["--policy", "trace.jsonl"], "--policy has no value but the trace 'trace.jsonl'"),
+    (["--fail", "node-1"], "--fail is 'node-1'; write a node and seconds, as in node-3@60"),
+    (["cut.jsonl.gz"], "cut.jsonl.gz is compressed with gzip and damaged"),
     (["empty.jsonl"], "empty.jsonl holds no requests"),
     (["garbage.jsonl"], "garbage.jsonl, line 2: "),
+    (["agent", "--hardware", "h200"], "--hardware 'h200' is not one of llama-3.1-8b@h100, "),
+    (["agent", "--hardware", "prefill=1"], "lacks decode, batch, batch_decode; name a model and GPU, or measure"),
     (["trace.jsonl", "--rate", "5"], "--rate is for generated workloads"),
     (["trace.jsonl", "--block-size", "0"], "--block-size is 0; it must be from 1 to 65536"),
     (["trace.jsonl", "--block-size", "65537"], "--block-size is 65537"),
@@ -261,8 +362,9 @@ def test_what_is_wrong_is_said_in_a_sentence(
 ) -> None:
     (tmp_path / "empty.jsonl").write_text("\n\n")
     (tmp_path / "garbage.jsonl").write_text(LINE % (0, 1, 2) + '{"timestamp": -1}\n')
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress((LINE % (0, 1, 2)).encode())[:40])
     (tmp_path / "late.jsonl").write_text(LINE % (0, 1, 2) + LINE % (10**15, 1, 2))
-    if arguments[0] == "agent" and "--limit" not in arguments:
+    if arguments[:1] == ["agent"] and "--limit" not in arguments:
         arguments = [*arguments, "--limit", "9"]
     done = run(*arguments)
     assert (done.code, done.out) == (1, "")

@@ -98,7 +98,9 @@ def test_written_requests_are_read_back(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "made.jsonl"
     main(["workload", kind, "--requests", "150", "--seed", "5", "--rate", "20", "--out", str(path)])
     made = generate(kind, 150, seed=5, rate=20)
-    read = read_trace(path, block_size=GENERATED_BLOCK_SIZE)
+    trace = read_trace(path)
+    assert (trace.block_size, trace.source) == (GENERATED_BLOCK_SIZE, "trace")
+    read = trace.work
     assert read == [work_of(request, GENERATED_BLOCK_SIZE) for request in made]
     assert [list(unpack_hashes(work.hashes)) for work in read] == [request.hash_ids for request in made]
 

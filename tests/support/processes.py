@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 
@@ -14,6 +15,12 @@ def alive(process: int) -> bool:
 def stopped(process: int) -> bool:
     """Whether SIGSTOP has reached all of a process; until then it may still answer."""
     return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def cpu_seconds(process: int) -> float:
+    """Processor time that one has used."""
+    user, system = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def children(process: int | str = "self") -> set[int]:

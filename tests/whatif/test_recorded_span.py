@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from kvplane.events import types
 from kvplane.projections.load import PREFILL_LABEL
 from kvplane.services.process.workers import workers
-from kvplane.services.protocol.errors import BadRequest
+from kvplane.services.protocol.errors import BadRequest, PolicyFailed
 from kvplane.services.routing import policies
 from kvplane.services.simulation.hardware import Hardware
 from kvplane.services.simulation.world import Settings
@@ -26,6 +26,7 @@ from kvplane.services.whatif.recorded import (
     recorded_from,
     run_recorded,
 )
+from kvplane.services.whatif.replay import AS_RECORDED, decided
 from tests.support.fold_given import Given, registered
 from tests.support.recorded_fleets import (
     CHAINS,
@@ -314,6 +315,20 @@ def test_a_policy_of_ones_own_decides_here_and_in_a_worker(own_policy: str) -> N
     assert set(nodes_of(run_recorded(recorded, own_policy, {"weight": -1.0})).values()) == {"a"}
     with workers(1) as submit:
         assert submit(run_recorded, recorded, own_policy).result() == outcome
+
+
+def test_a_recorded_policy_that_never_decides_is_no_yardstick(
+    own_policy: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its decisions would be those of least_loaded, under its name."""
+    monkeypatch.syspath_prepend(tmp_path)
+    recorded = replace(two(asks(0.0, "x", 1)), policy=types.PolicyChanged(own_policy))
+    with pytest.raises(
+        PolicyFailed, match=r"the recorded policy failed in all of its 1 decisions: .*--policy-module names"
+    ):
+        decided([AS_RECORDED], [run_recorded(recorded)])
+    own = run_recorded(recorded, modules=["own_for_recorded"])
+    assert decided([AS_RECORDED], [own]) == ([AS_RECORDED], [own], [])
 
 
 def test_the_log_can_not_have_a_policy_imported(
