@@ -44,7 +44,7 @@ class Fleet:
         """Start the server on its data, which may be from a life before."""
         self.server = await start_server(self.folder / "data", port=self.port)
 
-    async def start(self, name: str, *arguments: str, program: str = "kvplane.services.cli") -> None:
+    async def start(self, name: str, *arguments: str, program: str = "kvplane") -> None:
         """Start a process of the command line, such as `router`; `program` is the module that runs it."""
         command = [sys.executable, "-m", program, *arguments]
         command += [option for url in self.urls for option in ("--server", url)]
