@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 MINUTES ?= 30
 SEED ?=
 
-.PHONY: help demo test chaos test-engine check bench lock clean
+.PHONY: help demo test chaos test-engine check docs bench lock clean
 .DEFAULT_GOAL := help
 
 help: ## show the targets
@@ -39,6 +39,16 @@ check: $(READY) ## style, types, imports, purity
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/pytest -q tests/house/test_tidy.py
 
+docs: $(VENV)/.docs ## make the site of docs/ in build/site, with every link checked
+	$(BIN)/python -m docs.site build/site-sources
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet \
+	  -c docs/site -d build/site-cache build/site-sources build/site
+	@echo "open build/site/index.html"
+
+$(VENV)/.docs: $(READY) docs/requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r docs/requirements.lock
+	@touch $@
+
 bench: $(READY) ## measure, as a table and build/bench.json
 	$(BIN)/python -m benchmarks.run
 
@@ -47,6 +57,8 @@ lock: ## pin all dependencies again
 	  --extra dev pyproject.toml -o requirements.lock
 	uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate --python-version 3.11 \
 	  --constraints requirements.lock pyproject.toml -o compose/requirements.lock
+	uv pip compile --quiet --universal --generate-hashes --no-header --no-annotate --python-version 3.11 \
+	  --constraints requirements.lock --extra docs pyproject.toml -o docs/requirements.lock
 
 clean: ## remove what make made
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .hypothesis

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 MODEL = "demo/chat-8b"
 NODES = ("node-a", "node-b", "node-c", "node-d")
 CONCURRENCY = 24
+EVERY_STEP_HELD = "[green]every step held[/]"
 REAL_PREFILL = 8000.0
 """Prefill speed that the policy's defaults fit, in tokens per second; the demonstration runs faster by one factor."""
 
@@ -159,8 +160,7 @@ class Demo:
                 raise
             said, held = "; ".join(sorted({str(error) for error in known.exceptions})), False
         self.result.steps.append(StepResult(name, held, said))
-        mark = "[green]held[/]  " if held else "[bold red]FAILED[/]"
-        self.console.print(f"{mark} [bold]{escape(name)}[/]: {escape(said)}")
+        self.console.print(shown(self.result.steps[-1]))
         return held
 
     async def _start(self, fleet: Fleet) -> str:
@@ -330,8 +330,18 @@ class Demo:
         self.console.print(table)
         failed = [step.step for step in result.steps if not step.held]
         self.console.print(
-            f"[bold red]{len(failed)} steps failed: {', '.join(failed)}[/]" if failed else "[green]every step held[/]"
+            f"[bold red]{len(failed)} steps failed: {', '.join(failed)}[/]" if failed else EVERY_STEP_HELD
         )
+
+
+def shown(step: StepResult) -> Table:
+    """A step as it is printed: whether it held, its name, and what it says, with later lines under the first."""
+    line = Table.grid(padding=(0, 1))
+    mark = "[green]held[/]" if step.held else "[bold red]FAILED[/]"
+    line.add_column(width=6)
+    line.add_column()
+    line.add_row(mark, f"[bold]{escape(step.step)}[/]: {escape(step.said)}")
+    return line
 
 
 def unseen_prompt(block_size: int) -> Work:
