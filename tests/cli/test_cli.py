@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvplane.services.embedded.server import free_port, server_binary
+from kvplane.services.embedded.server import server_binary
 from tests.support.commands import asked, run, up
+from tests.support.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -18,7 +18,6 @@ from kvplane.events.log.connection import connected
 from kvplane.events.log.stream import open_stream
 from kvplane.events.subjects import subject
 from kvplane.services.cli import first_known
-from kvplane.services.embedded.server import free_port
 from kvplane.services.observability import lifeline
 from kvplane.services.observability.lifeline import Lifeline
 from kvplane.services.observability.web import observing
@@ -29,6 +28,7 @@ from kvplane.services.rpc.client import ask
 from kvplane.services.simulation.simnode import NodeConfig
 from tests.support.deaf_client import break_read_loop, deaf
 from tests.support.http_of_services import Http, observed
+from tests.support.ports import free_port
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
