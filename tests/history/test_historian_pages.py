@@ -201,7 +201,7 @@ async def test_ingestion_goes_on_beside_queries(server: Server, client: Client, 
 
         for _ in range(3):
             group.start_soon(busy)
-        await anyio.sleep(0.3)
+        await until(lambda: running.pages._queries is not None and len(running.pages._queries._open) == 3)
         for _ in range(3):
             last = await scribe.write(300)
             assert await running.ingest.reached(last, seconds=3)
