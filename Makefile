@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 MINUTES ?= 30
+ROOM ?=
+WORKERS ?= auto
 SEED ?=
 
 .PHONY: help demo test chaos test-engine check docs bench lock clean
@@ -23,8 +25,8 @@ $(READY): requirements.lock pyproject.toml
 demo: $(READY) ## start a fleet, show every feature, kill it, bring it back
 	$(BIN)/kvplane demo
 
-test: $(READY) ## run the tests
-	$(BIN)/pytest
+test: $(READY) ## run the tests, one worker a core; of one room: make test ROOM=routing
+	$(BIN)/pytest -q --durations=20 -n $(WORKERS) --dist worksteal tests/$(ROOM)
 
 chaos: $(READY) ## kill, stop and cut a fleet under load: make chaos MINUTES=30 SEED=1, report in build/chaos.json
 	$(BIN)/python -m tests.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) --out build/chaos.json

@@ -13,11 +13,13 @@ pytest.register_assert_rewrite("tests.support")
 from hypothesis import settings
 
 from kvplane.events.log.connection import connected
-from kvplane.services.embedded.server import Server, free_port, start_server
+from kvplane.services.embedded.server import Server, start_server
 from kvplane.services.process import logs
 from tests.support.disks import small_disk
 from tests.support.fleet import Fleet, fleet_on
+from tests.support.ports import free_port
 from tests.support.shared_data import TRACE
+from tests.support.turns import turn
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -36,6 +38,20 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("KVPLANE_")]:
         monkeypatch.delenv(name)
     logs.configure("error")
+
+
+@pytest.fixture(autouse=True)
+def _turn(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        yield
+        return
+    with turn(tmp_path_factory.getbasetemp().parent, alone=request.node.get_closest_marker("alone") is not None):
+        yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Who needs the machine alone comes last: nobody else has to wait for it then."""
+    items.sort(key=lambda item: item.get_closest_marker("alone") is not None)
 
 
 @pytest.fixture

@@ -20,13 +20,14 @@ from kvplane.events.log.follow import single
 from kvplane.services.auth import certificates
 from kvplane.services.auth.folder import AuthFolder
 from kvplane.services.cli import main
-from kvplane.services.embedded.server import Server, free_port, server_binary, start_server
+from kvplane.services.embedded.server import Server, server_binary, start_server
 from kvplane.services.process import logs
 from kvplane.services.protocol import messages
 from kvplane.services.roles.coordinator import Coordinator
 from kvplane.services.roles.router import Router
 from kvplane.services.rpc.client import ask
 from tests.support.commands import asked, run, up
+from tests.support.ports import free_port
 from tests.support.waiting import until
 from tests.support.with_credentials import NAME, Guarded, folder_of, guarded
 

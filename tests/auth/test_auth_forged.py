@@ -6,11 +6,13 @@ The fold, the writers and the services withstand it.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-import anyio
 import msgspec
 import pytest
+from nats.micro.service import DEFAULT_QUEUE_GROUP
+from structlog.testing import capture_logs
 
 from kvplane.events import codec, types
 from kvplane.events.hashing import pack_hashes
@@ -20,6 +22,7 @@ from kvplane.events.log.snapshots import SnapshotStore
 from kvplane.events.subjects import access_name, token
 from kvplane.projections.digest import digest
 from kvplane.projections.fleet import FleetState
+from kvplane.services.process import logs
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import Refused
 from kvplane.services.roles.coordinator import Coordinator
@@ -38,21 +41,26 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.anyio
 
+COMMANDS = ["coordinator.policy.set", "coordinator.snapshot", "coordinator.compact", "coordinator.node.remove", "route"]
 # Everything that is stored, commanded or obeyed.
 TARGETS = [
     *subjects_of(NAME, ["control", "node.node-a", "node.node-b", "cache.node-b", "session.m", "access.router-1",
-                        "pulse.node-b", "coordinator.policy.set", "coordinator.snapshot", "coordinator.compact",
-                        "coordinator.node.remove", "route", "complete", "serve.node-b"]),
+                        "pulse.node-b", *COMMANDS, "complete", "serve.node-b"]),
     f"$JS.API.STREAM.PURGE.KV_{NAME}", f"$JS.API.STREAM.DELETE.KV_{NAME}", f"$O.KV_{NAME}_snapshots.M.x",
     f"kv.{OTHER}.control", "$SRV.INFO",
 ]  # fmt: skip
+
+LOGGED = tuple(subjects_of(NAME, ["control", "node.", "cache.", "session.", "access."]))
 
 
 class Watched:
     """A fleet with nodes a and b, and what must stay as it is."""
 
-    def __init__(self, fleet: Guarded, admin: Client, coordinator: Coordinator, router: Router) -> None:
+    def __init__(
+        self, fleet: Guarded, admin: Client, coordinator: Coordinator, router: Router, logged: list[Any]
+    ) -> None:
         self.fleet = fleet
+        self.logged = logged
         self.admin = admin
         self.coordinator = coordinator
         self.router = router
@@ -68,6 +76,11 @@ class Watched:
         }  # fmt: skip
         return nodes, state.policy, list(state.sessions.items()), dict(state.load.running)
 
+    def dropped(self) -> Counter[str]:
+        """Requests that services heard and did not take, by endpoint."""
+        lines = [line for line in self.logged if line["event"] == "request_dropped"]
+        return Counter(line["endpoint"].removeprefix(f"kv.{NAME}.") for line in lines)
+
     async def check_unmoved(self) -> None:
         """All junk is skipped, and both replicas and a fold from zero agree."""
         ends = await last_sequence(self.admin)
@@ -82,6 +95,7 @@ class Watched:
 @pytest.fixture
 async def watched(tmp_path: Path) -> AsyncIterator[Watched]:
     async with guarded(tmp_path) as fleet:
+        logs.configure("warning")
         admin = await fleet.connect("admin")
         coordinator = await fleet.coordinator()
         router = await fleet.router()
@@ -90,7 +104,8 @@ async def watched(tmp_path: Path) -> AsyncIterator[Watched]:
                                           cache_mode=mode)  # fmt: skip
             await ask(admin, f"kv.{NAME}.coordinator.node.register", request)
         await until(lambda: len(router.state.nodes) == 2)
-        yield Watched(fleet, admin, coordinator, router)
+        with capture_logs() as logged:
+            yield Watched(fleet, admin, coordinator, router, logged)
         print(f"\n{TRIED}", end=" ")  # noqa: T201 - a figure for whoever runs this with -s
 
 
@@ -105,9 +120,17 @@ async def test_an_acknowledgement_that_is_sent_to_an_event_subject_changes_nothi
         # Malformed, so that the node's own cache stays the same as well.
         await node.sent(f"kv.{NAME}.cache.node-a", b"junk", reply=target)
         TRIED.withstood += 1
-        landed += 1 + target.startswith(tuple(subjects_of(NAME, ["control", "node.", "cache.", "session.", "access."])))
-    await anyio.sleep(0.5)
+        landed += 1 + target.startswith(LOGGED)
+    # A stream stores and acknowledges in order: with the first of these all acknowledgements are on their way, with the second
+    # all that land on the log have landed.
+    for _ in range(2):
+        await node.client.request(f"kv.{NAME}.cache.node-a", b"junk", timeout=5)
+        landed += 1
     assert await last_sequence(watched.admin) == before + landed
+    # A command that nobody waits for is dropped; `complete` needs no answer, and reads what makes no sense to it.
+    await until(lambda: watched.dropped() == Counter(COMMANDS))
+    await until(lambda: watched.coordinator.bad_pulses == 1)
+    await until(lambda: sum(watched.router.tally.answers.values()) == 1)
     await watched.check_unmoved()
     assert sum(watched.coordinator.state.skipped.values()) == landed
 
@@ -134,9 +157,34 @@ async def test_a_service_answers_to_no_event_subject_and_does_not_do_what_was_as
         for verb in ("PING", "INFO", "STATS"):
             await client.sent(f"$SRV.{verb}", b"", reply=target)
             TRIED.withstood += 1
-    await anyio.sleep(0.5)
+    await until(lambda: watched.dropped() == Counter([*asked] * len(TARGETS)))
+    for verb in ("PING", "INFO", "STATS"):
+        await listed(client.client, f"$SRV.{verb}", services=3)
     assert await last_sequence(watched.admin) == before
     await watched.check_unmoved()
+
+
+async def listed(client: Client, verb: str, *, services: int) -> None:
+    """Wait until so many services have answered; each does so in the order in which it was asked."""
+    answers: list[Msg] = []
+
+    async def take(message: Msg) -> None:
+        answers.append(message)
+
+    inbox = client.new_inbox()
+    await client.subscribe(inbox, cb=take)
+    await client.publish(verb, b"", reply=inbox)
+    await until(lambda: len(answers) == services)
+
+
+async def delivered(admin: Client, last: int) -> bool:
+    """Whether every consumer that somebody listens to has delivered all of the log."""
+    consumers = await admin.jetstream().consumers_info(f"KV_{NAME}")
+    return all(
+        consumer.delivered is not None and consumer.delivered.stream_seq == last
+        for consumer in consumers
+        if consumer.push_bound
+    )
 
 
 async def aimed(stranger: Stranger, target: str, body: bytes) -> dict[str, Any]:
@@ -145,6 +193,9 @@ async def aimed(stranger: Stranger, target: str, body: bytes) -> dict[str, Any]:
     await stranger.sent(f"kv.{NAME}.access.{name}", body)
     config = {"name": name, "deliver_subject": target, "deliver_policy": "all", "ack_policy": "none",
               "inactive_threshold": 10**10}  # fmt: skip
+    if target.removeprefix(f"kv.{NAME}.") in [*COMMANDS, "complete"]:
+        # Services listen as this group, and a server delivers to nobody else there.
+        config["deliver_group"] = DEFAULT_QUEUE_GROUP
     request = json.dumps({"stream_name": f"KV_{NAME}", "config": config}).encode()
     answer = await stranger.client.request(f"$JS.API.CONSUMER.CREATE.KV_{NAME}.{name}", request, timeout=5)
     TRIED.withstood += 1
@@ -164,17 +215,21 @@ async def test_a_consumer_that_is_aimed_at_a_service_or_a_stream_changes_nothing
     for target in TARGETS:
         body = codec.encode([types.PolicyChanged("cascade", {})]) if target.startswith(f"kv.{OTHER}.") else policy
         refused += "error" in await aimed(router, target, body)
-    assert refused == sum(
-        t.startswith(tuple(subjects_of(NAME, ["control", "node.", "cache.", "session.", "access."]))) for t in TARGETS
-    )
-    await anyio.sleep(1)
+    assert refused == sum(target.startswith(LOGGED) for target in TARGETS)
+    # Each consumer delivers all of the log.
+    ends = await last_sequence(watched.admin)
+    await until(lambda: watched.dropped() == Counter([*COMMANDS, "complete"] * ends))
+    await listed(watched.admin, "$SRV.INFO", services=3)
+    # A server knows of no interest in a subject that is heard with a wildcard.
+    assert watched.coordinator.bad_pulses == 0
     await watched.check_unmoved()
     # The other fleet's log takes what is delivered to it, and its fold takes nothing of that.
-    landed = await last_sequence(admin_there, f"KV_{OTHER}")
-    assert landed > 0
-    await until(lambda: there.state.sequence >= landed)
+    await until(lambda: delivered(watched.admin, ends))
+    last = (await admin_there.jetstream().publish(f"kv.{OTHER}.control", b"junk")).seq
+    assert last > 1
+    await until(lambda: there.state.sequence == last)
     assert (there.state.policy, there.state.commits) == ("ttft", 0)
-    assert set(there.state.skipped) == {"foreign_subject"}
+    assert there.state.skipped == {"foreign_subject": last - 1, "invalid": 1}
 
 
 async def test_a_consumer_that_is_aimed_at_someones_inbox_is_not_believed(watched: Watched) -> None:
@@ -184,7 +239,10 @@ async def test_a_consumer_that_is_aimed_at_someones_inbox_is_not_believed(watche
     inbox = follower._subscription.subject
     assert "error" not in await aimed(router, inbox, b"junk")
     await router.sent(f"kv.{NAME}.access.more", b"junk")
-    await anyio.sleep(0.5)
+    ends = await last_sequence(watched.admin)
+    await until(lambda: delivered(watched.admin, ends))
+    # What comes on the same connection afterwards is answered afterwards.
+    await ask(watched.admin, f"kv.{NAME}.coordinator.status", messages.StatusRequest())
     await watched.check_unmoved()
     assert follower.restarts == 0
     for role, name in (("client", ""), ("node", "node-a")):
@@ -254,7 +312,9 @@ async def test_a_node_speaks_for_itself_only_wherever_it_may_write(watched: Watc
         TRIED.withstood += 1
     pulse = msgspec.msgpack.encode(messages.Pulse(node="node-b", epoch=epoch, active=0, waiting=0, used_blocks=0))
     await node.sent(f"kv.{NAME}.pulse.node-a", pulse)
-    await anyio.sleep(0.2)
+    own_pulse = messages.Pulse(node="node-a", epoch=watched.coordinator.state.nodes["node-a"].epoch)
+    await node.sent(f"kv.{NAME}.pulse.node-a", msgspec.msgpack.encode(own_pulse))
+    await until(lambda: "node-a" in watched.coordinator.liveness.pulses)
     assert "node-b" not in watched.coordinator.liveness.pulses
     TRIED.withstood += 1
     # What it may say of itself is taken.

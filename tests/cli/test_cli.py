@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import subprocess
 import time
@@ -11,8 +13,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvplane.services.embedded.server import free_port, server_binary
+from kvplane.services.embedded.server import server_binary
 from tests.support.commands import asked, run, up
+from tests.support.ports import free_port
+from tests.support.processes import alive, children
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -184,10 +188,12 @@ def test_what_up_held_is_there_again_after_a_stop_and_after_a_kill(tmp_path: Pat
                 asked(found, "node", "register", "a", *options)
             digests.append(asked(found, "state")["digest"])
             if attempt == 1:
-                process.kill()
+                started = [process.pid, *children(process.pid)]
+                for each in started:
+                    os.kill(each, signal.SIGKILL)
                 process.wait()
-                subprocess.run(["pkill", "-9", "-f", str(tmp_path)], check=False)
-                time.sleep(0.2)
+                while any(alive(each) for each in started):
+                    time.sleep(0.01)
     assert len(set(digests)) == 1
 
 

@@ -9,6 +9,7 @@ import os
 import random
 import signal
 from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -23,12 +24,12 @@ from kvplane.events.subjects import pulse_subject
 from kvplane.projections.digest import digest
 from kvplane.projections.fleet import FleetState
 from kvplane.services.demo.fleet import Fleet
-from kvplane.services.embedded.server import free_port
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import Refused
 from kvplane.services.rpc.client import ask
 from kvplane.services.simulation.simnode import _encode as encode_pulse
 from tests.support.naive_fold import Naive
+from tests.support.ports import free_port
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -197,11 +198,12 @@ async def test_admissions_race_and_capacity_holds_at_every_sequence(fleet: Fleet
         assert sum(event.evicted != b"" for event in told(written, types.BlocksPlaced)) > ADMISSIONS / 10  # type: ignore[attr-defined]
 
 
-async def pulse(client: Client, epochs: dict[str, int], silent: set[str]) -> None:
+async def pulse(client: Client, epochs: dict[str, int], silent: set[str], sent: Counter[str]) -> None:
     while True:
         for name, epoch in epochs.items():
             if name not in silent:
                 await client.publish(pulse_subject(NAME, name), encode_pulse(messages.Pulse(node=name, epoch=epoch)))
+                sent[name] += 1
         await anyio.sleep(0.4)
 
 
@@ -217,6 +219,10 @@ async def see(client: Client, wanted: dict[str, str]) -> None:
     await until(seen, 30, every=0.05)
 
 
+async def concluded(client: Client, wanted: tuple[str, str]) -> bool:
+    return wanted in conclusions(await messages_of(client))
+
+
 def conclusions(written: list[Message]) -> list[tuple[str, str]]:
     return [(type(event).__name__, event.node) for event in told(written, types.NodeLost, types.NodeRecovered)]  # type: ignore[attr-defined]
 
@@ -226,8 +232,9 @@ async def test_conclusions_are_made_once_also_by_those_who_slept(fleet: Fleet) -
         await fleet.coordinators(client, COORDINATORS)
         epochs = {name: await register(client, name, pulse=0.4) for name in "abc"}
         silent: set[str] = set()
-        group.start_soon(pulse, client, epochs, silent)
-        await anyio.sleep(1)
+        sent: Counter[str] = Counter()
+        group.start_soon(pulse, client, epochs, silent, sent)
+        await until(lambda: sent["a"] >= 3)
         silent.add("a")
         await see(client, {"a": "lost", "b": "up", "c": "up"})
         silent.clear()
@@ -235,18 +242,24 @@ async def test_conclusions_are_made_once_also_by_those_who_slept(fleet: Fleet) -
         assert conclusions(await messages_of(client)) == [("NodeLost", "a"), ("NodeRecovered", "a")]
         # One is stopped for longer than a node may be silent; while it sleeps, b dies. What it finds in its buffers when it
         # wakes up is b's last pulses, and silence of all for as long as it slept.
-        sleeper = fleet._processes["coordinator-0"]
-        sleeper.send_signal(signal.SIGSTOP)
-        await anyio.sleep(1)
+        sleeper, *others = (f"coordinator-{number}" for number in range(COORDINATORS))
+        before = sent["b"]
+        fleet.signal(sleeper, signal.SIGSTOP)
+        await until(lambda: sent["b"] >= before + 3)
         silent.add("b")
-        # Requests that the sleeper is sent are not answered: look at the log.
-        with anyio.fail_after(30):
-            while ("NodeLost", "b") not in conclusions(await messages_of(client)):
-                await anyio.sleep(0.1)
-        sleeper.send_signal(signal.SIGCONT)
-        await anyio.sleep(4)
-        assert conclusions(await messages_of(client))[2:] == [("NodeLost", "b")]
+        # Requests that a sleeper is sent are not answered: look at the log.
+        await until(partial(concluded, client, ("NodeLost", "b")), 30, every=0.1)
+        fleet.signal(sleeper, signal.SIGCONT)
+        # When it alone is awake and says that c is lost, it has judged all of them, with all that it heard late.
+        for other in others:
+            fleet.signal(other, signal.SIGSTOP)
+        silent.add("c")
+        await until(partial(concluded, client, ("NodeLost", "c")), 30, every=0.1)
+        assert conclusions(await messages_of(client))[2:] == [("NodeLost", "b"), ("NodeLost", "c")]
+        for other in others:
+            fleet.signal(other, signal.SIGCONT)
         silent.clear()
         await see(client, {"a": "up", "b": "up", "c": "up"})
-        assert conclusions(await messages_of(client))[2:] == [("NodeLost", "b"), ("NodeRecovered", "b")]
+        ends = conclusions(await messages_of(client))[2:]
+        assert sorted(ends) == [("NodeLost", "b"), ("NodeLost", "c"), ("NodeRecovered", "b"), ("NodeRecovered", "c")]
         group.cancel_scope.cancel()

@@ -17,10 +17,11 @@ from kvplane.events.log.connection import connected
 from kvplane.events.log.stream import open_stream, stream_config
 from kvplane.services.diagnosis.doctor import FULL, judge
 from kvplane.services.diagnosis.examine import examine
-from kvplane.services.embedded.server import configuration, free_port, server_binary
+from kvplane.services.embedded.server import configuration, server_binary
 from tests.support.commands import run
 from tests.support.eventful_fleet import live, write_commits
 from tests.support.findings import said, wrong
+from tests.support.ports import free_port
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

@@ -83,9 +83,12 @@ async def load(cluster: Cluster, ledger: Ledger) -> AsyncIterator[Client]:
                 group.start_soon(work, ledger.write, f"writer-{number}")
             for number in range(CLIENTS):
                 group.start_soon(work, ledger.route, f"client-{number}")
-            await anyio.sleep(0.5)
+            await until(lambda: len(ledger.committed) > 20 and len(ledger.routed) > 20, WAIT_SECONDS)
             yield client
-            await anyio.sleep(0.5)
+            committed, routed = len(ledger.committed), len(ledger.routed)
+            await until(
+                lambda: len(ledger.committed) > committed + 20 and len(ledger.routed) > routed + 20, WAIT_SECONDS
+            )
             stop.set()
 
 
@@ -166,7 +169,13 @@ async def test_followers_go_on_when_the_server_of_one_is_stopped_and_when_it_wak
         for member in cluster.members.values():
             replicas[member.name] = Replica(await stack.enter_async_context(connected([member.url], member.name)), NAME)
             group.start_soon(replicas[member.name].run)
-        group.start_soon(partial(ledger.write, client, stop))
+        written = anyio.Event()
+
+        async def write() -> None:
+            await ledger.write(client, stop)
+            written.set()
+
+        group.start_soon(write)
         leader = await cluster.leader(NAME)
         assert leader is not None
         await until(partial(_reach, replicas, ledger, 20), WAIT_SECONDS)
@@ -175,7 +184,7 @@ async def test_followers_go_on_when_the_server_of_one_is_stopped_and_when_it_wak
         cluster.resume(leader)
         await until(partial(_reach, replicas, ledger, 500), WAIT_SECONDS)
         stop.set()
-        await anyio.sleep(0.1)
+        await written.wait()
         last = max(ledger.committed)
         for replica in replicas.values():
             await replica.reached(last)

@@ -23,7 +23,7 @@ from kvplane.projections.fleet import FleetState
 from kvplane.services.demo.fleet import Fleet as Processes
 from kvplane.services.embedded import keeper
 from kvplane.services.embedded.keeper import kept
-from kvplane.services.embedded.server import free_port, start_server
+from kvplane.services.embedded.server import start_server
 from kvplane.services.process import logs
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import ServiceFault
@@ -31,6 +31,7 @@ from kvplane.services.roles import coordinator
 from kvplane.services.rpc.client import ask
 from tests.support.disks import filled
 from tests.support.fleet import fleet_on
+from tests.support.ports import free_port
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ from kvplane.services.protocol import messages
 from kvplane.services.roles.coordinator import Coordinator
 from kvplane.services.roles.router import Router
 from kvplane.services.rpc.client import ask
-from tests.support.fake_engine import free_port
+from tests.support.ports import free_port
 from tests.support.shared_data import SHARED
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ import anyio
 import pytest
 
 from kvplane.events import codec, types
-from kvplane.services.embedded.server import free_port
 from kvplane.services.engines.adapters import Adapters
 from kvplane.services.engines.attachment import Attachment
 from kvplane.services.engines.facts import Engine
@@ -24,6 +23,7 @@ from tests.support.fake_engine import FakeEngine, running
 from tests.support.fake_ranks import ranks
 from tests.support.historians import messages_of
 from tests.support.http_of_services import Http, observed
+from tests.support.ports import free_port
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from kvplane.events.hashing import block_hashes
 from kvplane.services.engines.adapter import Adapter, AdapterConfig
 from kvplane.services.engines.facts import Engine, check
 from kvplane.services.protocol.errors import EngineUnfit
-from tests.support.fake_engine import FakeEngine, free_port, running
+from tests.support.fake_engine import FakeEngine, running
+from tests.support.ports import free_port
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

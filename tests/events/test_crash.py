@@ -26,10 +26,10 @@ from kvplane.projections.digest import digest
 from kvplane.projections.fleet import FleetState
 from kvplane.services.demo.fleet import Fleet
 from kvplane.services.demo.workload import conversations
-from kvplane.services.embedded.server import free_port
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import ServiceFault
 from kvplane.services.rpc.client import ask
+from tests.support.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -27,12 +27,12 @@ from kvplane.projections.fleet import FleetState
 from kvplane.projections.overview import summary
 from kvplane.projections.snapshot import dump, load
 from kvplane.services.demo.fleet import Fleet
-from kvplane.services.embedded.server import free_port
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import Refused
 from kvplane.services.rpc.client import ask
 from tests.support.fold_given import SECOND, START, Given, registered, replayed
 from tests.support.log_file import messages_of, write
+from tests.support.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

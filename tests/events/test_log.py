@@ -20,7 +20,8 @@ from kvplane.events.log.connection import connected
 from kvplane.events.log.follow import Follower, replay
 from kvplane.events.log.group import GroupWriter
 from kvplane.events.log.stream import open_stream, stream_config
-from kvplane.services.embedded.server import free_port, start_server
+from kvplane.services.embedded.server import start_server
+from tests.support.ports import free_port
 from tests.support.processes import stopped
 from tests.support.waiting import until
 

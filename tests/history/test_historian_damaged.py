@@ -21,7 +21,7 @@ from kvplane.projections.fleet import FleetState
 from kvplane.projections.history import archive
 from kvplane.projections.history.store import FILE, Store
 from kvplane.services.cli import first_known
-from kvplane.services.embedded.server import free_port, start_server
+from kvplane.services.embedded.server import start_server
 from kvplane.services.history.ingest import Ingest
 from tests.support.commands import run
 from tests.support.historians import (
@@ -35,6 +35,7 @@ from tests.support.historians import (
     one_go,
     purge,
 )
+from tests.support.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

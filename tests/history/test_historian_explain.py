@@ -17,7 +17,7 @@ from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import ServiceFault
 from kvplane.services.routing import policies
 from kvplane.services.routing.explain import Past
-from kvplane.services.rpc.client import ask
+from kvplane.services.rpc.client import ask, instances
 from kvplane.services.simulation.simnode import NodeConfig, run_nodes
 from tests.support.historians import historian, messages_of, question
 
@@ -164,7 +164,8 @@ def judged(log: list[Message]) -> list[tuple[types.RequestRouted, Explanation]]:
 
 async def test_every_decision_of_a_lively_fleet_agrees(server: Server, fleet: Fleet, tmp_path: Path) -> None:
     clients = await live(fleet, seed=3)
-    await anyio.sleep(0.1)
+    for router in await instances(fleet.client, "kvplane-router", seconds=5, enough=2):
+        await fleet.ask(f"router.{router['writer']}.flush", messages.StatusRequest())
     log = await messages_of(fleet.client)
     found = judged(log)
     differing = [(event, explanation.differences) for event, explanation in found if explanation.differences]

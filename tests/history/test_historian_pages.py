@@ -11,7 +11,7 @@ import pytest
 
 from kvplane.events.log.connection import connected
 from kvplane.services.embedded import server as servers
-from kvplane.services.embedded.server import free_port, start_server
+from kvplane.services.embedded.server import start_server
 from kvplane.services.history import client as asking
 from kvplane.services.history import pages as paging
 from kvplane.services.history.pages import Limits
@@ -19,6 +19,7 @@ from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import Refused
 from kvplane.services.rpc.client import ask
 from tests.support.historians import NAME, Scribe, historian, question
+from tests.support.ports import free_port
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ async def test_ingestion_goes_on_beside_queries(server: Server, client: Client, 
 
         for _ in range(3):
             group.start_soon(busy)
-        await anyio.sleep(0.3)
+        await until(lambda: running.pages._queries is not None and len(running.pages._queries._open) == 3)
         for _ in range(3):
             last = await scribe.write(300)
             assert await running.ingest.reached(last, seconds=3)

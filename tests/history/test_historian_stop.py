@@ -72,9 +72,9 @@ async def test_a_historian_that_is_stopped_leaves_soon_and_in_order(
             group.start_soon(keep_asking, "history.state", messages.MomentRequest(at="2000"))
             group.start_soon(keep_asking, "history.state", messages.MomentRequest(at="1999"))
             group.start_soon(keep_writing)
-            await anyio.sleep(0.5)
+            # The query and both states are asked for: each way of work has begun.
+            await until(lambda: children(process.pid))
             workers = children(process.pid)
-            assert workers
             began = time.monotonic()
             process.send_signal(ending)
             said, _ = await anyio.to_thread.run_sync(process.communicate)

@@ -17,7 +17,10 @@ from kvplane.events.log.connection import connected
 from kvplane.services.cli.history import aside
 from kvplane.services.demo.traffic import Traffic
 from kvplane.services.demo.workload import conversations
+from kvplane.services.protocol import messages
 from tests.support.commands import asked, run, up
+from tests.support.historians import question
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,6 +44,12 @@ async def _serve(url: str) -> None:
         traffic = Traffic(client, "default", "sim")
         await traffic.run(conversations()[:REQUESTS], concurrency=8, progress=lambda: None)
 
+        async def stored() -> bool:
+            answer = await question(client, "sql", messages.SqlRequest(sql="SELECT count(*) FROM completions"))
+            return bool(answer["rows"] == [[REQUESTS]])
+
+        await until(stored, 30, every=0.1)
+
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
@@ -51,7 +60,6 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             if len(nodes) == 3 and run("history", "status", KVPLANE_SERVER=found).returncode == 0:
                 break
         anyio.run(_serve, found)
-        time.sleep(1)
         yield found
 
 

@@ -30,6 +30,12 @@ def ground(tmp_path: Path) -> Iterator[Ground]:
     made.close()
 
 
+def run_begins(ground: Ground) -> None:
+    """Return when a query is being worked on."""
+    while not ground.queries.watch._deadlines:
+        time.sleep(0.001)
+
+
 def exhaust(result: Result) -> int:
     with result:
         return sum(batch.num_rows for batch in result)
@@ -157,7 +163,7 @@ def test_closing_from_another_thread_stops_the_work(ground: Ground) -> None:
 
     reader = threading.Thread(target=read)
     reader.start()
-    time.sleep(0.5)
+    run_begins(ground)
     began = time.monotonic()
     ground.queries.close()
     reader.join(10)
@@ -176,7 +182,7 @@ def test_relieving_the_writer_stops_queries(ground: Ground) -> None:
 
     reader = threading.Thread(target=read)
     reader.start()
-    time.sleep(0.5)
+    run_begins(ground)
     assert ground.queries.relieve() == 1
     reader.join(10)
     assert outcome[0].code == "memory_limit"

@@ -18,7 +18,6 @@ from kvplane.events.log.connection import connected
 from kvplane.events.log.stream import open_stream
 from kvplane.events.subjects import subject
 from kvplane.services.cli import first_known
-from kvplane.services.embedded.server import free_port
 from kvplane.services.observability import lifeline
 from kvplane.services.observability.lifeline import Lifeline
 from kvplane.services.observability.web import observing
@@ -29,6 +28,7 @@ from kvplane.services.rpc.client import ask
 from kvplane.services.simulation.simnode import NodeConfig
 from tests.support.deaf_client import break_read_loop, deaf
 from tests.support.http_of_services import Http, observed
+from tests.support.ports import free_port
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -72,11 +72,21 @@ async def test_a_read_loop_that_ended_is_mended_and_the_router_goes_on(router: R
 
 
 async def test_without_the_watch_a_deaf_client_stays_deaf(server: Server) -> None:
-    async with connected([server.url], "deaf") as client:
+    """By when another one has been mended three times over."""
+    async with (
+        connected([server.url], "deaf") as client,
+        connected([server.url], "watched") as other,
+        anyio.create_task_group() as group,
+    ):
+        watch = Lifeline(other, "test")
+        group.start_soon(watch.run)
         break_read_loop(client)
-        await until(lambda: deaf(client))
-        await anyio.sleep(3 * lifeline.LOOK_SECONDS)
+        for failures in range(1, 4):
+            break_read_loop(other)
+            await until(lambda failures=failures: watch.failures == failures)  # type: ignore[misc]
+            await until(lambda: other.is_connected and not watch.deaf)
         assert deaf(client)
+        group.cancel_scope.cancel()
 
 
 async def test_a_connection_that_breaks_again_and_again_ends_the_service(

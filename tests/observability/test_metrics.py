@@ -28,7 +28,6 @@ from kvplane.events.subjects import subject
 from kvplane.projections.fleet import FleetState
 from kvplane.services.cli import up
 from kvplane.services.demo.workload import conversations
-from kvplane.services.embedded.server import free_port
 from kvplane.services.observability import catalog
 from kvplane.services.observability.page import make
 from kvplane.services.observability.scrape import Scrape
@@ -37,6 +36,7 @@ from kvplane.services.protocol import messages
 from kvplane.services.simulation.simnode import NodeConfig, SimNodes
 from tests.support.historians import historian, messages_of, question
 from tests.support.http_of_services import OPENMETRICS, Http, Metrics, observed
+from tests.support.ports import free_port
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

@@ -164,6 +164,22 @@ async def test_a_newer_one_is_passed_over_with_a_warning_and_the_one_before_is_u
 
 async def test_many_bytes_are_a_reason_as_well(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvplane.services.replication.compaction.LOOK_SECONDS", 0.05)
+    looks: list[int] = []
+
+    def look(self: replica.Replica) -> int:
+        looks.append(vars(self)["bytes_read"])
+        return looks[-1]
+
+    def read(self: replica.Replica, count: int) -> None:
+        vars(self)["bytes_read"] = count
+
+    async def looked_at(count: int) -> None:
+        """Wait until the bytes that were read are looked at, and what comes of it has come."""
+        for _ in range(2):
+            looks.clear()
+            await until(lambda: count in looks)
+
+    monkeypatch.setattr(replica.Replica, "bytes_read", property(look, read), raising=False)
     coordinator = await fleet.coordinator()
     await fleet.router()
     coordinator.compaction._bytes = 20 * MIB
@@ -172,7 +188,7 @@ async def test_many_bytes_are_a_reason_as_well(fleet: Fleet, monkeypatch: pytest
         await fleet.client.publish("kv.default.control", bytes(6 * MIB))
         await fleet.client.flush()
     await coordinator.replica.reached(3)
-    await anyio.sleep(0.5)
+    await looked_at(18 * MIB)
     assert await store.sequences() == []
     await fleet.client.publish("kv.default.control", bytes(6 * MIB))
     with anyio.fail_after(10):
@@ -181,7 +197,7 @@ async def test_many_bytes_are_a_reason_as_well(fleet: Fleet, monkeypatch: pytest
     # And the count begins anew.
     await fleet.client.publish("kv.default.control", bytes(6 * MIB))
     await coordinator.replica.reached(5)
-    await anyio.sleep(0.5)
+    await looked_at(30 * MIB)
     assert await store.sequences() == [4]
 
 

@@ -17,6 +17,7 @@ from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import Refused
 from kvplane.services.rpc.client import ask
 from kvplane.services.rpc.server import Endpoint, fault, serve
+from tests.support.historians import messages_of
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -279,7 +280,10 @@ async def test_headers_of_any_bytes_stop_no_replica_and_no_service(small: Fleet)
             for endpoint in ("route", "coordinator.status", "pulse.a"):
                 await stream.send(header_block(block, f"kv.default.{endpoint}", b"junk", b"nowhere "))
         await stream.send(b"PING\r\n")
-        await anyio.sleep(0.2)
+        heard = b""
+        with anyio.fail_after(10):
+            while b"PONG" not in heard:
+                heard += await stream.receive()
     late = await small.router()
     await small.ask("coordinator.node.cordon", messages.NodeRequest(node="a"))
     after = await small.ask("coordinator.status", messages.StatusRequest())
@@ -309,7 +313,16 @@ async def test_one_bad_request_does_not_cost_the_decisions_of_others(small: Flee
     body = json.dumps({"model": "m", "hashes": [], "tokens_count": 1 << 40}).encode()
     assert (await sent(small, "route", body))[0] == "400"
     await small.ask("complete", messages.CompleteRequest(request=honest["request"], node="a", ttft=float("inf")))
-    await anyio.sleep(0.2)
+
+    async def completed() -> bool:
+        log = await messages_of(small.client)
+        return any(
+            b"RequestCompleted" in message.body and honest["request"].encode() in message.body for message in log
+        )
+
+    await until(completed)
+    # Whoever has committed something has read all that came before.
+    await small.ask("coordinator.node.cordon", messages.NodeRequest(node="a"))
     status = await small.ask("coordinator.status", messages.StatusRequest())
     assert (status["skipped"], status["ignored"]) == ({}, {})
 

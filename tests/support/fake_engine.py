@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
-import socket
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -15,19 +13,10 @@ from aiohttp import web
 
 from tests.support.fake_openai import FakeApi
 from tests.support.naive_engine import NaiveEngine
+from tests.support.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-
-
-def free_port() -> int:
-    """A free port outside of the range for outgoing connections: who connects again and again to a port of that range, while
-    nobody listens there, ends up connected to itself and keeps it."""
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("", port))
-            return port
 
 
 END = (-1).to_bytes(8, "big", signed=True)

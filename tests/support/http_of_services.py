@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import anyio
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from kvplane.services.embedded.server import free_port
 from kvplane.services.observability.web import observing
+from tests.support.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -17,7 +17,8 @@ import aiohttp
 import anyio
 
 from kvplane.events.subjects import stream_name
-from kvplane.services.embedded.server import free_port, server_binary
+from kvplane.services.embedded.server import server_binary
+from tests.support.ports import free_port
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

@@ -14,11 +14,12 @@ from nats.aio.client import Client as Nats
 from kvplane.events.log.connection import connected
 from kvplane.events.log.credentials import read_seed, trust
 from kvplane.services.auth.folder import FIRST, AuthFolder
-from kvplane.services.embedded.server import Server, free_port, start_server
+from kvplane.services.embedded.server import Server, start_server
 from kvplane.services.history.historian import Historian
 from kvplane.services.roles.coordinator import Coordinator
 from kvplane.services.roles.router import Router
 from kvplane.services.simulation.simnode import NodeConfig, run_nodes
+from tests.support.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
