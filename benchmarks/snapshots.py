@@ -30,7 +30,6 @@ from kvplane.events.subjects import subject
 from kvplane.events.types import BlocksStored
 from kvplane.services.process import hugepages
 from kvplane.services.protocol import messages
-from kvplane.services.replication import replica
 from kvplane.services.roles.coordinator import Coordinator
 from kvplane.services.roles.router import Router
 from kvplane.services.rpc.client import ask
@@ -206,12 +205,12 @@ class Ticker:
 
 async def service(role: str, url: str) -> None:
     """Worker: a router or a coordinator that tells its gaps and its memory."""
-    # What others decided in the last minute matters to nobody here.
-    replica.RECENT_NS = 0
     ticker = Ticker()
     commands: dict[str, Callable[[], object]] = {"gap": ticker.gap, "memory": lambda: resident_bytes() or 0}
     async with connected([url], role) as client, anyio.create_task_group() as group:
-        one = Router(client, FLEET) if role == "router" else Coordinator(client, FLEET)
+        # What others decided in the last minute matters to nobody here.
+        kind = Router if role == "router" else Coordinator
+        one = kind(client, FLEET, recent_seconds=0)
         await group.start(one.run)
         await client.flush()
         group.start_soon(ticker.run)

@@ -137,8 +137,9 @@ class FleetState:
 
     def become(self, other: FleetState) -> None:
         """Be the state that another one is, such as a snapshot's. The other must not be used any more."""
-        kept = {"fleet": self.fleet, "_deciding": self._deciding, "_on_event": self._on_event}
-        self.__dict__.update({**vars(other), **kept})
+        for name, value in vars(other).items():
+            if name not in {"fleet", "_deciding", "_on_event"}:
+                setattr(self, name, value)
 
     def head(self, subject: str) -> int | None:
         """Last sequence on a subject of a node or cache, which a writer must expect; none when that was forgotten."""

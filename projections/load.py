@@ -161,13 +161,14 @@ class Load:
         self.early: dict[str, Early] = {}
         """Completions without a request, oldest first: nodes and routers write by themselves, so an end may come first."""
         self.prefills: list[Prefills] = []
-        self._free: list[int] = []
+        self.free: list[int] = []
+        """Places of nodes that left; which one is used next is part of the state."""
 
     def add_node(self, node: str, speed: float) -> None:
         """Start counting for a node, from nothing."""
         self.node_gone(node)
-        if self._free:
-            at = self._free.pop()
+        if self.free:
+            at = self.free.pop()
             self.prefills[at] = Prefills()
         else:
             at = len(self.speed)
@@ -353,6 +354,6 @@ class Load:
         at = self.ordinal.pop(node, None)
         if at is None:
             return
-        self._free.append(at)
+        self.free.append(at)
         for request in [request for request, active in self.running.items() if active.node == node]:
             del self.running[request]

@@ -81,6 +81,11 @@ class Caches:
             self.slots_made += 1
         return slot
 
+    def adopt(self, model: str, index: PrefixIndex, owners: list[str | None]) -> None:
+        """Take over the index of a model, with the node of each of its slots."""
+        self.by_model[model] = index
+        self._owners[model] = owners
+
     def clear(self, node: Node) -> int:
         """Take all blocks from the node; return how many there were."""
         index = self.index(node.model)

@@ -55,6 +55,13 @@ class Sessions:
         if len(self._entries) > self._limit:
             self.end(*next(iter(self._entries)))
 
+    def adopt(self, entries: dict[Key, Session]) -> None:
+        """Take over assignments, least recently used first, in place of those that are here."""
+        self._entries, self._on_node = entries, {}
+        for key, entry in entries.items():
+            if entry.node:
+                self._on_node.setdefault(entry.node, set()).add(key)
+
     def touch(self, model: str, session: str) -> None:
         """Mark a session as used."""
         key = (model, session)

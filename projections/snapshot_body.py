@@ -180,7 +180,7 @@ def _load_of(load: Load) -> LoadPart:
     columns = {name: getattr(load, name) for name in COLUMNS}
     return LoadPart(
         ordinals=load.ordinal,
-        free=load._free,  # noqa: SLF001 - which place is used next is part of the state
+        free=load.free,
         columns={name: struct.pack(f"<{len(column)}{column.typecode}", *column) for name, column in columns.items()},
         prefills=[PrefillsPart(prefills.waiting, prefills.ends, prefills.since) for prefills in load.prefills],
         running=load.running,
@@ -239,11 +239,11 @@ def _put_caches(state: FleetState, parts: Sequence[IndexPart]) -> None:
             if slot < 0 or owners[node.model][slot] is not None:
                 _broken("a slot has two nodes")
             owners[node.model][slot] = node.name
-    state.caches._owners = owners  # noqa: SLF001 - slots keep their numbers
     for part in parts:
-        index = state.caches.by_model[part.model] = PrefixIndex()
+        index = PrefixIndex()
         index.add_slot(part.slots - 1)
         index.adopt(_segments(part, owners[part.model]))
+        state.caches.adopt(part.model, index, owners[part.model])
 
 
 def _segments(part: IndexPart, owners: Sequence[str | None]) -> list[Segment]:
@@ -289,7 +289,7 @@ def _put_load(state: FleetState, part: LoadPart) -> None:
         code = getattr(load, name).typecode
         setattr(load, name, array(code, struct.unpack(f"<{places}{code}", packed)))
     load.ordinal = part.ordinals
-    load._free = part.free  # noqa: SLF001 - which place is used next is part of the state
+    load.free = part.free
     for each in part.prefills:
         prefills = Prefills()
         prefills.waiting, prefills.ends, prefills.since = each.waiting, each.ends, each.since
@@ -323,14 +323,9 @@ def _put_sessions(state: FleetState, parts: Sequence[SessionPart]) -> None:
     entries = {(part.model, part.session): Session(part.node, part.since, part.was) for part in parts}
     if len(entries) != len(parts):
         _broken("a session is there twice")
-    on_node: dict[str, set[tuple[str, str]]] = {}
-    for key, entry in entries.items():
-        if entry.node:
-            on_node.setdefault(entry.node, set()).add(key)
-    if not on_node.keys() <= state.load.ordinal.keys():
+    if not {part.node for part in parts if part.node} <= state.load.ordinal.keys():
         _broken("a session is on a node that is not there")
-    sessions = state.sessions
-    sessions._entries, sessions._on_node = entries, on_node  # noqa: SLF001 - `assign` would forget where they were
+    state.sessions.adopt(entries)
 
 
 def _put_recency(state: FleetState, parts: dict[str, RecencyPart]) -> None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from kvplane.events.codec import Message
     from kvplane.projections.fleet import Applied
 
-RECENT_NS = 60 * 10**9
+RECENT_SECONDS = 60.0
 """So much is read from the log, not from a snapshot of it: whoever routes learns of others' decisions there
 (`services.routing.overlay.RECENT_SECONDS`)."""
 SNAPSHOT_TRIES = 30
@@ -54,7 +54,7 @@ class Replica:
 
     def __init__(
         self, client: Client, fleet: str, observe: Callable[[Message, Applied], None] | None = None,
-        *, before: Callable[[], None] | None = None, writer: str = "",
+        *, before: Callable[[], None] | None = None, writer: str = "", recent_seconds: float = RECENT_SECONDS,
     ) -> None:  # fmt: skip
         self.writer = writer
         self.state = FleetState(fleet)
@@ -68,6 +68,7 @@ class Replica:
         """Sequence of the snapshot that this replica began with; 0 when it began with the log."""
         self._observe = observe
         self._before = before
+        self._recent = int(recent_seconds * 1e9)
         self._skips: dict[int, tuple[str, str]] = {}
         self._order: deque[int] = deque()
         self._advanced = anyio.Event()
@@ -162,7 +163,7 @@ class Replica:
                 if sequence <= applied:
                     break
                 # What other routers decided in the last minute is read from the log, not from a snapshot of it ...
-                if not await self._load(sequence, before=time.time_ns() - RECENT_NS):
+                if not await self._load(sequence, before=time.time_ns() - self._recent):
                     recent.append(sequence)
                 if self.state.sequence > applied:
                     return True

@@ -30,7 +30,7 @@ from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import Conflict, LogAway, UnknownModel
 from kvplane.services.protocol.status import CoordinatorStatus
 from kvplane.services.replication.compaction import SNAPSHOT_BYTES, SNAPSHOT_COMMITS, Compaction
-from kvplane.services.replication.replica import Replica
+from kvplane.services.replication.replica import RECENT_SECONDS, Replica
 from kvplane.services.roles.names import Names
 from kvplane.services.roles.readers import readers
 from kvplane.services.routing.policies import check
@@ -71,12 +71,12 @@ class Coordinator:
 
     def __init__(
         self, client: Client, fleet: str, *, replicas: int | None = None, snapshot_commits: int = SNAPSHOT_COMMITS,
-        snapshot_bytes: int = SNAPSHOT_BYTES,
+        snapshot_bytes: int = SNAPSHOT_BYTES, recent_seconds: float = RECENT_SECONDS,
     ) -> None:  # fmt: skip
         self.client = client
         self.fleet = fleet
         self.writer = new_writer("coordinator")
-        self.replica = Replica(client, fleet, writer=self.writer)
+        self.replica = Replica(client, fleet, writer=self.writer, recent_seconds=recent_seconds)
         self.state = self.replica.state
         self.compaction = Compaction(client, self.replica, commits=snapshot_commits, size=snapshot_bytes)
         self.liveness = Liveness()

@@ -23,7 +23,7 @@ from kvplane.services.protocol import labels
 from kvplane.services.protocol.errors import BadRequest, NoTokenizer
 from kvplane.services.protocol.messages import CompleteRequest, RouteAnswer, RouteRequest, StatusRequest, names, one_of
 from kvplane.services.protocol.status import RouterStatus
-from kvplane.services.replication.replica import Replica
+from kvplane.services.replication.replica import RECENT_SECONDS, Replica
 from kvplane.services.routing.decide import Chooser, Query
 from kvplane.services.routing.overlay import Overlay
 from kvplane.services.rpc.readiness import Readiness, readiness
@@ -57,12 +57,14 @@ class Router:
 
     role = "router"
 
-    def __init__(self, client: Client, fleet: str) -> None:
+    def __init__(self, client: Client, fleet: str, *, recent_seconds: float = RECENT_SECONDS) -> None:
         self.client = client
         self.fleet = fleet
         self.writer = new_writer("router")
         self.overlay = Overlay()
-        self.replica = Replica(client, fleet, self._observe, before=self.settle, writer=self.writer)
+        self.replica = Replica(
+            client, fleet, self._observe, before=self.settle, writer=self.writer, recent_seconds=recent_seconds
+        )
         self.state = self.replica.state
         self.chooser = Chooser(self.state, self.overlay)
         self.decisions = {"exact": 0, "prefix": 0, "miss": 0, "refused": 0}

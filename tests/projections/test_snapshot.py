@@ -174,7 +174,7 @@ def test_the_story_has_something_in_every_part() -> None:
     assert min(some) < 0 < max(some)
     assert state.caches.index("n")._twins
     assert None in state.caches.owners("m")
-    assert len(state.load._free) == 3
+    assert len(state.load.free) == 3
     assert max(state.recency["a"].protected.values()) == 2
     assert any(prefills.waiting and prefills.ends for prefills in state.load.prefills)
     assert {entry.was for _, entry in state.sessions.items()} == {"", "old", "gone"}

@@ -24,8 +24,8 @@ from kvplane.services.history.historian import Historian
 from kvplane.services.process.forked import in_copy
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import WorkerDied
-from kvplane.services.replication import replica
 from kvplane.services.replication.compaction import KEPT
+from kvplane.services.replication.replica import Replica
 from tests.support.eventful_fleet import live
 from tests.support.waiting import until
 
@@ -42,10 +42,11 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture(autouse=True)
-def _old_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def fleet(fleet: Fleet) -> Fleet:
     """Snapshots may be begun with as soon as they are there."""
-    monkeypatch.setattr(replica, "RECENT_NS", 0)
+    fleet.recent_seconds = 0
+    return fleet
 
 
 async def at_zero(client: Client) -> FleetState:
@@ -142,7 +143,7 @@ async def test_a_stale_writer_gains_nothing_from_a_purged_subject(fleet: Fleet) 
     assert coordinator.state.nodes["n0"].cordoned
 
 
-async def test_what_can_not_be_used_is_passed_over(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_can_not_be_used_is_passed_over(fleet: Fleet) -> None:
     first = await fleet.coordinator()
     await fleet.router()
     await live(fleet)
@@ -157,7 +158,7 @@ async def test_what_can_not_be_used_is_passed_over(fleet: Fleet, monkeypatch: py
     await second.replica.reached(first.state.sequence)
     assert digest(second.state) == digest(first.state)
     # A moment ago: other routers' decisions of that time are read from the log.
-    monkeypatch.setattr(replica, "RECENT_NS", 10**12)
+    fleet.recent_seconds = 1000
     third = await fleet.coordinator()
     assert third.replica.began == 0
     await third.replica.reached(first.state.sequence)
@@ -207,7 +208,7 @@ async def test_a_replica_without_a_snapshot_does_not_guess(fleet: Fleet, server:
     taken = await fleet.ask("coordinator.snapshot", messages.StatusRequest())
     await fleet.ask("coordinator.compact", messages.CompactRequest(without_history=True))
     await fleet.client.jetstream().delete_object_store("KV_default_snapshots")
-    lost = replica.Replica(await fleet.connect("late"), "default")
+    lost = Replica(await fleet.connect("late"), "default", recent_seconds=0)
     with pytest.raises(LogCorrupt, match=f"begins at {taken['sequence']}, but 1 is needed"):
         try:
             with anyio.fail_after(10):
@@ -223,7 +224,7 @@ async def test_a_replica_that_compaction_overtakes_goes_on_from_a_snapshot(fleet
     await fleet.router()
     await live(fleet)
     client = await fleet.connect("slow")
-    late = replica.Replica(client, "default")
+    late = Replica(client, "default", recent_seconds=0)
     late.follower.pause()
     async with anyio.create_task_group() as group:
         group.start_soon(late.run)

@@ -23,7 +23,7 @@ from kvplane.projections.snapshot import load
 from kvplane.services.process import hugepages, logs
 from kvplane.services.process.forked import in_copy
 from kvplane.services.protocol import messages
-from kvplane.services.replication import replica
+from kvplane.services.replication.replica import Replica
 from tests.support.eventful_fleet import live
 from tests.support.waiting import until
 
@@ -51,9 +51,11 @@ anyio.run(main, sys.argv[1], backend_options={"use_uvloop": True})
 """
 
 
-@pytest.fixture(autouse=True)
-def _old_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replica, "RECENT_NS", 0)
+@pytest.fixture
+def fleet(fleet: Fleet) -> Fleet:
+    """Snapshots may be begun with as soon as they are there."""
+    fleet.recent_seconds = 0
+    return fleet
 
 
 async def pieces(client: Client) -> set[str]:
@@ -166,11 +168,11 @@ async def test_many_bytes_are_a_reason_as_well(fleet: Fleet, monkeypatch: pytest
     monkeypatch.setattr("kvplane.services.replication.compaction.LOOK_SECONDS", 0.05)
     looks: list[int] = []
 
-    def look(self: replica.Replica) -> int:
+    def look(self: Replica) -> int:
         looks.append(vars(self)["bytes_read"])
         return looks[-1]
 
-    def read(self: replica.Replica, count: int) -> None:
+    def read(self: Replica, count: int) -> None:
         vars(self)["bytes_read"] = count
 
     async def looked_at(count: int) -> None:
@@ -179,7 +181,7 @@ async def test_many_bytes_are_a_reason_as_well(fleet: Fleet, monkeypatch: pytest
             looks.clear()
             await until(lambda: count in looks)
 
-    monkeypatch.setattr(replica.Replica, "bytes_read", property(look, read), raising=False)
+    monkeypatch.setattr(Replica, "bytes_read", property(look, read), raising=False)
     coordinator = await fleet.coordinator()
     await fleet.router()
     coordinator.compaction._bytes = 20 * MIB

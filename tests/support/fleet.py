@@ -10,6 +10,7 @@ import pytest
 
 from kvplane.events.log.connection import connected
 from kvplane.services.protocol.errors import ServiceFault
+from kvplane.services.replication.replica import RECENT_SECONDS
 from kvplane.services.roles.coordinator import Coordinator
 from kvplane.services.roles.router import Router
 from kvplane.services.rpc.client import ask
@@ -32,6 +33,8 @@ class Fleet:
         self.url = url
         self.client = client
         self.name = "default"
+        self.recent_seconds = RECENT_SECONDS
+        """What replicas that start read from the log and not from a snapshot."""
         self._group = group
         self._stack = stack
 
@@ -39,12 +42,12 @@ class Fleet:
         return await self._stack.enter_async_context(connected([self.url], name))
 
     async def coordinator(self) -> Coordinator:
-        service = Coordinator(await self.connect("coordinator"), self.name)
+        service = Coordinator(await self.connect("coordinator"), self.name, recent_seconds=self.recent_seconds)
         await self._group.start(service.run)
         return service
 
     async def router(self) -> Router:
-        service = Router(await self.connect("router"), self.name)
+        service = Router(await self.connect("router"), self.name, recent_seconds=self.recent_seconds)
         await self._group.start(service.run)
         return service
 
