@@ -69,7 +69,7 @@ def picture(result: Result) -> str:
         elif before:
             console.print(Text(LEFT_OUT, style="dim"))
         before = step.step in STEPS
-    console.print(EVERY_STEP_HELD)
+    console.print(f"[green]{EVERY_STEP_HELD}[/]")
     made = console.export_svg(title="kvplane demo", code_format=_SVG, unique_id="demo")
     # Each line has a clip path of its own, which is a third of the bytes and hides nothing.
     made = re.sub(r' clip-path="url\(#demo-line-\d+\)"', "", made)

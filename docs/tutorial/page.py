@@ -81,12 +81,23 @@ def _asking(page: Notebook, log: Sequence[Message]) -> None:
     page.code("""
         kvplane sql                                          # a prompt
         kvplane sql 'SELECT * FROM hit_rate_by_node'         # also --json, --csv, --parquet FILE, --arrow FILE
-        kvplane report --since 2026-01-31T09:00              # all views at a glance; also --html FILE, --png FILE, --json
+        kvplane report --since 2h                            # all views at a glance; also --html FILE, --png FILE, --json
         kvplane state --at 2026-01-31T09:53:00               # the fleet as it was
         kvplane diff 2026-01-31T09:52 2026-01-31T09:54       # what changed
         kvplane explain 7.1234                               # why a request went where it went
         kvplane history status                               # how far the history is
     """)
+    page.say(
+        "A moment is written alike everywhere (`--at`, `--since`, `--until`, `events tail --from`, both moments of `diff`): a "
+        "sequence; `10m`, `2h`, `3d` or `1h30m` ago; `now`, `today`, `yesterday`; a date, which is its beginning; or a time in "
+        "ISO 8601. Days and times without a zone are UTC."
+    )
+    page.say(
+        "On a terminal, `kvplane sql` shows at the most 200 rows; a result that is too wide shows fewer columns and names "
+        "those it left out, and a few rows go one below the other. In a pipe it gives all rows, with tabs between the cells. "
+        "People are shown block hashes in hex, as `events tail` and `route --hashes` have them: `WHERE prefix = "
+        "'0x223f18b8eae12179'::UBIGINT`."
+    )
     page.say(
         "The SQL is DuckDB's, read only, one statement at a time. No client library is needed: `kv.<fleet>.sql` takes "
         "JSON or MessagePack and answers in the manner of the request."
@@ -107,14 +118,15 @@ def _asking(page: Notebook, log: Sequence[Message]) -> None:
     ])  # fmt: skip
     page.table(["field of the answer", "meaning"], [
         ["`columns`", "name and type of each column, the type as Arrow calls it"],
-        ["`rows`", "one list a row. Times are ISO 8601, bytes are hex, NaN is null"],
+        ["`rows`", "one list a row, `[]` when there is none. Times are ISO 8601, bytes are hex, NaN is null"],
         ["`stored`", "sequence up to which the history was complete when the query began"],
         ["`next`, `result`", 'there is another page: ask the subject `next` with `{"result": ...}`; absent on the last one'],
     ])  # fmt: skip
     page.say(
         'Go on until an answer has no `next`. Who has seen enough sends `{"result": ..., "close": true}`; a result that nobody '
         f"asks for is closed after {IDLE_SECONDS:g} s. Block hashes are 64 bits wide, more than a number in JavaScript "
-        'holds: `SELECT prefix::VARCHAR`. Errors carry `Nats-Service-Error-Code` and a body `{"code", "error"}`: '
+        "holds: `SELECT prefix::VARCHAR`. `kvplane sql --json` writes every integer beyond 2^53 as a string of its digits. "
+        'Errors carry `Nats-Service-Error-Code` and a body `{"code", "error"}`: '
         "`bad_sql`, `time_limit`, `row_limit`, `memory_limit`, `busy`."
     )
     limits = Limits()

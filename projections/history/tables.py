@@ -73,6 +73,9 @@ _TRACE = Column(
 )
 _REASON = Column("reason", "VARCHAR", "why, in the writer's words")
 
+HASHES = frozenset({"parent", "prefix", "hashes", "evicted"})
+"""Columns that hold block hashes, numbers here; people are shown them in hex."""
+
 COMMITS = Table(
     "commits", "one message of the log each, applied or skipped",
     (

@@ -7,14 +7,17 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from typing import TYPE_CHECKING, NoReturn
 
 from cyclopts import App, Parameter
 from cyclopts.config import Env
 
 from kvplane.events.errors import KvplaneError
-from kvplane.services.process import hugepages
+from kvplane.services.process import ending, hugepages
+from kvplane.services.process.terminal import printable
 from kvplane.services.process.version import package_version
+from kvplane.services.protocol.errors import OutputFailed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,22 +55,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name in COMMANDS:
             app[name.partition(":")[2]]
     try:
-        result = app(arguments, exit_on_error=True, result_action="return_value")
+        code = _run(arguments)
+    finally:
+        if arguments is None:
+            ending.uninterruptible()
+        try:
+            ending.flush()
+        except OSError as error:
+            fail(OutputFailed(f"the output can't be written: {error.strerror}"))
+    if code:
+        sys.exit(code)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    """Run a command; its exit code."""
+    try:
+        command, bound, _ = app.parse_args(arguments, exit_on_error=True)
+        if arguments is None:
+            ending.interruptible()
+        result = command(*bound.args, **bound.kwargs)
     except KvplaneError as error:
         fail(error)
-    except BaseExceptionGroup as group:
-        known = first_known(group)
+    except BaseException as error:
+        code = ending.unwanted(error)
+        if code is not None:
+            return code
+        why = ending.no_room(error)
+        if why is not None:
+            fail(OutputFailed(f"the output can't be written: {why}"))
+        known = first_known(error) if isinstance(error, BaseExceptionGroup) else None
         if known is None:
             raise
         fail(known)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        # The reader of a pipe has left, as `head` does.
-        sys.stderr.close()
-        sys.exit(0)
-    if isinstance(result, int) and result:
-        sys.exit(result)
+    return result if isinstance(result, int) else 0
 
 
 def first_known(group: BaseExceptionGroup[BaseException]) -> KvplaneError | None:
@@ -80,7 +100,8 @@ def first_known(group: BaseExceptionGroup[BaseException]) -> KvplaneError | None
     return None
 
 
-def fail(error: KvplaneError) -> None:
+def fail(error: KvplaneError) -> NoReturn:
     """Say what went wrong and leave."""
-    sys.stderr.write(f"kvplane: {error} [{error.code}]\n")
+    with suppress(BrokenPipeError):
+        sys.stderr.write(f"kvplane: {printable(str(error), lines=True)} [{error.code}]\n")
     sys.exit(1)

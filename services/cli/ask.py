@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 from cyclopts import App, Parameter
-from rich.console import Console
-from rich.table import Table
 
 from kvplane.events.errors import BadHashes
 from kvplane.events.hashing import pack_hashes, parse_hash
+from kvplane.services.cli import show
 from kvplane.services.cli.common import COMMON, Common, run_async, start
+from kvplane.services.cli.show import Column
+from kvplane.services.cli.words import words
+from kvplane.services.process.terminal import json_text
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import BadRequest
 from kvplane.services.routing.choice import parse
@@ -50,7 +52,7 @@ def question(common: Common, endpoint: str, request: msgspec.Struct, *, seconds:
 def show_json(data: object) -> None:
     """Print data as JSON on standard output."""
     encoded = msgspec.json.encode(data, enc_hook=str)
-    sys.stdout.write(msgspec.json.format(encoded, indent=2).decode() + "\n")
+    sys.stdout.write(json_text(msgspec.json.format(encoded, indent=2)) + "\n")
 
 
 @node.command(name="list")
@@ -68,30 +70,33 @@ def list_nodes(*, model: str = "", json: Json = False, common: Common = COMMON) 
     if json:
         show_json(answer)
         return
-    Console().print(node_table(answer["nodes"], f"fleet {answer['fleet']} at sequence {answer['sequence']}"))
+    show_nodes(answer["nodes"], f"fleet {answer['fleet']} at sequence {answer['sequence']}")
     if not answer["nodes"]:
-        Console(stderr=True).print("No nodes yet: `kvplane simnode NAME` runs a simulated one.")
+        show.say("No nodes yet: `kvplane simnode NAME` runs a simulated one.", error=True)
 
 
-def node_table(rows: Sequence[dict[str, Any]], title: str | None = None) -> Table:
-    """Nodes with state, cache and load, as a table."""
-    table = Table(title=title, title_justify="left")
-    for column in ("node", "state", "models", "cache"):
-        table.add_column(column, overflow="fold")
-    for column in ("blocks", "active", "sessions"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        held, capacity = row["held_blocks"].get("gpu", 0), row["capacity_blocks"].get("gpu", 0)
-        table.add_row(
-            row["node"],
-            row["state"] + (f" ({row['reason']})" if row["reason"] else ""),
-            ", ".join(row["models"]),
-            row["cache_mode"],
-            f"{held:,} / {capacity:,}",
-            f"{row['active']:g} / {row['max_active'] or '-'}",
-            str(row["sessions"]),
-        )
-    return table
+NODE_COLUMNS = (
+    Column("node"), Column("state"), Column("models", spare=4), Column("cache", spare=6),
+    Column("blocks", number=True, spare=1), Column("active", number=True, spare=2), Column("sessions", number=True, spare=3),
+    Column("reason", spare=5),
+)  # fmt: skip
+
+
+def show_nodes(rows: Sequence[dict[str, Any]], title: str = "") -> None:
+    """Print nodes with state, cache and load."""
+    columns = NODE_COLUMNS if any(row["reason"] for row in rows) else NODE_COLUMNS[:-1]
+    show.table(
+        columns,
+        [
+            [
+                row["node"], row["state"], ", ".join(row["models"]), row["cache_mode"],
+                f"{row['held_blocks'].get('gpu', 0):,} / {row['capacity_blocks'].get('gpu', 0):,}",
+                f"{row['active']:,.10g} / {row['max_active'] or '-'}", f"{row['sessions']:,}", row["reason"],
+            ][: len(columns)]
+            for row in rows
+        ],
+        title=title,
+    )  # fmt: skip
 
 
 @node.command
@@ -204,15 +209,12 @@ def list_policies(*, json: Json = False) -> None:
             }
         )
         return
-    table = Table(show_lines=True)
-    for column in ("policy", "what it does, and its parameters"):
-        table.add_column(column)
+    rows: list[list[str]] = []
     for name, known in POLICIES.items():
-        lines = [known.summary]
+        rows.append([name, "-", known.summary])
         for key, value in (known.parameters or {}).items():
-            lines.append(f"[bold]{key}[/]={value.default:g} ({value.unit}): {value.meaning}")
-        table.add_row(name, "\n".join(lines))
-    Console().print(table)
+            rows.append([f"{name}:{key}", f"{value.default:g} {value.unit}", value.meaning])
+    show.table([Column("policy:parameter"), Column("default"), Column("what it does", prose=True)], rows)
 
 
 @policy.command(name="set")
@@ -294,7 +296,7 @@ def route(
     ]
     if answer.get("degraded"):
         rows.append(("degraded", "the log is away; this decision waits to be recorded"))
-    grid(rows)
+    show.pairs(rows)
 
 
 def _numbers(text: str | None) -> list[int] | None:
@@ -315,18 +317,10 @@ def _hashes(text: str | None) -> bytes | None:
         raise BadRequest(str(error)) from None
 
 
-def grid(rows: Sequence[tuple[str, str]]) -> None:
-    """Print pairs of a name and a value."""
-    grid = Table.grid(padding=(0, 2))
-    for name, value in rows:
-        grid.add_row(f"[bold]{name}[/]", value)
-    Console().print(grid)
-
-
 def _tell(answer: dict[str, Any], *, json: bool) -> None:
     if json:
         show_json(answer)
     elif answer.get("changed") is False:
-        Console().print("nothing to change")
+        show.say("nothing to change")
     else:
-        grid([(key, str(value)) for key, value in answer.items() if key != "changed"])
+        show.pairs([(key, words(value)) for key, value in answer.items() if key != "changed"])

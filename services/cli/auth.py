@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
-from rich.console import Console
-from rich.table import Table
 
 from kvplane.events.errors import BadCredentials
 from kvplane.services.auth.folder import ALONE, DEFAULT, FIRST, SOON, AuthFolder, role_of
+from kvplane.services.cli import show
 from kvplane.services.cli.ask import Json, show_json
+from kvplane.services.cli.show import Column, Styled
 
 if TYPE_CHECKING:
     from kvplane.services.auth.users import User
@@ -55,21 +55,18 @@ def init(
     held.set_servers(server, also=also, seen=server_path)
     added = [role for role in FIRST if held.add(fleet, role)]
     made = held.save(renew=renew)
-    console = _console()
     for role in added:
-        console.print(f"made {held.seed_file(fleet, role)}")
+        _say(f"made {held.seed_file(fleet, role)}")
     for name in made:
-        console.print(f"made the certificate of {name}")
+        _say(f"made the certificate of {name}")
     if not added and not made:
-        console.print("all of it was there already; nothing was changed but the servers' configuration, written anew")
-    _warn(held, console)
-    console.print()
-    _say_servers(held, console)
+        _say("all of it was there already; nothing was changed but the servers' configuration, written anew")
+    _warn(held)
+    _say("")
+    _say_servers(held)
     seed = held.seed_file(fleet, "client")
-    console.print(
-        f"Log in:  kvplane route sim --prompt hello --ca {held.ca} --credentials {seed}\n"
-        f"Nodes:   kvplane auth add node NAME --auth {folder}"
-    )
+    _say(f"Log in:  kvplane route sim --prompt hello --ca {held.ca} --credentials {seed}")
+    _say(f"Nodes:   kvplane auth add node NAME --auth {folder}")
 
 
 @auth.command
@@ -103,9 +100,8 @@ def add(
             f"{held.seed_file(fleet, which, name)} was made already and is kept; --replace makes a new one"
         )
     held.save()
-    console = _console()
-    console.print(f"made {held.seed_file(fleet, which, name)}")
-    _say_reload(held, console)
+    _say(f"made {held.seed_file(fleet, which, name)}")
+    _say_reload(held)
 
 
 @auth.command
@@ -126,9 +122,8 @@ def remove(role: str, name: str = "", *, auth: Auth = DEFAULT, fleet: Fleet = "d
     held = AuthFolder.existing(auth)
     held.remove(fleet, role_of(role), name)
     held.save()
-    console = _console()
-    console.print(f"{role}{'/' if name else ''}{name} may log in no more")
-    _say_reload(held, console)
+    _say(f"{role}{'/' if name else ''}{name} may log in no more")
+    _say_reload(held)
 
 
 @auth.command(name="list")
@@ -150,14 +145,16 @@ def list_users(*, auth: Auth = DEFAULT, json: Json = False) -> None:
             "certificates": {name: end.isoformat() for name, end in ends.items()},
         })  # fmt: skip
         return
-    table = Table.grid(padding=(0, 2))
-    for user in held.users:
-        table.add_row(user.fleet, user.label, user.key, user.made[:10])
-    console = Console(soft_wrap=True)
-    console.print(table)
-    for name, end in ends.items():
-        console.print(f"certificate {name}: until {end:%Y-%m-%d}", highlight=False)
-    _warn(held, _console())
+    show.table(
+        [Column("fleet", spare=1), Column("user"), Column("key"), Column("made", spare=2)],
+        [[user.fleet, user.label, user.key, user.made[:10]] for user in held.users],
+    )
+    show.say("")
+    show.table(
+        [Column("certificate"), Column("ends")],
+        [[name, f"{end:%Y-%m-%d}"] for name, end in ends.items()],
+    )
+    _warn(held)
 
 
 def _plain(held: AuthFolder, user: User) -> dict[str, Any]:
@@ -168,37 +165,36 @@ def _plain(held: AuthFolder, user: User) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _console() -> Console:
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+def _say(sentence: str) -> None:
+    """Commands that are to be copied stay on their line."""
+    show.say(sentence, error=True, wrap=False)
 
 
-def _warn(held: AuthFolder, console: Console) -> None:
+def _warn(held: AuthFolder) -> None:
     for name, end in held.ends().items():
         if end - datetime.now(UTC) < SOON:
             renewed = (
                 "clients must be given a new one" if name == "ca.pem" else "`kvplane auth init --renew` makes a new one"
             )
-            console.print(f"[bold yellow]The certificate {name} ends on {end:%Y-%m-%d}; {renewed}.[/]")
+            show.say(Styled(f"The certificate {name} ends on {end:%Y-%m-%d}; {renewed}.", "bold yellow"), error=True)
 
 
-def _say_servers(held: AuthFolder, console: Console) -> None:
+def _say_servers(held: AuthFolder) -> None:
     for server in held.servers:
         place = held.server_folder(server.name)
         if server.name == ALONE:
-            console.print(f"Start:   kvplane up --auth {held.path}")
-            console.print(f"Or, with a server of your own, put a link to {place} beside its configuration, named auth")
+            _say(f"Start:   kvplane up --auth {held.path}")
+            _say(f"Or, with a server of your own, put a link to {place} beside its configuration, named auth")
         else:
-            console.print(f"Server {server.name}: give it {place}, as {server.seen}")
-    console.print(
-        'In a server\'s configuration: include "auth/client.conf"; inside cluster {}: include "auth/cluster.conf"'
-    )
+            _say(f"Server {server.name}: give it {place}, as {server.seen}")
+    _say('In a server\'s configuration: include "auth/client.conf"; inside cluster {}: include "auth/cluster.conf"')
     if [server.name for server in held.servers] != [ALONE]:
-        _say_reload(held, console)
+        _say_reload(held)
 
 
-def _say_reload(held: AuthFolder, console: Console) -> None:
+def _say_reload(held: AuthFolder) -> None:
     several = "every server" if len(held.servers) > 1 else "the server"
-    console.print(
+    _say(
         f"Now let {several} read it again: SIGHUP to nats-server (`kill -HUP`, `nats-server --signal reload`, or in compose "
         "`kill -s HUP`); a server that runs on another machine needs its folder under servers/ first"
     )

@@ -8,10 +8,13 @@ from pathlib import Path  # noqa: TC003 - cyclopts reads annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
-from rich.console import Console
 
+from kvplane.services.cli import show
 from kvplane.services.cli.ask import CONNECT_SECONDS, Json, show_json
 from kvplane.services.cli.common import COMMON, Common, run_async, start
+from kvplane.services.cli.show import Styled
+from kvplane.services.cli.words import seconds
+from kvplane.services.process.terminal import printable
 from kvplane.services.protocol.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -122,7 +125,8 @@ class _Shown:
 
         for index, said in text(chunk).items():
             if index == 0 and not self._quiet:
-                sys.stdout.write(said)
+                # An engine's words are not for the terminal to obey; in a pipe they stay as they are.
+                sys.stdout.write(printable(said, lines=True) if show.on_terminal() else said)
                 sys.stdout.flush()
                 self._last = said
 
@@ -137,13 +141,13 @@ def _tell(completion: Completion) -> None:
     lines = [f"{attempt.node}: {attempt.reason}" for attempt in completion.failed]
     lines.append(
         f"node {decision.node}: {cached} of {usage.prompt_tokens:,} prompt tokens cached, "
-        f"{decision.matched_tokens:,} foretold; {usage.output_tokens:,} tokens in {completion.duration:.2f} s, "
-        f"the first after {completion.ttft:.2f} s"
+        f"{decision.matched_tokens:,} foretold; {usage.output_tokens:,} tokens in {seconds(completion.duration)}, "
+        f"the first after {seconds(completion.ttft)}"
     )
     if not completion.recorded:
         lines.append("no router took the outcome: the history will not have it")
     for line in lines:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(line, style="dim", markup=False)
+        show.say(Styled(line, "dim"), error=True)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-
 from kvplane.events.log.connection import connected
 from kvplane.events.log.copies import set_copies
+from kvplane.services.cli import show
 from kvplane.services.cli.ask import CONNECT_SECONDS
 from kvplane.services.cli.common import COMMON, Common, run_async, start
 from kvplane.services.protocol.errors import BadRequest
@@ -26,7 +25,7 @@ def copies(count: int, /, *, common: Common = COMMON) -> None:
         raise BadRequest(f"copies are {count}; 1, 3 or 5 can be kept")
     done = run_async(_set, count, common)
     said = "all are current" if done else "some are not current yet; `kvplane doctor` says which"
-    Console().print(f"{count} of the log and of its snapshots; {said}", highlight=False)
+    show.say(f"{count} of the log and of its snapshots; {said}")
 
 
 async def _set(count: int, common: Common) -> bool:

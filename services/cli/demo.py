@@ -6,9 +6,11 @@ from pathlib import Path  # noqa: TC003 - cyclopts reads annotations
 
 from msgspec import to_builtins
 
+from kvplane.services.cli import show
 from kvplane.services.cli.ask import Json, show_json
 from kvplane.services.cli.common import run_async
-from kvplane.services.demo.run import Demo, Options
+from kvplane.services.cli.show import Styled
+from kvplane.services.demo.run import EVERY_STEP_HELD, Demo, Options
 from kvplane.services.process import logs
 from kvplane.services.protocol.errors import BadRequest
 
@@ -33,7 +35,11 @@ def demo(*, trace: Path | None = None, limit: int = 2000, keep: Path | None = No
         raise BadRequest(f"--limit is {limit}; it must be at least 1")
     run = Demo(Options(trace=trace, limit=limit, keep=keep))
     result = run_async(run.run)
-    run.show()
+    show.say("", error=True)
+    show.pairs(run.figures(), error=True)
+    failed = [step.step for step in result.steps if not step.held]
+    said = Styled(f"{len(failed)} steps failed: {', '.join(failed)}", "bold red")
+    show.say(said if failed else Styled(EVERY_STEP_HELD, "green"), error=True)
     if json:
         show_json(to_builtins(result))
     return 0 if result.held else 1

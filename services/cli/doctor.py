@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 from msgspec import to_builtins
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
+from kvplane.services.cli import show
 from kvplane.services.cli.ask import CONNECT_SECONDS, Json, show_json
 from kvplane.services.cli.common import COMMON, Common, run_async, start
+from kvplane.services.cli.show import Column, Styled
 from kvplane.services.diagnosis.doctor import Finding, judge
 from kvplane.services.diagnosis.examine import examine
 
@@ -40,11 +39,13 @@ def doctor(*, monitor: Monitor = (), json: Json = False, common: Common = COMMON
     if json:
         show_json(to_builtins(findings))
     else:
-        table = Table.grid(padding=(0, 2))
-        for finding in findings:
-            mark = f"[{_COLOURS[finding.level]}]{finding.level}[/]"
-            table.add_row(mark, f"[bold]{escape(finding.what)}[/]", escape(finding.said))
-        Console().print(table)
+        show.table(
+            [Column("state"), Column("of"), Column("what is seen", prose=True)],
+            [
+                [Styled(finding.level, _COLOURS[finding.level]), Styled(finding.what, "bold"), finding.said]
+                for finding in findings
+            ],
+        )
     return 1 if any(finding.level == "problem" for finding in findings) else 0
 
 

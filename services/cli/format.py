@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Annotated
 
 from cyclopts import App, Parameter
-from rich.console import Console
-from rich.table import Table
 
+from kvplane.services.cli import show as shown
 from kvplane.services.cli.ask import Json, question, show_json
 from kvplane.services.cli.common import COMMON, Common
+from kvplane.services.cli.show import Column
 from kvplane.services.protocol import messages
 
 format = App(name="format", help="The log's format: which is in force, who reads which, and raising it.")  # noqa: A001 - the name of the command
@@ -28,14 +28,14 @@ def show(*, json: Json = False, common: Common = COMMON) -> None:
     if json:
         show_json(answer)
         return
-    table = Table(box=None, pad_edge=False)
-    for column in ("reader", "kvplane", "reads up to format"):
-        table.add_column(column)
-    for reader in answer["readers"]:
-        table.add_row(reader["writer"] or reader["service"], reader["kvplane"], str(reader["format"]))
-    console = Console()
-    console.print(f"format {answer['format']} is in force", highlight=False)
-    console.print(table)
+    shown.aside(f"format {answer['format']} is in force")
+    shown.table(
+        [Column("reader"), Column("kvplane"), Column("reads up to format", number=True)],
+        [
+            [reader["writer"] or reader["service"], reader["kvplane"], str(reader["format"])]
+            for reader in answer["readers"]
+        ],
+    )
 
 
 @format.command(name="raise")
@@ -64,8 +64,6 @@ def raise_format(
     if json:
         show_json(answer)
     elif answer["changed"]:
-        Console().print(
-            f"format {answer['format']} is in force from sequence {answer['sequence']:,} on", highlight=False
-        )
+        shown.say(f"format {answer['format']} is in force from sequence {answer['sequence']:,} on")
     else:
-        Console().print(f"format {answer['format']} is in force already", highlight=False)
+        shown.say(f"format {answer['format']} is in force already")

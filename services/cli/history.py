@@ -10,13 +10,14 @@ import anyio
 import msgspec
 from cyclopts import App, Parameter
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kvplane.projections.history import archive
 from kvplane.projections.history.store import ARCHIVE, FILE
-from kvplane.services.cli.ask import CONNECT_SECONDS, Json, grid, question, show_json
+from kvplane.services.cli import show
+from kvplane.services.cli.ask import CONNECT_SECONDS, Json, question, show_json
 from kvplane.services.cli.common import COMMON, Common, PolicyModules, allow_modules, run_async, run_until_signal, start
+from kvplane.services.cli.show import Cell, Styled
 from kvplane.services.history.historian import Historian
 from kvplane.services.history.ingest import Ingest, Retention, give_way, relax_collector
 from kvplane.services.history.pages import Limits
@@ -108,10 +109,11 @@ def status(*, json: Json = False, common: Common = COMMON) -> None:
     told = msgspec.convert(answer, HistoryStatus)
     behind = told.log - told.stored
     days = " to ".join(dict.fromkeys(told.archive_days))
-    grid(
+    state: Cell = "healthy" if told.healthy else Styled(f"not stored: {told.failure or 'log away'}", "red")
+    show.pairs(
         [
             ("fleet", told.fleet),
-            ("state", "healthy" if told.healthy else f"[red]not stored:[/] {escape(told.failure or 'log away')}"),
+            ("state", state),
             ("stored", f"up to sequence {told.stored:,}" + (f", {behind:,} behind the log" if behind else "")),
             ("live", f"{told.live_bytes / 1e6:,.1f} MB, from sequence {told.archived + 1:,}"),
             ("archive", f"{told.archive_bytes / 1e6:,.1f} MB in {told.archive_files} files {days}"),
@@ -139,7 +141,6 @@ def rebuild(*, history: Folder = DEFAULT_FOLDER, from_log: bool = False, common:
 
 
 async def _rebuild(folder: Path, from_log: bool, common: Common) -> None:  # noqa: FBT001
-    console = Console(stderr=True)
     async with common.connected("kvplane-rebuild", seconds=CONNECT_SECONDS) as client:
         path = folder / FILE
         if path.exists():
@@ -151,9 +152,9 @@ async def _rebuild(folder: Path, from_log: bool, common: Common) -> None:  # noq
         ingest = Ingest(client, common.fleet, folder)
         if not from_log:
             last = await ingest.in_thread(partial(archive.recover, ingest.store))
-            console.print(f"archive: up to sequence {last:,}", highlight=False)
+            show.say(f"archive: up to sequence {last:,}", error=True)
         columns = (TextColumn("reading the log"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=console, transient=True) as progress:
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task("log", total=None)
             async with anyio.create_task_group() as group:
                 group.start_soon(ingest.run)
@@ -161,7 +162,7 @@ async def _rebuild(folder: Path, from_log: bool, common: Common) -> None:  # noq
                     progress.update(task, total=ingest.follower.target or None, completed=ingest.stored)
                     await anyio.sleep(0.05)
                 group.cancel_scope.cancel()
-        console.print(f"history: up to sequence {ingest.stored:,}", highlight=False)
+        show.say(f"history: up to sequence {ingest.stored:,}", error=True)
 
 
 def aside(path: Path) -> Path:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Any
 
 import anyio
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from kvplane.events.log.follow import single
 from kvplane.projections.overview import summary
-from kvplane.services.cli.ask import CONNECT_SECONDS, Json, grid, node_table, question, show_json
+from kvplane.services.cli import show
+from kvplane.services.cli.ask import CONNECT_SECONDS, Json, question, show_json, show_nodes
 from kvplane.services.cli.common import COMMON, Common, run_async, start
+from kvplane.services.cli.show import Cell, Column, Styled
+from kvplane.services.cli.words import moment, seconds, words
 from kvplane.services.protocol import messages
 from kvplane.services.replication.replica import Replica
 
@@ -29,7 +28,7 @@ def state(*, at: str | None = None, node: str = "", json: Json = False, common: 
     Parameters
     ----------
     at
-        A sequence, or a time such as 2026-01-31T12:00:00 (UTC); needs a historian.
+        A sequence, or a time: 10m, 2h or 3d ago, yesterday, 2026-01-31, 2026-01-31T12:00 (UTC); needs a historian.
     node
         Only this node, with its sessions and what runs there; with --at.
     json
@@ -46,23 +45,16 @@ def state(*, at: str | None = None, node: str = "", json: Json = False, common: 
     rows, running, sessions = found.pop("rows", []), found.pop("running", None), found.pop("on_node", None)
     if "time" in found:
         found["time"] = moment(found["time"])
-    grid([(key, _text(value)) for key, value in found.items()])
+    show.pairs([(key, words(value)) for key, value in found.items()])
     if rows:
-        Console().print(node_table(rows))
+        show.say("")
+        show_nodes(rows)
     if running is not None and sessions is not None:
-        grid([
-            ("running", ", ".join(escape(row["request"]) for row in running) or "nothing"),
-            ("on node", ", ".join(map(escape, sessions)) or "no sessions"),
+        show.say("")
+        show.pairs([
+            ("running", ", ".join(row["request"] for row in running) or "nothing"),
+            ("on node", ", ".join(sessions) or "no sessions"),
         ])  # fmt: skip
-
-
-def _text(value: object) -> str:
-    return escape(f"{value:,}" if isinstance(value, int) else str(value))
-
-
-def moment(nanoseconds: int) -> str:
-    """A time of the log, for people."""
-    return datetime.fromtimestamp(nanoseconds / 1e9, UTC).isoformat(sep=" ", timespec="milliseconds")[:-6] + " UTC"
 
 
 async def _rebuild(common: Common) -> dict[str, Any]:
@@ -89,9 +81,9 @@ def diff(first: str, second: str, *, json: Json = False, common: Common = COMMON
     Parameters
     ----------
     first
-        A sequence, or a time such as 2026-01-31T12:00:00 (UTC).
+        A sequence, or a time: 10m, 2h or 3d ago, yesterday, 2026-01-31, 2026-01-31T12:00 (UTC).
     second
-        A later one.
+        A later one, such as now.
     json
         Print JSON.
     """
@@ -103,31 +95,32 @@ def diff(first: str, second: str, *, json: Json = False, common: Common = COMMON
         return
     numbers = answer["numbers"]
     numbers["time"] = [moment(value) for value in numbers["time"]]
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
-    table.add_column("then")
-    table.add_column("later")
-    for key, (one, other) in numbers.items():
-        if one != other or key == "sequence":
-            table.add_row(key, _text(one), _text(other))
-    Console().print(table)
+    show.table(
+        [Column("what"), Column("then"), Column("later")],
+        [[key, words(one), words(other)] for key, (one, other) in numbers.items() if one != other or key == "sequence"],
+    )
     if answer["nodes"]:
-        table = Table(box=SIMPLE_HEAD, pad_edge=False)
-        for column in ("node", "what", "changed"):
-            table.add_column(column, overflow="fold")
-        for column in ("blocks that came", "left", "stayed"):
-            table.add_column(column, justify="right")
-        for row in answer["nodes"]:
-            gpu = row["blocks"].get("gpu", {"came": 0, "left": 0, "stayed": 0})
-            changed = ", ".join(
-                f"{key}: {_text(one)} -> {_text(other)}" for key, (one, other) in row["changed"].items()
-            )
-            table.add_row(
-                row["node"], row["what"], changed, f"{gpu['came']:,}", f"{gpu['left']:,}", f"{gpu['stayed']:,}"
-            )
-        Console().print(table)
+        show.say("")
+        _show_changes(answer["nodes"])
     sessions = answer["sessions"]
-    Console().print(f"sessions: {sessions['began']} began, {sessions['moved']} moved, {sessions['ended']} ended")
+    show.say(f"sessions: {sessions['began']:,} began, {sessions['moved']:,} moved, {sessions['ended']:,} ended")
+
+
+def _show_changes(nodes: list[dict[str, Any]]) -> None:
+    rows = []
+    for row in nodes:
+        gpu = row["blocks"].get("gpu", {"came": 0, "left": 0, "stayed": 0})
+        changed = "; ".join(f"{key}: {words(one)} -> {words(other)}" for key, (one, other) in row["changed"].items())
+        rows.append(
+            [row["node"], row["what"], f"{gpu['came']:,}", f"{gpu['left']:,}", f"{gpu['stayed']:,}", changed or "-"]
+        )
+    show.table(
+        [
+            Column("node"), Column("what"), Column("blocks that came", number=True), Column("left", number=True),
+            Column("stayed", number=True, spare=1), Column("changed", prose=True),
+        ],
+        rows,
+    )  # fmt: skip
 
 
 def explain(request: str, *, sequence: int | None = None, json: Json = False, common: Common = COMMON) -> int:
@@ -157,62 +150,69 @@ def _show(answer: dict[str, Any]) -> None:
     parameters = ", ".join(f"{key}={value:g}" for key, value in again.get("parameters", {}).items())
     others = [str(sequence) for sequence in answer["decisions"] if sequence != answer["sequence"]]
     decided = "not recorded" if answer["decided"] is None else moment(answer["decided"] * 1000)
-    rows = [
+    rows: list[tuple[str, Cell]] = [
         ("request", f"{answer['request']}: {recorded['tokens']:,} tokens in {recorded['blocks']:,} full blocks"),
         ("model", recorded["model"]),
         ("session", recorded["session"] or "none"),
         ("trace", recorded["trace"] or (answer["outcome"] or {}).get("trace") or "none"),
         ("sent to", f"{recorded['node']}, {answer['kind']} match of {recorded['match']} blocks, longest {recorded['best']}"),
         ("decided", f"{decided} by {answer['router']}"),
-        ("sequence", f"{answer['applied']:,} was applied, the decision is {answer['sequence']:,}"),
+        ("sequence", f"{answer['applied']:,} was applied, the decision is at {answer['sequence']:,}"),
         ("policy", recorded["policy"] + (f" ({parameters})" if parameters else "")),
         ("excluded", ", ".join(recorded["exclude"]) or "no node"),
         ("outcome", _outcome(answer["outcome"])),
     ]  # fmt: skip
     if others:
         rows.append(("sent again", f"it has {len(others)} other decisions, at {', '.join(others)}; see --sequence"))
-    grid([(key, escape(value)) for key, value in rows])
+    show.pairs(rows)
     if again.get("candidates"):
-        Console().print(candidates(again["candidates"]))
+        show.say("")
+        _show_candidates(again["candidates"])
+    show.say("")
     if again.get("failure"):
-        Console().print(
-            f"[yellow]the policy failed, and the least loaded node was taken:[/] {escape(again['failure'])}"
-        )
+        show.say(
+            Styled("the policy failed, and the least loaded node was taken: ", "yellow"), again["failure"]
+        )  # fmt: skip
     if answer["verdict"] == "agrees":
-        Console().print("[green]agrees[/]: made again from the log, the decision is the one that was recorded")
+        show.say(Styled("agrees", "green"), ": made again from the log, the decision is the one that was recorded")
     elif answer["verdict"] == "differs":
-        Console().print("[red]differs[/]: made again from the log, the decision is another one")
+        show.say(Styled("differs", "red"), ": made again from the log, the decision is another one")
         for difference in again["differences"]:
-            Console().print(
-                f"  {escape(difference['what'])}: recorded {escape(str(difference['recorded']))}, "
-                f"now {escape(str(difference['recomputed']))}", highlight=False,
-            )  # fmt: skip
+            recorded_as, now = words(difference["recorded"]), words(difference["recomputed"])
+            show.say(f"  {difference['what']}: recorded {recorded_as}, now {now}")
     else:
-        Console().print(f"not made again: {escape(answer['verdict'])}")
+        show.say(f"not made again: {answer['verdict']}")
 
 
 def _outcome(outcome: dict[str, Any] | None) -> str:
     if outcome is None:
         return "not completed"
     return (
-        f"{outcome['status']} on {outcome['node']} in {outcome['duration']:.3f} s, first token in {outcome['ttft']:.3f} s; "
+        f"{outcome['status']} on {outcome['node']} in {seconds(outcome['duration'])}, first token after "
+        f"{seconds(outcome['ttft'])}; "
         f"{outcome['cached_tokens']:,} of {outcome['prompt_tokens']:,} tokens cached, {outcome['predicted_tokens']:,} predicted"
     )
 
 
-def candidates(rows: list[dict[str, Any]]) -> Table:
-    """The candidates of a decision as a table, the chosen one first."""
+def _show_candidates(rows: list[dict[str, Any]]) -> None:
+    """The candidates of a decision, the chosen one first. The terms of the cost go before the rest where room is short."""
     terms = list(dict.fromkeys(term for row in rows for term in row["terms"]))
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("node", overflow="fold")
-    for column in ("cost", *terms, "match", "predicted", "active", "on the way"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(
-            escape(row["node"]) + (" [dim](session)[/]" if row["session"] else ""),
-            "not allowed" if row["cost"] is None else f"{row['cost']:.4g}",
-            *(f"{row['terms'].get(term, 0):.4g}" for term in terms),
-            str(row["match"]), str(row["match"] - row["match_on_log"]), str(row["active"]), str(row["on_the_way"]),
-        )  # fmt: skip
-    table.caption = "Costs are in the policy's unit; predicted: blocks of the match that the log had not confirmed yet."
-    return table
+    show.table(
+        [
+            Column("node"), Column("cost", number=True), *(Column(term, number=True, spare=2) for term in terms),
+            Column("match", number=True, spare=1), Column("predicted", number=True, spare=3),
+            Column("active", number=True, spare=1), Column("on the way", number=True, spare=4),
+            Column("has the session", spare=3),
+        ],
+        [
+            [
+                row["node"], "not allowed" if row["cost"] is None else f"{row['cost']:.4g}",
+                *(f"{row['terms'].get(term, 0):.4g}" for term in terms),
+                f"{row['match']:,}", f"{row['match'] - row['match_on_log']:,}", f"{row['active']:,}",
+                f"{row['on_the_way']:,}", "yes" if row["session"] else "-",
+            ]
+            for row in rows
+        ],
+        note="Costs and their terms are in the policy's unit; match: blocks; predicted: of these, blocks that the log had not "
+        "confirmed yet; active: requests; on the way: of these, not on the log yet.",
+    )  # fmt: skip

@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 from msgspec import to_builtins
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from kvplane.services.cli.ask import CONNECT_SECONDS, Json, grid, show_json
+from kvplane.services.cli import show
+from kvplane.services.cli.ask import CONNECT_SECONDS, Json, show_json
 from kvplane.services.cli.common import COMMON, Common, run_async, start
 from kvplane.services.cli.progress import progress_bar
+from kvplane.services.cli.show import Column, Styled
 from kvplane.services.history import client as historian
-from kvplane.services.history.plain import plain
-from kvplane.services.history.report import Range, clock, collect, extent, headline, moment, said
+from kvplane.services.history.plain import exact
+from kvplane.services.history.report import Range, clock, collect, extent, headline, said
+from kvplane.services.history.when import when
 from kvplane.services.protocol.errors import BadRequest
 from kvplane.services.simulation.pages import page
 from kvplane.services.simulation.report import produce, total
@@ -90,9 +89,9 @@ def report(
     Parameters
     ----------
     since
-        Only from this time on, such as 2026-01-31T12:00:00 (UTC).
+        Only from this moment on: 10m, 2h or 3d ago, yesterday, 2026-01-31, 2026-01-31T12:00 (UTC), or a sequence.
     until
-        Only before this time.
+        Only before this moment; of a sequence, up to it.
     html
         Write it, with pictures, to this file; it opens in a browser and needs nothing else.
     png
@@ -101,9 +100,13 @@ def report(
         Print JSON.
     """
     start(common, quiet=True)
-    span = Range(None if since is None else moment(since), None if until is None else moment(until))
-    if span.since is not None and span.until is not None and span.since >= span.until:
-        raise BadRequest(f"--since {since} is not before --until {until}")
+    now = datetime.now(UTC)
+    span = Range(None if since is None else when(since, now), None if until is None else when(until, now))
+    match span:
+        case (int() as first, int() as last) if first > last:
+            raise BadRequest(f"--since {since} is after --until {until}")
+        case (datetime() as begin, datetime() as end) if begin >= end:
+            raise BadRequest(f"--since {since} is not before --until {until}")
     for path in (html, png):
         if path is not None and not path.absolute().parent.is_dir():
             raise BadRequest(f"{path.parent} is no folder; make it first")
@@ -112,7 +115,7 @@ def report(
         _nothing(known, json=json)
         return
     if json:
-        show_json(plain(to_builtins(found, builtin_types=(datetime,))))
+        show_json(exact(to_builtins(found, builtin_types=(datetime,))))
     elif html is None and png is None:
         _show(found)
     # Drawing is slow to load.
@@ -142,7 +145,7 @@ def _nothing(known: tuple[datetime, datetime] | None, *, json: bool) -> None:
         sentence = f"The history holds nothing of that time; it holds {clock(known[0])} to {clock(known[1])} UTC."
     if json:
         show_json(None)
-    Console(stderr=json).print(sentence, highlight=False)
+    show.say(sentence, error=json)
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -156,28 +159,32 @@ def _write(path: Path, content: bytes) -> None:
             unfinished.unlink(missing_ok=True)
     except OSError as error:
         raise BadRequest(f"{path} can't be written: {error.strerror or error}") from None
-    Console(stderr=True).print(f"{len(content):,} bytes in {escape(str(path))}", highlight=False)
+    show.say(f"{len(content):,} bytes in {path}", error=True)
 
 
 def _show(found: Report) -> None:
-    grid([("fleet", found.fleet), *((name, escape(value)) for name, value in headline(found))])
-    console = Console()
+    show.pairs([("fleet", found.fleet), *headline(found)])
     for section in found.sections:
         more = f" ({len(section.rows)} of {section.total:,})" if section.total > len(section.rows) else ""
-        console.print(f"\n[bold]{escape(section.title)}[/]{more}" + ("" if section.rows else ": none"), highlight=False)
+        show.say("")
+        show.say(Styled(section.title, "bold"), more + ("" if section.rows else ": none"))
         if section.rows:
-            console.print(_table(section, one_day=found.overview.first.date() == found.overview.last.date()))
+            _table(section, one_day=found.overview.first.date() == found.overview.last.date())
 
 
-def _table(section: Section, *, one_day: bool) -> Table:
-    """A section; times have no date when all are of one day, which the head of the page says."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for number, column in zip(section.numbers, section.columns, strict=True):
-        table.add_column(escape(column), justify="right" if number else "left", overflow="fold", no_wrap=number)
-    for row in section.rows:
-        cells = [
-            said(column, value)[11 if one_day and isinstance(value, datetime) else 0 :]
-            for column, value in zip(section.columns, row, strict=True)
-        ]
-        table.add_row(*map(escape, cells))
-    return table
+def _table(section: Section, *, one_day: bool) -> None:
+    """A section; on a terminal, times have no date when all are of one day, which the head of the page says."""
+    cut = one_day and show.on_terminal()
+    show.table(
+        [
+            Column(name, number=number, spare=place)
+            for place, (number, name) in enumerate(zip(section.numbers, section.columns, strict=True))
+        ],
+        [
+            [
+                said(column, value)[11 if cut and isinstance(value, datetime) else 0 :]
+                for column, value in zip(section.columns, row, strict=True)
+            ]
+            for row in section.rows
+        ],
+    )

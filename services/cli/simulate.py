@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 from cyclopts import Parameter
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
+from kvplane.services.cli import show
 from kvplane.services.cli.ask import Json, show_json
 from kvplane.services.cli.limits import within
 from kvplane.services.cli.progress import progress_bar
+from kvplane.services.cli.runs import END_COLUMNS, TTFT_COLUMNS, TTFT_NOTE, say_failures, ttft_cells
+from kvplane.services.cli.show import Column, Styled
 from kvplane.services.protocol.errors import BadRequest, PolicyFailed
 from kvplane.services.simulation.workloads import GENERATED_REQUESTS, generate
 
@@ -164,39 +163,32 @@ def _draw(path: Path, found: Simulated) -> None:
 
 
 def _show(found: Simulated, summaries: Sequence[Summary]) -> None:
-    console = Console()
     settings, work = found.settings, found.trace.work
     span = max(request.arrival for request in work) / settings.speed
     tokens = sum(request.tokens for request in work)
-    console.print(
-        f"{len(work)} requests, {tokens / len(work):,.0f} tokens each, in {span:,.0f} s; ideal hit rate {found.ideal:.1%}\n"
-        f"{settings.nodes} nodes ({settings.hardware.name}), {settings.capacity} blocks of {settings.block_size} tokens each "
-        f"({SOURCES[found.trace.source]})",
-        highlight=False, markup=False,
-    )  # fmt: skip
+    show.aside(
+        f"{len(work):,} requests, {tokens / len(work):,.0f} tokens each, in {span:,.0f} s; ideal hit rate {found.ideal:.1%}"
+    )
+    show.aside(
+        f"{settings.nodes:,} nodes ({settings.hardware.name}), {settings.capacity:,} blocks of {settings.block_size:,} tokens "
+        f"each ({SOURCES[found.trace.source]})"
+    )
     if not summaries:
         return
-    table = Table(
-        box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
-        caption="Time to first token in seconds; imbalance: busiest node over mean.",
-    )  # fmt: skip
-    table.add_column("policy", overflow="fold", min_width=12)
-    for name in ("mean", "p50", "p90", "p99", "hits", "of ideal", "imbalance", "rejected"):
-        table.add_column(name, justify="right", no_wrap=True)
+    show.aside("")
     best = min(summary.mean for summary in summaries)
-    for row in summaries:
-        table.add_row(
-            escape(row.policy) + ("*" if row.policy_failures else ""), f"{row.mean:.3f}", f"{row.p50:.3f}",
-            f"{row.p90:.3f}", f"{row.p99:.3f}", f"{row.hit_rate:.1%}", f"{row.ideal_share:.1%}", f"{row.imbalance:.2f}",
-            str(row.rejected), style="bold" if row.mean == best else None,
-        )  # fmt: skip
-    console.print(table)
-    for row in summaries:
-        if row.policy_failures:
-            console.print(
-                f"* {row.policy} failed in {row.policy_failures:,} of its {row.decisions:,} decisions, and the least loaded "
-                f"node was taken: {row.failure}", highlight=False, markup=False,
-            )  # fmt: skip
+    show.table(
+        [*TTFT_COLUMNS, Column("of ideal", number=True, spare=3), *END_COLUMNS],
+        [
+            [
+                Styled(row.policy + ("*" if row.policy_failures else ""), "bold" if row.mean == best else ""),
+                *ttft_cells(row), f"{row.ideal_share:.1%}", f"{row.imbalance:.2f}", f"{row.rejected:,}",
+            ]
+            for row in summaries
+        ],
+        note=f"{TTFT_NOTE}; of ideal: hits, of what one cache without end would have.",
+    )  # fmt: skip
+    say_failures(summaries)
 
 
 def workload(

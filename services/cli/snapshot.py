@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Annotated
 
 from cyclopts import App, Parameter
-from rich.console import Console
 
 from kvplane.events.log.snapshots import SnapshotStore
-from kvplane.services.cli.ask import CONNECT_SECONDS, Json, grid, question, show_json
+from kvplane.services.cli import show
+from kvplane.services.cli.ask import CONNECT_SECONDS, Json, question, show_json
 from kvplane.services.cli.common import COMMON, Common, run_async, start
+from kvplane.services.cli.show import Column
+from kvplane.services.cli.words import seconds
 from kvplane.services.protocol import messages
 
 PATIENCE_SECONDS = 600.0
@@ -30,12 +32,12 @@ def take(*, json: Json = False, common: Common = COMMON) -> None:
     if json:
         show_json(answer)
     elif answer.get("changed") is False:
-        Console().print(f"there is one at sequence {answer['sequence']:,} already", highlight=False)
+        show.say(f"there is one at sequence {answer['sequence']:,} already")
     else:
-        grid([
+        show.pairs([
             ("sequence", f"{answer['sequence']:,}"),
             ("size", f"{answer['bytes'] / 1e6:,.2f} MB"),
-            ("took", f"{answer['seconds']:.2f} s; the coordinator stood still for {answer['pause'] * 1000:.1f} ms"),
+            ("took", f"{seconds(answer['seconds'])}; the coordinator stood still for {seconds(answer['pause'])}"),
         ])  # fmt: skip
 
 
@@ -53,7 +55,9 @@ def list_snapshots(*, json: Json = False, common: Common = COMMON) -> None:
     if json:
         show_json(sequences)
     else:
-        Console().print("\n".join(f"{sequence:,}" for sequence in sequences) or "none", highlight=False)
+        show.table([Column("sequence", number=True)], [[f"{sequence:,}"] for sequence in sequences])
+        if not sequences:
+            show.say("No snapshots yet: `kvplane snapshot take` takes one.", error=True)
 
 
 async def _sequences(common: Common) -> list[int]:
@@ -81,7 +85,7 @@ def compact(
     if json:
         show_json(answer)
         return
-    grid([
+    show.pairs([
         ("log begins", f"at sequence {answer['first']:,}"),
         ("purged", f"{answer['purged']:,} commits, {answer['freed_bytes'] / 1e6:,.2f} MB"),
         ("kept for", ", ".join(f"{name} at {answer[name]:,}" for name in ("snapshot", "history") if name in answer)),

@@ -13,18 +13,18 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 from cyclopts import Parameter
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from kvplane.events.errors import KvplaneError
-from kvplane.projections.history.tables import ADDED, TABLES
+from kvplane.projections.history.tables import ADDED, HASHES, TABLES
 from kvplane.projections.history.views import VIEWS
+from kvplane.services.cli import show
 from kvplane.services.cli.ask import CONNECT_SECONDS, Json
 from kvplane.services.cli.common import COMMON, Common, run_async, start
+from kvplane.services.cli.show import Column, Styled
+from kvplane.services.cli.words import hexadecimal
 from kvplane.services.history.client import pages
-from kvplane.services.history.plain import plain
+from kvplane.services.history.plain import exact, plain
+from kvplane.services.process.terminal import json_text
 from kvplane.services.protocol.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -34,15 +34,15 @@ if TYPE_CHECKING:
 
 SHOWN_ROWS = 200
 """Rows that a table on the terminal has at the most."""
-SHOWN_CHARACTERS = 80
-"""Longest value in such a table."""
+SHOWN_PARTS = 16
+"""Most elements of a list in such a table; it says how many more there are."""
 
 HELP = """\
 A query may take several lines and ends with a semicolon. Tab completes names.
   .tables           tables and views, and what they are
   .columns NAME     columns of one of them, and what they mean
   .help             this
-  .quit             leave (or Ctrl-D)"""
+  .quit             leave; also exit, quit and Ctrl-D"""
 
 
 def sql(
@@ -65,7 +65,7 @@ def sql(
     query
         The query; - reads it from standard input.
     json
-        Print one JSON object a row.
+        Print one JSON object a row. Integers beyond 2^53, such as block hashes, are strings.
     csv
         Print CSV.
     parquet
@@ -105,7 +105,7 @@ def choose(*, json: bool, csv: bool, parquet: Path | None, arrow: Path | None) -
         return lambda schema: _file(parquet, lambda path: pa.parquet.ParquetWriter(path, schema))
     if arrow is not None:
         return lambda schema: _file(arrow, lambda path: pa.ipc.new_file(path, schema))
-    return _as_table
+    return _as_table if show.on_terminal() else _as_tabs
 
 
 async def _once(
@@ -135,7 +135,7 @@ async def _run(
 def _as_json(_: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
     def take(page: pa.Table) -> None:
         for row in page.to_pylist():
-            sys.stdout.write(msgspec.json.encode({key: plain(value) for key, value in row.items()}).decode() + "\n")
+            sys.stdout.write(json_text(msgspec.json.encode({key: exact(value) for key, value in row.items()})) + "\n")
 
     yield take
     sys.stdout.flush()
@@ -150,7 +150,7 @@ def _as_csv(schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
         nonlocal header
         columns = [
             pa.array(
-                [None if value is None else msgspec.json.encode(plain(value)).decode() for value in column.to_pylist()]
+                [None if value is None else msgspec.json.encode(exact(value)).decode() for value in column.to_pylist()]
             )
             if name in nested
             else column
@@ -189,44 +189,97 @@ def _file(path: Path, create: Callable[[str], Any]) -> Iterator[Callable[[pa.Tab
         raise BadRequest(f"{path} can't be written: {error.strerror or error}") from None
     finally:
         unfinished.unlink(missing_ok=True)
-    Console(stderr=True).print(f"{rows:,} rows in {path}", highlight=False)
+    show.say(f"{rows:,} rows in {path}", error=True)
+
+
+@contextmanager
+def _as_tabs(schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
+    """Every row and every value whole, for a pipe. What is null is empty."""
+    sys.stdout.write(show.tabs(field.name for field in schema) + "\n")
+
+    def take(page: pa.Table) -> None:
+        for row in _values(page):
+            sys.stdout.write(show.tabs("" if value is None else text(value) for value in row) + "\n")
+
+    yield take
+    sys.stdout.flush()
 
 
 @contextmanager
 def _as_table(schema: pa.Schema) -> Iterator[Callable[[pa.Table], bool]]:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for field in schema:
-        number = pa.types.is_integer(field.type) or pa.types.is_floating(field.type) or pa.types.is_decimal(field.type)
-        table.add_column(escape(field.name), justify="right" if number else "left", overflow="fold")
-    shown, cut = 0, False
+    rows: list[list[str]] = []
+    cut = False
 
     def take(page: pa.Table) -> bool:
-        nonlocal shown, cut
-        names = [str(place) for place in range(page.num_columns)]
-        for row in page.slice(0, SHOWN_ROWS - shown).rename_columns(names).to_pylist():
-            table.add_row(*(text(value) for value in row.values()))
-        more = page.num_rows > SHOWN_ROWS - shown
-        shown = min(SHOWN_ROWS, shown + page.num_rows)
-        cut = cut or more
-        return not more
+        nonlocal cut
+        cut = page.num_rows > SHOWN_ROWS - len(rows)
+        rows.extend(
+            [text(value, most=SHOWN_PARTS) for value in row] for row in _values(page.slice(0, SHOWN_ROWS - len(rows)))
+        )
+        return not cut
 
     yield take
-    Console().print(table if table.columns else "no columns")
+    columns = [
+        Column(field.name, number=_is_number(field.type) and field.name not in HASHES, spare=place)
+        for place, field in enumerate(schema)
+    ]
+    if columns:
+        hint = "Fewer columns or rows, --json, --csv, a wider terminal or a pipe (| less -S) show them"
+        show.table(columns, rows, whole=True, elsewhere=hint)
+    else:
+        show.say("no columns")
     if cut:
-        Console(stderr=True).print(f"the first {SHOWN_ROWS} rows; --csv, --json, --parquet and --arrow give all")
-    if not shown:
-        Console(stderr=True).print("no rows")
+        show.say(f"the first {SHOWN_ROWS} rows; a pipe, --csv, --json, --parquet and --arrow give all", error=True)
+    if not rows:
+        show.say("no rows", error=True)
 
 
-def text(value: Any) -> str:  # noqa: ANN401 - any value of a result
-    """A value in a table on the terminal."""
-    if value is None:
-        return "[dim]-[/]"
+def _is_number(kind: pa.DataType) -> bool:
+    found: bool = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+    return found
+
+
+def _values(page: pa.Table) -> Iterator[list[Any]]:
+    """Rows, with block hashes in hex."""
+    hashed = [
+        field.name in HASHES and getattr(field.type, "value_type", field.type) == pa.uint64() for field in page.schema
+    ]  # fmt: skip
+    # Two columns may have one name.
+    for row in page.rename_columns([str(place) for place in range(page.num_columns)]).to_pylist():
+        yield [
+            hexadecimal(value) if is_hash else value for value, is_hash in zip(row.values(), hashed, strict=True)
+        ]  # fmt: skip
+
+
+def text(value: Any, *, most: int = sys.maxsize) -> str:  # noqa: ANN401 - any value of a result
+    """A value of a result, in full; of a list at the most so many elements, and how many more there are."""
     said = plain(value)
-    if isinstance(said, float):
-        return f"{said:.6g}"
-    shown = said if isinstance(said, str) else msgspec.json.encode(said).decode()
-    return escape(shown if len(shown) <= SHOWN_CHARACTERS else shown[: SHOWN_CHARACTERS - 1] + "…")
+    match said:
+        case None:
+            return "-"
+        case bool():
+            return "true" if said else "false"
+        case str():
+            return said
+        case list():
+            more = f" and {len(said) - most:,} more" if len(said) > most else ""
+            return ", ".join(_part(part) for part in said[:most]) + more or "[]"
+    return _part(said)
+
+
+def _part(value: Any) -> str:  # noqa: ANN401 - any part of a value
+    """A value inside another."""
+    match value:
+        case None:
+            return "-"
+        case str():
+            return value
+        case dict():
+            return " ".join(f"{key}={_part(part)}" for key, part in value.items())
+        case list():
+            return "[" + ", ".join(map(_part, value)) + "]"
+        case _:
+            return msgspec.json.encode(value).decode()
 
 
 def state_folder() -> Path:
@@ -265,10 +318,9 @@ async def _prompt(
         ".help",
         ".quit",
     ]
-    console = Console()
     async with common.connected("kvplane-sql", seconds=CONNECT_SECONDS) as client:
         session: PromptSession[str] = PromptSession(history=typed, completer=WordCompleter(words, ignore_case=True))
-        console.print(f"history of fleet {common.fleet!r}; .help helps", highlight=False)
+        show.say(f"history of fleet {common.fleet!r}; .help helps")
         waiting = ""
         while True:
             try:
@@ -278,10 +330,10 @@ async def _prompt(
                 continue
             except EOFError:
                 return
+            if not waiting and leaves(line):
+                return
             if not waiting and line.strip().startswith("."):
-                if line.strip() in {".quit", ".exit"}:
-                    return
-                command(line.strip(), console)
+                command(line.strip())
                 continue
             waiting = f"{waiting}\n{line}".strip()
             if not waiting.endswith(";"):
@@ -290,25 +342,26 @@ async def _prompt(
             try:
                 await _run(client, common.fleet, query, writer, seconds, rows)
             except KvplaneError as error:
-                console.print(f"[red]{escape(str(error))}[/]", highlight=False)
+                for part in str(error).splitlines():
+                    show.say(Styled(part, "red"))
 
 
-def command(line: str, console: Console) -> None:
+def leaves(line: str) -> bool:
+    """Whether a line at the beginning of a query means the end."""
+    return line.strip().rstrip(";").rstrip().lower() in {"exit", "quit", ".exit", ".quit"}
+
+
+def command(line: str) -> None:
     """A command of the prompt, which begins with a dot."""
     known = {entry.name: entry for entry in (*TABLES, *VIEWS, *ADDED)}
     name, _, about = line.partition(" ")
     if name == ".tables":
-        table = Table.grid(padding=(0, 2))
-        for entry in known.values():
-            table.add_row(f"[bold]{entry.name}[/]", entry.meaning)
-        console.print(table)
+        show.pairs([(entry.name, entry.meaning) for entry in known.values()])
     elif name == ".columns" and about.strip() in known:
-        table = Table.grid(padding=(0, 2))
-        for column, meaning in meanings(about.strip()):
-            table.add_row(f"[bold]{column}[/]", meaning)
-        console.print(table)
+        show.pairs(meanings(about.strip()))
     else:
-        console.print(HELP, highlight=False, markup=False)
+        for part in HELP.splitlines():
+            show.say(part)
 
 
 def meanings(name: str) -> list[tuple[str, str]]:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Annotated
 import anyio
 import structlog
 from cyclopts import Parameter
-from rich.console import Console
 
 from kvplane.events.errors import KvplaneError
 from kvplane.services.auth.folder import FIRST, AuthFolder
+from kvplane.services.cli import show
 from kvplane.services.cli.common import COMMON, Common, PolicyModules, allow_modules, run_until_signal, start
+from kvplane.services.cli.show import Styled
 from kvplane.services.embedded.keeper import kept
 from kvplane.services.embedded.server import start_server
 from kvplane.services.observability.web import address, is_free, observing
@@ -166,21 +167,23 @@ def _say(
     inside: _Inside, url: str, data: Path, *, http: str | None, simulated: bool, history: bool, bare: bool
 ) -> None:  # fmt: skip
     """What there is now, and what to try."""
-    console = Console(stderr=True, soft_wrap=True)
-    console.print(f"[bold]kvplane is up[/] at {url}, fleet {inside.fleet!r}, log in {data.absolute()}")
+    where = f" at {url}, fleet {inside.fleet!r}, log in {data.absolute()}"
+    show.say(Styled("kvplane is up", "bold"), where, error=True, wrap=False)
     option = "" if url == COMMON.server[0] else f" --server {url}"
     if inside.auth is not None:
         admin = inside.common(url, "admin")
         option += f" --ca {admin.ca} --credentials {admin.credentials}"
-        console.print(f"  after `kvplane auth add`: kill -HUP $(cat {data / 'nats-server.pid'})")
-    console.print(f"  kvplane node list{option}\n  kvplane events tail{option}")
+        show.say(f"  after `kvplane auth add`: kill -HUP $(cat {data / 'nats-server.pid'})", error=True, wrap=False)
+    tries = [f"kvplane node list{option}", f"kvplane events tail{option}"]
     if history and not bare:
-        console.print(f"  kvplane sql 'SHOW TABLES'{option}")
+        tries.append(f"kvplane sql 'SHOW TABLES'{option}")
     if http and not bare:
-        console.print(f"  curl http://{http}/metrics")
+        tries.append(f"curl http://{http}/metrics")
     if simulated and not bare:
-        console.print(f"  kvplane route sim --prompt 'Hello, which node is mine?'{option}")
-    console.print("Ctrl-C stops it.")
+        tries.append(f"kvplane route sim --prompt 'Hello, which node is mine?'{option}")
+    for line in tries:
+        show.say(f"  {line}", error=True, wrap=False)
+    show.say("Ctrl-C stops it.", error=True)
 
 
 async def _keep_history(folder: Path, http: str | None, modules: tuple[str, ...], common: Common) -> None:

@@ -12,15 +12,14 @@ import pyarrow as pa
 from cyclopts import Parameter
 from msgspec import to_builtins
 from msgspec.structs import replace
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from kvplane.projections.history.tables import WHATIF_RUNS
+from kvplane.services.cli import show
 from kvplane.services.cli.ask import CONNECT_SECONDS, Json, show_json
 from kvplane.services.cli.common import COMMON, Common, PolicyModules, allow_modules, run_async, start
 from kvplane.services.cli.progress import progress_bar
+from kvplane.services.cli.runs import END_COLUMNS, TTFT_COLUMNS, TTFT_NOTE, say_failures, ttft_cells
+from kvplane.services.cli.show import Column
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import BadRequest, PolicyFailed
 from kvplane.services.rpc.client import ask
@@ -64,9 +63,10 @@ def whatif(
     policy
         Policies, each with parameters if need be: cascade, ttft:session_seconds=1 or my_module:score.
     since
-        A sequence, or a time such as 2026-01-31T12:00:00 (UTC); default is the history's beginning.
+        Where the span begins: 10m, 2h or 3d ago, yesterday, 2026-01-31, 2026-01-31T12:00 (UTC), or a sequence; default is the
+        history's beginning.
     until
-        The end of the span; default is now.
+        Where it ends; default is now.
     warm
         So many seconds before the span are simulated as well and not counted.
     routers
@@ -170,34 +170,24 @@ def bias(results: Sequence[Result]) -> dict[str, float | None]:
 
 
 def _show(results: Sequence[Result], run: str, begin: int, end: int) -> None:
-    console = Console()
-    console.print(f"{results[0].requests} recorded requests, sequences {begin:,} to {end:,}", highlight=False)
-    board = Table(box=SIMPLE_HEAD, pad_edge=False)
-    board.add_column("policy", overflow="fold", min_width=12)
-    for name in ("mean", "p50", "p90", "p99", "hits", "imbalance", "rejected", "mean vs recorded"):
-        board.add_column(name, justify="right")
+    show.aside(f"{results[0].requests:,} recorded requests, sequences {begin:,} to {end:,}")
+    show.aside("")
     base = results[1].mean
-    for place, row in enumerate(results):
-        name = (
-            escape(row.policy) + ("*" if row.policy_failures else "") + (" [dim](simulated)[/]" if place == 1 else "")
-        )
-        board.add_row(
-            name, f"{row.mean:.3f}", f"{row.p50:.3f}", f"{row.p90:.3f}", f"{row.p99:.3f}", f"{row.hit_rate:.1%}",
-            f"{row.imbalance:.2f}", str(row.rejected), f"{row.mean / base:.2f}x" if place and base else "",
-            end_section=place == 0,
-        )  # fmt: skip
-    console.print(board)
-    for row in results:
-        if row.policy_failures:
-            console.print(
-                f"* {row.policy} failed in {row.policy_failures:,} of its {row.decisions:,} decisions, and the least loaded "
-                f"node was taken: {row.failure}", highlight=False, markup=False,
-            )  # fmt: skip
+    show.table(
+        [*TTFT_COLUMNS, *END_COLUMNS, Column("vs recorded", number=True)],
+        [
+            [
+                row.policy + ("*" if row.policy_failures else "") + (" (simulated)" if place == 1 else ""), *ttft_cells(row),
+                f"{row.imbalance:.2f}", f"{row.rejected:,}", f"{row.mean / base:.2f}x" if place and base else "-",
+            ]
+            for place, row in enumerate(results)
+        ],
+        note=f"{TTFT_NOTE}; vs recorded: mean, against that of the simulated recording.",
+    )  # fmt: skip
+    say_failures(results)
     off = bias(results)
     said = ", ".join(f"{name} {value:.2f}x" for name, value in off.items() if value is not None)
-    console.print(
-        f"Bias: simulating what was recorded gives, of what really happened, {said}.\n"
-        "Times are seconds to the first token. Compare policies with the simulated recording.", highlight=False,
-    )  # fmt: skip
+    show.aside(f"Bias: simulating what was recorded gives, of what really happened, {said}.")
+    show.aside("Compare policies with the simulated recording.")
     if run:
-        console.print(f"Kept as run {run} in the tables whatif_runs and whatif_requests.", highlight=False)
+        show.aside(f"Kept as run {run} in the tables whatif_runs and whatif_requests.")

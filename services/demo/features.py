@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from kvplane.events import types
-from kvplane.events.hashing import block_hashes, pack_hashes, unpack_hashes
+from kvplane.events.hashing import block_hashes, format_hash, pack_hashes, unpack_hashes
 from kvplane.services.demo.stage import SETTLE_SECONDS, brief, check
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import Refused
@@ -156,7 +156,7 @@ async def lru_eviction(stage: Stage) -> str:
     request = messages.AdmitRequest(model="placement", hashes=pack_hashes([31, 32, 33]), node="place-1")
     answer = await stage.tell("cache.admit", request)
     evicted = unpack_hashes(answer["evicted"])
-    check(evicted == (24, 23), f"{evicted} were evicted")
+    check(evicted == (24, 23), f"{', '.join(map(format_hash, evicted))} were evicted")
     return "of the chain that was used least recently the two deepest blocks left, in the same event as the fill"
 
 

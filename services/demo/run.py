@@ -26,6 +26,7 @@ from kvplane.services.demo.stage import Stage, brief, check
 from kvplane.services.demo.traffic import Traffic
 from kvplane.services.demo.workload import conversations, round_robin_hit_rate
 from kvplane.services.embedded.server import free_port
+from kvplane.services.process.terminal import printable
 from kvplane.services.protocol import messages
 from kvplane.services.simulation.trace import Work, read_trace
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 MODEL = "demo/chat-8b"
 NODES = ("node-a", "node-b", "node-c", "node-d")
 CONCURRENCY = 24
-EVERY_STEP_HELD = "[green]every step held[/]"
+EVERY_STEP_HELD = "every step held"
 REAL_PREFILL = 8000.0
 """Prefill speed that the policy's defaults fit, in tokens per second; the demonstration runs faster by one factor."""
 
@@ -305,13 +306,10 @@ class Demo:
         check(result.hit_rate > result.round_robin_hit_rate, said)
         return said
 
-    def show(self) -> None:
-        """Print the result as a table."""
+    def figures(self) -> list[tuple[str, str]]:
+        """The result as pairs of a name and a value."""
         result = self.result
-        table = Table(title="kvplane demo", title_justify="left", show_header=False)
-        table.add_column(style="bold")
-        table.add_column(justify="right")
-        rows = [
+        return [
             ("requests", f"{result.requests:,}"),
             ("exact / prefix / miss", f"{result.exact:,} / {result.prefix:,} / {result.miss:,}"),
             ("sent again / failed", f"{result.retries} / {result.failed}"),
@@ -325,13 +323,6 @@ class Demo:
             ("commits on the log", f"{result.commits:,}"),
             ("took", f"{result.seconds:.0f} s"),
         ]
-        for name, value in rows:
-            table.add_row(name, value)
-        self.console.print(table)
-        failed = [step.step for step in result.steps if not step.held]
-        self.console.print(
-            f"[bold red]{len(failed)} steps failed: {', '.join(failed)}[/]" if failed else EVERY_STEP_HELD
-        )
 
 
 def shown(step: StepResult) -> Table:
@@ -340,7 +331,7 @@ def shown(step: StepResult) -> Table:
     mark = "[green]held[/]" if step.held else "[bold red]FAILED[/]"
     line.add_column(width=6)
     line.add_column()
-    line.add_row(mark, f"[bold]{escape(step.step)}[/]: {escape(step.said)}")
+    line.add_row(mark, f"[bold]{escape(step.step)}[/]: {escape(printable(step.said, lines=True))}")
     return line
 
 

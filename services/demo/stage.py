@@ -146,7 +146,7 @@ def brief(event: Event) -> str:
     """An event in short, as the demonstration prints it."""
     data = codec.to_builtins(event)
     keep = ("node", "session", "request", "reason", "match", "blocks", "policy")
-    fields = [f"{key}={str(data[key])[:40]}" for key in keep if data.get(key) not in (None, "", [])]
+    fields = [f"{key}={data[key]}" for key in keep if data.get(key) not in (None, "", [])]
     for key in ("stored", "evicted", "hashes"):
         if data.get(key):
             fields.append(f"{key}={len(data[key])}")

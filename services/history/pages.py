@@ -163,8 +163,8 @@ class Pages:
     def _make(self, name: str, kept: _Open) -> tuple[messages.SqlAnswer, bool]:
         """A page, and whether it is the last one. Raises `QueryLimit` when rows beyond the limit were to come."""
         result, schema = kept.result, kept.result.schema
-        rows: list[list[Any]] = []
-        data, found = b"", 0
+        rows: list[list[Any]] | None = None
+        data = b""
         if kept.request.form == "arrow":
             batches, ended = _batches(kept)
             data, found = _stream(schema, batches), len(batches)

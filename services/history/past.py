@@ -17,6 +17,7 @@ from kvplane.projections.errors import BadHistory
 from kvplane.projections.history.replay import decision_events
 from kvplane.projections.history.tables import TABLES
 from kvplane.services.history import moment
+from kvplane.services.history.when import when
 from kvplane.services.process import logs
 from kvplane.services.process.workers import Worker
 from kvplane.services.protocol.errors import BadRequest, BeforeHistory, DatabaseFailed, UnknownRequest
@@ -71,20 +72,13 @@ class Past:
     async def sequence(self, at: str) -> int:
         """Sequence that a moment means. Raises `BadRequest` or `BeforeHistory`."""
         ends = (await open_stream(self._ingest.client.jetstream(), self._ingest.fleet)).last_seq
-        if at.isascii() and at.isdigit():
-            if len(at) > 20 or int(at) > ends:
-                raise BeforeHistory(f"the log ends at sequence {ends}; {at[:60]} is not there yet")
-            return int(at)
-        try:
-            moment = datetime.fromisoformat(at)
-        except ValueError:
-            raise BadRequest(
-                f"{at[:60]!r} is no moment; write a sequence, or a time such as 2026-01-31T12:00:00 (UTC)"
-            ) from None
-        if moment.tzinfo is None:
-            moment = moment.replace(tzinfo=UTC)
+        asked = when(at, datetime.now(UTC))
+        if isinstance(asked, int):
+            if asked > ends:
+                raise BeforeHistory(f"the log ends at sequence {ends}; {asked} is not there yet")
+            return asked
         await self._ingest.reached(ends, seconds=STORED_SECONDS)
-        micros = (moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+        micros = (asked - datetime(1970, 1, 1)) // timedelta(microseconds=1)  # noqa: DTZ001 - both are UTC without a zone
         ((found, first),) = await self._asked(
             "SELECT max(sequence) FILTER (epoch_us(time) <= ?), min(time) FROM commits", micros
         )

@@ -34,3 +34,22 @@ def plain(value: Any) -> Any:  # noqa: ANN401 - any value of a result
         case dict():
             return {str(key): plain(part) for key, part in value.items()}
     return str(value)
+
+
+WIDEST = 1 << 53
+"""Above it, the numbers of most readers of JSON are not exact."""
+
+
+def exact(value: Any) -> Any:  # noqa: ANN401 - any value of a result
+    """A value as every reader of JSON reads it without loss: integers beyond 2^53 are strings of their digits."""
+    match plain(value):
+        case bool() as found:
+            return found
+        case int() as found:
+            return found if -WIDEST <= found <= WIDEST else str(found)
+        case list() as found:
+            return [exact(part) for part in found]
+        case dict() as found:
+            return {key: exact(part) for key, part in found.items()}
+        case found:
+            return found

@@ -6,14 +6,15 @@ the rows of the range.
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from msgspec import Struct
 
+from kvplane.events.hashing import format_hash
 from kvplane.projections.history.tables import TABLES
 from kvplane.projections.history.views import VIEWS
-from kvplane.services.protocol.errors import BadRequest
+from kvplane.services.process.terminal import printable
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -41,15 +42,15 @@ _TOKENS = 'requests, prompt_tokens AS "prompt tokens", cached_tokens AS cached, 
 
 
 class Range(NamedTuple):
-    """From when, inclusive, until when, exclusive; none is without limit. UTC."""
+    """From when, inclusive, until when; none is without limit. Times are UTC and end before `until`, sequences with it."""
 
-    since: datetime | None = None
-    until: datetime | None = None
+    since: datetime | int | None = None
+    until: datetime | int | None = None
 
     def where(self, *, since: bool = True) -> str:
         """The condition on `time`."""
-        terms = [f"time >= {_literal(self.since)}"] if since and self.since is not None else []
-        terms += [f"time < {_literal(self.until)}"] if self.until is not None else []
+        terms = [_term(self.since, ">=", ">=")] if since and self.since is not None else []
+        terms += [_term(self.until, "<", "<=")] if self.until is not None else []
         return " AND ".join(terms) or "true"
 
     def over(self, query: str) -> str:
@@ -64,17 +65,10 @@ class Range(NamedTuple):
         return f"WITH {limited} SELECT * FROM ({query})"
 
 
-def moment(text: str) -> datetime:
-    """A time as people write it, in UTC without a zone. Raises `BadRequest`."""
-    try:
-        found = datetime.fromisoformat(text)
-    except ValueError:
-        raise BadRequest(f"{text[:60]!r} is no time; write it as 2026-01-31T12:00:00 (UTC)") from None
-    return found if found.tzinfo is None else found.astimezone(UTC).replace(tzinfo=None)
-
-
-def _literal(time: datetime) -> str:
-    return f"TIMESTAMP '{time.isoformat(sep=' ', timespec='microseconds')}'"
+def _term(at: datetime | int, of_time: str, of_sequence: str) -> str:
+    if isinstance(at, int):
+        return f"sequence {of_sequence} {at}"
+    return f"time {of_time} TIMESTAMP '{at.isoformat(sep=' ', timespec='microseconds')}'"
 
 
 class Section(Struct, kw_only=True):
@@ -345,7 +339,7 @@ def spoken(seconds: int) -> str:
 
 
 _SHARES = {"hit rate", "matched", "right"}
-_NAMES = {"prefix", "sequence", "last sequence"}
+_NAMES = {"sequence", "last sequence"}
 
 
 def said(column: str, value: Any) -> str:  # noqa: ANN401 - any value of a row
@@ -357,13 +351,15 @@ def said(column: str, value: Any) -> str:  # noqa: ANN401 - any value of a row
             return f"{value:.1%}"
         case float():
             return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+        case int() if column == "prefix":
+            return format_hash(value)
         case int():
             return str(value) if column in _NAMES else f"{value:,}"
         case datetime():
             return clock(value)
         case list():
             return ", ".join(said(column, part) for part in value)
-    return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in str(value))
+    return printable(str(value))
 
 
 def clock(time: datetime) -> str:

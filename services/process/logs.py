@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 import structlog
 
+from kvplane.services.process.terminal import log_printable
+
 if TYPE_CHECKING:
     from structlog.typing import Processor
 
@@ -30,6 +32,7 @@ def configure(level: Level = "info", form: Literal["auto", "text", "json"] = "au
     if as_json:
         processors += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     else:
+        processors.append(log_printable)
         processors.append(structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()))
     logging.getLogger("asyncio").addFilter(_worth_saying)
     structlog.configure(

@@ -120,6 +120,12 @@ class ServerFailed(KvplaneError):
     code = "server_failed"
 
 
+class OutputFailed(KvplaneError):
+    """What a command prints can't be written, since the disk is full or there is none."""
+
+    code = "output_failed"
+
+
 class BadTrace(KvplaneError):
     """A trace file that can't be read."""
 

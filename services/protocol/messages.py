@@ -267,7 +267,8 @@ class SqlAnswer(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One page of a result."""
 
     columns: list[Column]
-    rows: list[list[Any]] = []
+    rows: list[list[Any]] | None = None
+    """One list a row, empty when there is none; absent when the page is Arrow."""
     data: bytes = b""
     """The page as an Arrow IPC stream."""
     stored: int
@@ -278,7 +279,7 @@ class SqlAnswer(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class MomentRequest(Struct, frozen=True, kw_only=True):
-    """Ask for the fleet as it was at a sequence, or at a time (ISO 8601, UTC unless it says otherwise)."""
+    """Ask for the fleet as it was at a sequence, or at a time: ISO 8601 (UTC unless it says otherwise), 10m, 2h, yesterday."""
 
     at: str
     node: str = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
@@ -9,8 +10,9 @@ from msgspec import Struct
 from kvplane.projections.history.replay import node_events, packed_hashes, policy_events
 from kvplane.projections.snapshot import load
 from kvplane.services.history.client import table
+from kvplane.services.history.when import when
 from kvplane.services.protocol import messages
-from kvplane.services.protocol.errors import BadRequest
+from kvplane.services.protocol.errors import BadRequest, BeforeHistory, Refused
 from kvplane.services.rpc.client import ask
 from kvplane.services.rpc.pieces import snapshot_at
 from kvplane.services.simulation.world import Outcome, Served, Settings
@@ -111,7 +113,7 @@ async def recorded_span(
     client: Client, fleet: str, since: str | None, until: str | None, *, warm: float
 ) -> tuple[Span, int, int]:
     """Ask a historian for a span, and its first and last sequence; `warm` seconds before it are fetched as well."""
-    begin = await _sequence(client, fleet, since or await _first(client, fleet))
+    begin = await _begin(client, fleet, since)
     end = await _sequence(client, fleet, until) if until else await _last(client, fleet)
     if begin >= end:
         raise BadRequest(f"the span is empty: it begins at sequence {begin} and ends at {end}")
@@ -150,10 +152,19 @@ async def _sequence(client: Client, fleet: str, at: str) -> int:
     return int(answer["sequence"])
 
 
-async def _first(client: Client, fleet: str) -> str:
-    """Sequence from which nodes are known."""
+async def _begin(client: Client, fleet: str, since: str | None) -> int:
+    """Sequence before the first decision from a moment on."""
+    # Before the first decision there is nothing that could be missed.
     (first,) = await _rows(client, fleet, "SELECT coalesce(min(sequence), 1) - 1 FROM decisions")
-    return str(first)
+    if not since:
+        return int(first)
+    try:
+        return max(int(first), await _sequence(client, fleet, since))
+    except Refused as error:
+        # A time before the first commit, such as the beginning of its day.
+        if error.code != BeforeHistory.code or isinstance(when(since, datetime.now(UTC)), int):
+            raise
+        return int(first)
 
 
 async def _last(client: Client, fleet: str) -> int:

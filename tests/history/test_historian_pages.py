@@ -180,6 +180,7 @@ async def test_limits_are_named(server: Server, client: Client, tmp_path: Path) 
         assert code in {"memory_limit", "time_limit"}
         for asked, most in ((None, 1000), (5000, 1000), (10, 10)):
             answer = await sql(client, "FROM range(100000)", rows=asked)
+            assert answer.rows is not None
             assert len(answer.rows) == most
             with pytest.raises(Refused, match=f"the first {most} rows of more") as caught:
                 await following(client, answer)
@@ -210,3 +211,22 @@ async def test_ingestion_goes_on_beside_queries(server: Server, client: Client, 
             assert answer.stored == last
         status = await question(client, "history.status", messages.StatusRequest())
         assert status["stored"] == last
+
+
+async def test_an_empty_result_has_rows_that_are_none(server: Server, client: Client, tmp_path: Path) -> None:
+    """As any client reads it, without kvplane's structs."""
+    await Scribe(client).write(3)
+    request = {"sql": "SELECT sequence FROM commits WHERE false"}
+    async with historian(server.url, tmp_path / "h"):
+        for encode, decode in (
+            (msgspec.json.encode, msgspec.json.decode),
+            (msgspec.msgpack.encode, msgspec.msgpack.decode),
+        ):
+            answer = decode((await client.request(f"kv.{NAME}.sql", encode(request), timeout=10)).data)
+            assert answer["rows"] == []
+            assert [column["name"] for column in answer["columns"]] == ["sequence"]
+            arrow = decode(
+                (await client.request(f"kv.{NAME}.sql", encode({**request, "form": "arrow"}), timeout=10)).data
+            )
+            assert "rows" not in arrow
+            assert arrow["data"]

@@ -77,6 +77,9 @@ def test_the_same_result_in_every_form(url: str, tmp_path: Path) -> None:
     lines = list(csv.DictReader(io.StringIO(done.stdout)))
     assert [line["request"] for line in lines] == [row["request"] for row in plain]
     assert [json.loads(line["hashes"]) for line in lines] == [row["hashes"] for row in plain]
+    # More than a number in most readers of JSON holds.
+    numbers = [[int(value) for value in row["hashes"]] for row in plain]
+    assert all(isinstance(value, str) == (int(value) > 1 << 53) for row in plain for value in row["hashes"])
     for option, name in (("--parquet", "out.parquet"), ("--arrow", "out.arrow")):
         done = run("sql", query, option, str(tmp_path / name), KVPLANE_SERVER=url)
         assert done.returncode == 0, done.stderr
@@ -84,7 +87,7 @@ def test_the_same_result_in_every_form(url: str, tmp_path: Path) -> None:
         pa.parquet.read_table(tmp_path / "out.parquet"),
         pa.ipc.open_file(tmp_path / "out.arrow").read_all(),
     ):
-        assert table["hashes"].to_pylist() == [row["hashes"] for row in plain]
+        assert table["hashes"].to_pylist() == numbers
         assert [moment.isoformat() for moment in table["time"].to_pylist()] == [row["time"] for row in plain]
     done = run("sql", "SELECT count(*) AS n FROM completions", KVPLANE_SERVER=url)
     assert str(REQUESTS) in done.stdout
@@ -160,6 +163,26 @@ def test_the_past_is_shown_and_compared(url: str) -> None:
         assert (done.returncode, f"[{code}]" in done.stderr) == (1, True)
 
 
+def test_a_moment_is_written_alike_everywhere(url: str) -> None:
+    commits = rows(url, "SELECT sequence, time::VARCHAR AS time FROM commits ORDER BY sequence")
+    middle = commits[len(commits) // 2]
+    since = next(row["sequence"] for row in commits if row["time"] >= middle["time"])
+    upto = max(row["sequence"] for row in commits if row["time"] <= middle["time"])
+    moment = f"{middle['time']} UTC"
+    assert asked(url, "state", "--at", moment)["sequence"] == upto
+    assert asked(url, "diff", moment, "now")["numbers"]["sequence"] == [upto, commits[-1]["sequence"]]
+    assert asked(url, "report", "--since", moment)["overview"]["first_sequence"] == since
+    for text, first in ((moment, since), ("1d", 1)):
+        tail = run("events", "tail", "--no-follow", "--json", "--since", text, KVPLANE_SERVER=url)
+        assert json.loads(tail.stdout.splitlines()[0])["sequence"] == first
+    assert asked(url, "report", "--since", "yesterday")["overview"]["commits"] == len(commits)
+    assert asked(url, "report", "--since", "10", "--until", "19")["overview"]["commits"] == 10
+    for command in (["report", "--since"], ["state", "--at"], ["diff", "1"], ["whatif", "--policy", "ttft", "--since"],
+                    ["events", "tail", "--from"]):  # fmt: skip
+        done = run(*command, "lately", KVPLANE_SERVER=url)
+        assert (done.returncode, "'lately' is no moment; write a sequence" in done.stderr) == (1, True), command
+
+
 def test_what_if(url: str, tmp_path: Path) -> None:
     plot = tmp_path / "plot.png"
     answer = asked(url, "whatif", "--policy", "round_robin", "ttft:session_seconds=1", "--plot", str(plot))
@@ -182,6 +205,13 @@ def test_what_if(url: str, tmp_path: Path) -> None:
     for row in per_request:
         assert row["n"] == REQUESTS
         assert row["hit_rate"] == pytest.approx(by_policy[row["policy"]]["hit_rate"], abs=1e-5)
+    # The beginning of the first day lies before the history's.
+    day = rows(url, "SELECT min(time)::DATE::VARCHAR AS day FROM commits")[0]["day"]
+    for since in (day, "7d"):
+        again = asked(url, "whatif", "--policy", "round_robin", "--since", since, "--no-keep")
+        assert (again["since"], again["policies"][0]) == (answer["since"], answer["policies"][0])
+    done = run("whatif", "--policy", "round_robin", "--until", "2001-01-01", KVPLANE_SERVER=url)
+    assert (done.returncode, "[before_history]" in done.stderr) == (1, True)
     done = run("whatif", "--policy", "magic", KVPLANE_SERVER=url)
     assert done.returncode == 1
     assert "is not one of" in done.stderr

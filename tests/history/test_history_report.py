@@ -21,10 +21,9 @@ from kvplane.projections.history.rows import Rows, Waiting
 from kvplane.projections.history.store import Store
 from kvplane.services.cli import main
 from kvplane.services.history.historian import Historian
-from kvplane.services.history.report import BUCKETS, LINES, Range, collect, extent, headline, moment, said, step
+from kvplane.services.history.report import BUCKETS, LINES, Range, collect, extent, headline, said, step
 from kvplane.services.history.report_html import page
 from kvplane.services.history.report_plot import png
-from kvplane.services.protocol.errors import BadRequest
 from tests.support.fold_given import SECOND, START, Given, registered
 
 if TYPE_CHECKING:
@@ -202,7 +201,7 @@ async def test_a_page_needs_nothing_else_and_runs_nothing(asked: Asked) -> None:
 
 
 def test_what_is_not_printable_does_not_reach_a_terminal() -> None:
-    assert said("node", "a\x1b[31m") == "a\N{REPLACEMENT CHARACTER}[31m"
+    assert said("node", "a\x1b[31m") == "a\\x1b[31m"
     assert [said("hit rate", 0.5), said("mean", 0.5), said("sequence", 12345), said("commits", 12345)] == [
         "50.0%", "0.5", "12345", "12,345",
     ]  # fmt: skip
@@ -214,13 +213,6 @@ def test_a_range_has_few_steps(span: timedelta, most: int) -> None:
     assert size == BUCKETS[-1] or span.total_seconds() / size + 1 <= most
     smaller = [bucket for bucket in BUCKETS if bucket < size]
     assert not smaller or span.total_seconds() / smaller[-1] + 1 > most
-
-
-def test_moments_are_utc() -> None:
-    assert moment("2026-01-31T12:00:00+02:00") == moment("2026-01-31T10:00:00Z") == moment("2026-01-31 10:00")
-    for text in ("yesterday", "12", "2026-13-01", ""):
-        with pytest.raises(BadRequest, match="is no time"):
-            moment(text)
 
 
 def run(url: str, *arguments: str) -> int:
@@ -273,7 +265,7 @@ async def test_the_command(
         for arguments, sentence in (
             (["--html", str(tmp_path)], "can't be written: Is a directory"),
             (["--png", str(tmp_path / "no" / "x.png")], "is no folder; make it first"),
-            (["--since", "soon"], "is no time"),
+            (["--since", "soon"], "is no moment"),
             (["--since", "2026-01-02", "--until", "2026-01-01"], "is not before --until"),
         ):
             code, out, error = await said_by(*arguments)

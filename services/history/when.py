@@ -1,0 +1,42 @@
+"""Moments as people write them: the one reading of `--at`, `--since`, `--until`, `--from` and of both moments of `diff`."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime, time, timedelta
+
+from kvplane.services.protocol.errors import BadRequest
+
+FORMS = "a sequence, a time such as 2026-01-31T12:00 (UTC), a date, yesterday, today, now, or how long ago: 10m, 2h, 3d"
+"""What may be written, for the sentence of an error."""
+_UNITS = {"s": "seconds", "m": "minutes", "min": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+_PART = r"(\d{1,9}(?:\.\d{1,9})?)\s*(min|[smhdw])"
+_AGO = re.compile(rf"-?\s*((?:{_PART}\s*)+)(?:\s+ago)?", re.ASCII)
+_SEQUENCE = re.compile(r"\d{1,20}|\d{1,3}(?:,\d{3})+", re.ASCII)
+_DAYS = {"today": 0, "yesterday": 1}
+
+
+def when(text: str, now: datetime) -> int | datetime:
+    """A moment: a sequence, or a time in UTC without a zone, as the history's times are. Raises `BadRequest`.
+
+    A day means its beginning in UTC. `now` has a zone; what is relative counts from it.
+    """
+    said = text.strip()
+    if _SEQUENCE.fullmatch(said) and int(said.replace(",", "")) < 1 << 64:
+        return int(said.replace(",", ""))
+    clock = now.astimezone(UTC).replace(tzinfo=None)
+    word = said.lower()
+    if word == "now":
+        return clock
+    if word in _DAYS:
+        return datetime.combine(clock.date() - timedelta(days=_DAYS[word]), time())
+    try:
+        if said.isdigit():
+            raise ValueError(said)  # noqa: TRY301 - of digits alone, `fromisoformat` makes a time
+        if _AGO.fullmatch(word):
+            parts = re.findall(_PART, word)
+            return clock - sum((timedelta(**{_UNITS[unit]: float(count)}) for count, unit in parts), timedelta())
+        found = datetime.fromisoformat(re.sub(r"\s*UTC$", "+00:00", said))
+        return found if found.tzinfo is None else found.astimezone(UTC).replace(tzinfo=None)
+    except (ValueError, OverflowError):
+        raise BadRequest(f"{text[:60]!r} is no moment; write {FORMS}") from None

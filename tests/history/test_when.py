@@ -1,0 +1,53 @@
+"""Moments as people write them."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta, timezone
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvplane.services.history.when import when
+from kvplane.services.protocol.errors import BadRequest
+
+NOW = datetime(2026, 3, 1, 1, 30, tzinfo=timezone(timedelta(hours=2)))
+"""It is still February in UTC."""
+
+
+@pytest.mark.parametrize(
+    ("text", "moment"),
+    [
+        ("5", 5), (" 12345 ", 12345), ("12,345", 12345), ("20260131", 20260131),
+        ("now", "2026-02-28T23:30:00"), ("today", "2026-02-28T00:00:00"), ("Yesterday", "2026-02-27T00:00:00"),
+        ("10m", "2026-02-28T23:20:00"), ("10 min", "2026-02-28T23:20:00"), ("2h", "2026-02-28T21:30:00"),
+        ("2h ago", "2026-02-28T21:30:00"), ("-2h", "2026-02-28T21:30:00"), ("1h30m", "2026-02-28T22:00:00"),
+        ("1.5h", "2026-02-28T22:00:00"), ("3d", "2026-02-25T23:30:00"), ("2w", "2026-02-14T23:30:00"),
+        ("45s", "2026-02-28T23:29:15"),
+        ("2026-01-31", "2026-01-31T00:00:00"), ("2026-01-31T12:00", "2026-01-31T12:00:00"),
+        ("2026-01-31 12:00:00.5", "2026-01-31T12:00:00.500000"), ("2026-01-31T12:00:00Z", "2026-01-31T12:00:00"),
+        ("2026-01-31T12:00:00+02:00", "2026-01-31T10:00:00"), ("2026-01-31 12:00:00.123 UTC", "2026-01-31T12:00:00.123000"),
+    ],
+)  # fmt: skip
+def test_what_is_written_is_what_is_meant(text: str, moment: int | str) -> None:
+    found = when(text, NOW)
+    assert (found.isoformat() if isinstance(found, datetime) else found) == moment
+
+
+@pytest.mark.parametrize(
+    "text", ["", "lately", "10x", "m", "1,2", "2026-13-01", "99999999999d", "999999999w", "-5", "5.5", "٣", "٣h", "0x10",
+             "9999-12-31T23:59:59-01:00", "10m 5", "1" * 21, "now or never", "12:"],
+)  # fmt: skip
+def test_what_can_not_be_read_says_what_can(text: str) -> None:
+    with pytest.raises(BadRequest, match="write a sequence, a time such as"):
+        when(text, NOW)
+
+
+@given(st.datetimes(datetime(1970, 1, 1), datetime(2200, 1, 1)))  # noqa: DTZ001 - UTC without a zone, as in the history
+def test_what_kvplane_shows_can_be_asked_for(time: datetime) -> None:
+    shown = f"{time:%Y-%m-%d %H:%M:%S.%f}"[:-3] + " UTC"
+    found = when(shown, NOW)
+    assert isinstance(found, datetime)
+    assert timedelta(0) <= time - found < timedelta(milliseconds=1)
+    assert when(time.isoformat(), NOW) == time
+    assert when(time.replace(tzinfo=UTC).isoformat(), NOW) == time
