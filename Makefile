@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 MINUTES ?= 30
 ROOM ?=
-WORKERS ?= auto
+# Tests wait for servers and processes half of their time: some more workers than cores.
+WORKERS ?= $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) * 3 + 1) / 2 )))
 SEED ?=
 
 .PHONY: help demo test chaos test-engine check docs bench lock clean
@@ -25,7 +26,7 @@ $(READY): requirements.lock pyproject.toml
 demo: $(READY) ## start a fleet, show every feature, kill it, bring it back
 	$(BIN)/kvplane demo
 
-test: $(READY) ## run the tests, one worker a core; of one room: make test ROOM=routing
+test: $(READY) ## run the tests, or those of one room: make test ROOM=routing
 	$(BIN)/pytest -q --durations=20 -n $(WORKERS) --dist worksteal tests/$(ROOM)
 
 chaos: $(READY) ## kill, stop and cut a fleet under load: make chaos MINUTES=30 SEED=1, report in build/chaos.json

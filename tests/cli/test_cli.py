@@ -64,7 +64,8 @@ def test_a_route_is_asked_without_being_recorded_unless_wanted(url: str) -> None
         pass
     tail = run("events", "tail", "--no-follow", "--json", "--from", str(before + 1), "--server", url)
     events = [json.loads(line) for line in tail.stdout.splitlines()]
-    routed = next(event for event in events if event["type"].startswith("RequestRouted"))
+    # The one that was to be recorded, and not the one before it.
+    (routed,) = [event for event in events if event["type"].startswith("RequestRouted")]
     assert (routed["request"], routed["node"], routed["session"]) == (recorded["request"], recorded["node"], "mine")
     assert len(routed["hashes"]) == recorded["blocks"]
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from kvplane.services.embedded.server import free_port
 from kvplane.services.routing.view import Request, View
+from tests.support.ports import free_port
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

@@ -115,6 +115,18 @@ def test_there_is_one_way_to_wait() -> None:
     assert found == ["tests/support/waiting.py: until"]
 
 
+def test_ports_of_tests_are_held() -> None:
+    """One that is free now may be another worker's before a server has it: `tests/support/ports.py` keeps it."""
+    taking = [
+        str(path.relative_to(ROOT))
+        for path in TESTS
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kvplane")
+        if "free_port" in {alias.name for alias in node.names}
+    ]
+    assert taking == []
+
+
 def test_every_module_says_what_it_is() -> None:
     silent = [
         str(path.relative_to(ROOT))

@@ -17,11 +17,11 @@ from kvplane.events.subjects import subject
 from kvplane.projections.digest import digest
 from kvplane.projections.fleet import FleetState
 from kvplane.services.demo.fleet import Fleet
-from kvplane.services.embedded.server import free_port
 from kvplane.services.protocol.errors import NoAnswer
 from kvplane.services.protocol.messages import StatusRequest
 from kvplane.services.rpc.client import ask
 from tests.support.fold_given import headers_of, registered
+from tests.support.ports import free_port
 from tests.support.starving import BLOCK, STARVES
 
 if TYPE_CHECKING:
