@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from kvplane.events.log.connection import connected
 from kvplane.events.log.copies import set_copies
 from kvplane.services.cli.ask import CONNECT_SECONDS
 from kvplane.services.cli.common import COMMON, Common, run_async, start
@@ -30,5 +29,5 @@ def copies(count: int, /, *, common: Common = COMMON) -> None:
 
 
 async def _set(count: int, common: Common) -> bool:
-    async with connected(common.server, "kvplane-copies", connect_seconds=CONNECT_SECONDS) as client:
+    async with common.connected("kvplane-copies", seconds=CONNECT_SECONDS) as client:
         return await set_copies(client, common.fleet, count, seconds=WAIT_SECONDS)
