@@ -126,7 +126,9 @@ def _known(host: str, where: str, error: BaseException) -> Answer | None:
         return Answer("refused", f"nobody listens at {where} (connection refused)")
     if isinstance(error, TimeoutError):
         return Answer("unreachable", f"{where} does not answer a connection in {CONNECT_SECONDS:g} s")
-    if isinstance(error, OSError) and error.errno in {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EACCES, errno.EPERM}:
+    # Errors of TLS have numbers of their own.
+    unreachable = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EACCES, errno.EPERM}
+    if isinstance(error, OSError) and not isinstance(error, ssl.SSLError) and error.errno in unreachable:
         return Answer("unreachable", f"{where} can't be reached ({os.strerror(error.errno or 0)})")
     return None
 

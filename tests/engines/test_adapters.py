@@ -147,7 +147,9 @@ async def test_who_is_not_ready_says_why(fleet: Fleet, server: Server) -> None:
     engine.loading = True
     async with running(engine), attached(fleet, engine.url) as (service, http):
         # Nothing is known of the engine yet, so there are no nodes.
-        body = await ready(http, f"adapter: the engine at {engine.url} is not well yet")
+        body = await ready(
+            http, f"adapter: the engine at {engine.url} is not well yet: {engine.url}/health answers 503"
+        )
         assert body["services"]["adapter"]["nodes"] == 0
         assert (await http.state("/healthz"))[0] == 200
         assert (await http.metrics())("kvplane_ready", service="adapter") == 0
@@ -208,7 +210,8 @@ async def test_the_command_serves_http_and_an_engine_that_never_comes_ends_it(se
     ]  # fmt: skip
     process = await anyio.open_process(command, stderr=subprocess.PIPE)
     try:
-        await ready(Http(address), f"adapter: the engine at {url} is not well yet")
+        nobody = f"nobody listens at {url.removeprefix('http://')} (connection refused)"
+        await ready(Http(address), f"adapter: the engine at {url} is not well yet: {nobody}")
         assert process.stderr is not None
         told = b"".join([part async for part in process.stderr])
         assert await process.wait() == 1
