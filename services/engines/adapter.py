@@ -31,6 +31,7 @@ from kvplane.services.engines.translate import Translator
 from kvplane.services.protocol import labels, messages
 from kvplane.services.protocol.errors import AnswerTooLarge, EngineUnfit, ServiceFault
 from kvplane.services.rpc.client import ask
+from kvplane.services.rpc.leaving import leave
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -90,6 +91,8 @@ class Adapter:
         self.appender = Appender(client, fleet, self.writer)
         self.writers = Writers()
         self.epoch = 0
+        self.registered_epoch = 0
+        """The epoch of the last registration, also while the engine has begun another life and `epoch` is 0."""
         self.registrations = 0
         self.replays = 0
         """How often the replay buffer was asked."""
@@ -153,6 +156,12 @@ class Adapter:
                     await self.writers.close()
         finally:
             self.published.close()
+
+    async def leave(self) -> None:
+        """Tell the fleet that the node leaves, when `run` has ended in good order."""
+        if self.registered_epoch:
+            reason = "its adapter was stopped"
+            await leave(self.client, self.fleet, self.config.node, self.registered_epoch, reason)
 
     def _coordinator(self, what: str) -> str:
         """Where this node asks for something for itself."""
@@ -323,7 +332,7 @@ class Adapter:
                 await anyio.sleep(REGISTER_SECONDS)
             else:
                 break
-        self.epoch = self.track.translator.epoch = answer.epoch
+        self.epoch = self.track.translator.epoch = self.registered_epoch = answer.epoch
         self.registrations += 1
         self._registered = True
         self.outbox.begin(self.track.translator.tell(self.track.position))

@@ -47,16 +47,22 @@ class Adapters:
         """What is wrong with the engine that is waited for."""
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
-        """Wait for the engine, and attach it until cancelled. Started means: all its nodes are registered.
+        """Wait for the engine, and attach it until cancelled; then its nodes leave. Started means: all of them are registered.
 
         Raises `EngineUnfit` when it can't be attached as it is, or is not well in time.
         """
         self.adapters = self._made(self.wanted.facts(await self._asked()))
-        async with anyio.create_task_group() as group:
-            async with anyio.create_task_group() as starting:
-                for adapter in self.adapters:
-                    starting.start_soon(group.start, adapter.run)
-            task_status.started()
+        try:
+            async with anyio.create_task_group() as group:
+                async with anyio.create_task_group() as starting:
+                    for adapter in self.adapters:
+                        starting.start_soon(group.start, adapter.run)
+                task_status.started()
+        finally:
+            with anyio.CancelScope(shield=True):
+                async with anyio.create_task_group() as leaving:
+                    for adapter in self.adapters:
+                        leaving.start_soon(adapter.leave)
 
     def _made(self, facts: Facts) -> list[Adapter]:
         wanted, made = self.wanted, []

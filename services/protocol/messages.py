@@ -117,6 +117,14 @@ class NodeRequest(_Request, frozen=True, kw_only=True):
     reason: str = ""
 
 
+class LeaveRequest(_Request, frozen=True, kw_only=True):
+    """A node leaves by itself, in the life that began with this epoch; one that has begun another since is left alone."""
+
+    node: str
+    epoch: Count
+    reason: str = ""
+
+
 class NodeLast(Struct, frozen=True, kw_only=True):
     """The log's last commit about a node itself: its sequence, 0 without one, and its body as it was written."""
 

@@ -122,6 +122,7 @@ class Coordinator:
             "node_cordon": partial(self._change, commands.cordon),
             "node_uncordon": partial(self._change, commands.uncordon),
             "node_remove": partial(self._change, commands.remove),
+            "leave": partial(self._change, commands.leave),
             "node_list": self.list_nodes,
             "cache_admit": self.admit, "admit_to_oneself": self.admit,
             "cache_touch": partial(self._change, admission.touch),
@@ -186,7 +187,7 @@ class Coordinator:
             raise Conflict(f"{turn!r} changed {tries} times while this was decided; try again later")
 
     async def _change(
-        self, decide: Decide, request: messages.NodeRequest | messages.BlocksRequest
+        self, decide: Decide, request: messages.NodeRequest | messages.BlocksRequest | messages.LeaveRequest
     ) -> dict[str, object]:
         self.replica.check_ready()
         messages.names((request.node, "node"))
