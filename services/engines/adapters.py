@@ -10,6 +10,7 @@ import structlog
 
 from kvplane.services.engines.adapter import Adapter, AdapterConfig
 from kvplane.services.engines.facts import ANSWER_SECONDS, check
+from kvplane.services.engines.sockets import engine_binds
 from kvplane.services.protocol.errors import EngineUnfit
 from kvplane.services.rpc.readiness import Readiness
 from kvplane.services.rpc.tally import Tally
@@ -74,6 +75,13 @@ class Adapters:
                 ranked=len(facts.sources) > 1 or wanted.rank is not None,
                 max_active=wanted.max_active, pulse_seconds=wanted.pulse_seconds,
             )  # fmt: skip
+            if not engine_binds(source.events):
+                say = _log.warning if wanted.events else _log.info
+                say(
+                    "events_bound", node=config.node, endpoint=source.events,
+                    hint="the adapter listens there and the engine connects, since this endpoint has no `*`; if the engine "
+                    "listens, write tcp://*:PORT",
+                )  # fmt: skip
             if not source.replay:
                 _log.warning(
                     "no_replay_endpoint", node=config.node,
@@ -116,4 +124,7 @@ class Adapters:
         if not self.adapters:
             why = f": {self._waits_for}" if self._waits_for else ""
             troubles = [f"the engine at {self.engine.url} is not well yet{why}"]
-        return Readiness("; ".join(troubles), {"nodes": len(self.adapters)})
+        unheard = [one.config.node for one in self.adapters if one.hearing.missing]
+        return Readiness(
+            "; ".join(troubles), {"nodes": len(self.adapters), **({"unheard": unheard} if unheard else {})}
+        )

@@ -33,8 +33,10 @@ _WANTED = (
     "vllm:cache_config_info", "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:prefix_cache_queries",
     "process_start_time_seconds",
     "sglang:num_running_reqs", "sglang:num_queue_reqs",
+    "vllm:prefix_cache_hits_total", "vllm:generation_tokens_total", "vllm:request_success_total",
+    "sglang:prompt_tokens_total", "sglang:cached_tokens_total", "sglang:generation_tokens_total", "sglang:num_requests_total",
 )  # fmt: skip
-_TURN_ON = {
+TURN_ON = {
     "vllm": """start vLLM with --enable-prefix-caching --kv-events-config '{"enable_kv_cache_events": true, """
     """"publisher": "zmq", "endpoint": "tcp://*:5557", "replay_endpoint": "tcp://*:5558"}'""",
     "sglang": """start SGLang with --kv-events-config '{"publisher": "zmq", "endpoint": "tcp://*:5557", """
@@ -66,12 +68,21 @@ class Facts(Struct, frozen=True, kw_only=True):
     """Whether it reuses what it has computed for earlier requests."""
 
 
+class Served(NamedTuple):
+    """What an engine has done since it began: tokens that it computed, prompts' and answers', and for how many requests."""
+
+    tokens: float
+    requests: float
+
+
 class Gauges(Struct, frozen=True, kw_only=True):
     """An engine's load now."""
 
     active: int = 0
     waiting: int = 0
     started: str = ""
+    served: Served | None = None
+    """None where the engine does not say."""
 
 
 class Health(NamedTuple):
@@ -120,9 +131,21 @@ def gauges(found: Samples, rank: int) -> Gauges:
     def total(*names: str) -> int:
         return int(sum(value for name in names for _, value in _of_rank(found.get(name, ()), rank)))
 
+    def served(asked: str, cached: str, answered: str, ended: str) -> Served | None:
+        if asked not in found or ended not in found:
+            return None
+        return Served(total(asked) - total(cached) + total(answered), total(ended) + running + waiting)
+
     waiting = total("vllm:num_requests_waiting", "sglang:num_queue_reqs")
     running = total("vllm:num_requests_running", "sglang:num_running_reqs")
-    return Gauges(active=running + waiting, waiting=waiting, started=started(found))
+    done = served(
+        "vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total", "vllm:generation_tokens_total",
+        "vllm:request_success_total",
+    ) or served(
+        "sglang:prompt_tokens_total", "sglang:cached_tokens_total", "sglang:generation_tokens_total",
+        "sglang:num_requests_total",
+    )  # fmt: skip
+    return Gauges(active=running + waiting, waiting=waiting, started=started(found), served=done)
 
 
 class Engine:
@@ -308,7 +331,7 @@ def check(kind: Kind, facts: Facts, sources: list[Source]) -> None:
         raise EngineUnfit("the engine keeps nothing for later requests; start it with --enable-prefix-caching")
     if not sources:
         raise EngineUnfit(
-            f"the engine publishes no cache events, or does not say where: {_TURN_ON[kind]}, or give --events"
+            f"the engine publishes no cache events, or does not say where: {TURN_ON[kind]}, or give --events"
         )
     if not facts.block_size:
         raise EngineUnfit(

@@ -244,6 +244,8 @@ class Pulse(Struct, frozen=True, kw_only=True, omit_defaults=True):
     active: int = 0
     waiting: int = 0
     used_blocks: int = 0
+    unheard: bool = False
+    """Its engine serves, and tells nothing of its cache."""
 
 
 class Checkpoint(Struct, frozen=True):

@@ -253,7 +253,13 @@ class Coordinator:
             if request.model and request.model not in node.registered.models:
                 continue
             pulse = self.liveness.pulses.get(name)
-            rows.append({**node_row(self.state, node), "waiting": pulse.waiting if pulse else None})
+            rows.append(
+                {
+                    **node_row(self.state, node),
+                    "waiting": pulse.waiting if pulse else None,
+                    "unheard": bool(pulse and pulse.unheard),
+                }
+            )
         return {"fleet": self.fleet, "sequence": self.state.sequence, "nodes": rows}
 
     async def lookup(self, request: messages.LookupRequest) -> dict[str, object]:
