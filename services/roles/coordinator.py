@@ -25,6 +25,7 @@ from kvplane.events.subjects import pulse_subject
 from kvplane.projections.overview import node_row
 from kvplane.services.control import admission, commands, formats
 from kvplane.services.control.liveness import Liveness
+from kvplane.services.control.untold import Untold
 from kvplane.services.process.version import package_version
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import Conflict, LogAway, UnknownModel
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from nats.aio.msg import Msg
 
     from kvplane.services.control.commands import Proposal
+    from kvplane.events.codec import Message
+    from kvplane.projections.fleet import Applied
 
 ANSWER_SECONDS = 10.0
 """How long a commit is tried, and after lost races decided anew."""
@@ -76,7 +79,8 @@ class Coordinator:
         self.client = client
         self.fleet = fleet
         self.writer = new_writer("coordinator")
-        self.replica = Replica(client, fleet, writer=self.writer)
+        self.untold = Untold()
+        self.replica = Replica(client, fleet, self._observe, writer=self.writer)
         self.state = self.replica.state
         self.compaction = Compaction(client, self.replica, commits=snapshot_commits, size=snapshot_bytes)
         self.liveness = Liveness()
@@ -257,7 +261,8 @@ class Coordinator:
                 {
                     **node_row(self.state, node),
                     "waiting": pulse.waiting if pulse else None,
-                    "unheard": bool(pulse and pulse.unheard),
+                    # An adapter knows by the engine's metrics; where there are none, the log's completions tell.
+                    "unheard": bool(pulse and pulse.unheard) or self.untold.silent(name, time.monotonic()),
                 }
             )
         return {"fleet": self.fleet, "sequence": self.state.sequence, "nodes": rows}
@@ -292,6 +297,10 @@ class Coordinator:
     async def compact(self, request: messages.CompactRequest) -> dict[str, object]:
         """Purge what of the log is no longer needed."""
         return await self.compaction.compact(without_history=request.without_history)
+
+    def _observe(self, _: Message, applied: Applied) -> None:
+        if applied.commit is not None:
+            self.untold.observe(self.state, applied.commit, time.monotonic())
 
     async def _pulse(self, message: Msg) -> None:
         try:
