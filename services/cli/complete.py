@@ -7,6 +7,7 @@ import sys
 from pathlib import Path  # noqa: TC003 - cyclopts reads annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
+import anyio
 from cyclopts import Parameter
 from rich.console import Console
 
@@ -15,12 +16,12 @@ from kvplane.services.cli.common import COMMON, Common, run_async, start
 from kvplane.services.protocol.errors import BadRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from kvplane.services.dataplane.complete import Completion
+    from kvplane.services.dataplane.complete import Completer, Completion
     from kvplane.services.dataplane.openai import Body
 
 ATTEMPTS = 3
+WAIT_SECONDS = 1.0
+"""After so long without a word of the engine it is said whom the command waits for."""
 
 
 def complete(
@@ -88,7 +89,7 @@ def complete(
 
     shown = _Shown(quiet=json)
     try:
-        completion = run_async(_complete, asked, session, api_key, attempts, shown.chunk, common)
+        completion = run_async(_complete, asked, session, api_key, attempts, shown, common)
     finally:
         shown.end()
     if json:
@@ -98,7 +99,7 @@ def complete(
 
 
 async def _complete(
-    asked: Body, session: str, api_key: str, attempts: int, on_chunk: Callable[[Body], None], common: Common
+    asked: Body, session: str, api_key: str, attempts: int, shown: _Shown, common: Common
 ) -> Completion:
     # Loaded here, so that the command's help needs no HTTP.
     from kvplane.services.dataplane.complete import Completer  # noqa: PLC0415
@@ -107,7 +108,11 @@ async def _complete(
         common.connected("kvplane-complete", seconds=CONNECT_SECONDS) as client,
         Completer(client, common.fleet, api_key=api_key, attempts=attempts) as completer,
     ):
-        return await completer.complete(asked, session=session, on_chunk=on_chunk)
+        async with anyio.create_task_group() as group:
+            group.start_soon(shown.say_whom_it_waits_for, completer)
+            completion = await completer.complete(asked, session=session, on_chunk=shown.chunk)
+            group.cancel_scope.cancel()
+        return completion
 
 
 class _Shown:
@@ -115,16 +120,24 @@ class _Shown:
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
+        self._begun = False
         self._last = "\n"
 
     def chunk(self, chunk: Body) -> None:
         from kvplane.services.dataplane.openai import text  # noqa: PLC0415 - as above
 
+        self._begun = True
         for index, said in text(chunk).items():
             if index == 0 and not self._quiet:
                 sys.stdout.write(said)
                 sys.stdout.flush()
                 self._last = said
+
+    async def say_whom_it_waits_for(self, completer: Completer) -> None:
+        """Say it once, if nothing has come by then."""
+        await anyio.sleep(WAIT_SECONDS)
+        if not self._begun and completer.waits_for:
+            _dim(f"waiting for {completer.waits_for}")
 
     def end(self) -> None:
         if not self._quiet and not self._last.endswith("\n"):
@@ -143,7 +156,11 @@ def _tell(completion: Completion) -> None:
     if not completion.recorded:
         lines.append("no router took the outcome: the history will not have it")
     for line in lines:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(line, style="dim", markup=False)
+        _dim(line)
+
+
+def _dim(line: str) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(line, style="dim", markup=False)
 
 
 def _read(file: Path) -> dict[str, Any]:

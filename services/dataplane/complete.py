@@ -88,6 +88,8 @@ class Completer:
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._session: aiohttp.ClientSession | None = None
+        self.waits_for = ""
+        """Whose answer is waited for, of the request that was sent last; for people who wonder."""
         self.telling: set[str] = set()
         """Nodes that have told what was cached; some engines say nothing of it when it is nothing."""
         self._warned: set[tuple[str, str]] = set()
@@ -175,6 +177,7 @@ class Completer:
             found = await self._routed(anyone, failed)
             url = _url(found)
             try:
+                self.waits_for = f"node {found.node} at {url}/tokenize"
                 asks = self.http.post(url + "/tokenize", timeout=TOKENIZE, **_sent(openai.question(body)))
                 async with asks as answer:
                     if answer.status == 200:
@@ -258,6 +261,7 @@ class _Delivery:
         headers = {"X-data-parallel-rank": self.decision.rank} if self.decision.rank else {}
         if self.traceparent:
             headers["traceparent"] = self.traceparent
+        self.completer.waits_for = f"node {self.decision.node} at {url}"
         self._begin = time.perf_counter()
         answer = await self._heard(self.completer.http.post(url, headers=headers, **_sent(body)))
         # Closes the connection of an answer that has not ended, upon which engines give up the request.

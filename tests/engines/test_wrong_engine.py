@@ -147,3 +147,23 @@ async def test_a_completion_says_what_answered_instead_of_the_engine(
         port = free_port()
         said = await complete(port)
     assert says.format(f"127.0.0.1:{port}") in said
+
+
+async def test_the_command_says_whom_a_completion_waits_for(fleet: Fleet, tmp_path: Path) -> None:
+    await fleet.coordinator()
+    await fleet.router()
+    async with listening("silent", tmp_path) as port:
+        node = messages.RegisterRequest(
+            node="a", address=f"http://127.0.0.1:{port}", models=["m"], block_size=16, capacity_blocks={"gpu": 4}
+        )
+        await fleet.ask("coordinator.node.register", node)
+        command = [sys.executable, "-m", "kvplane", "complete", "m", "hello", "--server", fleet.url]
+        process = await anyio.open_process(command)
+        try:
+            assert process.stderr is not None
+            with anyio.fail_after(20):
+                said = await process.stderr.receive()
+        finally:
+            process.kill()
+            await process.aclose()
+    assert said.decode().startswith(f"waiting for node a at http://127.0.0.1:{port}/tokenize")
