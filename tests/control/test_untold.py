@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
+import time
+from math import inf
 from typing import TYPE_CHECKING
 
-import anyio
 import pytest
 
 from kvplane.events import types
 from kvplane.events.hashing import pack_hashes
 from kvplane.events.log.append import Appender
 from kvplane.services.protocol import messages
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from tests.conftest import Fleet
+    from tests.support.fleet import Fleet
 
 pytestmark = pytest.mark.anyio
 
 
-async def until_unheard(fleet: Fleet, **wanted: bool) -> None:
-    with anyio.fail_after(20):
-        while True:
-            nodes = (await fleet.ask("coordinator.node.list", messages.ListRequest()))["nodes"]
-            if {row["node"]: row["unheard"] for row in nodes} == wanted:
-                return
-            await anyio.sleep(0.05)
+async def unheard(fleet: Fleet) -> list[str]:
+    nodes = (await fleet.ask("coordinator.node.list", messages.ListRequest()))["nodes"]
+    return [row["node"] for row in nodes if row["unheard"]]
 
 
 async def test_who_completes_prompts_and_tells_nothing_is_named(fleet: Fleet) -> None:
-    await fleet.coordinator()
+    coordinator = await fleet.coordinator()
     await fleet.router()
     epochs = {}
     for node, mode in (("short", "reported"), ("quiet", "reported"), ("told", "reported"), ("managed", "managed")):
@@ -52,9 +50,12 @@ async def test_who_completes_prompts_and_tells_nothing_is_named(fleet: Fleet) ->
     await completed("told", 64)
     await completed("managed", 64)
     await completed("quiet", 17)
-    await until_unheard(fleet, short=False, quiet=True, told=False, managed=False)
+    await until(lambda: coordinator.untold.silent("quiet", time.monotonic()))
+    assert await unheard(fleet) == ["quiet"]
     # Another coordinator reads the same of the log.
-    await fleet.coordinator()
-    await until_unheard(fleet, short=False, quiet=True, told=False, managed=False)
+    second = await fleet.coordinator()
+    await until(lambda: second.untold.silent("quiet", time.monotonic()))
+    assert await unheard(fleet) == ["quiet"]
     await tells("quiet")
-    await until_unheard(fleet, short=False, quiet=False, told=False, managed=False)
+    await until(lambda: not (second.untold.silent("quiet", inf) or coordinator.untold.silent("quiet", inf)))
+    assert await unheard(fleet) == []

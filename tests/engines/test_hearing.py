@@ -18,14 +18,14 @@ from kvplane.services.engines.facts import Engine, Kind, Served, gauges, samples
 from kvplane.services.engines.hearing import PATIENCE_SECONDS, Hearing
 from kvplane.services.process import logs
 from kvplane.services.protocol import messages
-from tests.conftest import until
 from tests.support.fake_engine import FakeEngine, free_port, running
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from kvplane.services.embedded.server import Server
-    from tests.conftest import Fleet
+    from tests.support.fleet import Fleet
 
 pytestmark = pytest.mark.anyio
 
@@ -94,17 +94,15 @@ async def test_a_node_whose_events_never_come_is_named_until_they_do(fleet: Flee
         (row,) = (await fleet.ask("coordinator.node.list", messages.ListRequest()))["nodes"]
         return bool(row["unheard"])
 
-    async def listed(wanted: bool) -> None:
-        with anyio.fail_after(20):
-            while await unheard() is not wanted:
-                await anyio.sleep(0.05)
+    async def heard() -> bool:
+        return not await unheard()
 
     with capture_logs() as lines:
         async with running(engine), attached(fleet, engine.url, events=heard_at) as service:
             assert service.readiness() == ("", {"nodes": 1})
             await until(lambda: service.adapters[0].hearing._before)
             engine.more_metrics = page("vllm", 90, 0, 0, 3)
-            await listed(wanted=True)
+            await until(unheard, 20)
             assert service.readiness() == ("", {"nodes": 1, "unheard": ["a"]})
             problems = [
                 finding.said for finding in judge(await examine(fleet.client, fleet.name)) if finding.what == "nodes"
@@ -116,7 +114,7 @@ async def test_a_node_whose_events_never_come_is_named_until_they_do(fleet: Flee
                 engine.cache.request([len(engine.cache.held())] * 3 * engine.cache.size)
                 await engine.publish()
                 await anyio.sleep(0.05)
-            await listed(wanted=False)
+            await until(heard, 20)
             assert service.readiness() == ("", {"nodes": 1})
     (said,) = [line for line in lines if line["event"] == "no_events_heard"]
     assert (said["node"], said["endpoint"], said["tokens"]) == ("a", heard_at, 40)

@@ -15,9 +15,9 @@ from kvplane.events import codec, types
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import ServiceFault
 from kvplane.services.rpc.client import ask
-from tests.conftest import Fleet, until
 from tests.support.fake_engine import FakeEngine, running
 from tests.support.historians import messages_of
+from tests.support.waiting import until
 from tests.support.with_credentials import NAME, guarded
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from kvplane.services.embedded.server import Server
     from kvplane.services.roles.coordinator import Coordinator
+    from tests.support.fleet import Fleet
 
 pytestmark = pytest.mark.anyio
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kvplane.services.embedded.server import Server
-    from tests.conftest import Fleet
+    from tests.support.fleet import Fleet
 
 pytestmark = pytest.mark.anyio
 

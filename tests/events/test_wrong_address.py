@@ -17,8 +17,8 @@ from kvplane.events.log.connection import connected
 from kvplane.services.auth.folder import AuthFolder
 from kvplane.services.embedded.server import free_port, server_binary, start_server
 from kvplane.services.process import logs
-from tests.conftest import until
 from tests.support.listeners import listening
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
