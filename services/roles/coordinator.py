@@ -44,9 +44,9 @@ if TYPE_CHECKING:
     from nats.aio.client import Client
     from nats.aio.msg import Msg
 
-    from kvplane.services.control.commands import Proposal
     from kvplane.events.codec import Message
     from kvplane.projections.fleet import Applied
+    from kvplane.services.control.commands import Proposal
 
 ANSWER_SECONDS = 10.0
 """How long a commit is tried, and after lost races decided anew."""

@@ -18,7 +18,8 @@ from kvplane.services.engines.facts import Engine, Kind, Served, gauges, samples
 from kvplane.services.engines.hearing import PATIENCE_SECONDS, Hearing
 from kvplane.services.process import logs
 from kvplane.services.protocol import messages
-from tests.support.fake_engine import FakeEngine, free_port, running
+from tests.support.fake_engine import FakeEngine, running
+from tests.support.ports import free_port
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

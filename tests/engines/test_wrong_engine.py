@@ -14,8 +14,8 @@ from kvplane.services.dataplane.complete import Completer
 from kvplane.services.engines.facts import Engine
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import EngineFailed
-from tests.support.fake_engine import free_port
 from tests.support.listeners import listening
+from tests.support.ports import free_port
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -15,9 +15,10 @@ from structlog.testing import capture_logs
 from kvplane.events.errors import BadServer, KvplaneError, LogUnavailable, ServerTooOld, WrongServer
 from kvplane.events.log.connection import connected
 from kvplane.services.auth.folder import AuthFolder
-from kvplane.services.embedded.server import free_port, server_binary, start_server
+from kvplane.services.embedded.server import server_binary, start_server
 from kvplane.services.process import logs
 from tests.support.listeners import listening
+from tests.support.ports import free_port
 from tests.support.waiting import until
 
 if TYPE_CHECKING:

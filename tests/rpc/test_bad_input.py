@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kvplane.events.errors import KvplaneError
 from kvplane.events.hashing import MOST_TOKENS, pack_hashes
-from kvplane.services.control import placement
+from kvplane.services.control import commands
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import Refused
 from kvplane.services.rpc.client import ask
@@ -212,7 +212,7 @@ async def test_that_all_nodes_are_lost_is_the_answer_however_the_prompt_is_given
     coordinator, router = await fleet.coordinator(), await fleet.router()
     for node in ("a", "b"):
         await fleet.ask("coordinator.node.register", msgspec.convert(NODE | {"node": node}, messages.RegisterRequest))
-        await coordinator._conclude(placement.lost, node, "gone")
+        await coordinator._conclude(commands.lost, node, "gone")
     await until(lambda: [node.lost for node in router.state.nodes.values()] == ["gone", "gone"])
     prompts: list[dict[str, Any]] = [{"prompt": "text"}, {"tokens": [1]}, {"hashes": b""}]
     for prompt in prompts:
