@@ -38,6 +38,12 @@ class BadCredentials(KvplaneError):
     code = "bad_credentials"
 
 
+class BadServer(KvplaneError):
+    """The address of a server that is none. The caller's fault."""
+
+    code = "bad_server"
+
+
 class LogError(KvplaneError):
     """The log could not be used."""
 
@@ -80,6 +86,18 @@ class LoginRefused(LogError):
     """The server does not let these credentials in, or no longer. Trying again won't help."""
 
     code = "login_refused"
+
+
+class WrongServer(LogError):
+    """What answers at the address is no NATS server, or none for clients. Trying again won't help."""
+
+    code = "wrong_server"
+
+
+class ServerTooOld(LogError):
+    """The NATS server is of a version that lacks what kvplane uses. Trying again won't help."""
+
+    code = "server_too_old"
 
 
 class NotAllowed(LogError):

@@ -16,18 +16,30 @@ from typing import Any
 import structlog
 from nats.aio.client import Client, Srv
 from nats.aio.transport import TcpTransport
+from nats.errors import Error as NatsError
 from nats.nuid import NUID
 
-from kvplane.events.errors import LoginRefused, NotAllowed, UntrustedServer
+from kvplane.events.errors import KvplaneError, LoginRefused, NotAllowed, ServerTooOld, UntrustedServer
 
 _FORBIDDEN = re.compile(r"permissions violation for (publish|subscription) to \"([^\"]+)\"", re.IGNORECASE)
 CLOSE_SECONDS = 0.5
 READ_BYTES = 1 << 18
 """Most bytes of a read: 64 requests of 256 hashes are 150 KB."""
+LEAST_SERVER = (2, 10)
+"""Oldest version of a server that has all that is used: consumers with a list of filters, and `sync_interval: always`."""
+_VERSION = re.compile(r"v?(\d+)\.(\d+)")
 _TOKEN = 26
 """Characters of a request's own token: that of `_Random` and four that the client adds."""
 
 _log = structlog.get_logger("kvplane.nats")
+
+
+class Unacceptable(NatsError):
+    """A server that greeted and is not to be used; `reason` says why. Upon errors of its own kind the client tries the next."""
+
+    def __init__(self, reason: KvplaneError) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
 
 
 class _Random(NUID):
@@ -152,15 +164,29 @@ class LogClient(Client):
     def _connect_command(self) -> bytes:
         if self._encrypted and not self._server_info.get("tls_required"):
             # Who can change what is on the wire can take the offer of TLS away.
-            raise UntrustedServer(
-                f"the server at {self._where()} offers no TLS, though --ca was given; include the auth folder's client.conf "
-                "in its configuration"
+            raise Unacceptable(
+                UntrustedServer(
+                    f"the server at {self._where()} offers no TLS, though --ca was given; include the auth folder's "
+                    "client.conf in its configuration"
+                )
+            )
+        said = str(self._server_info.get("version", ""))
+        version = _VERSION.match(said)
+        # A version that can't be read is that of a build of somebody's own.
+        if version and (int(version[1]), int(version[2])) < LEAST_SERVER:
+            least = ".".join(map(str, LEAST_SERVER))
+            raise Unacceptable(
+                ServerTooOld(
+                    f"the server at {self._where()} is NATS {said[:40]}; kvplane needs {least} or newer: upgrade it, or "
+                    "start one with `kvplane up`"
+                )
             )
         command: bytes = super()._connect_command()
         return command
 
     def _where(self) -> str:
-        return self._current_server.uri.netloc if self._current_server else "?"
+        # Without the login that a URL may hold.
+        return self._current_server.uri.netloc.rpartition("@")[2] if self._current_server else "?"
 
 
 def check_open(client: Client) -> None:

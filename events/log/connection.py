@@ -1,11 +1,12 @@
 """Connecting to NATS the way a control plane must: never give up, never buffer blindly, never fail in silence.
 
-Only a login that is refused is given up: the server has answered, and its answer is no.
+Only what can never work is given up: a login that is refused, TLS that can't be trusted, something that is no NATS server.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import ssl
 import time
 from collections import Counter
@@ -18,10 +19,11 @@ import structlog
 from nats.errors import AuthorizationError, SlowConsumerError, StaleConnectionError, UnexpectedEOF
 from nats.errors import Error as NatsError
 
-from kvplane.events.errors import KvplaneError, LoginRefused, LogUnavailable, UntrustedServer
-from kvplane.events.log.client import LogClient
+from kvplane.events.errors import KvplaneError, LoginRefused, UntrustedServer, WrongServer
+from kvplane.events.log.client import LogClient, Unacceptable
 from kvplane.events.log.credentials import read_seed, trust
 from kvplane.events.log.servers import lost, move
+from kvplane.events.log.waiting import connect
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -56,8 +58,16 @@ def _kind(error: Exception) -> str:
 
 def _refusal(error: Exception, seed: Seed | None) -> KvplaneError | None:
     """What the server's no means, if the error is one."""
+    if isinstance(error, Unacceptable):
+        return error.reason
     if isinstance(error, KvplaneError):
         return error
+    other_port = re.search(r"attempted to connect to ([a-z ]+) port", str(error).lower())
+    if other_port:
+        return WrongServer(
+            f"a NATS server answers, but at its {other_port[1]} port, which is not for clients; name the port for clients with "
+            "--server or KVPLANE_SERVER, 4222 if nothing else was configured"
+        )
     if isinstance(error, AuthorizationError) or "authorization violation" in str(error).lower():
         if seed is None:
             return LoginRefused(
@@ -110,7 +120,9 @@ async def connected(
     reconnects for ever, unless all that servers say for `refused_seconds` is no: then it is closed, and `check_open` raises.
     Publishing while it is disconnected is refused instead of buffered: a commit that was given up must not be stored later.
 
-    Raises `LogUnavailable` when no server answers in `connect_seconds`, `LoginRefused`, `UntrustedServer`, `BadCredentials`.
+    It says what it waits for after a second. Raises `LogUnavailable` when no server answers in `connect_seconds`, which may be
+    infinite, and at once what can't change by waiting: `LoginRefused`, `UntrustedServer`, `WrongServer`, `ServerTooOld`,
+    `BadServer`, `BadCredentials`.
     """
     seed = None if credentials is None else read_seed(credentials)
     client = LogClient(encrypted=ca is not None)
@@ -133,8 +145,8 @@ async def connected(
                 # Not from within: this is called by what closing ends.
                 closing.append(asyncio.ensure_future(client.close()))
             return
-        if isinstance(error, OSError | UnexpectedEOF | StaleConnectionError):
-            # Every try to reconnect ends here; `nats_disconnected` has said it already.
+        if not connected_once or isinstance(error, OSError | UnexpectedEOF | StaleConnectionError):
+            # Every try to connect ends here; `nats_waited_for` or `nats_disconnected` says it.
             _log.debug("nats_retry", client=name, error=str(error))
             return
         # Slow consumers and permission violations are only ever reported here.
@@ -167,8 +179,7 @@ async def connected(
         client.refused = str(reason or f"the server closed the connection for good: {client.last_error}")
         _log.error("nats_closed", client=name, error=client.refused)
 
-    closing: list[asyncio.Future[None]] = []
-    try:
+    async def dial() -> None:
         await client.connect(
             servers=list(servers),
             name=name,
@@ -177,7 +188,7 @@ async def connected(
             tls=None if ca is None else trust(ca),
             connect_timeout=2,
             allow_reconnect=True,
-            max_reconnect_attempts=max(3, int(connect_seconds / 0.1)),
+            max_reconnect_attempts=-1,
             reconnect_time_wait=0.1,  # type: ignore[arg-type] # it is slept for
             ping_interval=PING_SECONDS,
             max_outstanding_pings=2,
@@ -189,19 +200,12 @@ async def connected(
             reconnected_cb=on_reconnected,
             closed_cb=on_closed,
         )
-    except (NatsError, OSError) as error:
-        where = ", ".join(servers)
-        raise LogUnavailable(
-            f"no NATS server answers at {where}; start one with `kvplane up`, or name yours with --server or "
-            f"KVPLANE_SERVER ({type(error).__name__})"
-        ) from None
-    except KvplaneError:
-        leaving = True
-        with suppress(NatsError, OSError, TimeoutError):
-            await client.close()
-        raise
+
+    closing: list[asyncio.Future[None]] = []
+    leaving = True
+    await connect(client, servers, name, dial, seconds=connect_seconds)
+    leaving = False
     connected_once = True
-    client.options["max_reconnect_attempts"] = -1
     try:
         yield client
     finally:

@@ -24,7 +24,8 @@ from kvplane.services.rpc.client import ASK_SECONDS, ask
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-CONNECT_SECONDS = 2.0
+CONNECT_SECONDS = 1.0
+"""How long a command waits for a server that is not there."""
 
 node = App(name="node", help="See and change the nodes of the fleet.")
 policy = App(name="policy", help="Change how routers decide.")

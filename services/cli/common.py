@@ -6,13 +6,14 @@ import faulthandler
 import signal
 from dataclasses import dataclass
 from importlib import import_module
+from math import inf
 from pathlib import Path  # noqa: TC003 - options are read by their types
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import anyio
 from cyclopts import Parameter
 
-from kvplane.events.log.connection import CONNECT_SECONDS, DEFAULT_URL, connected
+from kvplane.events.log.connection import DEFAULT_URL, connected
 from kvplane.events.subjects import check_fleet
 from kvplane.services.process import logs
 from kvplane.services.process.modules import look_here
@@ -49,8 +50,8 @@ class Common:
     log_format: Annotated[Literal["auto", "text", "json"], Parameter(env_var="KVPLANE_LOG_FORMAT")] = "auto"
     """How to log: for people on a terminal and as JSON elsewhere, or always the same."""
 
-    def connected(self, name: str, *, seconds: float = CONNECT_SECONDS) -> AbstractAsyncContextManager[Client]:
-        """A client of the servers, see `events.log.connection`."""
+    def connected(self, name: str, *, seconds: float = inf) -> AbstractAsyncContextManager[Client]:
+        """A client of the servers, see `events.log.connection`. Services wait for them for as long as it takes."""
         return connected(self.server, name, connect_seconds=seconds, credentials=self.credentials, ca=self.ca)
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path  # noqa: TC003 - cyclopts reads annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
+import anyio
 from cyclopts import Parameter
 
 from kvplane.services.cli import show
@@ -18,12 +19,12 @@ from kvplane.services.process.terminal import printable
 from kvplane.services.protocol.errors import BadRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from kvplane.services.dataplane.complete import Completion
+    from kvplane.services.dataplane.complete import Completer, Completion
     from kvplane.services.dataplane.openai import Body
 
 ATTEMPTS = 3
+WAIT_SECONDS = 1.0
+"""After so long without a word of the engine it is said whom the command waits for."""
 
 
 def complete(
@@ -91,7 +92,7 @@ def complete(
 
     shown = _Shown(quiet=json)
     try:
-        completion = run_async(_complete, asked, session, api_key, attempts, shown.chunk, common)
+        completion = run_async(_complete, asked, session, api_key, attempts, shown, common)
     finally:
         shown.end()
     if json:
@@ -101,7 +102,7 @@ def complete(
 
 
 async def _complete(
-    asked: Body, session: str, api_key: str, attempts: int, on_chunk: Callable[[Body], None], common: Common
+    asked: Body, session: str, api_key: str, attempts: int, shown: _Shown, common: Common
 ) -> Completion:
     # Loaded here, so that the command's help needs no HTTP.
     from kvplane.services.dataplane.complete import Completer  # noqa: PLC0415
@@ -110,7 +111,11 @@ async def _complete(
         common.connected("kvplane-complete", seconds=CONNECT_SECONDS) as client,
         Completer(client, common.fleet, api_key=api_key, attempts=attempts) as completer,
     ):
-        return await completer.complete(asked, session=session, on_chunk=on_chunk)
+        async with anyio.create_task_group() as group:
+            group.start_soon(shown.say_whom_it_waits_for, completer)
+            completion = await completer.complete(asked, session=session, on_chunk=shown.chunk)
+            group.cancel_scope.cancel()
+        return completion
 
 
 class _Shown:
@@ -118,17 +123,25 @@ class _Shown:
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
+        self._begun = False
         self._last = "\n"
 
     def chunk(self, chunk: Body) -> None:
         from kvplane.services.dataplane.openai import text  # noqa: PLC0415 - as above
 
+        self._begun = True
         for index, said in text(chunk).items():
             if index == 0 and not self._quiet:
                 # An engine's words are not for the terminal to obey; in a pipe they stay as they are.
                 sys.stdout.write(printable(said, lines=True) if show.on_terminal() else said)
                 sys.stdout.flush()
                 self._last = said
+
+    async def say_whom_it_waits_for(self, completer: Completer) -> None:
+        """Say it once, if nothing has come by then."""
+        await anyio.sleep(WAIT_SECONDS)
+        if not self._begun and completer.waits_for:
+            _dim(f"waiting for {completer.waits_for}")
 
     def end(self) -> None:
         if not self._quiet and not self._last.endswith("\n"):
@@ -147,7 +160,11 @@ def _tell(completion: Completion) -> None:
     if not completion.recorded:
         lines.append("no router took the outcome: the history will not have it")
     for line in lines:
-        show.say(Styled(line, "dim"), error=True)
+        _dim(line)
+
+
+def _dim(line: str) -> None:
+    show.say(Styled(line, "dim"), error=True)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from kvplane.events.log.connection import connected
 from kvplane.events.log.copies import set_copies
 from kvplane.services.cli import show
 from kvplane.services.cli.ask import CONNECT_SECONDS
@@ -29,5 +28,5 @@ def copies(count: int, /, *, common: Common = COMMON) -> None:
 
 
 async def _set(count: int, common: Common) -> bool:
-    async with connected(common.server, "kvplane-copies", connect_seconds=CONNECT_SECONDS) as client:
+    async with common.connected("kvplane-copies", seconds=CONNECT_SECONDS) as client:
         return await set_copies(client, common.fleet, count, seconds=WAIT_SECONDS)

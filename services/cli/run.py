@@ -146,4 +146,4 @@ def simnode(
 
 async def _run_simnodes(configs: list[NodeConfig], http: str | None, common: Common) -> None:
     async with common.connected("kvplane-simnode") as client:
-        await _observed(http, SimNodes([client], common.fleet, configs))
+        await _observed(http, SimNodes([client], common.fleet, configs, leaves=True))

@@ -14,6 +14,7 @@ import structlog
 from cyclopts import Parameter
 
 from kvplane.events.errors import KvplaneError
+from kvplane.events.log.connection import CONNECT_SECONDS
 from kvplane.services.auth.folder import FIRST, AuthFolder
 from kvplane.services.cli import show
 from kvplane.services.cli.common import COMMON, Common, PolicyModules, allow_modules, run_until_signal, start
@@ -129,6 +130,12 @@ class _Inside:
             return own
         return replace(own, credentials=self.auth.seed_file(self.fleet, role, name), ca=self.auth.ca)
 
+    def warn_of_another(self, url: str) -> None:
+        """Say that a server which was named is not the one that is used."""
+        if self._common.server not in {COMMON.server, (url,)}:
+            hint = "`up` starts a server of its own; `kvplane coordinator`, `router` and `historian` use one that runs"
+            _log.warning("server_not_used", own=url, hint=hint)
+
 
 async def _up(
     data: Path, host: str, port: int, simulate: int, bare: bool, history: bool,  # noqa: FBT001
@@ -139,9 +146,12 @@ async def _up(
     async with AsyncExitStack() as stack:
         begin = partial(start_server, data, host=host, port=port, include=include)
         url = (await stack.enter_async_context(kept(begin))).server.url
+        inside.warn_of_another(url)
 
         async def client(role: Role, name: str = "") -> Client:
-            return await stack.enter_async_context(inside.common(url, role, name).connected(name or role))
+            return await stack.enter_async_context(
+                inside.common(url, role, name).connected(name or role, seconds=CONNECT_SECONDS)
+            )
 
         # Clients are entered after the server and so leave before it.
         if not bare:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kvplane.projections.fleet import FleetState
     from kvplane.projections.nodes import Node
     from kvplane.services.protocol.messages import (
+        LeaveRequest,
         NodeRequest,
         PolicyRequest,
         RegisterRequest,
@@ -120,6 +121,19 @@ def remove(state: FleetState, request: NodeRequest) -> Proposal:
     """Take a node out of the fleet."""
     node = known(state, request.node)
     return propose("node", node.name, types.NodeRemoved(node.name, request.reason))
+
+
+def leave(state: FleetState, request: LeaveRequest) -> Proposal | None:
+    """What a node's leaving means: it is removed. None when it is not in that life any more.
+
+    One that was cordoned counts as lost instead: it is known on, so that it stays cordoned when it comes back.
+    """
+    node = state.nodes.get(request.node)
+    if node is None or node.epoch != request.epoch:
+        return None
+    if not node.cordoned:
+        return propose("node", node.name, types.NodeRemoved(node.name, request.reason))
+    return None if node.lost is not None else propose("node", node.name, types.NodeLost(node.name, request.reason))
 
 
 def lost(state: FleetState, request: NodeRequest) -> Proposal | None:

@@ -23,6 +23,7 @@ from kvplane.services.dataplane import openai
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import BadRequest, EngineFailed, EngineRefused, ServiceFault
 from kvplane.services.rpc.client import ask
+from kvplane.services.rpc.unanswered import why
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from kvplane.services.dataplane.openai import Body
 
 ATTEMPTS = 3
-CONNECT_SECONDS = 5.0
+CONNECT_SECONDS = 2.0
 TOKENIZE_SECONDS = 10.0
 ROUTE_SECONDS = 15.0
 SILENT_SECONDS = 600.0
@@ -40,6 +41,8 @@ SILENT_SECONDS = 600.0
 IDLE_SECONDS = 2.0
 """Connections are kept so long: engines close idle ones after 5 s, and a request that meets that is lost."""
 END_SECONDS = 0.1
+LOOK_SECONDS = 1.5
+"""How long it may take to find out what answers instead of an engine, before another one is tried."""
 RECORD_SECONDS = 2.0
 COMPLAINT_BYTES = 1 << 16
 CHARACTERS_A_TOKEN = 4
@@ -85,6 +88,8 @@ class Completer:
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._session: aiohttp.ClientSession | None = None
+        self.waits_for = ""
+        """Whose answer is waited for, of the request that was sent last; for people who wonder."""
         self.telling: set[str] = set()
         """Nodes that have told what was cached; some engines say nothing of it when it is nothing."""
         self._warned: set[tuple[str, str]] = set()
@@ -172,6 +177,7 @@ class Completer:
             found = await self._routed(anyone, failed)
             url = _url(found)
             try:
+                self.waits_for = f"node {found.node} at {url}/tokenize"
                 asks = self.http.post(url + "/tokenize", timeout=TOKENIZE, **_sent(openai.question(body)))
                 async with asks as answer:
                     if answer.status == 200:
@@ -186,7 +192,7 @@ class Completer:
             except EngineFailed as error:
                 reason = str(error)
             except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-                reason = f"does not answer at {url} ({type(error).__name__})"
+                reason = f"does not answer at {url} ({await _reason(url, error)})"
             failed.append(Attempt(found.node, reason))
             if len(failed) >= self.attempts:
                 raise EngineFailed(_in_vain(failed))
@@ -255,12 +261,14 @@ class _Delivery:
         headers = {"X-data-parallel-rank": self.decision.rank} if self.decision.rank else {}
         if self.traceparent:
             headers["traceparent"] = self.traceparent
+        self.completer.waits_for = f"node {self.decision.node} at {url}"
         self._begin = time.perf_counter()
         answer = await self._heard(self.completer.http.post(url, headers=headers, **_sent(body)))
         # Closes the connection of an answer that has not ended, upon which engines give up the request.
         with closing(answer):
             if answer.status != 200:
-                said = f"answers {answer.status}: {openai.complaint(await self._heard(answer.content.read(COMPLAINT_BYTES)))}"
+                complaint = openai.complaint(await self._heard(answer.content.read(COMPLAINT_BYTES)))
+                said = f"answers {answer.status}{f' at {url}' * (answer.status == 404)}: {complaint}"
                 if 400 <= answer.status < 500 and answer.status not in _BUSY:
                     raise EngineRefused(answer.status, f"the engine of node {self.decision.node} {said}")
                 raise EngineFailed(said)
@@ -284,8 +292,10 @@ class _Delivery:
         try:
             return await said
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-            where = "broke off" if self._ttft else f"does not answer at {self.decision.address}"
-            raise EngineFailed(f"{where} ({type(error).__name__})") from None
+            if self._ttft:
+                raise EngineFailed(f"broke off ({type(error).__name__})") from None
+            where = self.decision.address
+            raise EngineFailed(f"does not answer at {where} ({await _reason(where, error)})") from None
 
     def _take(self, chunk: Body) -> None:
         if chunk.get("choices") and not self._ttft:
@@ -317,6 +327,13 @@ class _Delivery:
                 done, told_cached=told or status != "ok" or not self.decision.matched_tokens
             )
         return recorded  # noqa: RET504 - a scope may swallow, for all that types say
+
+
+async def _reason(url: str, error: Exception) -> str:
+    """Why an engine did not answer. One that takes long is not looked at: it is there."""
+    if isinstance(error, aiohttp.ServerTimeoutError | TimeoutError):
+        return type(error).__name__
+    return (await why(url, error, seconds=LOOK_SECONDS)).said
 
 
 def _sent(body: Body) -> dict[str, Any]:

@@ -227,6 +227,13 @@ def _nodes(found: Examined) -> Iterator[Finding]:
     lost = [f"{row['node']} ({row['reason']})" for row in found.nodes if row["state"] == "lost"]
     up = sum(row["state"] == "up" for row in found.nodes)
     yield Finding("ok" if up else "problem", "nodes", f"{up} of {len(found.nodes)} take requests")
+    unheard = [row["node"] for row in found.nodes if row.get("unheard")]
+    if unheard:
+        said = (
+            f"nothing is heard of the cache of {', '.join(unheard[:5])}, which serves: start vLLM or SGLang with "
+            "--kv-events-config, as `kvplane attach vllm --help` shows, or give attach --events where it publishes"
+        )
+        yield Finding("problem", "nodes", said)
     if lost:
         yield Finding("warning", "nodes", f"lost: {', '.join(lost[:5])}")
 

@@ -22,6 +22,7 @@ from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import ServiceFault
 from kvplane.services.protocol.status import CoordinatorStatus, HistoryStatus, ReplicaStatus, RouterStatus
 from kvplane.services.rpc.client import ask, of_fleet
+from kvplane.services.rpc.unanswered import why
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -140,8 +141,20 @@ async def _server(url: str) -> Plain:
             answer.raise_for_status()
             said: Plain = msgspec.json.decode(await answer.read())
             return {"url": url, "name": said["server_name"], "version": said["version"], **said.get("jetstream", {})}
-    except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError) as error:
-        return {"url": url, "error": str(error) or type(error).__name__}
+    except aiohttp.ClientResponseError as error:
+        if error.status >= 400:
+            return {
+                "url": url,
+                "error": f"{url.rstrip('/')}/varz answers {error.status}; --monitor is a server's http_port",
+            }
+        return {"url": url, "error": (await why(url, error)).said}
+    except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        return {"url": url, "error": (await why(url, error)).said}
+    except (ValueError, KeyError):
+        return {
+            "url": url,
+            "error": f"{url.rstrip('/')}/varz is not that of a NATS server; --monitor is a server's http_port",
+        }
 
 
 async def _replicas(client: Client, fleet: str, found: Examined) -> None:

@@ -23,14 +23,16 @@ from kvplane.events.log.append import Appender, new_writer
 from kvplane.events.log.group import GroupWriter, Writers
 from kvplane.events.subjects import pulse_subject, subject, token
 from kvplane.events.types import NodeLost, NodeRecovered, NodeRegistered, NodeRemoved
+from kvplane.services.engines.hearing import Hearing
 from kvplane.services.engines.outbox import BUFFER_EVENTS, Outbox
 from kvplane.services.engines.remembered import remembered
-from kvplane.services.engines.sequence import Track, Verdict
+from kvplane.services.engines.sequence import Track, Verdict, joined
 from kvplane.services.engines.sockets import Published, replay
 from kvplane.services.engines.translate import Translator
 from kvplane.services.protocol import labels, messages
 from kvplane.services.protocol.errors import AnswerTooLarge, EngineUnfit, ServiceFault
 from kvplane.services.rpc.client import ask
+from kvplane.services.rpc.leaving import leave
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -90,6 +92,8 @@ class Adapter:
         self.appender = Appender(client, fleet, self.writer)
         self.writers = Writers()
         self.epoch = 0
+        self.registered_epoch = 0
+        """The epoch of the last registration, also while the engine has begun another life and `epoch` is 0."""
         self.registrations = 0
         self.replays = 0
         """How often the replay buffer was asked."""
@@ -103,6 +107,8 @@ class Adapter:
         )  # fmt: skip
         self.outbox = Outbox(self._log, config.node, config.buffer_events)
         self.published = Published(source.events, engine.host)
+        self.hearing = Hearing(engine.kind, config.node, facts.block_size, source.events)
+        self._replayed = False
         self._connections = 0
         self._gauges: Gauges | None = None
         self._well_until = 0.0
@@ -153,6 +159,12 @@ class Adapter:
                     await self.writers.close()
         finally:
             self.published.close()
+
+    async def leave(self) -> None:
+        """Tell the fleet that the node leaves, when `run` has ended in good order."""
+        if self.registered_epoch:
+            reason = "its adapter was stopped"
+            await leave(self.client, self.fleet, self.config.node, self.registered_epoch, reason)
 
     def _coordinator(self, what: str) -> str:
         """Where this node asks for something for itself."""
@@ -238,7 +250,7 @@ class Adapter:
         position = track.next is not None
         replies, ended = await self._replay(track.ask_from)
         look = track.resync(
-            _joined(held, replies) if ended and same_life else replies, ended=ended, same_life=same_life,
+            joined(held, replies) if ended and same_life else replies, ended=ended, same_life=same_life,
             missing=bool(missing) or lost,
         )  # fmt: skip
         self._check_size()
@@ -257,7 +269,9 @@ class Adapter:
         if not self.source.replay:
             return [], False
         self.replays += 1
-        return await replay(self.source.replay, self.engine.host, start)
+        replies, ended = await replay(self.source.replay, self.engine.host, start)
+        self._replayed |= bool(replies)
+        return replies, ended
 
     async def _same_life(self) -> bool | None:
         """Whether the engine is the one that it was, as far as it tells."""
@@ -323,7 +337,7 @@ class Adapter:
                 await anyio.sleep(REGISTER_SECONDS)
             else:
                 break
-        self.epoch = self.track.translator.epoch = answer.epoch
+        self.epoch = self.track.translator.epoch = self.registered_epoch = answer.epoch
         self.registrations += 1
         self._registered = True
         self.outbox.begin(self.track.translator.tell(self.track.position))
@@ -410,6 +424,8 @@ class Adapter:
                 self._well_until = anyio.current_time() + PATIENCE_SECONDS
                 with suppress(EngineUnfit):
                     self._gauges = await self.engine.load(self.source.rank)
+                    heard = self._replayed or bool(self.track.applied or self.published.malformed)
+                    self.hearing.look(self._gauges.served, anyio.current_time(), heard=heard)
                     known = self._gauges.started and self.facts.started and not self._facts_old
                     self._restarted |= bool(known and self._gauges.started != self.facts.started)
             elif well is False:
@@ -424,18 +440,8 @@ class Adapter:
                 pulse = messages.Pulse(
                     node=self.config.node, epoch=self.epoch, active=gauges.active if gauges else 0,
                     waiting=gauges.waiting if gauges else 0, used_blocks=self.track.translator.used(),
+                    unheard=self.hearing.missing,
                 )  # fmt: skip
                 with suppress(NatsError, OSError):
                     await self.client.publish(pulse_subject(self.fleet, self.config.node), _encode(pulse))
             await anyio.sleep(self.config.pulse_seconds)
-
-
-def _joined(held: Sequence[Told], replies: Sequence[Told]) -> list[Told]:
-    """Batches that were heard and batches that were replayed, of one life, in order."""
-    joined = dict(held)
-    joined.update(replies)
-    if replies:
-        # What was heard before the question and is beyond the answer is of another life.
-        last = replies[-1][0]
-        joined = {number: payload for number, payload in joined.items() if number <= last}
-    return sorted(joined.items())

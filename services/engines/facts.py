@@ -7,7 +7,7 @@ vLLM: `/v1/models`, `/version`, `/kv_event_sources` (0.32), `/metrics` with `vll
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import aiohttp
 from msgspec import Struct
@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from kvplane.services.engines.sockets import host_of
 from kvplane.services.protocol.errors import EngineUnfit
+from kvplane.services.rpc.unanswered import Unanswered, why
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -24,13 +25,18 @@ Kind = Literal["vllm", "sglang"]
 KINDS: tuple[Kind, ...] = ("vllm", "sglang")
 
 ANSWER_SECONDS = 5.0
+_PASSING = {404, 408, 425, 429}
+"""Statuses below 500 that pass by themselves; 404 does where it is that of something before the engine."""
+_GIVE = "give --engine the address of the engine's OpenAI-compatible API, such as http://127.0.0.1:8000"
 
 _WANTED = (
     "vllm:cache_config_info", "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:prefix_cache_queries",
     "process_start_time_seconds",
     "sglang:num_running_reqs", "sglang:num_queue_reqs",
+    "vllm:prefix_cache_hits_total", "vllm:generation_tokens_total", "vllm:request_success_total",
+    "sglang:prompt_tokens_total", "sglang:cached_tokens_total", "sglang:generation_tokens_total", "sglang:num_requests_total",
 )  # fmt: skip
-_TURN_ON = {
+TURN_ON = {
     "vllm": """start vLLM with --enable-prefix-caching --kv-events-config '{"enable_kv_cache_events": true, """
     """"publisher": "zmq", "endpoint": "tcp://*:5557", "replay_endpoint": "tcp://*:5558"}'""",
     "sglang": """start SGLang with --kv-events-config '{"publisher": "zmq", "endpoint": "tcp://*:5557", """
@@ -62,12 +68,29 @@ class Facts(Struct, frozen=True, kw_only=True):
     """Whether it reuses what it has computed for earlier requests."""
 
 
+class Served(NamedTuple):
+    """What an engine has done since it began: tokens that it computed, prompts' and answers', and for how many requests."""
+
+    tokens: float
+    requests: float
+
+
 class Gauges(Struct, frozen=True, kw_only=True):
     """An engine's load now."""
 
     active: int = 0
     waiting: int = 0
     started: str = ""
+    served: Served | None = None
+    """None where the engine does not say."""
+
+
+class Health(NamedTuple):
+    """How an engine is. Unless it is well, `said` says what is wrong; `final` is whether it can't become well where it is."""
+
+    well: bool
+    said: str = ""
+    final: bool = False
 
 
 Samples = dict[str, list[tuple[dict[str, str], float]]]
@@ -108,9 +131,21 @@ def gauges(found: Samples, rank: int) -> Gauges:
     def total(*names: str) -> int:
         return int(sum(value for name in names for _, value in _of_rank(found.get(name, ()), rank)))
 
+    def served(asked: str, cached: str, answered: str, ended: str) -> Served | None:
+        if asked not in found or ended not in found:
+            return None
+        return Served(total(asked) - total(cached) + total(answered), total(ended) + running + waiting)
+
     waiting = total("vllm:num_requests_waiting", "sglang:num_queue_reqs")
     running = total("vllm:num_requests_running", "sglang:num_running_reqs")
-    return Gauges(active=running + waiting, waiting=waiting, started=started(found))
+    done = served(
+        "vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total", "vllm:generation_tokens_total",
+        "vllm:request_success_total",
+    ) or served(
+        "sglang:prompt_tokens_total", "sglang:cached_tokens_total", "sglang:generation_tokens_total",
+        "sglang:num_requests_total",
+    )  # fmt: skip
+    return Gauges(active=running + waiting, waiting=waiting, started=started(found), served=done)
 
 
 class Engine:
@@ -132,17 +167,21 @@ class Engine:
         if self._session is not None:
             await self._session.close()
 
-    async def _get(self, path: str) -> tuple[int, str]:
+    @property
+    def http(self) -> aiohttp.ClientSession:
+        """The open session."""
         if self._session is None:
             raise RuntimeError("not opened")
+        return self._session
+
+    async def _get(self, path: str) -> tuple[int, str]:
         try:
-            async with self._session.get(self.url + path) as answer:
+            async with self.http.get(self.url + path) as answer:
                 return answer.status, await answer.text()
         except (aiohttp.ClientError, TimeoutError, ValueError, OSError) as error:
             raise EngineUnfit(
-                f"the engine does not answer at {self.url}{path} ({type(error).__name__}); give --engine the address of its "
-                "OpenAI-compatible API, such as http://127.0.0.1:8000"
-            ) from None
+                f"the engine does not answer at {self.url}{path} ({type(error).__name__}); {_GIVE}"
+            ) from error
 
     async def _json(self, *paths: str) -> Any:  # noqa: ANN401 - whatever it answers
         for path in paths:
@@ -156,15 +195,40 @@ class Engine:
 
     async def healthy(self) -> bool | None:
         """Whether the engine says that it is well; none when it is there and takes too long to say so."""
-        if self._session is None:
-            raise RuntimeError("not opened")
         try:
-            async with self._session.get(self.url + "/health") as answer:
+            async with self.http.get(self.url + "/health") as answer:
                 return answer.status == 200
         except TimeoutError:
             return None
         except (aiohttp.ClientError, OSError):
             return False
+
+    async def health(self, seconds: float = ANSWER_SECONDS) -> Health:
+        """How the engine is, and what is wrong when it is not well. What keeps silent for `seconds` is not."""
+        where = self.url + "/health"
+        try:
+            timeout = aiohttp.ClientTimeout(total=seconds)
+            async with self.http.get(where, timeout=timeout) as answer:
+                status = answer.status
+        except TimeoutError:
+            return Health(well=False, said=f"{where} does not answer in {seconds:g} s")
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            said, final = await why(self.url, error)
+            return Health(well=False, said=said, final=final)
+        if status == 200:
+            return Health(well=True)
+        said = f"{where} answers {status}"
+        if status == 404:
+            said += f", and {self.url}/v1/models {await self._status('/v1/models')}"
+            if self.url.endswith("/v1"):
+                said += "; leave the /v1 out"
+        return Health(well=False, said=said, final=status < 500 and status not in _PASSING - {404})
+
+    async def _status(self, path: str) -> str:
+        try:
+            return f"answers {(await self._get(path))[0]}"
+        except EngineUnfit:
+            return "does not answer"
 
     async def load(self, rank: int = 0) -> Gauges:
         """Load of one rank now; zeros where the engine shows none. Raises `EngineUnfit` when it does not answer."""
@@ -173,13 +237,19 @@ class Engine:
 
     async def facts(self) -> Facts:
         """Everything that can be asked. Raises `EngineUnfit` when it does not answer."""
-        listed = await self._json("/v1/models")
         try:
-            parents = {model["id"]: model.get("parent") for model in listed["data"]}
-        except (KeyError, TypeError, AttributeError):
-            raise EngineUnfit(
-                f"{self.url}/v1/models lists no models; give --engine the address of an OpenAI-compatible API"
-            ) from None
+            status, text = await self._get("/v1/models")
+        except EngineUnfit as error:
+            found_out: Unanswered = await why(self.url, error.__cause__ or error)
+            raise EngineUnfit(f"{self.url}/v1/models does not answer: {found_out.said}; {_GIVE}") from None
+        try:
+            parents = {model["id"]: model.get("parent") for model in json.loads(text)["data"]}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            if status in {401, 403}:
+                said = f"answers {status}: it asks for a key, and the adapter has none to give; let it be asked without"
+            else:
+                said = f"lists no models (it answers {status}); {_GIVE}"
+            raise EngineUnfit(f"{self.url}/v1/models {said}") from None
         models = sorted(parents, key=lambda model: parents[model] is not None)
         status, text = await self._get("/metrics")
         found = samples(text) if status == 200 else {}
@@ -261,7 +331,7 @@ def check(kind: Kind, facts: Facts, sources: list[Source]) -> None:
         raise EngineUnfit("the engine keeps nothing for later requests; start it with --enable-prefix-caching")
     if not sources:
         raise EngineUnfit(
-            f"the engine publishes no cache events, or does not say where: {_TURN_ON[kind]}, or give --events"
+            f"the engine publishes no cache events, or does not say where: {TURN_ON[kind]}, or give --events"
         )
     if not facts.block_size:
         raise EngineUnfit(

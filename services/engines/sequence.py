@@ -210,3 +210,14 @@ class Track:
                 whole = False
                 self._lost(number + 1, payload)
         return whole
+
+
+def joined(held: Sequence[Told], replies: Sequence[Told]) -> list[Told]:
+    """Batches that were heard and batches that were replayed, of one life, in order."""
+    found = dict(held)
+    found.update(replies)
+    if replies:
+        # What was heard before the question and is beyond the answer is of another life.
+        last = replies[-1][0]
+        found = {number: payload for number, payload in found.items() if number <= last}
+    return sorted(found.items())

@@ -74,15 +74,17 @@ class Published:
         self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15000)
         self._socket.setsockopt(zmq.SUBSCRIBE, b"")
         self._monitor = self._socket.get_monitor_socket(_CONNECTED)
+        binds = engine_binds(endpoint)
         try:
-            if engine_binds(endpoint):
+            if binds:
                 self._socket.connect(reachable(endpoint, host))
             else:
                 self._socket.bind(endpoint)
         except zmq.ZMQError as error:
             self.close()
+            where = "" if binds else ", where the adapter has to listen, since it has no `*`"
             raise EngineUnfit(
-                f"events can't be heard at {endpoint!r} ({error}); give --events the `endpoint` of the engine's "
+                f"events can't be heard at {endpoint!r}{where} ({error}); give --events the `endpoint` of the engine's "
                 "--kv-events-config, such as tcp://*:5557"
             ) from None
         self.waiting: deque[Told] = deque()

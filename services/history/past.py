@@ -20,7 +20,7 @@ from kvplane.services.history import moment
 from kvplane.services.history.when import when
 from kvplane.services.process import logs
 from kvplane.services.process.workers import Worker
-from kvplane.services.protocol.errors import BadRequest, BeforeHistory, DatabaseFailed, UnknownRequest
+from kvplane.services.protocol.errors import BadRequest, BeforeHistory, DatabaseFailed, NotYet, UnknownRequest
 from kvplane.services.routing.explain import BEFORE_SECONDS
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from kvplane.events.types import RequestRouted
     from kvplane.services.history.ingest import Ingest
+    from kvplane.services.protocol.messages import Moment
 
 T = TypeVar("T")
 
@@ -69,13 +70,14 @@ class Past:
     async def _asked(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
         return await self._read(lambda cursor: cursor.execute(sql, list(values)).fetchall())
 
-    async def sequence(self, at: str) -> int:
-        """Sequence that a moment means. Raises `BadRequest` or `BeforeHistory`."""
+    async def sequence(self, at: Moment) -> int:
+        """Sequence that a moment means. Raises `BadRequest`, `BeforeHistory` or `NotYet`."""
+        at = str(at)
         ends = (await open_stream(self._ingest.client.jetstream(), self._ingest.fleet)).last_seq
         asked = when(at, datetime.now(UTC))
         if isinstance(asked, int):
             if asked > ends:
-                raise BeforeHistory(f"the log ends at sequence {ends}; {asked} is not there yet")
+                raise NotYet(f"the log ends at sequence {ends}; {asked} is not there yet")
             return asked
         await self._ingest.reached(ends, seconds=STORED_SECONDS)
         micros = (asked - datetime(1970, 1, 1)) // timedelta(microseconds=1)  # noqa: DTZ001 - both are UTC without a zone
@@ -126,7 +128,7 @@ class Past:
                 with anyio.CancelScope(shield=True):
                     await _remove(rows)
 
-    async def state(self, at: str, node: str) -> dict[str, Any]:
+    async def state(self, at: Moment, node: str) -> dict[str, Any]:
         """The fleet as it was."""
         sequence = await self.sequence(at)
         found = await self._fold(sequence, sequence, moment.state_at, sequence, node)
@@ -134,12 +136,12 @@ class Past:
             raise BadRequest(f"no node {node[:80]!r} was there at sequence {sequence}")
         return found
 
-    async def snapshot(self, at: str) -> bytes:
+    async def snapshot(self, at: Moment) -> bytes:
         """The fleet as it was, as a snapshot."""
         sequence = await self.sequence(at)
         return await self._fold(sequence, sequence, moment.snapshot_at, sequence)
 
-    async def changes(self, first: str, second: str) -> dict[str, Any]:
+    async def changes(self, first: Moment, second: Moment) -> dict[str, Any]:
         """What changed between two moments."""
         begin, end = await self.sequence(first), await self.sequence(second)
         if begin > end:

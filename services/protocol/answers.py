@@ -51,6 +51,8 @@ class NodeRow(Struct, frozen=True, kw_only=True):
     sessions: int
     waiting: int | None
     """Requests that wait there, as its last heartbeat said."""
+    unheard: bool
+    """It serves, and nothing was heard of its cache."""
 
 
 class NodesAnswer(Struct, frozen=True, kw_only=True):

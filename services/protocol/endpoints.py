@@ -109,6 +109,8 @@ ENDPOINTS: tuple[Spec, ...] = (
          "A further piece of `cache.names`. An empty one: it is still being read, ask again."),
     Spec("coordinator", "register_oneself", "coordinator.node.register.{node}", _m.RegisterRequest, answers.RegisterAnswer,
          _NODE, "As `coordinator.node.register`, by the node itself."),
+    Spec("coordinator", "leave", "coordinator.node.leave.{node}", _m.LeaveRequest, answers.ChangeAnswer, _NODE,
+         "A node leaves, by its own word, if it is still in the life that it names."),
     Spec("coordinator", "admit_to_oneself", "coordinator.cache.admit.{node}", _m.AdmitRequest, answers.AdmitAnswer, _NODE,
          "As `coordinator.cache.admit`, by the node itself."),
     Spec("coordinator", "last_of_oneself", "coordinator.node.last.{node}", _m.NodeRequest, _m.NodeLast, _NODE,

@@ -167,10 +167,17 @@ class StepFailed(KvplaneError):
 
 
 class BeforeHistory(ServiceFault):
-    """A moment of which nothing is known any more, or not yet."""
+    """A moment of which nothing is known any more."""
 
     status = 404
     code = "before_history"
+
+
+class NotYet(ServiceFault):
+    """A moment that the log has not reached."""
+
+    status = 404
+    code = "not_yet"
 
 
 class UnknownRequest(ServiceFault):

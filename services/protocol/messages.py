@@ -22,10 +22,19 @@ if TYPE_CHECKING:
 _HASH_BYTES = 8
 _PROMPT_LIMIT = 1 << 26
 
+Moment = str | Count
+"""A sequence, or a time (ISO 8601, UTC unless it says otherwise)."""
 Packed = Annotated[bytes, Meta(max_length=HASHES_LIMIT * _HASH_BYTES)]
 
 
-class RouteRequest(Struct, frozen=True, kw_only=True):
+class _Request(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """What all requests have in common: unknown fields are refused, and who leaves a field as it is does not name it.
+
+    So a newer client is understood by older services for as long as it asks for nothing that they don't know (decision 6).
+    """
+
+
+class RouteRequest(_Request, frozen=True, kw_only=True):
     """Ask where a request should go. One of `hashes`, `tokens` and `prompt` says what it holds.
 
     With `hashes`, `tokens_count` is the prompt's length in tokens; left out, it is taken as the full blocks and one more.
@@ -71,7 +80,7 @@ class RouteAnswer(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The log is away: the decision is made from memory and waits to be recorded."""
 
 
-class CompleteRequest(Struct, frozen=True, kw_only=True):
+class CompleteRequest(_Request, frozen=True, kw_only=True):
     """Tell how a routed request ended. Times in seconds; without `prompt_tokens`, its usage counts as not known."""
 
     request: str
@@ -85,7 +94,7 @@ class CompleteRequest(Struct, frozen=True, kw_only=True):
     traceparent: str = ""
 
 
-class RegisterRequest(Struct, frozen=True, kw_only=True):
+class RegisterRequest(_Request, frozen=True, kw_only=True):
     """Register a node; its cache starts empty. With `replace`, also when a node of this name is alive."""
 
     node: str
@@ -101,10 +110,18 @@ class RegisterRequest(Struct, frozen=True, kw_only=True):
     replace: bool = False
 
 
-class NodeRequest(Struct, frozen=True, kw_only=True):
+class NodeRequest(_Request, frozen=True, kw_only=True):
     """Name a node, and why something is done to it."""
 
     node: str
+    reason: str = ""
+
+
+class LeaveRequest(_Request, frozen=True, kw_only=True):
+    """A node leaves by itself, in the life that began with this epoch; one that has begun another since is left alone."""
+
+    node: str
+    epoch: Count
     reason: str = ""
 
 
@@ -134,13 +151,13 @@ class Remembered(Struct, frozen=True, kw_only=True):
         }
 
 
-class ListRequest(Struct, frozen=True, kw_only=True):
+class ListRequest(_Request, frozen=True, kw_only=True):
     """List the nodes, of one model or all."""
 
     model: str = ""
 
 
-class AdmitRequest(Struct, frozen=True, kw_only=True):
+class AdmitRequest(_Request, frozen=True, kw_only=True):
     """Place blocks on a managed node: on `node`, or on the one that `strategy` chooses."""
 
     model: str
@@ -150,7 +167,7 @@ class AdmitRequest(Struct, frozen=True, kw_only=True):
     strategy: str = "least_loaded"
 
 
-class BlocksRequest(Struct, frozen=True, kw_only=True):
+class BlocksRequest(_Request, frozen=True, kw_only=True):
     """Touch or evict blocks of a managed node; evict also takes `count`, the least recently used."""
 
     node: str
@@ -158,14 +175,14 @@ class BlocksRequest(Struct, frozen=True, kw_only=True):
     count: Count = 0
 
 
-class LookupRequest(Struct, frozen=True, kw_only=True):
+class LookupRequest(_Request, frozen=True, kw_only=True):
     """Ask how many leading blocks each node of a model holds."""
 
     model: str
     hashes: Packed
 
 
-class SessionRequest(Struct, frozen=True, kw_only=True):
+class SessionRequest(_Request, frozen=True, kw_only=True):
     """End a session."""
 
     model: str
@@ -173,33 +190,33 @@ class SessionRequest(Struct, frozen=True, kw_only=True):
     reason: str = ""
 
 
-class PolicyRequest(Struct, frozen=True, kw_only=True):
+class PolicyRequest(_Request, frozen=True, kw_only=True):
     """Change the policy of all routers."""
 
     policy: str
     parameters: dict[str, float] = {}
 
 
-class FormatRequest(Struct, frozen=True, kw_only=True):
+class FormatRequest(_Request, frozen=True, kw_only=True):
     """Raise the log's format to this one, or to the newest; with `force` also when some readers don't know it."""
 
     format: int | None = None
     force: bool = False
 
 
-class StatusRequest(Struct, frozen=True, kw_only=True):
+class StatusRequest(_Request, frozen=True, kw_only=True):
     """Ask what a service is and knows; with `digest`, also the digest of its state (slow on large fleets)."""
 
     digest: bool = False
 
 
-class CompactRequest(Struct, frozen=True, kw_only=True):
+class CompactRequest(_Request, frozen=True, kw_only=True):
     """Purge the log below the oldest snapshot, and below what the history has stored unless there is to be none."""
 
     without_history: bool = False
 
 
-class ServeRequest(Struct, frozen=True, kw_only=True):
+class ServeRequest(_Request, frozen=True, kw_only=True):
     """Ask a simulated node to run a request."""
 
     request: str
@@ -227,6 +244,8 @@ class Pulse(Struct, frozen=True, kw_only=True, omit_defaults=True):
     active: int = 0
     waiting: int = 0
     used_blocks: int = 0
+    unheard: bool = False
+    """Its engine serves, and tells nothing of its cache."""
 
 
 class Checkpoint(Struct, frozen=True):
@@ -237,7 +256,7 @@ class Checkpoint(Struct, frozen=True):
     digest: str
 
 
-class SqlRequest(Struct, frozen=True, kw_only=True):
+class SqlRequest(_Request, frozen=True, kw_only=True):
     """Ask the history in SQL. The answer comes in pages; `next` of a page is the subject to ask for the one after it."""
 
     sql: Annotated[str, Meta(max_length=1 << 20)]
@@ -249,7 +268,7 @@ class SqlRequest(Struct, frozen=True, kw_only=True):
     """How many rows it may give; the historian's own limit if not given."""
 
 
-class SqlNextRequest(Struct, frozen=True, kw_only=True):
+class SqlNextRequest(_Request, frozen=True, kw_only=True):
     """Ask for a result's next page, or with `close` for no more."""
 
     result: str
@@ -278,34 +297,34 @@ class SqlAnswer(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Subject that gives the next page when asked with `result`; empty on the last one."""
 
 
-class MomentRequest(Struct, frozen=True, kw_only=True):
+class MomentRequest(_Request, frozen=True, kw_only=True):
     """Ask for the fleet as it was at a sequence, or at a time: ISO 8601 (UTC unless it says otherwise), 10m, 2h, yesterday."""
 
-    at: str
+    at: Moment
     node: str = ""
 
 
-class ChangesRequest(Struct, frozen=True, kw_only=True):
+class ChangesRequest(_Request, frozen=True, kw_only=True):
     """Ask what changed between two moments."""
 
-    first: str
-    second: str
+    first: Moment
+    second: Moment
 
 
-class ExplainRequest(Struct, frozen=True, kw_only=True):
+class ExplainRequest(_Request, frozen=True, kw_only=True):
     """Ask why a request was sent where it was; its last decision, or the one at a sequence."""
 
     request: str
     sequence: Count | None = None
 
 
-class SnapshotRequest(Struct, frozen=True, kw_only=True):
+class SnapshotRequest(_Request, frozen=True, kw_only=True):
     """Ask for a snapshot of the fleet's state at a moment; it comes in pieces, see `PieceRequest`."""
 
-    at: str
+    at: Moment
 
 
-class PieceRequest(Struct, frozen=True, kw_only=True):
+class PieceRequest(_Request, frozen=True, kw_only=True):
     """Ask for a piece of something large."""
 
     result: str
@@ -322,7 +341,7 @@ class Piece(Struct, frozen=True, kw_only=True):
     next: str
 
 
-class WhatifRequest(Struct, frozen=True, kw_only=True):
+class WhatifRequest(_Request, frozen=True, kw_only=True):
     """Keep what came of a what-if: rows of `whatif_runs` or `whatif_requests`, as an Arrow IPC stream."""
 
     table: Literal["whatif_runs", "whatif_requests"]
@@ -330,6 +349,7 @@ class WhatifRequest(Struct, frozen=True, kw_only=True):
 
 
 T = TypeVar("T", bound=Struct)
+_UNKNOWN_FIELD = "Object contains unknown field `"
 _PACKED_FIELDS = {"hashes", "evicted", "stored"}
 _DECODERS: dict[type, msgspec.msgpack.Decoder[Any]] = {}
 _encode = msgspec.msgpack.Encoder().encode
@@ -355,7 +375,7 @@ def decode_request(body: bytes, form: type[T]) -> T:
                     raw[field] = pack_hashes(parse_hash(value) for value in raw[field])
             request = msgspec.convert(raw, form, builtin_types=(bytes,))
     except msgspec.ValidationError as error:
-        raise BadRequest(f"the request does not fit: {error}") from None
+        raise BadRequest(_misfit(str(error), form)) from None
     except BadHashes as error:
         raise BadRequest(str(error)) from None
     except (msgspec.DecodeError, UnicodeError, RecursionError, ValueError, OverflowError, AttributeError) as error:
@@ -364,6 +384,20 @@ def decode_request(body: bytes, form: type[T]) -> T:
     if packed is not None and len(packed) % _HASH_BYTES:
         raise BadRequest(f"hashes has {len(packed)} bytes; 8 bytes a block are needed")
     return request
+
+
+def _misfit(said: str, form: type[Struct]) -> str:
+    """Why a request is none of a form: an unknown field by its name, with the one that was probably meant."""
+    unknown = said.removeprefix(_UNKNOWN_FIELD)
+    if unknown == said:
+        return f"the request does not fit: {said}"
+    from difflib import get_close_matches  # noqa: PLC0415 - only for mistakes
+
+    known = form.__struct_fields__
+    name = unknown.rstrip("`")
+    near = get_close_matches(name.lower(), known, 1)
+    hint = f"was {near[0]!r} meant? " if near else ""
+    return f"the request has an unknown field {name[:60]!r}; {hint}known are {', '.join(known)}, to this version of kvplane"
 
 
 def encode_answer(answer: object, *, as_json: bool) -> bytes:

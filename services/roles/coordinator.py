@@ -25,6 +25,7 @@ from kvplane.events.subjects import pulse_subject
 from kvplane.projections.overview import node_row
 from kvplane.services.control import admission, commands, formats
 from kvplane.services.control.liveness import Liveness
+from kvplane.services.control.untold import Untold
 from kvplane.services.process.version import package_version
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import Conflict, LogAway, UnknownModel
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from nats.aio.client import Client
     from nats.aio.msg import Msg
 
+    from kvplane.events.codec import Message
+    from kvplane.projections.fleet import Applied
     from kvplane.services.control.commands import Proposal
 
 ANSWER_SECONDS = 10.0
@@ -76,7 +79,8 @@ class Coordinator:
         self.client = client
         self.fleet = fleet
         self.writer = new_writer("coordinator")
-        self.replica = Replica(client, fleet, writer=self.writer, recent_seconds=recent_seconds)
+        self.untold = Untold()
+        self.replica = Replica(client, fleet, self._observe, writer=self.writer, recent_seconds=recent_seconds)
         self.state = self.replica.state
         self.compaction = Compaction(client, self.replica, commits=snapshot_commits, size=snapshot_bytes)
         self.liveness = Liveness()
@@ -122,6 +126,7 @@ class Coordinator:
             "node_cordon": partial(self._change, commands.cordon),
             "node_uncordon": partial(self._change, commands.uncordon),
             "node_remove": partial(self._change, commands.remove),
+            "leave": partial(self._change, commands.leave),
             "node_list": self.list_nodes,
             "cache_admit": self.admit, "admit_to_oneself": self.admit,
             "cache_touch": partial(self._change, admission.touch),
@@ -186,7 +191,7 @@ class Coordinator:
             raise Conflict(f"{turn!r} changed {tries} times while this was decided; try again later")
 
     async def _change(
-        self, decide: Decide, request: messages.NodeRequest | messages.BlocksRequest
+        self, decide: Decide, request: messages.NodeRequest | messages.BlocksRequest | messages.LeaveRequest
     ) -> dict[str, object]:
         self.replica.check_ready()
         messages.names((request.node, "node"))
@@ -252,7 +257,14 @@ class Coordinator:
             if request.model and request.model not in node.registered.models:
                 continue
             pulse = self.liveness.pulses.get(name)
-            rows.append({**node_row(self.state, node), "waiting": pulse.waiting if pulse else None})
+            rows.append(
+                {
+                    **node_row(self.state, node),
+                    "waiting": pulse.waiting if pulse else None,
+                    # An adapter knows by the engine's metrics; where there are none, the log's completions tell.
+                    "unheard": bool(pulse and pulse.unheard) or self.untold.silent(name, time.monotonic()),
+                }
+            )
         return {"fleet": self.fleet, "sequence": self.state.sequence, "nodes": rows}
 
     async def lookup(self, request: messages.LookupRequest) -> dict[str, object]:
@@ -285,6 +297,10 @@ class Coordinator:
     async def compact(self, request: messages.CompactRequest) -> dict[str, object]:
         """Purge what of the log is no longer needed."""
         return await self.compaction.compact(without_history=request.without_history)
+
+    def _observe(self, _: Message, applied: Applied) -> None:
+        if applied.commit is not None:
+            self.untold.observe(self.state, applied.commit, time.monotonic())
 
     async def _pulse(self, message: Msg) -> None:
         try:

@@ -31,16 +31,14 @@ from kvplane.services.rpc.server import serve, serving, stop
 from kvplane.services.rpc.tally import Tally
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from anyio.abc import TaskGroup, TaskStatus
     from nats.aio.client import Client
     from nats.micro.service import Service
 
     from kvplane.events.codec import Message
     from kvplane.projections.fleet import Applied
-    from kvplane.projections.nodes import Node
     from kvplane.services.routing.decide import Decision
+    from kvplane.services.routing.roster import Roster
 
 BUFFER_EVENTS = 100_000
 """Decisions that may wait for the log; `group.LIMIT_BYTES` bounds their size as well."""
@@ -199,7 +197,7 @@ class Router:
             if tokens < count * size:
                 raise BadRequest(f"tokens_count {tokens} is less than {count} full blocks of {size} tokens")
         else:
-            ids = request.tokens if form == "tokens" else self._tokenize(request, roster.nodes)
+            ids = request.tokens if form == "tokens" else self._tokenize(request, roster)
             adapter = request.adapter or (request.model if roster.is_adapter else "")
             try:
                 hashes = block_hashes(ids or [], size, adapter=adapter, salt=request.salt)
@@ -214,9 +212,12 @@ class Router:
         exclude = frozenset(request.exclude)
         return Query(identity, request.model, hashes, tokens, blocks, size, request.session, exclude, trace)
 
-    def _tokenize(self, request: RouteRequest, nodes: Sequence[Node]) -> list[int]:
+    def _tokenize(self, request: RouteRequest, roster: Roster) -> list[int]:
         """Token ids of a prompt. Only the byte tokenizer of simulated nodes is built in."""
-        kinds = {node.registered.labels.get(labels.TOKENIZER, "") for node in nodes}
+        if not roster.nodes:
+            # Who would know how to make tokens is not known, and does not matter.
+            raise roster.nobody(request.model)
+        kinds = {node.registered.labels.get(labels.TOKENIZER, "") for node in roster.nodes}
         if kinds != {"bytes"}:
             raise NoTokenizer(
                 f"no tokenizer is known for model {request.model[:80]!r}; send tokens, or hashes with tokens_count"

@@ -129,10 +129,7 @@ class Chooser:
         roster = self.roster(query.model)
         self._overlay.turn(now)
         if not roster.nodes:
-            raise NoNode(
-                f"none of the {roster.serving} nodes of model {query.model[:80]!r} is available (lost or cordoned); "
-                "`kvplane node list` shows why"
-            )
+            raise roster.nobody(query.model)
         session, former = self.session_node(query)
         view, costs, name = self.weigh(roster, query, session, now)
         if roster.limited or query.exclude:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvplane.services.protocol.errors import UnknownModel
+from kvplane.services.protocol.errors import NoNode, UnknownModel
 from kvplane.services.protocol.labels import is_adapter
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class Roster:
         self.made = (state.changes, state.caches.slots_made)
         self.nodes = [node for node in serving if node.available]
         self.serving = len(serving)
+        self._lost = sum(node.lost is not None for node in serving)
         self.names = [node.name for node in self.nodes]
         self.ordinals = np.array([state.load.ordinal[node.name] for node in self.nodes], dtype=np.intp)
         self.columns = Columns.of(state.load)
@@ -83,6 +84,12 @@ class Roster:
             and bool(np.array_equal(self.indexes[0][3], np.arange(len(state.caches.owners(self.indexes[0][0])))))
         )
         """Whether the slots are the candidates, too, and each has one only."""
+
+    def nobody(self, model: str) -> NoNode:
+        """The error that none of them is available."""
+        counts = {"lost": self._lost, "cordoned": self.serving - self._lost}
+        why = ", ".join(f"{'all ' * (count == self.serving)}{count} {what}" for what, count in counts.items() if count)
+        return NoNode(f"no node of model {model[:80]!r} is available: {why}; `kvplane node list` shows more")
 
     def rows(self, column: Column) -> Column:
         """The candidates' entries of a column of the fold, to be read only: it may be the column itself."""

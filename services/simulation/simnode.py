@@ -28,6 +28,7 @@ from kvplane.services.protocol import labels, messages
 from kvplane.services.protocol.endpoints import served
 from kvplane.services.protocol.errors import ServiceFault
 from kvplane.services.rpc.client import ask
+from kvplane.services.rpc.leaving import leave
 from kvplane.services.rpc.readiness import Readiness
 from kvplane.services.rpc.server import Endpoint, serve
 from kvplane.services.rpc.tally import Tally
@@ -165,6 +166,11 @@ class SimNode:
             )
         _log.info("node_registered", node=config.name, epoch=self.epoch)
 
+    async def leave(self) -> None:
+        """Tell the fleet that the node leaves, when `run` has ended in good order."""
+        if self.epoch:
+            await leave(self.client, self.fleet, self.config.name, self.epoch, "it was stopped")
+
     async def _concluded(self, message: Msg) -> None:
         """The log says something about this node; when it says lost, its blocks are forgotten and must be told again."""
         try:
@@ -264,11 +270,17 @@ class SimNode:
 
 
 class SimNodes:
-    """Several nodes in one process, on one connection, or on one each."""
+    """Several nodes in one process, on one connection, or on one each.
+
+    `leaves`: they leave the fleet in the end. Those that end together with their fleet don't: it is to know them again.
+    """
 
     role = "simnode"
 
-    def __init__(self, clients: Sequence[Client], fleet: str, configs: Sequence[NodeConfig]) -> None:
+    def __init__(
+        self, clients: Sequence[Client], fleet: str, configs: Sequence[NodeConfig], *, leaves: bool = False
+    ) -> None:
+        self._leaves = leaves
         self.client = clients[0]
         self.fleet = fleet
         self.tally = Tally()
@@ -278,10 +290,16 @@ class SimNodes:
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled. Started means: all are registered."""
-        async with anyio.create_task_group() as group:
-            for node in self.nodes:
-                await group.start(node.run)
-            task_status.started()
+        try:
+            async with anyio.create_task_group() as group:
+                for node in self.nodes:
+                    await group.start(node.run)
+                task_status.started()
+        finally:
+            with anyio.CancelScope(shield=True):
+                async with anyio.create_task_group() as leaving:
+                    for node in self.nodes if self._leaves else ():
+                        leaving.start_soon(node.leave)
 
     def readiness(self) -> Readiness:
         """Whether all of them are registered."""

@@ -27,6 +27,7 @@ COMMANDS = [
     "node.register", "node.cordon", "node.uncordon", "node.remove", "cache.admit", "cache.touch", "cache.evict",
     "session.end", "policy.set", "snapshot", "compact", "node.register.node-b", "cache.admit.node-b",
     "node.last", "cache.names", "node.last.node-b", "cache.names.node-b",
+    "node.leave", "node.leave.node-b",
 ]  # fmt: skip
 # What the log is made of, as far as a role has no right to it.
 ROOMS: dict[str, list[str]] = {

@@ -94,6 +94,9 @@ async def test_what_is_counted_is_what_the_engine_said_and_the_log_has(fleet: Fl
             await adapter._log.flush()
         metrics = await http.metrics()
         log = await messages_of(fleet.client)
+        await until(lambda: coordinator.state.sequence >= log[-1].sequence)
+        # The nodes leave with the adapter.
+        held = {name: coordinator.state.caches.held(node) for name, node in coordinator.state.nodes.items()}
     batches = {"a-dp0": 8, "a-dp1": 2}
     assert metrics.by("kvplane_adapter_batches_total", "node") == batches
     assert metrics.by("kvplane_adapter_last_batch", "node") == {node: count - 1 for node, count in batches.items()}
@@ -119,8 +122,7 @@ async def test_what_is_counted_is_what_the_engine_said_and_the_log_has(fleet: Fl
     assert metrics("kvplane_log_appended_events_total", service="adapter") == len(events)
     stored = [event for event in events if isinstance(event, types.BlocksStored)]
     assert sum(len(event.hashes) // 8 for event in stored if event.node == "a-dp0") == 24
-    state = coordinator.state
-    assert [state.caches.held(state.nodes[node]) for node in batches] == [12, 0]
+    assert held == {"a-dp0": 12, "a-dp1": 0}
 
 
 async def test_gaps_and_what_is_told_anew_are_counted(fleet: Fleet) -> None:
@@ -147,7 +149,9 @@ async def test_who_is_not_ready_says_why(fleet: Fleet, server: Server) -> None:
     engine.loading = True
     async with running(engine), attached(fleet, engine.url) as (service, http):
         # Nothing is known of the engine yet, so there are no nodes.
-        body = await ready(http, f"adapter: the engine at {engine.url} is not well yet")
+        body = await ready(
+            http, f"adapter: the engine at {engine.url} is not well yet: {engine.url}/health answers 503"
+        )
         assert body["services"]["adapter"]["nodes"] == 0
         assert (await http.state("/healthz"))[0] == 200
         assert (await http.metrics())("kvplane_ready", service="adapter") == 0
@@ -208,7 +212,8 @@ async def test_the_command_serves_http_and_an_engine_that_never_comes_ends_it(se
     ]  # fmt: skip
     process = await anyio.open_process(command, stderr=subprocess.PIPE)
     try:
-        await ready(Http(address), f"adapter: the engine at {url} is not well yet")
+        nobody = f"nobody listens at {url.removeprefix('http://')} (connection refused)"
+        await ready(Http(address), f"adapter: the engine at {url} is not well yet: {nobody}")
         assert process.stderr is not None
         told = b"".join([part async for part in process.stderr])
         assert await process.wait() == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta, timezone
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 
 from kvplane.projections.digest import digest
@@ -108,8 +109,15 @@ async def test_a_time_means_the_last_commit_before_it(server: Server, client: Cl
             assert (code, "is before the history begins: its first commit is of" in said) == ("before_history", True)
         for at in (str(last + 1), "9" * 5000, "18446744073709551616"):
             code, said = await refused(client, at)
-            assert (code, f"the log ends at sequence {last}" in said) == ("before_history", True)
+            assert (code, f"the log ends at sequence {last}" in said) == ("not_yet", True)
             assert len(said) < 200
+        for body in ({"at": 5}, {"at": "5"}):
+            for encode, decode in (
+                (msgspec.json.encode, msgspec.json.decode),
+                (msgspec.msgpack.encode, msgspec.msgpack.decode),
+            ):
+                answer = await client.request("kv.default.history.sequence", encode(body))
+                assert decode(answer.data) == {"sequence": 5}
         for at in ("", "-1", "²", "٣", "yesterday", "2026-13-01", "1.5"):
             code, said = await refused(client, at)
             assert (code, "is no moment" in said) == ("bad_request", True)

@@ -158,7 +158,7 @@ def test_the_past_is_shown_and_compared(url: str) -> None:
     changed = asked(url, "diff", "0", str(now["sequence"]))
     assert {row["what"] for row in changed["nodes"]} == {"joined"}
     assert sum(row["blocks"]["gpu"]["came"] for row in changed["nodes"]) == now["memberships"]
-    for moment, code in (("2001-01-01", "before_history"), ("999999", "before_history"), ("lately", "bad_request")):
+    for moment, code in (("2001-01-01", "before_history"), ("999999", "not_yet"), ("lately", "bad_request")):
         done = run("state", "--at", moment, KVPLANE_SERVER=url)
         assert (done.returncode, f"[{code}]" in done.stderr) == (1, True)
 
@@ -216,7 +216,7 @@ def test_what_if(url: str, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "is not one of" in done.stderr
     done = run("whatif", "--policy", "cascade", "--since", "999999", KVPLANE_SERVER=url)
-    assert (done.returncode, "[before_history]" in done.stderr) == (1, True)
+    assert (done.returncode, "[not_yet]" in done.stderr) == (1, True)
 
 
 def test_what_if_shows_no_figures_of_a_policy_that_always_failed(url: str, tmp_path: Path) -> None:

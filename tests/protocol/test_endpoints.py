@@ -140,6 +140,7 @@ ASKED: dict[str, dict[str, Any]] = {
     "historian_explain": {"request": "q"},
     "coordinator_snapshot": {},
     "coordinator_compact": {},
+    "coordinator_leave": {**NODE, "epoch": 1},
     "coordinator_node_remove": NODE,
 }
 NOT_ASKED = {"coordinator_piece", "historian_piece", "historian_sql_next", "historian_whatif"}

@@ -68,7 +68,7 @@ def test_the_three_refusals_are_told_apart() -> None:
     with pytest.raises(Overloaded):
         given_.decide()
     given_.put("node.a", types.NodeCordoned("a"))
-    with pytest.raises(NoNode, match="lost or cordoned"):
+    with pytest.raises(NoNode, match="no node of model .* is available: all 1 cordoned"):
         given_.decide()
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from kvplane.events.errors import KvplaneError
 from kvplane.events.hashing import MOST_TOKENS, pack_hashes
+from kvplane.services.control import commands
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import Refused
 from kvplane.services.rpc.client import ask
@@ -186,6 +187,38 @@ async def test_a_prompt_of_ten_million_tokens_is_routed_or_refused_with_a_senten
     assert await small.refused("route", messages.RouteRequest(model="m", hashes=hashes)) == "bad_request"
     status = await small.ask("coordinator.status", messages.StatusRequest())
     assert status["skipped"] == {}
+
+
+@pytest.mark.parametrize("encode", [msgspec.json.encode, msgspec.msgpack.encode])
+async def test_an_unknown_field_is_refused_by_its_name_everywhere(small: Fleet, encode: Any) -> None:
+    for endpoint in ENDPOINTS:
+        answer = await small.client.request(f"kv.default.{endpoint}", encode({"sesion": "s"}), timeout=5)
+        assert answer.headers is not None
+        assert answer.headers["Nats-Service-Error-Code"] == "400", endpoint
+        assert "unknown field 'sesion'" in answer.headers["Nats-Service-Error"]
+    body = {"model": "m", "tokens": [1], "sesion": "s"}
+    said = json.loads((await small.client.request("kv.default.route", encode(body), timeout=5)).data)["error"]
+    assert "unknown field 'sesion'; was 'session' meant? known are model, hashes, tokens," in said
+
+
+def test_what_a_client_leaves_as_it_is_does_not_travel() -> None:
+    """So that a service which does not know a newer field understands those that don't use it."""
+    request = messages.RouteRequest(model="m", tokens=[1], request="r")
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(request)) == {"model": "m", "tokens": [1], "request": "r"}
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(messages.ListRequest())) == {}
+
+
+async def test_that_all_nodes_are_lost_is_the_answer_however_the_prompt_is_given(fleet: Fleet) -> None:
+    coordinator, router = await fleet.coordinator(), await fleet.router()
+    for node in ("a", "b"):
+        await fleet.ask("coordinator.node.register", msgspec.convert(NODE | {"node": node}, messages.RegisterRequest))
+        await coordinator._conclude(commands.lost, node, "gone")
+    await until(lambda: [node.lost for node in router.state.nodes.values()] == ["gone", "gone"])
+    prompts: list[dict[str, Any]] = [{"prompt": "text"}, {"tokens": [1]}, {"hashes": b""}]
+    for prompt in prompts:
+        with pytest.raises(Refused, match="no node of model 'm' is available: all 2 lost") as caught:
+            await fleet.ask("route", messages.RouteRequest(model="m", **prompt))
+        assert caught.value.code == "no_node"
 
 
 def test_more_tokens_than_the_limit_are_refused() -> None:

@@ -34,6 +34,8 @@ class FakeEngine:
         self.block_size: int | None = None
         self.running, self.waiting = 2, 1
         self.models: list[Any] = [{"id": "m", "parent": None}, {"id": "ad", "parent": "m"}]
+        self.more_metrics = ""
+        """What its page of metrics says beside its load."""
         self.replay_requests = 0
         self.drops = 0
         """So many answers of replays lose batches and their end, as when the socket's queue is full."""
@@ -139,7 +141,7 @@ class FakeEngine:
             if self.loading:
                 return web.Response(status=503)
             with suppress(KeyError):
-                return web.Response(text=pages[request.path])
+                return web.Response(text=pages[request.path] + self.more_metrics * (request.path == "/metrics"))
             return web.Response(status=404)
 
         started = f"process_start_time_seconds {1.7e9 + self.life}\n" if self.tells_life else ""

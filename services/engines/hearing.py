@@ -1,0 +1,57 @@
+"""Whether an engine that serves also tells of its cache. One that does not is a node whose cache nobody knows of.
+
+Told by its metrics: who has computed more new tokens than a block for each request has filled a block, and publishes that.
+"""
+
+from __future__ import annotations
+
+from math import inf
+from typing import TYPE_CHECKING
+
+import structlog
+
+from kvplane.services.engines.facts import TURN_ON
+
+if TYPE_CHECKING:
+    from kvplane.services.engines.facts import Kind, Served
+
+PATIENCE_SECONDS = 5.0
+"""How long what an engine publishes may take to arrive."""
+AGAIN_SECONDS = 300.0
+
+_log = structlog.get_logger("kvplane.engines")
+
+
+class Hearing:
+    """One node's engine: what it has served since the adapter began, and whether anything was heard of it."""
+
+    def __init__(self, kind: Kind, node: str, block_size: int, endpoint: str) -> None:
+        self._kind, self._node, self._size, self._endpoint = kind, node, block_size, endpoint
+        self._before: Served | None = None
+        self._silent_since = inf
+        self._say_at = 0.0
+        self.missing = False
+        """It serves, and nothing was heard of its cache."""
+
+    def look(self, served: Served | None, now: float, *, heard: bool) -> None:
+        """Judge anew, and say it now and then. `served` is none where metrics don't tell; `heard`: something has come."""
+        if heard or served is None:
+            self._silent_since, self.missing = inf, False
+            return
+        before = self._before
+        if before is None or served.tokens < before.tokens or served.requests < before.requests:
+            # The first look, or another life of the engine.
+            before = self._before = served
+        if served.tokens - before.tokens <= self._size * (served.requests - before.requests):
+            self._silent_since = inf
+            return
+        self._silent_since = min(self._silent_since, now)
+        self.missing = now - self._silent_since >= PATIENCE_SECONDS
+        if self.missing and now >= self._say_at:
+            self._say_at = now + AGAIN_SECONDS
+            _log.warning(
+                "no_events_heard", node=self._node, endpoint=self._endpoint,
+                tokens=int(served.tokens - before.tokens),
+                hint="the engine serves and nothing is heard of its cache, so nothing is routed by it: "
+                f"{TURN_ON[self._kind]}; if it was, give --events where it publishes, and let no firewall be between",
+            )  # fmt: skip
