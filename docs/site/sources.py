@@ -51,6 +51,7 @@ NAVIGATION = (
     }),
     Section("Reference", {
         "Subjects": "docs/subjects.md",
+        "Simulated hardware": "docs/hardware.md",
         "Benchmarks": "docs/benchmarks.md",
         "Changelog": "CHANGELOG.md",
         "Contributing": "CONTRIBUTING.md",

@@ -60,19 +60,19 @@ def make() -> str:
 def _introduction(page: Notebook) -> None:
     page.title("The history", 1)
     page.say(
-        "The historian follows the log and keeps it as tables, for good if you like. It answers SQL about them, and "
+        "The historian follows the log and keeps it as tables, as long as you like. It answers SQL about them, and "
         "it rebuilds past states of the fleet. `kvplane up` runs one beside the router; `kvplane historian` runs one "
-        "anywhere, one for each fleet. Nothing waits for it: routers don't know that it is there."
+        "on any machine, one for each fleet. Nothing waits for it: routers don't know that it is there."
     )
     page.table(["table", "rows"], ([f"`{table.name}`", table.meaning] for table in TABLES))
     page.say(
-        "Every event is a row, with the sequence of its commit and the log's time. So are commits that were skipped. "
-        "Views answer what is asked most:"
+        "Every event is a row, with the sequence of its commit and the log's time. Commits that were skipped are rows, too. "
+        "Views answer the most frequent questions:"
     )
     page.table(["view", "what it answers"], ([f"`{view.name}`", view.meaning] for view in VIEWS))
     page.say(
-        "Columns are [below](#tables-and-views). Times are UTC; sizes are in tokens or blocks, durations in seconds, "
-        "shares of 1."
+        "Columns are [below](#tables-and-views). Times are UTC; sizes are in tokens or blocks, durations in seconds; "
+        "a share is a number from 0 to 1."
     )
 
 
@@ -100,7 +100,7 @@ def _asking(page: Notebook, log: Sequence[Message]) -> None:
     )
     page.say(
         "The SQL is DuckDB's, read only, one statement at a time. No client library is needed: `kv.<fleet>.sql` takes "
-        "JSON or MessagePack and answers in the manner of the request."
+        "JSON or MessagePack and answers in the same form."
     )
     sql = "SELECT node, requests, hit_rate FROM hit_rate_by_node ORDER BY node LIMIT 2"
     answer = page.quiet(sql)
@@ -123,9 +123,9 @@ def _asking(page: Notebook, log: Sequence[Message]) -> None:
         ["`next`, `result`", 'there is another page: ask the subject `next` with `{"result": ...}`; absent on the last one'],
     ])  # fmt: skip
     page.say(
-        'Go on until an answer has no `next`. Who has seen enough sends `{"result": ..., "close": true}`; a result that nobody '
-        f"asks for is closed after {IDLE_SECONDS:g} s. Block hashes are 64 bits wide, more than a number in JavaScript "
-        "holds: `SELECT prefix::VARCHAR`. `kvplane sql --json` writes every integer beyond 2^53 as a string of its digits. "
+        'Go on until an answer has no `next`. To stop before that, send `{"result": ..., "close": true}`; a result that nobody '
+        f"asks for is closed after {IDLE_SECONDS:g} s. Block hashes have 64 bits, more than a number in JavaScript "
+        "can hold: ask for `SELECT prefix::VARCHAR`. `kvplane sql --json` writes every integer beyond 2^53 as a string of its digits. "
         'Errors carry `Nats-Service-Error-Code` and a body `{"code", "error"}`: '
         "`bad_sql`, `time_limit`, `row_limit`, `memory_limit`, `busy`."
     )
@@ -155,14 +155,14 @@ def _keeping(page: Notebook) -> None:
     """)
     kept = ", ".join(f"`{name}`" for name in KEPT)
     page.say(
-        "All is kept, unless `kvplane historian` has `--keep-days` or `--keep-gb`: then the oldest files of the "
-        "archive go. "
-        f"{kept} stay, they are small. A file that was only unfinished when a process was killed is swept away."
+        "Everything is kept, unless `kvplane historian` has `--keep-days` or `--keep-gb`: then the oldest files of the "
+        "archive are deleted. "
+        f"{kept} are always kept, they are small. A file that was unfinished when a process was killed is deleted."
     )
     page.say(
         "`kvplane history rebuild --history FOLDER` makes the history again, from the archive and from the log where "
-        "the archive ends; with `--from-log` from the log alone. Rows say all that the fold reads of an event. So "
-        "past states can be rebuilt from rows, too, where the log has been purged."
+        "the archive ends; with `--from-log` from the log alone. Rows keep all that the fold reads of an event, so "
+        "past states can be rebuilt from rows where the log has been purged."
     )
 
 

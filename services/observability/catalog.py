@@ -45,9 +45,9 @@ SERVICE = Group("Every service", (
     _of("kvplane_nats_round_trip_seconds", "gauge", "", "last ping to the server and back; NaN while there is no answer",
             "more than a few milliseconds in one data centre"),
     _of("kvplane_nats_reconnects_total", "counter", "", "connections made after the first", "a steady rise"),
-    _of("kvplane_nats_errors_total", "counter", "kind", "what the server or client reports behind one's back: "
+    _of("kvplane_nats_errors_total", "counter", "kind", "problems that the server or the client library reports by itself: "
             "`slow_consumer`, `permission`, `other`", "any"),
-    _of("kvplane_nats_read_loop_failures_total", "counter", "", "connections that heard nothing any more, and were mended",
+    _of("kvplane_nats_read_loop_failures_total", "counter", "", "connections that had stopped to receive, and were made again",
             "any; the log says more"),
     _of("kvplane_nats_messages_total", "counter", "direction", "messages `in` and `out`"),
     _of("kvplane_nats_bytes_total", "counter", "direction", "bytes `in` and `out`"),
@@ -73,7 +73,7 @@ READING = Group("Those that follow the log: router, coordinator, historian", (
 HOLDING = Group("Those that hold the fleet's state: router, coordinator", (
     _of("kvplane_fleet_nodes", "gauge", "state", "nodes that are `up`, `cordoned` or `lost`", "`lost` is not 0; `up` is 0"),
     _of("kvplane_fleet_memberships", "gauge", "", "blocks that nodes hold, each counted once a node and tier"),
-    _of("kvplane_fleet_sessions", "gauge", "", "sessions that are remembered, at the most a million"),
+    _of("kvplane_fleet_sessions", "gauge", "", "sessions that are remembered, a million at the most"),
     _of("kvplane_fleet_active_requests", "gauge", "", "requests that were routed and have not completed"),
     _of("kvplane_replica_differs_sequence", "gauge", "", "newest checkpoint at which its digest was not that of the others, "
             "0 while it is", "not 0"),
@@ -87,7 +87,7 @@ WRITING = Group("Those that write the log: router, coordinator, simnode, adapter
     _of("kvplane_log_append_retries_total", "counter", "", "tries that it did not acknowledge", "a steady rise"),
     _of("kvplane_log_append_seconds", "histogram", "", "from handing a commit over to its acknowledgement, retries included"),
     _of("kvplane_log_appended_events_total", "counter", "", "events in them (not the coordinator)"),
-    _of("kvplane_log_waiting_events", "gauge", "", "events that wait to be acknowledged, at the most 100,000 a subject",
+    _of("kvplane_log_waiting_events", "gauge", "", "events that wait to be acknowledged, 100,000 a subject at the most",
             "above 10,000: the log is away or too slow"),
     _of("kvplane_log_dropped_events_total", "counter", "", "events that could not wait any longer: of a router, decisions that "
             "nobody will find (`unrecorded`)", "any"),
@@ -99,7 +99,7 @@ ROUTER = Group("Router", (
     _of("kvplane_router_decision_seconds", "histogram", "", "how long a decision takes, dry runs included, without "
             "reading the request or writing the answer", "p99 above 1 ms"),
     _of("kvplane_router_matched_blocks_total", "counter", "", "blocks that the nodes held; over asked blocks: the hit rate"),
-    _of("kvplane_router_asked_blocks_total", "counter", "", "blocks that could have been matched at the most"),
+    _of("kvplane_router_asked_blocks_total", "counter", "", "blocks of the prompts, each of which could have been matched"),
     _of("kvplane_router_session_decisions_total", "counter", "outcome", "decisions about requests with a session, which was "
             "`kept` on its node, `moved`, or `new`", "the share of `moved` rises"),
     _of("kvplane_router_degraded", "gauge", "", "1 while it decides from memory and can't record", "1 for a minute"),
@@ -143,29 +143,29 @@ SIMNODE = Group("Simulated nodes", (
     _of("kvplane_simnode_active_requests", "gauge", "node", "requests on the node"),
     _of("kvplane_simnode_waiting_requests", "gauge", "node", "of those, not prefilled yet"),
     _of("kvplane_simnode_used_blocks", "gauge", "node", "blocks in its cache"),
-    _of("kvplane_simnode_registrations_total", "counter", "node", "lives of its cache"),
+    _of("kvplane_simnode_registrations_total", "counter", "node", "registrations; each begins with an empty cache"),
     _of("kvplane_simnode_not_admitted_total", "counter", "node", "requests whose blocks the coordinator did not take"),
 ))  # fmt: skip
 
 ADAPTER = Group("Adapter of an engine (`kvplane attach`)", (
     _of("kvplane_adapter_engine_well", "gauge", "node", "1 while the engine says that it is well",
             "0 for longer than a start takes"),
-    _of("kvplane_adapter_registrations_total", "counter", "node", "lives of the node: the adapter's start, each start of the "
-            "engine, and each time that it was concluded lost", "it rises without a restart"),
+    _of("kvplane_adapter_registrations_total", "counter", "node", "registrations: at the adapter's start, at each start of the "
+            "engine, and each time that the node was concluded lost", "it rises without a restart"),
     _of("kvplane_adapter_batches_total", "counter", "node", "batches of the engine that were applied, replayed ones included"),
     _of("kvplane_adapter_last_batch", "gauge", "node", "the engine's number of the last one"),
-    _of("kvplane_adapter_waiting_batches", "gauge", "node", "batches that were heard and are not applied",
+    _of("kvplane_adapter_waiting_batches", "gauge", "node", "batches that were received and are not yet applied",
             "it does not come back to about 0"),
     _of("kvplane_adapter_blocks", "gauge", "node tier", "blocks that the engine is known to hold"),
     _of("kvplane_adapter_copies_total", "counter", "node change", "copies of blocks that the engine `stored` and `removed`"),
     _of("kvplane_adapter_clears_total", "counter", "node", "times that the engine cleared its cache"),
     _of("kvplane_adapter_replays_total", "counter", "node", "times that the engine's replay buffer was asked"),
-    _of("kvplane_adapter_gaps_total", "counter", "node", "times that batches were lost for ever, and with them what was known",
+    _of("kvplane_adapter_gaps_total", "counter", "node", "times that batches were lost for ever, so that the node was cleared",
             "any: give the engine a replay endpoint, or more `buffer_steps`"),
-    _of("kvplane_adapter_told_anew_total", "counter", "node", "times that all of a running node was taken back and told again"),
-    _of("kvplane_adapter_overflows_total", "counter", "node", "times that more was to be said than could wait for the log",
+    _of("kvplane_adapter_told_anew_total", "counter", "node", "times that a running node was cleared and reported anew"),
+    _of("kvplane_adapter_overflows_total", "counter", "node", "times that more events had to wait for the log than may wait",
             "any: the log is away for long, or too slow"),
-    _of("kvplane_adapter_not_followed_total", "counter", "node reason", "blocks and removals that the fleet is not told of, by "
+    _of("kvplane_adapter_not_followed_total", "counter", "node reason", "blocks and removals that the fleet does not get, by "
             "reason: `lost_parent` and `unnamed` (what they hold is not known), `unknown_removed`, `partial`, `misfit`, "
             "`other_group` (of a hybrid model), `elsewhere` (not the engine's own), `ambiguous`, `trimmed` (more copies than "
             "blocks)", "`misfit` at all; `lost_parent` rises: what follows a gap"),

@@ -21,14 +21,16 @@ at `127.0.0.1:9464` by itself, and its historian at the port after it.
 | `/healthz` | 200 while the event loop turns and the connection is listened to, else 503: start the service anew |
 | `/readyz` | 200 when the service can do its work, else 503 with the reason |
 
-Not ready is who still reads the log, a coordinator that can't reach the log, simulated nodes that are not registered, and an
-adapter one of whose nodes is not registered, whose engine is not well, or whose log is away.
-A router that can't reach the log stays ready, and says `degraded`: it answers from memory, which a new one would not have. So
-does a historian that can't store. `/healthz` is not about the server: a log that is away is no reason to start anything again.
-A connection whose read loop ended is made anew within a second and counted; when that happens four times in a minute the
-service ends, with the reason and exit code 1.
+These are not ready: a service that has not read all of the log yet; a coordinator that can't reach the log; simulated nodes
+before they are registered; and an adapter while one of its nodes is not registered, its engine is not well, or it can't reach
+the log.
 
-Values are read off the services when somebody scrapes. Labels of nearly all: {" and ".join(f"`{label}`" for label in EVERY)}
+A router that can't reach the log stays ready and says `degraded`: it still answers from memory, and a new router would know
+nothing. A historian that can't store stays ready, too. `/healthz` says nothing about the NATS server: when the log can't be
+reached, starting a service again does not help. A connection whose read loop ended is made again within a second and counted;
+when that happens four times in a minute the service ends, with the reason and exit code 1.
+
+Values are read at the moment of a scrape. Nearly all metrics have the labels {" and ".join(f"`{label}`" for label in EVERY)}
 (`router`, `coordinator`, `historian`, `simnode` or `adapter`). Metrics of the process (`process_*`, `python_*`) are the client
 library's.
 """

@@ -184,7 +184,7 @@ class Checkpoints:
         self._unsettled.add(sequence)
 
     def settle(self, sequence: int) -> None:
-        """Those that are as fast as this one have spoken: whoever is alone now is alone."""
+        """Replicas as fast as this one have sent their digests by now: whose digest nobody else has is judged from here on."""
         self._unsettled.discard(sequence)
         self._compare(sequence)
 

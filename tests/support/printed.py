@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 SHELLS = {"", "bash", "console", "sh", "shell"}
 _PROGRAM = re.compile(r"(?:\.venv/bin/|\./)?[a-z][\w.-]*")
+_SUBSTITUTED = re.compile(r"\$\(([^()]*)\)")
+_JOINTS = {"|", "&&", "||", ";", "&", ">", ">>"}
+_FILE = re.compile(r"# ([\w.-]+\.py)\n")
 _ASSIGNMENT = re.compile(r"[A-Z_]+=.*")
 
 
@@ -50,6 +53,27 @@ def printed(page: Path, others: dict[str, str]) -> Iterator[Printed]:
                 for text, words in lines:
                     if words and _PROGRAM.fullmatch(words[0]):
                         yield Printed(name, text, words, inline=False)
+                    for inner in _within(text):
+                        yield Printed(name, text, inner, inline=False)
+
+
+def files(page: Path) -> dict[str, str]:
+    """Python files that a page tells its reader to make: blocks that begin with the name, as a comment."""
+    blocks = [
+        token.content for token in tokens(page.read_text()) if token.type == "fence" and token.info.strip() == "python"
+    ]
+    return {found[1]: block for block in blocks if (found := _FILE.match(block))}
+
+
+def _within(text: str) -> Iterator[tuple[str, ...]]:
+    """Commands of kvplane further on in a line: substituted in it, or behind a pipe."""
+    for inner in _SUBSTITUTED.findall(text):
+        if (words := _words(inner)) and words[0] == "kvplane":
+            yield words
+    rest = _split(_SUBSTITUTED.sub("REQUEST", text))
+    for at, word in enumerate(rest):
+        if at and rest[at - 1] in _JOINTS and word == "kvplane":
+            yield _words(shlex.join(rest[at:]))
 
 
 def _lines(block: str) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -68,16 +92,22 @@ def _lines(block: str) -> Iterator[tuple[str, tuple[str, ...]]]:
         text = ""
 
 
-def _words(text: str) -> tuple[str, ...]:
+def _split(text: str) -> list[str]:
     try:
-        words = shlex.split(text.removeprefix("$ "), comments=True)
+        return shlex.split(text, comments=True)
     except ValueError:
-        return ()
+        return []
+
+
+def _words(text: str) -> tuple[str, ...]:
+    """The first command of a line; what a shell would put in place of a command in it is taken for a request's id."""
+    words = _split(_SUBSTITUTED.sub("REQUEST", text.removeprefix("$ ")))
     while words and _ASSIGNMENT.fullmatch(words[0]):
         words = words[1:]
     if words and words[0].endswith("bin/kvplane"):
         words[0] = "kvplane"
-    return tuple(words[:-1] if words and words[-1] == "&" else words)
+    end = next((at for at, word in enumerate(words) if word in _JOINTS), len(words))
+    return tuple(words[:end])
 
 
 def refused(words: tuple[str, ...], *, inline: bool) -> str:

@@ -19,9 +19,9 @@ _POLICY = re.compile(r"([a-z_][\w.]*):[a-z]\w*")
 OWN_POLICY = '''"""A policy of one's own."""
 
 
-def score(view):
+def score(view, request, parameters):
     """Least loaded."""
-    return view.active
+    return view.active * 1.0
 '''
 
 
@@ -82,7 +82,8 @@ class Ground(Struct):
             if policy and words[1] == "simulate":
                 module = self.folder / f"{policy[1].replace('.', '/')}.py"
                 module.parent.mkdir(parents=True, exist_ok=True)
-                module.write_text(OWN_POLICY)
+                if not module.exists():
+                    module.write_text(OWN_POLICY)
 
 
 def _written(moment: datetime) -> str:
