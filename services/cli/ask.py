@@ -18,7 +18,6 @@ from kvplane.services.process.terminal import json_text
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import BadRequest
 from kvplane.services.routing.choice import parse
-from kvplane.services.routing.policies import POLICIES
 from kvplane.services.rpc.client import ASK_SECONDS, ask
 
 if TYPE_CHECKING:
@@ -199,6 +198,8 @@ def list_policies(*, json: Json = False) -> None:
     json
         Print JSON.
     """
+    from kvplane.services.routing.policies import POLICIES  # noqa: PLC0415 - policies compute with NumPy
+
     if json:
         show_json(
             {

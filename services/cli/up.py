@@ -17,7 +17,7 @@ from kvplane.events.errors import KvplaneError
 from kvplane.events.log.connection import CONNECT_SECONDS
 from kvplane.services.auth.folder import FIRST, AuthFolder
 from kvplane.services.cli import show
-from kvplane.services.cli.common import COMMON, Common, PolicyModules, allow_modules, run_until_signal, start
+from kvplane.services.cli.common import COMMON, Common, Http, PolicyModules, allow_modules, run_until_signal, start
 from kvplane.services.cli.show import Styled
 from kvplane.services.embedded.keeper import kept
 from kvplane.services.embedded.server import start_server
@@ -45,13 +45,14 @@ _log = structlog.get_logger("kvplane.up")
 def up(
     *,
     data: Annotated[Path, Parameter(env_var="KVPLANE_DATA")] = Path("kvplane-data"),
-    host: str = "127.0.0.1",
-    port: Annotated[int, Parameter(env_var="KVPLANE_PORT")] = 4222,
-    simulate: int = 0,
-    bare: bool = False,
-    no_history: Annotated[bool, Parameter(negative="")] = False,
+    host: Annotated[str, Parameter(env_var="KVPLANE_HOST")] = "127.0.0.1",
+    # Not KVPLANE_PORT: Kubernetes sets that to a URL for a Service of the name kvplane.
+    port: Annotated[int, Parameter(env_var="KVPLANE_PORT_NUMBER")] = 4222,
+    simulate: Annotated[int, Parameter(env_var="KVPLANE_SIMULATE")] = 0,
+    bare: Annotated[bool, Parameter(env_var="KVPLANE_BARE")] = False,
+    no_history: Annotated[bool, Parameter(negative="", env_var="KVPLANE_NO_HISTORY")] = False,
     policy_module: PolicyModules = (),
-    http: str | None = None,
+    http: Http = None,
     auth: Annotated[Path | None, Parameter(env_var="KVPLANE_AUTH")] = None,
     common: Common = COMMON,
 ) -> None:
