@@ -51,6 +51,7 @@ NAVIGATION = (
     }),
     Section("Reference", {
         "Subjects": "docs/subjects.md",
+        "Environment variables": "docs/environment.md",
         "Benchmarks": "docs/benchmarks.md",
         "Changelog": "CHANGELOG.md",
         "Contributing": "CONTRIBUTING.md",

@@ -17,7 +17,7 @@ from kvplane.services.cli.common import (
     COMMON,
     Common,
     Http,
-    PolicyModules,
+    ServedPolicyModules,
     allow_modules,
     run_async,
     run_until_signal,
@@ -48,7 +48,7 @@ def historian(
     timeout: Annotated[float, Parameter(env_var="KVPLANE_TIMEOUT")] = 30.0,
     max_rows: Annotated[int, Parameter(env_var="KVPLANE_MAX_ROWS")] = 1_000_000,
     memory_gb: Annotated[float, Parameter(env_var="KVPLANE_MEMORY_GB")] = 2.0,
-    policy_module: PolicyModules = (),
+    policy_module: ServedPolicyModules = (),
     http: Http = None,
     common: Common = COMMON,
 ) -> None:

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from kvplane.services.cli.common import COMMON, Common, Http, PolicyModules, allow_modules, run_until_signal, start
+from kvplane.services.cli.common import (
+    COMMON,
+    Common,
+    Http,
+    ServedPolicyModules,
+    allow_modules,
+    run_until_signal,
+    start,
+)
 from kvplane.services.observability.web import check_address, observing
 from kvplane.services.protocol.errors import BadRequest
 from kvplane.services.replication.compaction import SNAPSHOT_BYTES, SNAPSHOT_COMMITS
@@ -18,7 +26,7 @@ if TYPE_CHECKING:
     from kvplane.services.observability.collect import Service
 
 
-def router(*, policy_module: PolicyModules = (), http: Http = None, common: Common = COMMON) -> None:
+def router(*, policy_module: ServedPolicyModules = (), http: Http = None, common: Common = COMMON) -> None:
     """Run a router. Start as many as you like; they share the requests.
 
     Parameters
@@ -49,7 +57,7 @@ def coordinator(
     replicas: Annotated[int | None, Parameter(env_var="KVPLANE_REPLICAS")] = None,
     snapshot_commits: Annotated[int, Parameter(env_var="KVPLANE_SNAPSHOT_COMMITS")] = SNAPSHOT_COMMITS,
     snapshot_bytes: Annotated[int, Parameter(env_var="KVPLANE_SNAPSHOT_BYTES")] = SNAPSHOT_BYTES,
-    policy_module: PolicyModules = (),
+    policy_module: ServedPolicyModules = (),
     http: Http = None,
     common: Common = COMMON,
 ) -> None:

@@ -17,7 +17,15 @@ from kvplane.events.errors import KvplaneError
 from kvplane.events.log.connection import CONNECT_SECONDS
 from kvplane.services.auth.folder import FIRST, AuthFolder
 from kvplane.services.cli import show
-from kvplane.services.cli.common import COMMON, Common, Http, PolicyModules, allow_modules, run_until_signal, start
+from kvplane.services.cli.common import (
+    COMMON,
+    Common,
+    Http,
+    ServedPolicyModules,
+    allow_modules,
+    run_until_signal,
+    start,
+)
 from kvplane.services.cli.show import Styled
 from kvplane.services.demo.people import People
 from kvplane.services.embedded.keeper import kept
@@ -53,7 +61,7 @@ def up(
     traffic: Annotated[bool, Parameter(negative="", env_var="KVPLANE_TRAFFIC")] = False,
     bare: Annotated[bool, Parameter(env_var="KVPLANE_BARE")] = False,
     no_history: Annotated[bool, Parameter(negative="", env_var="KVPLANE_NO_HISTORY")] = False,
-    policy_module: PolicyModules = (),
+    policy_module: ServedPolicyModules = (),
     http: Http = None,
     auth: Annotated[Path | None, Parameter(env_var="KVPLANE_AUTH")] = None,
     common: Common = COMMON,
