@@ -51,6 +51,7 @@ NAVIGATION = (
     }),
     Section("Reference", {
         "Subjects": "docs/subjects.md",
+        "Hardware of simulations": "docs/hardware.md",
         "Environment variables": "docs/environment.md",
         "Benchmarks": "docs/benchmarks.md",
         "Changelog": "CHANGELOG.md",
