@@ -125,7 +125,8 @@ def _asking(page: Notebook, log: Sequence[Message]) -> None:
     page.say(
         'Go on until an answer has no `next`. To stop before that, send `{"result": ..., "close": true}`; a result that nobody '
         f"asks for is closed after {IDLE_SECONDS:g} s. Block hashes have 64 bits, more than a number in JavaScript "
-        "can hold: ask for `SELECT prefix::VARCHAR`. `kvplane sql --json` writes every integer beyond 2^53 as a string of its digits. "
+        "can hold: ask for `SELECT prefix::VARCHAR`. `kvplane sql --json` writes every integer beyond 2^53 as a string of "
+        "its digits. "
         'Errors carry `Nats-Service-Error-Code` and a body `{"code", "error"}`: '
         "`bad_sql`, `time_limit`, `row_limit`, `memory_limit`, `busy`."
     )

@@ -11,51 +11,94 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 
 from cyclopts import App, Parameter
-from cyclopts.config import Env
 
 from kvplane.events.errors import KvplaneError
-from kvplane.services.process import ending, hugepages
+from kvplane.services.process import ending
+from kvplane.services.process.later import later
 from kvplane.services.process.terminal import printable
-from kvplane.services.process.version import package_version
 from kvplane.services.protocol.errors import OutputFailed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-app = App(
-    name="kvplane",
-    help="Control plane of a fleet of LLM inference servers.\n\n"
-    "Start with `kvplane demo` to see it work, or `kvplane up --simulate 4` for a fleet to play with. Every option can "
-    "be set in the environment: `--server` is `KVPLANE_SERVER`, `--fleet` is `KVPLANE_FLEET`.",
-    version=package_version(),
-    config=Env("KVPLANE_", command=False),
-    default_parameter=Parameter(negative_iterable=()),
-)
-# By name, so that a command loads what it needs and no other.
-COMMANDS = (
-    "up:up", "run:router", "run:coordinator", "history:historian", "run:simnode", "ask:node", "ask:policy", "ask:route",
-    "attach:attach", "complete:complete",
-    "past:state", "past:diff", "past:explain", "whatif:whatif", "sql:sql", "report:report", "history:history", "log:events",
-    "snapshot:snapshot", "snapshot:compact", "copies:copies", "format:format", "doctor:doctor", "auth:auth",
-    "demo:demo", "simulate:simulate", "simulate:workload",
-)  # fmt: skip
+# By name, so that a command loads what it needs and no other. What each does stands here as well, so that the list of
+# commands loads none of them: it is the first line of the command's own help.
+COMMANDS = {
+    "up:up": "Start a NATS server with its log in a folder, a coordinator, a router and a historian, until Ctrl-C.",
+    "run:router": "Run a router. Start as many as you like; they share the requests.",
+    "run:coordinator": "Run a coordinator. Start as many as you like; there is no leader.",
+    "history:historian": "Keep the fleet's history for SQL, and answer questions about the past. One for each fleet.",
+    "run:simnode": "Run simulated nodes of these names in one process.",
+    "ask:node": "See and change the nodes of the fleet.",
+    "ask:policy": "Change how routers decide.",
+    "ask:route": "Ask where a request should go, and why.",
+    "attach:attach": "Make a running engine a node of the fleet, for as long as the command runs.",
+    "complete:complete": "Send a request to the engine that the router chooses, and record what the engine found cached.",
+    "past:state": "Rebuild the fleet's state from the log, now or at a past moment, and show what it holds and its digest.",
+    "past:diff": "Show what changed in the fleet between two moments.",
+    "past:explain": "Say why a request was sent where it was: make the decision again from the log, and compare. "
+    "Exit code 1 if it differs.",
+    "whatif:whatif": "Ask how the recorded requests would have gone under other policies.",
+    "sql:sql": "Ask the history in SQL (DuckDB's), read only. Without a query, a prompt.",
+    "report:report": "Show the history at a glance: hit rates, times to first token, predictions, evictions, session moves, "
+    "nodes.",
+    "history:history": "See how far the history is, or make it again.",
+    "log:events": "Read the events of the log.",
+    "snapshot:snapshot": "Snapshots of the fleet's state, from which replicas start.",
+    "snapshot:compact": "Purge the log below its oldest snapshot, and below what the history has stored. Nothing is lost "
+    "that way.",
+    "copies:copies": "Have so many servers of the cluster keep the log and its snapshots; both stay in use meanwhile.",
+    "format:format": "The log's format: which is in force, who reads which, and raising it.",
+    "doctor:doctor": "Look whether all is well: log, servers, clocks, replicas and their digests, history, nodes.",
+    "auth:auth": "Make and take back credentials: who may log in, and what each may do.",
+    "demo:demo": "Start a fleet on this machine, show every feature, kill it, bring it back. Exit code 0 when every step "
+    "held.",
+    "simulate:simulate": "Ask what hit rate and time to first token a fleet would have with your requests, under several "
+    "policies.",
+    "simulate:workload": "Make requests of one kind, as JSON lines in the form of a trace.",
+}
 # These hold a fleet in memory for as long as they run.
 FOLDING = ("up", "router", "coordinator", "historian")
-for name in COMMANDS:
-    app.command(f"kvplane.services.cli.{name}")
+
+# The client of NATS imports it for WebSockets, and it takes longer to load than all the rest of most commands.
+later("aiohttp")
+
+
+def build(*, summaries: bool = False) -> App:
+    """The command line; with `summaries` for the list of commands, which then have no help but that line."""
+    app = App(
+        name="kvplane",
+        help="Control plane of a fleet of LLM inference servers.\n\n"
+        "Start with `kvplane demo` to see it work, or `kvplane up --simulate 4` for a fleet to play with. Where the fleet "
+        "is can be said in the environment, too: `--server` is `KVPLANE_SERVER`, `--fleet` is `KVPLANE_FLEET`.",
+        version=_version,
+        default_parameter=Parameter(negative_iterable=()),
+    )
+    for name, summary in COMMANDS.items():
+        app.command(f"kvplane.services.cli.{name}", help=summary if summaries else None)
+    app.register_install_completion_command(help="Let the shell complete commands and options: bash, zsh, fish.")
+    return app
+
+
+def _version() -> str:
+    from kvplane.services.process.version import package_version  # noqa: PLC0415 - reads what is installed, for 20 ms
+
+    return package_version()
+
+
+app = build()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Errors are one sentence on standard error and exit code 1; wrong usage is exit code 2."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     if arguments is None and given and given[0] in FOLDING:
+        from kvplane.services.process import hugepages  # noqa: PLC0415 - for these only
+
         hugepages.from_the_start()
-    if not given or given[0] in {"--help", "-h"}:
-        # The list of commands says what each does, so all are needed.
-        for name in COMMANDS:
-            app[name.partition(":")[2]]
+    called = build(summaries=True) if not given or given[0] in {"--help", "-h"} else app
     try:
-        code = _run(arguments)
+        code = _run(called, arguments)
     finally:
         if arguments is None:
             ending.uninterruptible()
@@ -67,10 +110,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(code)
 
 
-def _run(arguments: Sequence[str] | None) -> int:
+def _run(called: App, arguments: Sequence[str] | None) -> int:
     """Run a command; its exit code."""
     try:
-        command, bound, _ = app.parse_args(arguments, exit_on_error=True)
+        command, bound, _ = called.parse_args(arguments, exit_on_error=True)
         if arguments is None:
             ending.interruptible()
         result = command(*bound.args, **bound.kwargs)

@@ -18,7 +18,6 @@ from kvplane.services.process.terminal import json_text
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import BadRequest
 from kvplane.services.routing.choice import parse
-from kvplane.services.routing.policies import POLICIES
 from kvplane.services.rpc.client import ASK_SECONDS, ask
 
 if TYPE_CHECKING:
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
 
 CONNECT_SECONDS = 1.0
 """How long a command waits for a server that is not there."""
+LEASE_SECONDS = 60.0
+"""How long a request that was asked for with `--record` counts as load when nobody completes it."""
 
 node = App(name="node", help="See and change the nodes of the fleet.")
 policy = App(name="policy", help="Change how routers decide.")
@@ -199,6 +200,8 @@ def list_policies(*, json: Json = False) -> None:
     json
         Print JSON.
     """
+    from kvplane.services.routing.policies import POLICIES  # noqa: PLC0415 - policies compute with NumPy
+
     if json:
         show_json(
             {
@@ -253,6 +256,8 @@ def route(
 ) -> None:
     """Ask where a request should go, and why.
 
+    This is a dry run: nothing is recorded and no load is counted, unless `--record` says so.
+
     Parameters
     ----------
     model
@@ -274,13 +279,14 @@ def route(
     exclude
         Nodes that must not be chosen.
     record
-        Record the decision and count its load, as for a request that is sent.
+        Record the decision and count its load, as for a request that is sent, until somebody completes it or a minute is over.
     json
         Print JSON.
     """
     request = messages.RouteRequest(
         model=model, prompt=prompt, tokens=_numbers(tokens), hashes=_hashes(hashes), tokens_count=tokens_count,
         session=session, adapter=adapter, salt=salt, exclude=list(exclude), dry_run=not record,
+        lease_seconds=LEASE_SECONDS if record else 0,
     )  # fmt: skip
     answer = question(common, "route", request)
     if json:
@@ -289,6 +295,7 @@ def route(
     tokens = f"{answer['matched_tokens']} of {answer['tokens']} tokens"
     matched = f"{answer['matched_blocks']} of {answer['blocks']} blocks ({tokens})"
     rows = [
+        ("request", answer["request"]),
         ("node", f"{answer['node']} at {answer['address']}"),
         ("match", f"{answer['kind']}: {matched}"),
         ("session", answer.get("session") or "none"),
@@ -298,6 +305,11 @@ def route(
     if answer.get("degraded"):
         rows.append(("degraded", "the log is away; this decision waits to be recorded"))
     show.pairs(rows)
+    if record:
+        said = f"recorded: it counts as load until it is completed, or for {LEASE_SECONDS:g} s"
+    else:
+        said = "a dry run: nothing was recorded, and no load is counted; --record does both"
+    show.say(said, error=True)
 
 
 def _numbers(text: str | None) -> list[int] | None:

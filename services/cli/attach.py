@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
 
 from cyclopts import App, Parameter
 
 from kvplane.events.errors import BadName
 from kvplane.events.subjects import check_name
-from kvplane.services.cli.common import COMMON, Common, run_until_signal, start
+from kvplane.services.cli.common import COMMON, Common, Http, run_until_signal, start
 from kvplane.services.protocol.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -24,31 +24,31 @@ attach = App(name="attach", help="Make a running engine a node of the fleet, for
 class Attached:
     """Which engine, and as what."""
 
-    engine: str
+    engine: Annotated[str, Parameter(env_var="KVPLANE_ENGINE")]
     """URL of the engine's API, such as http://127.0.0.1:8000."""
-    node: str
+    node: Annotated[str, Parameter(env_var="KVPLANE_NODE")]
     """Name of the node; with several data-parallel ranks and no --rank, NAME-dp0, NAME-dp1, ..."""
-    rank: int | None = None
+    rank: Annotated[int | None, Parameter(env_var="KVPLANE_RANK")] = None
     """Attach only this data-parallel rank, as the node of exactly that name; all ranks if not given."""
-    events: str = ""
+    events: Annotated[str, Parameter(env_var="KVPLANE_EVENTS")] = ""
     """Where the engine publishes (`endpoint` of its --kv-events-config); asked of the engine if not given. With --rank it is
     where that rank publishes, its port shifted already; without, rank 0."""
-    replay: str = ""
+    replay: Annotated[str, Parameter(env_var="KVPLANE_REPLAY")] = ""
     """Its replay endpoint (`replay_endpoint` of its --kv-events-config), of the same rank as --events; asked of the engine
     with --events not given."""
-    address: str = ""
+    address: Annotated[str, Parameter(env_var="KVPLANE_ADDRESS")] = ""
     """Where clients reach the engine; its URL if not given."""
-    block_size: int = 0
+    block_size: Annotated[int, Parameter(env_var="KVPLANE_BLOCK_SIZE")] = 0
     """Tokens a block; asked of the engine if not given."""
-    capacity_blocks: int = 0
+    capacity_blocks: Annotated[int, Parameter(env_var="KVPLANE_CAPACITY_BLOCKS")] = 0
     """Blocks that the engine's cache holds; asked of the engine if not given."""
-    max_active: int = 0
+    max_active: Annotated[int, Parameter(env_var="KVPLANE_MAX_ACTIVE")] = 0
     """Most requests at once; 0 is no limit."""
-    pulse_seconds: float = 1.0
+    pulse_seconds: Annotated[float, Parameter(env_var="KVPLANE_PULSE_SECONDS")] = 1.0
     """How often the node pulses while the engine is well."""
-    wait: float = 600.0
+    wait: Annotated[float, Parameter(env_var="KVPLANE_WAIT")] = 600.0
     """How many seconds to wait for the engine to answer."""
-    http: str | None = None
+    http: Http = None
     """HOST:PORT of metrics and health (/metrics, /healthz, /readyz), such as 127.0.0.1:9464; default is none."""
 
 

@@ -17,8 +17,7 @@ from kvplane.services.cli.show import Column, Styled
 if TYPE_CHECKING:
     from kvplane.services.auth.users import User
 
-# Only what says so comes from the environment: KVPLANE_SERVER has URLs for those that connect, and here are names.
-auth = App(name="auth", help="Make and take back credentials: who may log in, and what each may do.", config=())
+auth = App(name="auth", help="Make and take back credentials: who may log in, and what each may do.")
 
 Fleet = Annotated[str, Parameter(name="--fleet", env_var="KVPLANE_FLEET")]
 Auth = Annotated[Path, Parameter(name="--auth", env_var="KVPLANE_AUTH")]

@@ -30,6 +30,8 @@ T = TypeVar("T")
 STOP_SECONDS = 20.0
 
 PolicyModules = Annotated[tuple[str, ...], Parameter(name="--policy-module", consume_multiple=True)]
+ServedPolicyModules = Annotated[PolicyModules, Parameter(env_var="KVPLANE_POLICY_MODULE")]
+Http = Annotated[str | None, Parameter(env_var="KVPLANE_HTTP")]
 
 
 @Parameter(name="*")

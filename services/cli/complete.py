@@ -37,7 +37,7 @@ def complete(
     max_tokens: int | None = None,
     temperature: float | None = None,
     session: str = "",
-    api_key: str = "",
+    api_key: Annotated[str, Parameter(env_var="KVPLANE_API_KEY")] = "",
     attempts: int = ATTEMPTS,
     json: Json = False,
     common: Common = COMMON,

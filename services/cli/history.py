@@ -4,28 +4,36 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import anyio
 import msgspec
 from cyclopts import App, Parameter
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from kvplane.projections.history import archive
-from kvplane.projections.history.store import ARCHIVE, FILE
 from kvplane.services.cli import show
 from kvplane.services.cli.ask import CONNECT_SECONDS, Json, question, show_json
-from kvplane.services.cli.common import COMMON, Common, PolicyModules, allow_modules, run_async, run_until_signal, start
+from kvplane.services.cli.common import (
+    COMMON,
+    Common,
+    Http,
+    ServedPolicyModules,
+    allow_modules,
+    run_async,
+    run_until_signal,
+    start,
+)
 from kvplane.services.cli.show import Cell, Styled
-from kvplane.services.history.historian import Historian
-from kvplane.services.history.ingest import Ingest, Retention, give_way, relax_collector
-from kvplane.services.history.pages import Limits
-from kvplane.services.observability.web import check_address, observing
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import BadRequest
 from kvplane.services.protocol.status import HistoryStatus
 
+if TYPE_CHECKING:
+    from kvplane.services.history.ingest import Retention
+    from kvplane.services.history.pages import Limits
+
+# DuckDB and all that a historian is made of is loaded where one runs, not for a question to it.
+# ruff: noqa: PLC0415
 history = App(name="history", help="See how far the history is, or make it again.")
 
 Folder = Annotated[Path, Parameter(name="--history", env_var="KVPLANE_HISTORY")]
@@ -35,13 +43,13 @@ DEFAULT_FOLDER = Path("kvplane-history")
 def historian(
     *,
     history: Folder = DEFAULT_FOLDER,
-    keep_days: float | None = None,
-    keep_gb: float | None = None,
-    timeout: float = 30.0,
-    max_rows: int = 1_000_000,
-    memory_gb: float = 2.0,
-    policy_module: PolicyModules = (),
-    http: str | None = None,
+    keep_days: Annotated[float | None, Parameter(env_var="KVPLANE_KEEP_DAYS")] = None,
+    keep_gb: Annotated[float | None, Parameter(env_var="KVPLANE_KEEP_GB")] = None,
+    timeout: Annotated[float, Parameter(env_var="KVPLANE_TIMEOUT")] = 30.0,
+    max_rows: Annotated[int, Parameter(env_var="KVPLANE_MAX_ROWS")] = 1_000_000,
+    memory_gb: Annotated[float, Parameter(env_var="KVPLANE_MEMORY_GB")] = 2.0,
+    policy_module: ServedPolicyModules = (),
+    http: Http = None,
     common: Common = COMMON,
 ) -> None:
     """Keep the fleet's history for SQL, and answer questions about the past. One for each fleet.
@@ -65,6 +73,10 @@ def historian(
     http
         HOST:PORT of metrics and health (/metrics, /healthz, /readyz), such as 127.0.0.1:9464; default is none.
     """
+    from kvplane.services.history.ingest import Retention, give_way, relax_collector
+    from kvplane.services.history.pages import Limits
+    from kvplane.services.observability.web import check_address
+
     start(common)
     check_address(http)
     allow_modules(policy_module)
@@ -84,6 +96,9 @@ def historian(
 async def _historian(
     folder: Path, limits: Limits, retention: Retention, modules: tuple[str, ...], http: str | None, common: Common
 ) -> None:
+    from kvplane.services.history.historian import Historian
+    from kvplane.services.observability.web import observing
+
     async with common.connected("kvplane-historian") as client:
         service = Historian(
             client, common.fleet, folder, servers=common.server, limits=limits, retention=retention, modules=modules,
@@ -141,6 +156,12 @@ def rebuild(*, history: Folder = DEFAULT_FOLDER, from_log: bool = False, common:
 
 
 async def _rebuild(folder: Path, from_log: bool, common: Common) -> None:  # noqa: FBT001
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from kvplane.projections.history import archive
+    from kvplane.projections.history.store import ARCHIVE, FILE
+    from kvplane.services.history.ingest import Ingest
+
     async with common.connected("kvplane-rebuild", seconds=CONNECT_SECONDS) as client:
         path = folder / FILE
         if path.exists():
@@ -177,7 +198,7 @@ def aside(path: Path) -> Path:
 
 def _check_free(path: Path) -> None:
     """Raise `BadRequest` when a process has the file open."""
-    import fcntl  # noqa: PLC0415 - not on every system
+    import fcntl
 
     with path.open("rb+") as file:
         try:

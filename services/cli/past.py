@@ -6,17 +6,13 @@ from typing import Any
 
 import anyio
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from kvplane.events.log.follow import single
-from kvplane.projections.overview import summary
 from kvplane.services.cli import show
 from kvplane.services.cli.ask import CONNECT_SECONDS, Json, question, show_json, show_nodes
 from kvplane.services.cli.common import COMMON, Common, run_async, start
 from kvplane.services.cli.show import Cell, Column, Styled
 from kvplane.services.cli.words import moment, seconds, words
 from kvplane.services.protocol import messages
-from kvplane.services.replication.replica import Replica
 
 PATIENCE_SECONDS = 600.0
 """How long a past state may take."""
@@ -58,6 +54,13 @@ def state(*, at: str | None = None, node: str = "", json: Json = False, common: 
 
 
 async def _rebuild(common: Common) -> dict[str, Any]:
+    # The fold, which only this loads: what is asked of a historian needs none.
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
+
+    from kvplane.events.log.follow import single  # noqa: PLC0415
+    from kvplane.projections.overview import summary  # noqa: PLC0415
+    from kvplane.services.replication.replica import Replica  # noqa: PLC0415
+
     async with common.connected("kvplane-state", seconds=CONNECT_SECONDS) as client:
         replica = Replica(client, common.fleet)
         columns = (TextColumn("reading the log"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from kvplane.services.cli.common import COMMON, Common, PolicyModules, allow_modules, run_until_signal, start
+from cyclopts import Parameter
+
+from kvplane.services.cli.common import (
+    COMMON,
+    Common,
+    Http,
+    ServedPolicyModules,
+    allow_modules,
+    run_until_signal,
+    start,
+)
 from kvplane.services.observability.web import check_address, observing
 from kvplane.services.protocol.errors import BadRequest
 from kvplane.services.replication.compaction import SNAPSHOT_BYTES, SNAPSHOT_COMMITS
@@ -16,7 +26,7 @@ if TYPE_CHECKING:
     from kvplane.services.observability.collect import Service
 
 
-def router(*, policy_module: PolicyModules = (), http: str | None = None, common: Common = COMMON) -> None:
+def router(*, policy_module: ServedPolicyModules = (), http: Http = None, common: Common = COMMON) -> None:
     """Run a router. Start as many as you like; they share the requests.
 
     Parameters
@@ -44,11 +54,11 @@ async def _observed(http: str | None, service: Service) -> None:
 
 def coordinator(
     *,
-    replicas: int | None = None,
-    snapshot_commits: int = SNAPSHOT_COMMITS,
-    snapshot_bytes: int = SNAPSHOT_BYTES,
-    policy_module: PolicyModules = (),
-    http: str | None = None,
+    replicas: Annotated[int | None, Parameter(env_var="KVPLANE_REPLICAS")] = None,
+    snapshot_commits: Annotated[int, Parameter(env_var="KVPLANE_SNAPSHOT_COMMITS")] = SNAPSHOT_COMMITS,
+    snapshot_bytes: Annotated[int, Parameter(env_var="KVPLANE_SNAPSHOT_BYTES")] = SNAPSHOT_BYTES,
+    policy_module: ServedPolicyModules = (),
+    http: Http = None,
     common: Common = COMMON,
 ) -> None:
     """Run a coordinator. Start as many as you like; there is no leader.
@@ -89,14 +99,14 @@ async def _run_coordinator(
 
 def simnode(
     *name: str,
-    model: str = "sim",
-    cache_mode: Literal["reported", "managed"] = "reported",
-    block_size: int = 16,
-    capacity_blocks: int = 4096,
-    prefill_speed: float = 8000.0,
-    decode_speed: float = 60.0,
-    max_active: int = 64,
-    http: str | None = None,
+    model: Annotated[str, Parameter(env_var="KVPLANE_MODEL")] = "sim",
+    cache_mode: Annotated[Literal["reported", "managed"], Parameter(env_var="KVPLANE_CACHE_MODE")] = "reported",
+    block_size: Annotated[int, Parameter(env_var="KVPLANE_BLOCK_SIZE")] = 16,
+    capacity_blocks: Annotated[int, Parameter(env_var="KVPLANE_CAPACITY_BLOCKS")] = 4096,
+    prefill_speed: Annotated[float, Parameter(env_var="KVPLANE_PREFILL_SPEED")] = 8000.0,
+    decode_speed: Annotated[float, Parameter(env_var="KVPLANE_DECODE_SPEED")] = 60.0,
+    max_active: Annotated[int, Parameter(env_var="KVPLANE_MAX_ACTIVE")] = 64,
+    http: Http = None,
     common: Common = COMMON,
 ) -> None:
     """Run simulated nodes of these names in one process.

@@ -17,8 +17,17 @@ from kvplane.events.errors import KvplaneError
 from kvplane.events.log.connection import CONNECT_SECONDS
 from kvplane.services.auth.folder import FIRST, AuthFolder
 from kvplane.services.cli import show
-from kvplane.services.cli.common import COMMON, Common, PolicyModules, allow_modules, run_until_signal, start
+from kvplane.services.cli.common import (
+    COMMON,
+    Common,
+    Http,
+    ServedPolicyModules,
+    allow_modules,
+    run_until_signal,
+    start,
+)
 from kvplane.services.cli.show import Styled
+from kvplane.services.demo.people import People
 from kvplane.services.embedded.keeper import kept
 from kvplane.services.embedded.server import start_server
 from kvplane.services.observability.web import address, is_free, observing
@@ -45,13 +54,15 @@ _log = structlog.get_logger("kvplane.up")
 def up(
     *,
     data: Annotated[Path, Parameter(env_var="KVPLANE_DATA")] = Path("kvplane-data"),
-    host: str = "127.0.0.1",
-    port: Annotated[int, Parameter(env_var="KVPLANE_PORT")] = 4222,
-    simulate: int = 0,
-    bare: bool = False,
-    no_history: Annotated[bool, Parameter(negative="")] = False,
-    policy_module: PolicyModules = (),
-    http: str | None = None,
+    host: Annotated[str, Parameter(env_var="KVPLANE_HOST")] = "127.0.0.1",
+    # Not KVPLANE_PORT: Kubernetes sets that to a URL for a Service of the name kvplane.
+    port: Annotated[int, Parameter(env_var="KVPLANE_PORT_NUMBER")] = 4222,
+    simulate: Annotated[int, Parameter(env_var="KVPLANE_SIMULATE")] = 0,
+    traffic: Annotated[bool, Parameter(negative="", env_var="KVPLANE_TRAFFIC")] = False,
+    bare: Annotated[bool, Parameter(env_var="KVPLANE_BARE")] = False,
+    no_history: Annotated[bool, Parameter(negative="", env_var="KVPLANE_NO_HISTORY")] = False,
+    policy_module: ServedPolicyModules = (),
+    http: Http = None,
     auth: Annotated[Path | None, Parameter(env_var="KVPLANE_AUTH")] = None,
     common: Common = COMMON,
 ) -> None:
@@ -67,6 +78,9 @@ def up(
         Port to listen on.
     simulate
         Also run this many simulated nodes, named sim-1, sim-2, ... of model `sim`.
+    traffic
+        Have people talk to the simulated nodes, so that there is something to see: conversations of several turns, with
+        sessions, through the router; for each node a request in some three seconds.
     bare
         Start the server only.
     no_history
@@ -82,9 +96,11 @@ def up(
     start(common)
     if simulate < 0:
         raise BadRequest(f"--simulate is {simulate}; it must not be negative")
+    if traffic and (bare or not simulate):
+        raise BadRequest("--traffic talks to simulated nodes; add --simulate 4, without --bare")
     allow_modules(policy_module)
     inside = _Inside(common, auth, tuple(policy_module))
-    run_until_signal(_up, data, host, port, simulate, bare, not no_history, _up_http(http), inside)
+    run_until_signal(_up, data, host, port, simulate, traffic, bare, not no_history, _up_http(http), inside)
 
 
 def _up_http(http: str | None) -> tuple[str | None, str | None]:
@@ -138,11 +154,12 @@ class _Inside:
 
 
 async def _up(
-    data: Path, host: str, port: int, simulate: int, bare: bool, history: bool,  # noqa: FBT001
+    data: Path, host: str, port: int, simulate: int, traffic: bool, bare: bool, history: bool,  # noqa: FBT001
     http: tuple[str | None, str | None], inside: _Inside,
 ) -> None:  # fmt: skip
     configs = [NodeConfig(name=f"sim-{number + 1}") for number in range(simulate)]
     include = inside.prepare([config.name for config in configs])
+    people: People | None = None
     async with AsyncExitStack() as stack:
         begin = partial(start_server, data, host=host, port=port, include=include)
         url = (await stack.enter_async_context(kept(begin))).server.url
@@ -169,12 +186,24 @@ async def _up(
                 group.start_soon(
                     _keep_history, data / "history", http[1], inside.modules, inside.common(url, "historian")
                 )
-        _say(inside, url, data, http=http[0], simulated=bool(configs), history=history, bare=bare)
+            if traffic:
+                people = People(
+                    await client("client"),
+                    inside.fleet,
+                    configs[0].model,
+                    nodes=simulate,
+                    block_size=configs[0].block_size,
+                )
+                group.start_soon(people.run)
+        _say(
+            inside, url, data, http=http[0], simulated=bool(configs), history=history, bare=bare,
+            talking=people.talking if people else 0,
+        )  # fmt: skip
         await anyio.sleep_forever()
 
 
 def _say(
-    inside: _Inside, url: str, data: Path, *, http: str | None, simulated: bool, history: bool, bare: bool
+    inside: _Inside, url: str, data: Path, *, http: str | None, simulated: bool, history: bool, bare: bool, talking: int
 ) -> None:  # fmt: skip
     """What there is now, and what to try."""
     where = f" at {url}, fleet {inside.fleet!r}, log in {data.absolute()}"
@@ -193,6 +222,13 @@ def _say(
         tries.append(f"kvplane route sim --prompt 'Hello, which node is mine?'{option}")
     for line in tries:
         show.say(f"  {line}", error=True, wrap=False)
+    if talking:
+        said = f"{talking} people talk to the nodes at a time, and after some seconds there is something to see:"
+        show.say(said, error=True, wrap=False)
+        shown = ["report", "sql 'FROM hit_rate_by_node'", "explain REQUEST"] if history else ["node list"]
+        for command in shown:
+            hint = "    # one of those that `events tail` shows" if command.startswith("explain") else ""
+            show.say(f"  kvplane {command}{option}{hint}", error=True, wrap=False)
     show.say("Ctrl-C stops it.", error=True)
 
 

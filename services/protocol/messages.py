@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _HASH_BYTES = 8
 _PROMPT_LIMIT = 1 << 26
+LEASE_LIMIT = 900
+"""Longest lease of a request, in seconds; after as long without a completion every request is taken as over."""
 
 Moment = str | Count
 """A sequence, or a time (ISO 8601, UTC unless it says otherwise)."""
@@ -53,6 +55,9 @@ class RouteRequest(_Request, frozen=True, kw_only=True):
     exclude: Annotated[list[str], Meta(max_length=4096)] = []
     dry_run: bool = False
     """Only ask: the decision is neither recorded nor counted as load."""
+    lease_seconds: Annotated[float, Meta(ge=0, le=LEASE_LIMIT)] = 0.0
+    """Whoever may never send it: it counts as load for so long, and is completed as `abandoned` if nobody does before. 0 counts
+    it until its completion."""
     traceparent: str = ""
     """W3C trace context, for those who can't set a header of this name."""
 

@@ -33,7 +33,7 @@ from kvplane.services.protocol.status import CoordinatorStatus
 from kvplane.services.replication.compaction import SNAPSHOT_BYTES, SNAPSHOT_COMMITS, Compaction
 from kvplane.services.replication.replica import RECENT_SECONDS, Replica
 from kvplane.services.roles.names import Names
-from kvplane.services.roles.readers import readers
+from kvplane.services.roles.readers import QUIET_SECONDS, readers
 from kvplane.services.routing.policies import check
 from kvplane.services.rpc.readiness import Readiness, readiness
 from kvplane.services.rpc.server import serve, serving
@@ -237,7 +237,7 @@ class Coordinator:
     async def show_format(self, request: messages.StatusRequest) -> dict[str, object]:  # noqa: ARG002 - nothing to choose
         """The log's format in force, and who reads which."""
         self.replica.check_ready()
-        return {"format": self.state.format, "readers": await readers(self.client, self.fleet)}
+        return {"format": self.state.format, "readers": await readers(self.client, self.fleet, quiet=QUIET_SECONDS)}
 
     async def raise_format(self, request: messages.FormatRequest) -> dict[str, object]:
         """Raise the log's format."""

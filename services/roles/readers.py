@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import anyio
+
 from kvplane.services.rpc.client import instances
 
 if TYPE_CHECKING:
@@ -11,11 +13,25 @@ if TYPE_CHECKING:
 
 SERVICES = ("kvplane-coordinator", "kvplane-router", "kvplane-historian")
 """Micro services whose instances read the log."""
-ANSWER_SECONDS = 0.5
+ANSWER_SECONDS = 1.5
+"""How long readers have to answer before a format is raised over their heads."""
+QUIET_SECONDS = 0.25
+"""Who looks at a healthy fleet has all answers in milliseconds, and waits so long for one more."""
 
 
-async def readers(client: Client, fleet: str) -> list[dict[str, object]]:
-    """All instances that read the fleet's log and answer, with the formats that they read. Raises errors of NATS."""
+async def readers(client: Client, fleet: str, *, quiet: float | None = None) -> list[dict[str, object]]:
+    """All instances that read the fleet's log and answer, with the formats that they read. Raises errors of NATS.
+
+    With `quiet` a reader that is slow, because it is stopped or overloaded, may be missing.
+    """
+    answers: dict[str, list[dict[str, str]]] = {}
+
+    async def ask(service: str) -> None:
+        answers[service] = await instances(client, service, seconds=ANSWER_SECONDS, quiet=quiet)
+
+    async with anyio.create_task_group() as group:
+        for service in SERVICES:
+            group.start_soon(ask, service)
     return [
         {
             "service": service,
@@ -24,6 +40,6 @@ async def readers(client: Client, fleet: str) -> list[dict[str, object]]:
             "format": int(metadata.get("format", "1")),
         }
         for service in SERVICES
-        for metadata in await instances(client, service, seconds=ANSWER_SECONDS)
+        for metadata in answers[service]
         if metadata.get("fleet") == fleet
     ]

@@ -24,6 +24,7 @@ from kvplane.services.protocol.errors import BadRequest, NoTokenizer
 from kvplane.services.protocol.messages import CompleteRequest, RouteAnswer, RouteRequest, StatusRequest, names, one_of
 from kvplane.services.protocol.status import RouterStatus
 from kvplane.services.replication.replica import RECENT_SECONDS, Replica
+from kvplane.services.roles.leases import Leases
 from kvplane.services.routing.decide import Chooser, Query
 from kvplane.services.routing.overlay import Overlay
 from kvplane.services.rpc.readiness import Readiness, readiness
@@ -78,6 +79,7 @@ class Router:
         self.appender = Appender(client, fleet, self.writer)
         self.writers = Writers()
         self._access = self._writer(subject(fleet, "access", self.writer))
+        self.leases = Leases(self._access.put)
         self._session_writers: dict[str, GroupWriter] = {}
         self._requests = 0
         self._warned = 0
@@ -88,6 +90,7 @@ class Router:
         async with anyio.create_task_group() as group:
             group.start_soon(self.replica.run)
             group.start_soon(self.writers.run)
+            group.start_soon(self.leases.run)
             try:
                 service = await self._serve(group)
                 self.serving = True
@@ -100,6 +103,7 @@ class Router:
                     await stop(service)
             finally:
                 self.settle()
+                self.leases.close()
                 await self.writers.close()
 
     async def _serve(self, group: TaskGroup) -> Service:
@@ -143,6 +147,8 @@ class Router:
             if decision.session:
                 self.sessions[decision.session] += 1
             self._unsettled = (query, decision, now, self.state.sequence)
+            if request.lease_seconds:
+                self.leases.add(query.id, decision.node.name, request.lease_seconds, trace)
         return RouteAnswer(
             request=query.id,
             node=decision.node.name,
@@ -254,6 +260,10 @@ class Router:
     def _observe(self, message: Message, applied: Applied) -> None:
         if applied.commit is not None:
             self.overlay.observe(applied.commit, message.time, self.state, self.writer, time.time_ns())
+            if self.leases:
+                for event in applied.commit.events:
+                    if isinstance(event, types.RequestCompleted):
+                        self.leases.completed(event.request)
 
     async def status(self, request: StatusRequest) -> RouterStatus:
         """What this router is and knows."""

@@ -105,22 +105,28 @@ async def _ask_until_answered(client: Client, subject: str, body: bytes, seconds
 
 
 async def instances(
-    client: Client, service: str, *, seconds: float, enough: int | None = None
+    client: Client, service: str, *, seconds: float, enough: int | None = None, quiet: float | None = None
 ) -> list[dict[str, str]]:  # fmt: skip
     """Metadata of all instances of a micro service that answer in so many seconds, or of the first few that are `enough`.
 
-    Asks as `nats micro info` does. Raises errors of NATS.
+    With `quiet` no more is waited for when that many seconds have passed since the last answer, or when the server says that
+    nobody listens. Asks as `nats micro info` does. Raises errors of NATS.
     """
     found: list[dict[str, str]] = []
     inbox = client.new_inbox()
     subscription = await client.subscribe(inbox)
     try:
         await client.publish(f"$SRV.INFO.{service}", reply=inbox)
-        with anyio.move_on_after(seconds):
+        with anyio.move_on_after(seconds) as scope:
+            last = scope.deadline
             while enough is None or len(found) < enough:
                 message = await subscription.next_msg(timeout=2 * seconds)
                 if message.data:
                     found.append(msgspec.json.decode(message.data)["metadata"])
+                    if quiet is not None:
+                        scope.deadline = min(last, anyio.current_time() + quiet)
+                elif quiet is not None and (message.headers or {}).get("Status") == "503":
+                    break
     finally:
         await subscription.unsubscribe()
     return found

@@ -66,16 +66,14 @@ def test_what_is_mounted_or_copied_is_there() -> None:
 def test_every_command_and_every_variable_is_one_of_kvplane() -> None:
     commands = re.findall(r"command: \[([a-z]+)", TEXT)
     assert set(commands) == {"coordinator", "router", "historian"}
-    known = set(
-        re.findall(r'"(KVPLANE_[A-Z]+)"', "".join(path.read_text() for path in (ROOT / "services").rglob("*.py")))
-    )
-    options: set[str] = set()
-    for command in commands:
-        # Every option can be set in the environment under its name.
-        for argument in app[command].assemble_argument_collection():
-            options |= {f"KVPLANE_{name[2:].upper().replace('-', '_')}" for name in argument.names}
+    known = {
+        variable
+        for command in commands
+        for argument in app[command].assemble_argument_collection()
+        for variable in argument.parameter.env_var or ()
+    }
     for name in re.findall(r"^  (KVPLANE_[A-Z_]+):", TEXT, re.MULTILINE):
-        assert name in options | known, name
+        assert name in known, name
 
 
 def test_prometheus_asks_every_service_at_the_port_where_it_answers() -> None:
