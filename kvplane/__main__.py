@@ -12,6 +12,7 @@ if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
 
 def entry() -> None:
     """Entry point of the console script."""
+    _signal.pthread_sigmask(_signal.SIG_UNBLOCK, {_signal.SIGINT})
     from kvplane.services.cli import main  # noqa: PLC0415 - see above
 
     main()

@@ -6,6 +6,7 @@ Linux only, with transparent huge pages not switched off; elsewhere nothing happ
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -30,8 +31,11 @@ def from_the_start() -> None:
     if TUNABLE in tunables or not _on_request():
         return
     environment = {**os.environ, "GLIBC_TUNABLES": f"{tunables}:{TUNABLE}=1".removeprefix(":")}
+    # Ctrl-C waits until the interpreter is up again: `kvplane.__main__` lets it through.
+    heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     with suppress(OSError):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)  # noqa: S606 - this program
+    signal.pthread_sigmask(signal.SIG_SETMASK, heard)
 
 
 def _on_request() -> bool:
