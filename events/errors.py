@@ -122,3 +122,13 @@ class CommitTooLarge(LogError):
     """One event alone is larger than the server's message limit, or a commit holds too many events."""
 
     code = "commit_too_large"
+
+
+def first_known(group: BaseExceptionGroup[BaseException]) -> KvplaneError | None:
+    """The first error in a group that is ours."""
+    for error in group.exceptions:
+        if isinstance(error, KvplaneError):
+            return error
+        if isinstance(error, BaseExceptionGroup) and (found := first_known(error)) is not None:
+            return found
+    return None

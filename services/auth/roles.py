@@ -77,7 +77,8 @@ PUBLISH: dict[Role, tuple[str, ...]] = {
         "$JS.API.STREAM.CREATE.{log}", "$JS.API.STREAM.PURGE.{log}", *_READ_LOG, *_READ_SNAPSHOTS, *_WRITE_SNAPSHOTS,
     ),
     "router": ("kv.{f}.access.*", "kv.{f}.session.*", *_asks("router"), *_BE_REPLICA, *_READ_LOG, *_READ_SNAPSHOTS),
-    "historian": (INBOXES, *_READ_LOG, *_READ_SNAPSHOTS),
+    # One that can't work leaves the questions to others, if there are any.
+    "historian": ("$SRV.INFO.kvplane-historian", INBOXES, *_READ_LOG, *_READ_SNAPSHOTS),
     "node": (
         "kv.{f}.cache.{name}", "kv.{f}.access.{access}", "kv.{f}.pulse.{name}", *_asks("node"), INBOXES,
     ),

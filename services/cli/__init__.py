@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from cyclopts import App, Parameter
 
-from kvplane.events.errors import KvplaneError
+from kvplane.events.errors import KvplaneError, first_known
 from kvplane.services.process import ending
 from kvplane.services.process.later import later
 from kvplane.services.process.terminal import printable
@@ -131,16 +131,6 @@ def _run(called: App, arguments: Sequence[str] | None) -> int:
             raise
         fail(known)
     return result if isinstance(result, int) else 0
-
-
-def first_known(group: BaseExceptionGroup[BaseException]) -> KvplaneError | None:
-    """The first error in a group that is ours."""
-    for error in group.exceptions:
-        if isinstance(error, KvplaneError):
-            return error
-        if isinstance(error, BaseExceptionGroup) and (found := first_known(error)) is not None:
-            return found
-    return None
 
 
 def fail(error: KvplaneError) -> NoReturn:

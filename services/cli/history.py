@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import anyio
 import msgspec
@@ -27,10 +27,6 @@ from kvplane.services.cli.show import Cell, Styled
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import BadRequest
 from kvplane.services.protocol.status import HistoryStatus
-
-if TYPE_CHECKING:
-    from kvplane.services.history.ingest import Retention
-    from kvplane.services.history.pages import Limits
 
 # DuckDB and all that a historian is made of is loaded where one runs, not for a question to it.
 # ruff: noqa: PLC0415
@@ -73,6 +69,7 @@ def historian(
     http
         HOST:PORT of metrics and health (/metrics, /healthz, /readyz), such as 127.0.0.1:9464; default is none.
     """
+    from kvplane.services.cli.historian import run_alone
     from kvplane.services.history.ingest import Retention, give_way, relax_collector
     from kvplane.services.history.pages import Limits
     from kvplane.services.observability.web import check_address
@@ -90,22 +87,7 @@ def historian(
     relax_collector()
     limits = Limits(seconds=timeout, rows=max_rows, memory=int(memory_gb * 1e9))
     retention = Retention(keep_days, None if keep_gb is None else int(keep_gb * 1e9))
-    run_until_signal(_historian, history, limits, retention, tuple(policy_module), http, common)
-
-
-async def _historian(
-    folder: Path, limits: Limits, retention: Retention, modules: tuple[str, ...], http: str | None, common: Common
-) -> None:
-    from kvplane.services.history.historian import Historian
-    from kvplane.services.observability.web import observing
-
-    async with common.connected("kvplane-historian") as client:
-        service = Historian(
-            client, common.fleet, folder, servers=common.server, limits=limits, retention=retention, modules=modules,
-            credentials=common.credentials, ca=common.ca,
-        )  # fmt: skip
-        async with observing(http, service):
-            await service.run()
+    run_until_signal(run_alone, history, limits, retention, tuple(policy_module), http, common)
 
 
 @history.command
@@ -160,12 +142,16 @@ async def _rebuild(folder: Path, from_log: bool, common: Common) -> None:  # noq
 
     from kvplane.projections.history import archive
     from kvplane.projections.history.store import ARCHIVE, FILE
+    from kvplane.services.cli.historian import holding
     from kvplane.services.history.ingest import Ingest
 
-    async with common.connected("kvplane-rebuild", seconds=CONNECT_SECONDS) as client:
+    async with (
+        common.connected("kvplane-rebuild", seconds=CONNECT_SECONDS) as client,
+        holding(folder, "kvplane history rebuild", common),
+    ):
         path = folder / FILE
         if path.exists():
-            # Whoever has it open keeps it: a lock is asked for first.
+            # A historian of before folders had owners keeps it: a lock is asked for first.
             await anyio.to_thread.run_sync(_check_free, path)
             aside(path)
         if from_log and (folder / ARCHIVE).exists():

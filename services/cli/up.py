@@ -13,7 +13,7 @@ import anyio
 import structlog
 from cyclopts import Parameter
 
-from kvplane.events.errors import KvplaneError
+from kvplane.events.errors import KvplaneError, first_known
 from kvplane.events.log.connection import CONNECT_SECONDS
 from kvplane.services.auth.folder import FIRST, AuthFolder
 from kvplane.services.cli import show
@@ -29,7 +29,7 @@ from kvplane.services.cli.common import (
 from kvplane.services.cli.show import Styled
 from kvplane.services.demo.people import People
 from kvplane.services.embedded.keeper import kept
-from kvplane.services.embedded.server import start_server
+from kvplane.services.embedded.server import holding, reached_at, start_server
 from kvplane.services.observability.web import address, is_free, observing
 from kvplane.services.process.workers import beside
 from kvplane.services.protocol.errors import BadRequest
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 UP_HTTP = "127.0.0.1:9464"
 """Where `up` serves metrics and health if it is not told; the historian, a process of its own, on the next port."""
 RESTART_SECONDS = 5.0
+LONGEST_SECONDS = 60.0
+"""Pause before a historian that ended is run again; doubled while it ends within a minute."""
 STOP_SECONDS = 15.0
 
 _log = structlog.get_logger("kvplane.up")
@@ -161,8 +163,10 @@ async def _up(
     include = inside.prepare([config.name for config in configs])
     people: People | None = None
     async with AsyncExitStack() as stack:
-        begin = partial(start_server, data, host=host, port=port, include=include)
-        url = (await stack.enter_async_context(kept(begin))).server.url
+        owner = await stack.enter_async_context(holding(data, reached_at(host, port)))
+        begin = partial(start_server, data, host=host, port=port, include=include, owner=owner)
+        keeper = await stack.enter_async_context(kept(begin))
+        url = keeper.server.url
         inside.warn_of_another(url)
 
         async def client(role: Role, name: str = "") -> Client:
@@ -173,7 +177,8 @@ async def _up(
         # Clients are entered after the server and so leave before it.
         if not bare:
             services: list[Service] = [
-                Coordinator(await client("coordinator"), inside.fleet), Router(await client("router"), inside.fleet)
+                Coordinator(await client("coordinator"), inside.fleet, server=keeper.about),
+                Router(await client("router"), inside.fleet),
             ]  # fmt: skip
             if configs:
                 engines = [await client("node", config.name) for config in configs]
@@ -234,17 +239,29 @@ def _say(
 
 async def _keep_history(folder: Path, http: str | None, modules: tuple[str, ...], common: Common) -> None:
     """Run a historian beside this process, again when it ends: routers don't share their core with it."""
+    pause = RESTART_SECONDS
     while True:
+        began = anyio.current_time()
         code = await beside(_historian, folder, http, modules, common, patience=STOP_SECONDS)
-        _log.error("historian_ended", code=code, again_in=RESTART_SECONDS)
-        await anyio.sleep(RESTART_SECONDS)
+        pause = RESTART_SECONDS if anyio.current_time() - began > LONGEST_SECONDS else min(2 * pause, LONGEST_SECONDS)
+        _log.error("historian_ended", code=code, again_in=pause)
+        await anyio.sleep(pause)
 
 
 def _historian(folder: Path, http: str | None, modules: tuple[str, ...], common: Common) -> None:
-    from kvplane.services.cli.history import historian  # noqa: PLC0415 - DuckDB is loaded in that process only
+    from kvplane.services.cli.historian import keep  # noqa: PLC0415 - DuckDB is loaded in that process only
 
     try:
-        historian(history=folder, policy_module=modules, http=http, common=common)
+        keep(folder, http, modules, common)
     except KvplaneError as error:
-        _log.error("historian_failed", error=str(error), code=error.code)
-        sys.exit(1)
+        _fail(error)
+    except BaseExceptionGroup as errors:
+        known = first_known(errors)
+        if known is None:
+            raise
+        _fail(known)
+
+
+def _fail(error: KvplaneError) -> None:
+    _log.error("historian_failed", error=str(error), code=error.code)
+    sys.exit(1)

@@ -22,16 +22,18 @@ if TYPE_CHECKING:
     from nats.aio.client import Client
 
     from kvplane.services.embedded.server import Server
+    from kvplane.services.process.owner import Owner
 
 READY_SECONDS = 30.0
 ANSWER_SECONDS = 0.3
 
 
 class Fleet:
-    """A server and the processes around it, by name. All logs lie in `folder`."""
+    """A server and the processes around it, by name. All logs lie in `folder`, whose `data` may have an owner already."""
 
-    def __init__(self, folder: Path, port: int, fleet: str) -> None:
+    def __init__(self, folder: Path, port: int, fleet: str, owner: Owner | None = None) -> None:
         self.folder = folder
+        self._owner = owner
         self.port = port
         self.name = fleet
         self.url = f"nats://127.0.0.1:{port}"
@@ -42,7 +44,7 @@ class Fleet:
 
     async def start_server(self) -> None:
         """Start the server on its data, which may be from a life before."""
-        self.server = await start_server(self.folder / "data", port=self.port)
+        self.server = await start_server(self.folder / "data", port=self.port, owner=self._owner)
 
     async def start(self, name: str, *arguments: str, program: str = "kvplane") -> None:
         """Start a process of the command line, such as `router`; `program` is the module that runs it."""
@@ -66,9 +68,13 @@ class Fleet:
     async def kill(self, *names: str) -> None:
         """SIGKILL processes, and wait until they are gone."""
         for name in names:
-            process = self.server.process if name == "server" and self.server else self._processes[name]
-            with suppress(ProcessLookupError):
-                process.send_signal(signal.SIGKILL)
+            if name == "server" and self.server:
+                process = self.server.process
+                self.server.kill()
+            else:
+                process = self._processes[name]
+                with suppress(ProcessLookupError):
+                    process.send_signal(signal.SIGKILL)
             await process.wait()
 
     async def stop(self) -> None:

@@ -25,7 +25,7 @@ from kvplane.services.demo.history import STEPS
 from kvplane.services.demo.stage import Stage, brief, check
 from kvplane.services.demo.traffic import Traffic
 from kvplane.services.demo.workload import conversations, round_robin_hit_rate
-from kvplane.services.embedded.server import free_port
+from kvplane.services.embedded.server import free_port, holding, reached_at
 from kvplane.services.process.terminal import printable
 from kvplane.services.protocol import messages
 from kvplane.services.simulation.trace import Work, read_trace
@@ -109,11 +109,13 @@ class Demo:
         with tempfile.TemporaryDirectory(prefix="kvplane-demo-") as temporary:
             folder = self.options.keep or Path(temporary)
             folder.mkdir(parents=True, exist_ok=True)
-            fleet = Fleet(folder, free_port(), "demo")
-            try:
-                await self._run_on(fleet, work)
-            finally:
-                await fleet.stop()
+            port = free_port()
+            async with holding(folder / "data", reached_at("127.0.0.1", port), "kvplane demo") as owner:
+                fleet = Fleet(folder, port, "demo", owner)
+                try:
+                    await self._run_on(fleet, work)
+                finally:
+                    await fleet.stop()
         self.result.seconds = time.monotonic() - began
         self.result.held = bool(self.result.steps) and all(step.held for step in self.result.steps)
         return self.result

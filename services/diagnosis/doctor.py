@@ -18,8 +18,13 @@ LAG_COMMITS = 1000
 SKEW_SECONDS = 1.0
 SILENT_SECONDS = 4.0
 """Servers hear of each other's copies every second; that one is offline they say much later."""
+SKIPPED_SECONDS = 24 * 3600.0
+"""What was skipped longer ago is no warning any more."""
 FULL = 0.8
 """Storage of which more is used will soon be full."""
+
+LEAST_FREE = 1 << 30
+"""Bytes that should be free on the disk of a server."""
 
 Level = Literal["ok", "unseen", "warning", "problem"]
 
@@ -51,7 +56,8 @@ def _servers(servers: list[Plain]) -> Iterator[Finding]:
     """Whether acknowledged means on disk."""
     if not servers:
         said = (
-            "whether servers force what they acknowledge to the disk can't be seen by a client; --monitor URL asks them"
+            "whether servers force what they acknowledge to the disk can't be seen by a client, and the one who runs them "
+            "(`kvplane up`) does not answer; --monitor URL asks them"
         )
         yield Finding("unseen", "durability", said)
     for server in servers:
@@ -102,11 +108,18 @@ def _room(found: Examined, log: Plain) -> Iterator[Finding]:
         ("the log's max_msgs", state["messages"], config.get("max_msgs", -1)),
         ("the account's storage", found.account.get("storage", 0), found.account.get("limits", {}).get("max_storage", -1)),
         *(
-            (f"storage of server {server['name']}", server["stats"]["storage"], server["config"]["max_storage"])
+            (f"storage of server {server['name']}", _used(found, server), server["config"]["max_storage"])
             for server in found.servers
-            if "config" in server and "stats" in server
+            if "config" in server
         ),
     ]  # fmt: skip
+    for server in found.servers:
+        if server.get("full"):
+            said = f"the disk of server {server['name']} is full, and nothing is acknowledged; make room, it goes on by itself"
+            yield Finding("problem", "room", said)
+        elif server.get("disk_free", LEAST_FREE) < LEAST_FREE:
+            said = f"the disk of server {server['name']} has {server['disk_free'] / 1e6:,.0f} MB left; make room soon"
+            yield Finding("warning", "room", said)
     near = [(what, used, limit) for what, used, limit in limits if limit > 0 and used > FULL * limit]
     for what, used, limit in near:
         said = f"{used / limit:.0%} of {what} is used; `kvplane compact` purges the log below the snapshots, or raise the limit"
@@ -117,6 +130,12 @@ def _room(found: Examined, log: Plain) -> Iterator[Finding]:
         yield Finding(
             level, "room", f"{known} limits, none is near" if known else "no limit can be seen; --monitor URL asks"
         )
+
+
+def _used(found: Examined, server: Plain) -> int:
+    """Bytes that a server's streams take; that of `up` has one account."""
+    used: int = server["stats"]["storage"] if "stats" in server else found.account.get("storage", 0)
+    return used
 
 
 def _clocks(found: Examined, log: Plain) -> Iterator[Finding]:
@@ -213,11 +232,21 @@ def _digests(found: Examined) -> Iterator[Finding]:
 
 
 def _skipped(found: Examined) -> Iterator[Finding]:
-    skipped: dict[str, int] = next((status.skipped for status in (*found.coordinators, *found.routers)), {})
-    if skipped:
-        said = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()))
-        hint = "; `kvplane sql 'SELECT * FROM skipped_commits'` says whose"
-        yield Finding("problem" if "defect" in skipped else "warning", "skipped commits", said + hint)
+    statuses = [*found.coordinators, *found.routers]
+    skipped: dict[str, int] = next((status.skipped for status in statuses), {})
+    recent: dict[str, int] = {}
+    old: dict[str, int] = {}
+    for reason, count in sorted(skipped.items()):
+        # Each replica knows a time after which there was none: exactly, or as that of the snapshot that it began with.
+        last = min((status.skipped_before.get(reason, found.now) for status in statuses), default=found.now)
+        (old if found.now - last > SKIPPED_SECONDS else recent)[reason] = count
+    hint = "; `kvplane sql 'SELECT * FROM skipped_commits'` says whose"
+    if recent:
+        said = ", ".join(f"{count:,} {reason}" for reason, count in recent.items())
+        yield Finding("problem" if "defect" in recent else "warning", "skipped commits", said + hint)
+    elif old:
+        said = ", ".join(f"{count:,} {reason}" for reason, count in old.items())
+        yield Finding("ok", "skipped commits", f"{said}, none in the last {SKIPPED_SECONDS / 3600:g} h{hint}")
 
 
 def _nodes(found: Examined) -> Iterator[Finding]:

@@ -62,7 +62,9 @@ class Examined(Struct, kw_only=True):
     log_error: str = ""
     account: Plain = {}
     servers: list[Plain] = []
-    """What the servers' monitoring endpoints say, or `error`."""
+    """What the servers' monitoring endpoints say, or `error`, and what `kvplane up` says of its own."""
+    now: float = 0.0
+    """Unix seconds of this machine."""
     routers: list[RouterStatus] = []
     coordinators: list[CoordinatorStatus] = []
     nodes: list[Plain] = []
@@ -80,7 +82,7 @@ class Examined(Struct, kw_only=True):
 
 async def examine(client: Client, fleet: str, monitors: Sequence[str] = ()) -> Examined:
     """Ask everything that answers. `monitors` are URLs of servers' monitoring endpoints."""
-    found = Examined()
+    found = Examined(now=time.time())
     try:
         found.servers = [await _server(url) for url in monitors]
         js = client.jetstream()
@@ -96,6 +98,7 @@ async def examine(client: Client, fleet: str, monitors: Sequence[str] = ()) -> E
         found.log_error = f"the log of fleet {fleet!r} does not answer: {error!r}"
         return found
     await _replicas(client, fleet, found)
+    found.servers += _embedded(found.coordinators, {server.get("name") for server in found.servers})
     try:
         listed: Plain = await ask(client, f"kv.{fleet}.coordinator.node.list", messages.ListRequest(), seconds=5)
         found.nodes = listed["nodes"]
@@ -155,6 +158,18 @@ async def _server(url: str) -> Plain:
             "url": url,
             "error": f"{url.rstrip('/')}/varz is not that of a NATS server; --monitor is a server's http_port",
         }
+
+
+def _embedded(coordinators: list[CoordinatorStatus], known: set[str | None]) -> list[Plain]:
+    """Servers of `kvplane up`, as the process that runs each of them says."""
+    said = {status.server.name: status.server for status in coordinators if status.server is not None}
+    return [
+        {
+            "url": server.url, "name": name, "disk_free": server.disk_free, "full": server.full,
+            "config": {"sync_always": server.sync_always, "max_storage": server.max_storage},
+        }
+        for name, server in said.items() if name not in known
+    ]  # fmt: skip
 
 
 async def _replicas(client: Client, fleet: str, found: Examined) -> None:

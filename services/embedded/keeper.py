@@ -13,6 +13,7 @@ import anyio
 import structlog
 
 from kvplane.services.protocol.errors import ServerFailed
+from kvplane.services.protocol.status import ServerStatus
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -73,6 +74,13 @@ class Keeper:
         self.restarts += 1
         self.full = False
         self._read = self._end_of_log()
+
+    def about(self) -> ServerStatus:
+        """What only the one who runs the server can see of it."""
+        return ServerStatus(
+            name=self.server.name, url=self.server.url, sync_always=True, max_storage=self.server.max_storage,
+            disk_free=self._free(), full=self.full, restarts=self.restarts,
+        )  # fmt: skip
 
     def _end_of_log(self) -> int:
         return self.server.log.stat().st_size

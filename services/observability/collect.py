@@ -12,6 +12,7 @@ from kvplane.events.codec import REASONS as MALFORMED
 from kvplane.events.log.connection import errors_of
 from kvplane.projections.fleet import REASONS as ILLEGAL
 from kvplane.services.engines.translate import UNKNOWN
+from kvplane.services.history.kept import Kept
 from kvplane.services.observability.scrape import Scrape
 from kvplane.services.process.version import package_version
 
@@ -76,6 +77,11 @@ class Services(Collector):
         for service, lifeline in self._observed:
             own = scrape.of(fleet=service.fleet, service=service.role)
             _service(own, service, lifeline)
+            if isinstance(service, Kept):
+                if service.working is None:
+                    own.put("kvplane_historian_failing", 1)
+                    continue
+                service = service.working  # noqa: PLW2901 - it is what counts
             _ROLES[service.role](own, service)
             if service.role in FOLLOWING:
                 _reading(own, *FOLLOWING[service.role](service), lifeline.log_end)

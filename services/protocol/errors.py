@@ -126,6 +126,12 @@ class OutputFailed(KvplaneError):
     code = "output_failed"
 
 
+class FolderTaken(KvplaneError):
+    """Another process owns the folder. The sentence says which, and what to do."""
+
+    code = "folder_taken"
+
+
 class BadTrace(KvplaneError):
     """A trace file that can't be read."""
 

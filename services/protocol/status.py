@@ -47,6 +47,8 @@ class ReplicaStatus(Struct, frozen=True, kw_only=True):
     parameters: dict[str, float] = {}
     skipped: dict[str, int] = {}
     """Commits that changed nothing, by reason."""
+    skipped_before: dict[str, float] = {}
+    """For each reason a time in unix seconds after which there was no such commit."""
     ignored: dict[str, int] = {}
     """Events that changed nothing, by reason, in commits that were applied."""
 
@@ -67,12 +69,29 @@ class RouterStatus(ReplicaStatus, frozen=True, kw_only=True):
     """Decisions that are on the log, that wait for it, and that were dropped while it was away."""
 
 
+class ServerStatus(Struct, frozen=True, kw_only=True):
+    """What only the process that runs a server can see of it. Sizes are bytes."""
+
+    name: str
+    url: str
+    sync_always: bool
+    """Whether it forces what it acknowledges to the disk."""
+    max_storage: int
+    """What all its streams may take."""
+    disk_free: int
+    full: bool = False
+    """Whether the disk has no room, so that nothing is acknowledged."""
+    restarts: int = 0
+
+
 class CoordinatorStatus(ReplicaStatus, frozen=True, kw_only=True):
     """Answer of kv.<fleet>.coordinator.status, and of one coordinator's own."""
 
     races_lost: int = 0
     most_tries: int = 0
     """How often the unluckiest decision was made."""
+    server: ServerStatus | None = None
+    """The server that this process runs, as `kvplane up` does."""
 
 
 class HistoryStatus(Struct, frozen=True, kw_only=True):
@@ -84,6 +103,8 @@ class HistoryStatus(Struct, frozen=True, kw_only=True):
     clock: float = 0.0
     healthy: bool
     """Whether it hears from the log and can store."""
+    works: bool = True
+    """False when it can't work at all, for `failure`: how far the history is, is not known then."""
     failure: str = ""
     """Why nothing is stored at the moment."""
     log: int = 0

@@ -140,6 +140,11 @@ class Compaction:
                 subject = f"kv.{self._fleet}.history.{history['historian']}.status"
                 request = messages.StatusRequest()
                 status = await ask(self._client, subject, request, HistoryStatus, seconds=HISTORY_SECONDS)
+                if not status.works:
+                    raise Conflict(
+                        f"it is not known what the history has stored: {status.failure}; mend that first, or say "
+                        "--without-history when there is to be none"
+                    )
                 stored.append(status.stored)
             return min(stored)
         except (NoAnswer, ValueError, KeyError, NatsError):

@@ -71,6 +71,8 @@ class Replica:
         self._recent = int(recent_seconds * 1e9)
         self._skips: dict[int, tuple[str, str]] = {}
         self._order: deque[int] = deque()
+        self._skipped_before: dict[str, float] = {}
+        """For each reason a time in unix seconds after which no commit was skipped for it."""
         self._advanced = anyio.Event()
         self._waiting = 0
 
@@ -100,6 +102,7 @@ class Replica:
         if applied.skipped is not None:
             self._skips[message.sequence] = (applied.skipped, applied.detail)
             self._order.append(message.sequence)
+            self._skipped_before[applied.skipped] = message.time / 1e9
             if len(self._order) > SKIPS_KNOWN:
                 del self._skips[self._order.popleft()]
             # Of the past the counts are enough.
@@ -194,6 +197,8 @@ class Replica:
     def _begin(self, data: bytes) -> None:
         self.state.become(load(self.state.fleet, data))
         self.began = self.follower.applied = self.state.sequence
+        # A snapshot counts what was skipped, and does not say when.
+        self._skipped_before = dict.fromkeys(self.state.skipped, self.state.time / 1e9)
         _log.info("snapshot_loaded", fleet=self.state.fleet, sequence=self.began)
 
     async def _load(self, sequence: int, *, before: int | None) -> bool:
@@ -220,6 +225,7 @@ class Replica:
             "ready": self.ready,
             "healthy": self.follower.healthy,
             "began": self.began,
+            "skipped_before": dict(self._skipped_before),
             **self.checkpoints.told(),
         }
         try:

@@ -29,7 +29,7 @@ from kvplane.services.control.untold import Untold
 from kvplane.services.process.version import package_version
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import Conflict, LogAway, UnknownModel
-from kvplane.services.protocol.status import CoordinatorStatus
+from kvplane.services.protocol.status import CoordinatorStatus, ServerStatus
 from kvplane.services.replication.compaction import SNAPSHOT_BYTES, SNAPSHOT_COMMITS, Compaction
 from kvplane.services.replication.replica import RECENT_SECONDS, Replica
 from kvplane.services.roles.names import Names
@@ -68,15 +68,17 @@ class _Turn:
 
 
 class Coordinator:
-    """One coordinator of a fleet."""
+    """One coordinator of a fleet. `server` says what the one who runs the server sees of it, if that is this process."""
 
     role = "coordinator"
 
     def __init__(
         self, client: Client, fleet: str, *, replicas: int | None = None, snapshot_commits: int = SNAPSHOT_COMMITS,
         snapshot_bytes: int = SNAPSHOT_BYTES, recent_seconds: float = RECENT_SECONDS,
+        server: Callable[[], ServerStatus] | None = None,
     ) -> None:  # fmt: skip
         self.client = client
+        self._server = server
         self.fleet = fleet
         self.writer = new_writer("coordinator")
         self.untold = Untold()
@@ -285,8 +287,13 @@ class Coordinator:
 
     async def status(self, request: messages.StatusRequest) -> CoordinatorStatus:
         """What this coordinator is and knows."""
+        server = None if self._server is None else self._server()
         return await self.replica.about(
-            CoordinatorStatus, digests=request.digest, races_lost=self.races_lost, most_tries=self.most_tries
+            CoordinatorStatus,
+            digests=request.digest,
+            races_lost=self.races_lost,
+            most_tries=self.most_tries,
+            server=server,
         )
 
     async def snapshot(self, request: messages.StatusRequest) -> dict[str, object]:  # noqa: ARG002 - nothing to choose

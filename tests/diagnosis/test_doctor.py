@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,7 +16,7 @@ from kvplane.services.history.historian import Historian
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.status import CoordinatorStatus, HistoryStatus, RouterStatus
 from kvplane.services.simulation.simnode import NodeConfig
-from tests.support.commands import run
+from tests.support.commands import run, up
 from tests.support.findings import said, wrong
 from tests.support.waiting import until
 
@@ -181,3 +182,49 @@ def test_the_command_says_no_with_its_exit_code() -> None:
     done = run("doctor", "--server", "nats://127.0.0.1:1")
     assert done.returncode == 1
     assert "no NATS server answers" in done.stderr
+
+
+DAY = 24 * 3600.0
+
+
+@pytest.mark.parametrize(
+    ("before", "level"),
+    [
+        ([{"stale": 10 * DAY - 60}, {}], "warning"),
+        # Another replica began with a later snapshot, and only knows that it was before that.
+        ([{"stale": 8 * DAY}, {"stale": 10 * DAY - 60}], "ok"),
+        ([{"stale": 8 * DAY}, {"stale": 8 * DAY}], "ok"),
+        # One of an earlier version does not say.
+        ([{}, {}], "warning"),
+    ],
+)
+def test_what_was_skipped_long_ago_is_no_warning(before: list[dict[str, float]], level: str) -> None:
+    routers = [router(f"r{at}", skipped={"stale": 7}, skipped_before=known) for at, known in enumerate(before)]
+    found = replace(WELL, routers=routers, coordinators=[], now=10 * DAY)
+    (finding,) = [finding for finding in judge(found) if finding.what == "skipped commits"]
+    assert (finding.level, "7 stale" in finding.said) == (level, True)
+
+
+def test_the_disk_under_up_is_seen() -> None:
+    embedded = {
+        "name": "s",
+        "config": {"sync_always": True, "max_storage": 10_000},
+        "full": False,
+        "disk_free": 1 << 40,
+    }
+    assert wrong(replace(WELL, servers=[embedded])) == set()
+    assert wrong(replace(WELL, servers=[{**embedded, "disk_free": 1 << 20}])) == {("warning", "room")}
+    assert wrong(replace(WELL, servers=[{**embedded, "full": True}])) == {("problem", "room")}
+    full = replace(WELL, servers=[embedded], account={"storage": 9600})
+    assert wrong(full) == {("problem", "room")}
+
+
+def test_the_server_of_up_is_seen_without_its_monitor(tmp_path: Path) -> None:
+    with up(tmp_path, "--no-history", "--http", "off") as (url, _):
+        done = run("doctor", "--json", KVPLANE_SERVER=url)
+        found = {finding["what"]: finding for finding in json.loads(done.stdout)}
+    assert found["durability"]["level"] == "ok", found
+    assert found["room"]["level"] in {"ok", "warning"}
+    text = (tmp_path / "nats-server.conf").read_text()
+    assert found["durability"]["said"].split()[1] in text
+    assert "sync_interval: always" in text

@@ -12,7 +12,7 @@ import anyio
 import duckdb
 import pytest
 
-from kvplane.events.errors import KvplaneError, LogCorrupt
+from kvplane.events.errors import KvplaneError, LogCorrupt, first_known
 from kvplane.events.log.connection import connected
 from kvplane.events.log.follow import replay
 from kvplane.projections.digest import digest
@@ -20,7 +20,6 @@ from kvplane.projections.errors import BadHistory
 from kvplane.projections.fleet import FleetState
 from kvplane.projections.history import archive
 from kvplane.projections.history.store import FILE, Store
-from kvplane.services.cli import first_known
 from kvplane.services.embedded.server import start_server
 from kvplane.services.history.ingest import Ingest
 from tests.support.commands import run

@@ -13,11 +13,11 @@ import pytest
 from structlog.testing import capture_logs
 
 from kvplane.events import codec, types
+from kvplane.events.errors import first_known
 from kvplane.events.log.append import ACK_SECONDS, Appender, new_writer
 from kvplane.events.log.connection import connected
 from kvplane.events.log.stream import open_stream
 from kvplane.events.subjects import subject
-from kvplane.services.cli import first_known
 from kvplane.services.observability import lifeline
 from kvplane.services.observability.lifeline import Lifeline
 from kvplane.services.observability.web import observing

@@ -19,10 +19,18 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+MAIN = "\nfrom kvplane.services.cli import main\nmain()"
+
+
+def started(*arguments: str, before: str = "") -> list[str]:
+    """What starts a command; `before` is Python that its process runs first, to be where things are otherwise."""
+    return [sys.executable, *(["-c", before + MAIN] if before else ["-m", "kvplane"]), *arguments]
+
+
+def run(*arguments: str, before: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     """A command to its end; named options are its environment."""
     return subprocess.run(
-        [sys.executable, "-m", "kvplane", *arguments],
+        started(*arguments, before=before),
         capture_output=True,
         text=True,
         timeout=60,
@@ -32,10 +40,10 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 @contextmanager
-def up(folder: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def up(folder: Path, *options: str, before: str = "") -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """`kvplane up`, until the end of the block; its URL and process."""
     port = free_port()
-    command = [sys.executable, "-m", "kvplane", "up", "--data", str(folder), "--port", str(port), *options]
+    command = started("up", "--data", str(folder), "--port", str(port), *options, before=before)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     said = []
