@@ -159,7 +159,7 @@ async def _up(
     data: Path, host: str, port: int, simulate: int, traffic: bool, bare: bool, history: bool,  # noqa: FBT001
     http: tuple[str | None, str | None], inside: _Inside,
 ) -> None:  # fmt: skip
-    configs = [NodeConfig(name=f"sim-{number + 1}") for number in range(simulate)]
+    configs = [NodeConfig(name=f"sim-{number + 1}", http="127.0.0.1") for number in range(simulate)]
     include = inside.prepare([config.name for config in configs])
     people: People | None = None
     async with AsyncExitStack() as stack:

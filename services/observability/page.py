@@ -31,8 +31,8 @@ reached, starting a service again does not help. A connection whose read loop en
 when that happens four times in a minute the service ends, with the reason and exit code 1.
 
 Values are read at the moment of a scrape. Nearly all metrics have the labels {" and ".join(f"`{label}`" for label in EVERY)}
-(`router`, `coordinator`, `historian`, `simnode` or `adapter`). Metrics of the process (`process_*`, `python_*`) are the client
-library's.
+(`router`, `gateway`, `coordinator`, `historian`, `simnode` or `adapter`). Metrics of the process (`process_*`, `python_*`) are the
+client library's.
 """
 _QUERIES = """\
 ## Questions
