@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 # By name, so that a command loads what it needs and no other. What each does stands here as well, so that the list of
 # commands loads none of them: it is the first line of the command's own help.
 COMMANDS = {
-    "up:up": "Start a NATS server with its log in a folder, a coordinator, a router and a historian, until Ctrl-C.",
+    "up:up": "Start a NATS server with its log in a folder, a coordinator, a gateway with its router, and a historian, until "
+    "Ctrl-C.",
     "run:router": "Run a router. Start as many as you like; they share the requests.",
     "gateway:gateway": "Serve OpenAI's and Anthropic's APIs in front of the fleet's engines: route, forward, record.",
     "run:coordinator": "Run a coordinator. Start as many as you like; there is no leader.",
