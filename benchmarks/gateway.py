@@ -27,7 +27,7 @@ from kvplane.events.types import NodeRegistered
 from kvplane.services.embedded.server import embedded_server, free_port
 from kvplane.services.gateway.service import Gateway
 from kvplane.services.http.pool import Pool, origin
-from kvplane.services.http.server import Exchange, Server
+from kvplane.services.http.server import Exchange, Server, bound
 
 if TYPE_CHECKING:
     from nats.aio.client import Client as NatsClient
@@ -156,8 +156,8 @@ def _refusal(_: Exception) -> bytes:
 
 async def _serve_engine() -> None:
     pin(1)
-    async with Server(_engine, _refusal).listening("127.0.0.1", 0) as addresses:
-        await serve_until_told({"port": addresses[0][1], "pid": os.getpid()})
+    async with Server(_engine, _refusal).listening(bound("127.0.0.1", 0)) as (_, port):
+        await serve_until_told({"port": port, "pid": os.getpid()})
 
 
 async def _serve_forward(upstream: int) -> None:
@@ -180,16 +180,16 @@ async def _serve_forward(upstream: int) -> None:
             exchange.end()
         call.release()
 
-    async with Server(handle, _refusal).listening("127.0.0.1", 0) as addresses:
-        await serve_until_told({"port": addresses[0][1], "pid": os.getpid()})
+    async with Server(handle, _refusal).listening(bound("127.0.0.1", 0)) as (_, port):
+        await serve_until_told({"port": port, "pid": os.getpid()})
 
 
 async def _serve_gateway(url: str) -> None:
     pin(0)
     async with connected([url], "gateway") as nats, anyio.create_task_group() as group:
-        gateway = Gateway(nats, FLEET, "127.0.0.1", 0)
+        gateway = Gateway(nats, FLEET, bound("127.0.0.1", 0))
         await group.start(gateway.run)
-        await serve_until_told({"port": gateway.addresses[0][1], "pid": os.getpid()})
+        await serve_until_told({"port": gateway.address[1], "pid": os.getpid()})
         group.cancel_scope.cancel()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, TYPE_CHECKING
 
 from cyclopts import Parameter
 
@@ -17,8 +17,12 @@ from kvplane.services.cli.common import (
     start,
 )  # fmt: skip
 from kvplane.services.gateway.service import Gateway
+from kvplane.services.http.server import bound
 from kvplane.services.observability.web import check_address, observing
 from kvplane.services.protocol.errors import BadRequest
+
+if TYPE_CHECKING:
+    import socket
 
 LISTEN = "127.0.0.1:8080"
 
@@ -48,7 +52,7 @@ def gateway(
     check_address(http)
     host, port = listening(listen)
     allow_modules(policy_module)
-    run_until_signal(_gateway, host, port, access_log, http, common)
+    run_until_signal(_gateway, bound(host, port), access_log, http, common)
 
 
 def listening(said: str, option: str = "--listen") -> tuple[str, int]:
@@ -59,9 +63,9 @@ def listening(said: str, option: str = "--listen") -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-async def _gateway(host: str, port: int, access_log: bool, http: str | None, common: Common) -> None:  # noqa: FBT001
+async def _gateway(where: socket.socket, access_log: bool, http: str | None, common: Common) -> None:  # noqa: FBT001
     async with common.connected("kvplane-gateway") as client:
-        service = Gateway(client, common.fleet, host, port)
+        service = Gateway(client, common.fleet, where)
         if access_log:
             service.access.stream = sys.stdout
         async with observing(http, service):

@@ -32,14 +32,16 @@ from kvplane.services.demo.people import People
 from kvplane.services.embedded.keeper import kept
 from kvplane.services.embedded.server import holding, reached_at, start_server
 from kvplane.services.gateway.service import Gateway
+from kvplane.services.http.server import bound
 from kvplane.services.observability.web import address, is_free, observing
 from kvplane.services.process.workers import beside
-from kvplane.services.protocol.errors import BadRequest
+from kvplane.services.protocol.errors import BadRequest, HttpFailed
 from kvplane.services.roles.coordinator import Coordinator
 from kvplane.services.roles.router import Router
 from kvplane.services.simulation.simnode import NodeConfig, SimNodes
 
 if TYPE_CHECKING:
+    import socket
     from nats.aio.client import Client
 
     from kvplane.services.auth.roles import Role
@@ -112,14 +114,17 @@ def up(
     run_until_signal(_up, data, host, port, simulate, traffic, bare, not no_history, at, _up_http(http), inside)
 
 
-def _up_gateway(gateway: str | None) -> tuple[str, int] | None:
-    """Where the gateway listens; none without one. Raises `BadRequest`."""
+def _up_gateway(gateway: str | None) -> socket.socket | None:
+    """Where the gateway is to listen; none without one. Raises `BadRequest` or `HttpFailed`."""
     if gateway == "off":
         return None
-    if gateway is None and not is_free(LISTEN):
+    try:
+        return bound(*listening(gateway or LISTEN, "--gateway"))
+    except HttpFailed:
+        if gateway is not None:
+            raise
         _log.warning("gateway_port_taken", address=LISTEN, instead="a router only; choose another with --gateway")
         return None
-    return listening(gateway or LISTEN, "--gateway")
 
 
 def _up_http(http: str | None) -> tuple[str | None, str | None]:
@@ -174,7 +179,7 @@ class _Inside:
 
 async def _up(
     data: Path, host: str, port: int, simulate: int, traffic: bool, bare: bool, history: bool,  # noqa: FBT001
-    gateway: tuple[str, int] | None, http: tuple[str | None, str | None], inside: _Inside,
+    gateway: socket.socket | None, http: tuple[str | None, str | None], inside: _Inside,
 ) -> None:  # fmt: skip
     configs = [NodeConfig(name=f"sim-{number + 1}", http="127.0.0.1") for number in range(simulate)]
     include = inside.prepare([config.name for config in configs])
@@ -197,7 +202,7 @@ async def _up(
                 Coordinator(await client("coordinator"), inside.fleet, server=keeper.about),
                 Router(await client("router"), inside.fleet)
                 if gateway is None
-                else Gateway(await client("router"), inside.fleet, *gateway),
+                else Gateway(await client("router"), inside.fleet, gateway),
             ]  # fmt: skip
             if configs:
                 engines = [await client("node", config.name) for config in configs]
@@ -228,12 +233,12 @@ async def _up(
 
 def _say(
     inside: _Inside, url: str, data: Path, *, http: str | None, simulated: bool, history: bool, bare: bool, talking: int,
-    gateway: tuple[str, int] | None,
+    gateway: socket.socket | None,
 ) -> None:  # fmt: skip
     """What there is now, and what to try."""
     if gateway is not None:
-        host, port = gateway
-        served = f"http://{f'[{host}]' if ':' in host else host or '127.0.0.1'}:{port}"
+        host, port = gateway.getsockname()[:2]
+        served = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         show.say(Styled(served, "bold"), " serves OpenAI's API at /v1, and Anthropic's", error=True, wrap=False)
     where = f" at {url}, fleet {inside.fleet!r}, log in {data.absolute()}"
     show.say(Styled("kvplane is up", "bold"), where, error=True, wrap=False)

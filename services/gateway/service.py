@@ -29,6 +29,7 @@ from kvplane.services.protocol.traceparent import parse
 from kvplane.services.roles.router import Router
 
 if TYPE_CHECKING:
+    import socket
     import ssl
 
     from anyio.abc import TaskStatus
@@ -59,20 +60,13 @@ class _Passage:
 
 
 class Gateway:
-    """One gateway of a fleet. `share` lets several processes listen at one port."""
+    """One gateway of a fleet, at a socket that is bound (`http.server.bound`)."""
 
     role = "gateway"
 
     def __init__(
-        self,
-        client: Client,
-        fleet: str,
-        host: str,
-        port: int,
-        *,
-        share: bool = False,
-        tls: ssl.SSLContext | None = None,
-    ) -> None:
+        self, client: Client, fleet: str, where: socket.socket, *, tls: ssl.SSLContext | None = None
+    ) -> None:  # fmt: skip
         self.client = client
         self.fleet = fleet
         self.router = Router(client, fleet, completed=self._completed)
@@ -81,22 +75,20 @@ class Gateway:
         self.measured = Measured()
         self.access = AccessLog()
         self.server = Server(self._handle, _refusal)
-        self.addresses: list[tuple[str, int]] = []
-        self._host, self._port, self._share, self._tls = host, port, share, tls
+        self.address = ("", 0)
+        self._where, self._tls = where, tls
         self._pool: Pool
         self._prompts: Prompts
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
-        """Answer until cancelled; then take no more, and let what is on its way end. Raises `HttpFailed`."""
+        """Answer until cancelled; then take no more, and let what is on its way end."""
         self._pool = Pool()
         self._prompts = Prompts(self._pool, self._pool.clock)
         async with anyio.create_task_group() as group:
             await group.start(self.router.run)
             group.start_soon(self._pool.sweep)
-            async with self.server.listening(
-                self._host, self._port, share=self._share, tls=self._tls
-            ) as self.addresses:
-                _log.info("gateway_ready", fleet=self.fleet, at=[f"{host}:{port}" for host, port in self.addresses])
+            async with self.server.listening(self._where, tls=self._tls) as self.address:
+                _log.info("gateway_ready", fleet=self.fleet, at="{}:{}".format(*self.address))
                 task_status.started()
                 await anyio.sleep_forever()
 

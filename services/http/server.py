@@ -8,6 +8,7 @@ written goes to the kernel at once. When a client reads slower than is written, 
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections import deque
 from contextlib import asynccontextmanager
 from http import HTTPStatus
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 
+BACKLOG = 4096
 CONNECTIONS_LIMIT = 20_000
 """Most connections of a process; one more is answered 503 and closed."""
 HEAD_SECONDS = 10.0
@@ -50,6 +52,35 @@ def head_of(status: int, headers: Iterable[tuple[bytes, bytes]], framing: bytes)
     """An answer's head as it travels; `framing` are the header lines that say how the body ends."""
     lines = b"".join([b"%b: %b\r\n" % pair for pair in headers])
     return b"HTTP/1.1 %d %b\r\n%b%b\r\n" % (status, _REASONS.get(status, b"Status"), lines, framing)
+
+
+def bound(host: str, port: int, *, share: bool = False) -> socket.socket:
+    """A socket at an address, for a server to listen on; an empty host is every address.
+
+    With `share` other processes may listen at the same port. Raises `HttpFailed`.
+    """
+    try:
+        family, kind, _, _, at = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        made = socket.socket(family, kind)
+        try:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if share:
+                made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            made.bind(at)
+            # Else another could be bound to the same address until this one listens.
+            made.listen(BACKLOG)
+        except OSError:
+            made.close()
+            raise
+    except OSError as error:
+        where = f"{host or '*'}:{port}"
+        raise HttpFailed(
+            f"HTTP can't be served at {where} ({error.strerror or error}); choose another address"
+        ) from None
+    made.setblocking(False)  # noqa: FBT003 - as sockets have it
+    return made
 
 
 class Exchange:
@@ -303,26 +334,16 @@ class Server:
 
     @asynccontextmanager
     async def listening(
-        self, host: str, port: int, *, share: bool = False, tls: ssl.SSLContext | None = None
-    ) -> AsyncIterator[list[tuple[str, int]]]:
-        """Listen for the length of a block, then take no more and let what is on its way end; gives where it listens.
-
-        With `share` other processes may listen at the same port. Raises `HttpFailed`.
-        """
+        self, where: socket.socket, *, tls: ssl.SSLContext | None = None
+    ) -> AsyncIterator[tuple[str, int]]:
+        """Listen for the length of a block, then take no more and let what is on its way end; gives where it listens."""
         self._loop = loop = asyncio.get_running_loop()
         self.now = loop.time()
         async with anyio.create_task_group() as group:
-            try:
-                server = await loop.create_server(
-                    lambda: _Connection(self), host or None, port, reuse_port=share or None, backlog=4096, ssl=tls
-                )
-            except OSError as error:
-                raise HttpFailed(
-                    f"HTTP can't be served at {host}:{port} ({error.strerror or error}); choose another address with --http"
-                ) from None
+            server = await loop.create_server(lambda: _Connection(self), sock=where, backlog=BACKLOG, ssl=tls)
             group.start_soon(self._sweep)
             try:
-                yield [socket.getsockname()[:2] for socket in server.sockets]
+                yield where.getsockname()[:2]
             finally:
                 server.close()
                 self.draining = True

@@ -24,6 +24,7 @@ from kvplane.events.log.client import check_open
 from kvplane.events.log.group import GroupWriter, Writers
 from kvplane.events.subjects import access_name, pulse_subject, subject, token
 from kvplane.projections.load import PREFILL_LABEL
+from kvplane.services.http.server import bound
 from kvplane.services.protocol import labels, messages
 from kvplane.services.protocol.endpoints import served
 from kvplane.services.protocol.errors import ServiceFault
@@ -141,8 +142,7 @@ class SimNode:
         if self.config.http is None:
             yield
             return
-        async with EngineApi(self).server.listening(self.config.http, 0) as addresses:
-            host, port = addresses[0]
+        async with EngineApi(self).server.listening(bound(self.config.http, 0)) as (host, port):
             self.address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
             yield
 

@@ -12,6 +12,7 @@ from kvplane.events.errors import BadCommit
 from kvplane.events.log.follow import replay
 from kvplane.events.types import RequestCompleted, RequestRouted
 from kvplane.services.gateway.service import Gateway
+from kvplane.services.http.server import bound
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Scene:
 
     @property
     def url(self) -> str:
-        host, port = self.gateway.addresses[0]
+        host, port = self.gateway.address
         return f"http://{host}:{port}"
 
     async def recorded(self) -> tuple[list[RequestRouted], list[RequestCompleted]]:
@@ -60,8 +61,8 @@ class Scene:
 @asynccontextmanager
 async def gateway_on(fleet: Fleet, group: TaskGroup) -> AsyncIterator[Scene]:
     """A gateway in this process, at a free port."""
-    gateway = Gateway(await fleet.connect("gateway"), fleet.name, "127.0.0.1", 0)
+    gateway = Gateway(await fleet.connect("gateway"), fleet.name, bound("127.0.0.1", 0))
     await group.start(gateway.run)
-    host, port = gateway.addresses[0]
+    host, port = gateway.address
     async with httpx.AsyncClient(base_url=f"http://{host}:{port}", timeout=30) as http:
         yield Scene(fleet, gateway, http)
