@@ -42,6 +42,7 @@ from kvplane.services.simulation.simnode import NodeConfig, SimNodes
 
 if TYPE_CHECKING:
     import socket
+
     from nats.aio.client import Client
 
     from kvplane.services.auth.roles import Role
