@@ -21,14 +21,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks import decision, engines, failover, history, index, past, service, snapshots, throughput
+from benchmarks import decision, engines, failover, gateway, history, index, past, service, snapshots, throughput
 from benchmarks.common import Row, quiet
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 RESULT = Path("build/bench.json")
-NAMES = ("index", "decision", "service", "throughput", "history", "past", "failover", "snapshots", "engines")
+NAMES = ("index", "decision", "service", "throughput", "history", "past", "failover", "snapshots", "engines", "gateway")
 
 app = App(name="bench", help="Measure kvplane.", result_action="return_value")
 
@@ -88,6 +88,7 @@ def bench(
         "failover": partial(failover.run, quick=quick),
         "snapshots": partial(snapshots.run, quick=quick),
         "engines": partial(engines.run, quick=quick),
+        "gateway": partial(gateway.run, quick=quick),
     }
     rows: list[Row] = []
     begin = time.perf_counter()

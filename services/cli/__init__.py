@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 # By name, so that a command loads what it needs and no other. What each does stands here as well, so that the list of
 # commands loads none of them: it is the first line of the command's own help.
 COMMANDS = {
-    "up:up": "Start a NATS server with its log in a folder, a coordinator, a router and a historian, until Ctrl-C.",
+    "up:up": "Start a NATS server with its log in a folder, a coordinator, a gateway with its router, and a historian, until "
+    "Ctrl-C.",
     "run:router": "Run a router. Start as many as you like; they share the requests.",
+    "gateway:gateway": "Serve OpenAI's and Anthropic's APIs in front of the fleet's engines: route, forward, record.",
     "run:coordinator": "Run a coordinator. Start as many as you like; there is no leader.",
     "history:historian": "Keep the fleet's history for SQL, and answer questions about the past. One for each fleet.",
     "run:simnode": "Run simulated nodes of these names in one process.",
@@ -58,7 +60,7 @@ COMMANDS = {
     "simulate:workload": "Make requests of one kind, as JSON lines in the form of a trace.",
 }
 # These hold a fleet in memory for as long as they run.
-FOLDING = ("up", "router", "coordinator", "historian")
+FOLDING = ("up", "router", "gateway", "coordinator", "historian")
 
 # The client of NATS imports it for WebSockets, and it takes longer to load than all the rest of most commands.
 later("aiohttp")

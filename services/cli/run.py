@@ -148,6 +148,7 @@ def simnode(
             prefill_speed=prefill_speed,
             decode_speed=decode_speed,
             max_active=max_active,
+            http="127.0.0.1",
         )
         for each in name
     ]

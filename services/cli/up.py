@@ -26,18 +26,23 @@ from kvplane.services.cli.common import (
     run_until_signal,
     start,
 )
+from kvplane.services.cli.gateway import LISTEN, listening
 from kvplane.services.cli.show import Styled
 from kvplane.services.demo.people import People
 from kvplane.services.embedded.keeper import kept
 from kvplane.services.embedded.server import holding, reached_at, start_server
+from kvplane.services.gateway.service import Gateway
+from kvplane.services.http.server import bound
 from kvplane.services.observability.web import address, is_free, observing
 from kvplane.services.process.workers import beside
-from kvplane.services.protocol.errors import BadRequest
+from kvplane.services.protocol.errors import BadRequest, HttpFailed
 from kvplane.services.roles.coordinator import Coordinator
 from kvplane.services.roles.router import Router
 from kvplane.services.simulation.simnode import NodeConfig, SimNodes
 
 if TYPE_CHECKING:
+    import socket
+
     from nats.aio.client import Client
 
     from kvplane.services.auth.roles import Role
@@ -64,11 +69,12 @@ def up(
     bare: Annotated[bool, Parameter(env_var="KVPLANE_BARE")] = False,
     no_history: Annotated[bool, Parameter(negative="", env_var="KVPLANE_NO_HISTORY")] = False,
     policy_module: ServedPolicyModules = (),
+    gateway: Annotated[str | None, Parameter(env_var="KVPLANE_GATEWAY")] = None,
     http: Http = None,
     auth: Annotated[Path | None, Parameter(env_var="KVPLANE_AUTH")] = None,
     common: Common = COMMON,
 ) -> None:
-    """Start a NATS server with its log in a folder, a coordinator, a router and a historian, until Ctrl-C.
+    """Start a NATS server with its log in a folder, a coordinator, a gateway with its router, and a historian, until Ctrl-C.
 
     Parameters
     ----------
@@ -89,6 +95,9 @@ def up(
         Keep no history; otherwise it lies beside the log, kept by a process of its own.
     policy_module
         Modules from which policies of the form module:attr may be taken; they may lie in the current folder.
+    gateway
+        HOST:PORT where clients of OpenAI's and Anthropic's APIs are served. Default is 127.0.0.1:8080 where that port is
+        free; `off` is none, only a router.
     http
         HOST:PORT of metrics and health (/metrics, /healthz, /readyz), and the port after it for the historian's. Default is
         127.0.0.1:9464 where these ports are free; `off` is none.
@@ -102,7 +111,21 @@ def up(
         raise BadRequest("--traffic talks to simulated nodes; add --simulate 4, without --bare")
     allow_modules(policy_module)
     inside = _Inside(common, auth, tuple(policy_module))
-    run_until_signal(_up, data, host, port, simulate, traffic, bare, not no_history, _up_http(http), inside)
+    at = None if bare else _up_gateway(gateway)
+    run_until_signal(_up, data, host, port, simulate, traffic, bare, not no_history, at, _up_http(http), inside)
+
+
+def _up_gateway(gateway: str | None) -> socket.socket | None:
+    """Where the gateway is to listen; none without one. Raises `BadRequest` or `HttpFailed`."""
+    if gateway == "off":
+        return None
+    try:
+        return bound(*listening(gateway or LISTEN, "--gateway"))
+    except HttpFailed:
+        if gateway is not None:
+            raise
+        _log.warning("gateway_port_taken", address=LISTEN, instead="a router only; choose another with --gateway")
+        return None
 
 
 def _up_http(http: str | None) -> tuple[str | None, str | None]:
@@ -157,9 +180,9 @@ class _Inside:
 
 async def _up(
     data: Path, host: str, port: int, simulate: int, traffic: bool, bare: bool, history: bool,  # noqa: FBT001
-    http: tuple[str | None, str | None], inside: _Inside,
+    gateway: socket.socket | None, http: tuple[str | None, str | None], inside: _Inside,
 ) -> None:  # fmt: skip
-    configs = [NodeConfig(name=f"sim-{number + 1}") for number in range(simulate)]
+    configs = [NodeConfig(name=f"sim-{number + 1}", http="127.0.0.1") for number in range(simulate)]
     include = inside.prepare([config.name for config in configs])
     people: People | None = None
     async with AsyncExitStack() as stack:
@@ -178,7 +201,9 @@ async def _up(
         if not bare:
             services: list[Service] = [
                 Coordinator(await client("coordinator"), inside.fleet, server=keeper.about),
-                Router(await client("router"), inside.fleet),
+                Router(await client("router"), inside.fleet)
+                if gateway is None
+                else Gateway(await client("router"), inside.fleet, gateway),
             ]  # fmt: skip
             if configs:
                 engines = [await client("node", config.name) for config in configs]
@@ -202,15 +227,20 @@ async def _up(
                 group.start_soon(people.run)
         _say(
             inside, url, data, http=http[0], simulated=bool(configs), history=history, bare=bare,
-            talking=people.talking if people else 0,
+            talking=people.talking if people else 0, gateway=gateway,
         )  # fmt: skip
         await anyio.sleep_forever()
 
 
 def _say(
-    inside: _Inside, url: str, data: Path, *, http: str | None, simulated: bool, history: bool, bare: bool, talking: int
+    inside: _Inside, url: str, data: Path, *, http: str | None, simulated: bool, history: bool, bare: bool, talking: int,
+    gateway: socket.socket | None,
 ) -> None:  # fmt: skip
     """What there is now, and what to try."""
+    if gateway is not None:
+        host, port = gateway.getsockname()[:2]
+        served = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        show.say(Styled(served, "bold"), " serves OpenAI's API at /v1, and Anthropic's", error=True, wrap=False)
     where = f" at {url}, fleet {inside.fleet!r}, log in {data.absolute()}"
     show.say(Styled("kvplane is up", "bold"), where, error=True, wrap=False)
     option = "" if url == COMMON.server[0] else f" --server {url}"
@@ -224,6 +254,8 @@ def _say(
     if http and not bare:
         tries.append(f"curl http://{http}/metrics")
     if simulated and not bare:
+        if gateway is not None:
+            tries.append(f'curl {served}/v1/completions -d \'{{"model": "sim", "prompt": "Hello"}}\'')
         tries.append(f"kvplane route sim --prompt 'Hello, which node is mine?'{option}")
     for line in tries:
         show.say(f"  {line}", error=True, wrap=False)

@@ -9,6 +9,7 @@ from uuid import uuid4
 import anyio
 from msgspec import Struct
 
+from kvplane.events.subjects import token
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import NoAnswer, Refused, StepFailed
 from kvplane.services.rpc.client import ask
@@ -68,7 +69,8 @@ class Traffic:
         request = messages.ServeRequest(
             request=answer.request, hashes=work.hashes, tokens=work.tokens, output_tokens=work.output_tokens
         )
-        return await ask(self.client, answer.address, request, messages.ServeAnswer, seconds=SERVE_SECONDS)
+        serve = f"kv.{self.fleet}.serve.{token(answer.node)}"
+        return await ask(self.client, serve, request, messages.ServeAnswer, seconds=SERVE_SECONDS)
 
     async def send(self, work: Work) -> tuple[messages.RouteAnswer, messages.ServeAnswer]:
         """Route and serve one request, again and elsewhere until it succeeds. Raises `StepFailed` when it never does."""

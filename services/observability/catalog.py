@@ -53,7 +53,7 @@ SERVICE = Group("Every service", (
     _of("kvplane_nats_bytes_total", "counter", "direction", "bytes `in` and `out`"),
 ))  # fmt: skip
 
-READING = Group("Those that follow the log: router, coordinator, historian", (
+READING = Group("Those that follow the log: router, gateway, coordinator, historian", (
     _of("kvplane_log_applied_sequence", "gauge", "", "sequence of the last commit that is applied"),
     _of("kvplane_log_applied_timestamp_seconds", "gauge", "", "when the log stored that commit, in unix seconds"),
     _of("kvplane_log_lag_commits", "gauge", "", "commits on the log that are not applied",
@@ -70,7 +70,7 @@ READING = Group("Those that follow the log: router, coordinator, historian", (
     _of("kvplane_log_format", "gauge", "", "format of the log that is in force"),
 ))  # fmt: skip
 
-HOLDING = Group("Those that hold the fleet's state: router, coordinator", (
+HOLDING = Group("Those that hold the fleet's state: router, gateway, coordinator", (
     _of("kvplane_fleet_nodes", "gauge", "state", "nodes that are `up`, `cordoned` or `lost`", "`lost` is not 0; `up` is 0"),
     _of("kvplane_fleet_memberships", "gauge", "", "blocks that nodes hold, each counted once a node and tier"),
     _of("kvplane_fleet_sessions", "gauge", "", "sessions that are remembered, a million at the most"),
@@ -82,7 +82,7 @@ HOLDING = Group("Those that hold the fleet's state: router, coordinator", (
     _of("kvplane_snapshot_loaded_sequence", "gauge", "", "sequence of the snapshot it began with; 0: it read all of the log"),
 ))  # fmt: skip
 
-WRITING = Group("Those that write the log: router, coordinator, simnode, adapter", (
+WRITING = Group("Those that write the log: router, gateway, coordinator, simnode, adapter", (
     _of("kvplane_log_appended_commits_total", "counter", "", "commits that the log acknowledged: they are on disk"),
     _of("kvplane_log_append_retries_total", "counter", "", "tries that it did not acknowledge", "a steady rise"),
     _of("kvplane_log_append_seconds", "histogram", "", "from handing a commit over to its acknowledgement, retries included"),
@@ -107,6 +107,23 @@ ROUTER = Group("Router", (
             "node was taken", "any"),
     _of("kvplane_router_policy", "gauge", "policy", "always 1; the policy in force"),
     _of("kvplane_router_unseen_decisions", "gauge", "", "own decisions that it has not read back from the log"),
+))  # fmt: skip
+
+GATEWAY = Group("Gateway, beside what its router has", (
+    _of("kvplane_gateway_requests_total", "counter", "ending", "requests by how they ended: `ok`, `cancelled` by the client, "
+            "`refused` (the request's own fault), `failed`", "the share of `failed`"),
+    _of("kvplane_gateway_seconds", "histogram", "", "from a request's last byte to its answer's"),
+    _of("kvplane_gateway_ttft_seconds", "histogram", "", "from sending a request to an engine to the first byte of its answer"),
+    _of("kvplane_gateway_between_seconds", "histogram", "", "mean time between the pieces of a stream"),
+    _of("kvplane_gateway_tokens_total", "counter", "kind", "tokens that engines counted: `prompt`, `cached` of them, `output`"),
+    _of("kvplane_gateway_prompts_total", "counter", "source", "prompts by who told their tokens: `client`, `render`, "
+            "`tokenize`, `none`", "`none` rises: those are routed without the cache"),
+    _of("kvplane_gateway_retries_total", "counter", "", "tries after the first", "a steady rise: see the log for the node"),
+    _of("kvplane_gateway_nodes_left_out_total", "counter", "", "times that a node was left out since requests failed there",
+            "any"),
+    _of("kvplane_gateway_open_requests", "gauge", "", "requests on their way"),
+    _of("kvplane_gateway_connections", "gauge", "", "clients' connections"),
+    _of("kvplane_gateway_refused_connections_total", "counter", "", "connections beyond the limit", "any"),
 ))  # fmt: skip
 
 COORDINATOR = Group("Coordinator", (
@@ -175,5 +192,5 @@ ADAPTER = Group("Adapter of an engine (`kvplane attach`)", (
             "any: is it the engine's endpoint?"),
 ))  # fmt: skip
 
-GROUPS = (SERVICE, READING, HOLDING, WRITING, ROUTER, COORDINATOR, HISTORIAN, SIMNODE, ADAPTER)
+GROUPS = (SERVICE, READING, HOLDING, WRITING, ROUTER, GATEWAY, COORDINATOR, HISTORIAN, SIMNODE, ADAPTER)
 BY_NAME = {family.name: family for group in GROUPS for family in group.families}

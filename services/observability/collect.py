@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from kvplane.events.log.follow import Follower
     from kvplane.events.log.group import GroupWriter
     from kvplane.projections.fleet import FleetState
+    from kvplane.services.dataplane.measured import Measured
     from kvplane.services.engines.adapters import Adapters
     from kvplane.services.history.historian import Historian
     from kvplane.services.observability.lifeline import Lifeline
@@ -186,6 +187,47 @@ def _router(scrape: Scrape, router: Router) -> None:
     put("kvplane_router_unseen_decisions", len(router.overlay.pending))
 
 
+class _Gateway(Protocol):
+    """What is read of a gateway, which lies above this room."""
+
+    router: Router
+    measured: Measured
+    breaker: _Breaker
+    server: _Server
+
+
+class _Breaker(Protocol):
+    tripped: int
+
+
+class _Server(Protocol):
+    refused_connections: int
+
+    @property
+    def connections(self) -> int: ...
+
+
+def _gateway(scrape: Scrape, gateway: _Gateway) -> None:
+    _router(scrape, gateway.router)
+    put, measured = scrape.put, gateway.measured
+    put("kvplane_gateway_connections", gateway.server.connections)
+    put("kvplane_gateway_refused_connections_total", gateway.server.refused_connections)
+    put("kvplane_gateway_open_requests", measured.open)
+    for ending in ("ok", "cancelled", "refused", "failed"):
+        put("kvplane_gateway_requests_total", measured.requests.get(ending, 0), ending=ending)
+    for source, count in measured.sources.items():
+        put("kvplane_gateway_prompts_total", count, source=source)
+    put("kvplane_gateway_retries_total", measured.retries)
+    put("kvplane_gateway_nodes_left_out_total", gateway.breaker.tripped)
+    for what, count in (
+        ("prompt", measured.prompt_tokens), ("cached", measured.cached_tokens), ("output", measured.output_tokens),
+    ):  # fmt: skip
+        put("kvplane_gateway_tokens_total", count, kind=what)
+    scrape.put_durations("kvplane_gateway_seconds", measured.duration)
+    scrape.put_durations("kvplane_gateway_ttft_seconds", measured.ttft)
+    scrape.put_durations("kvplane_gateway_between_seconds", measured.between)
+
+
 def _coordinator(scrape: Scrape, coordinator: Coordinator) -> None:
     put, state, snapshots = scrape.put, coordinator.state, coordinator.compaction
     _holding(scrape, coordinator.replica)
@@ -267,6 +309,7 @@ def _adapter(scrape: Scrape, service: Adapters) -> None:
 
 _ROLES: dict[str, Callable[..., None]] = {
     "router": _router,
+    "gateway": _gateway,
     "coordinator": _coordinator,
     "historian": _historian,
     "simnode": _simnode,
@@ -274,6 +317,7 @@ _ROLES: dict[str, Callable[..., None]] = {
 }
 FOLLOWING: dict[str, Callable[..., tuple[Follower, FleetState]]] = {
     "router": lambda router: (router.replica.follower, router.state),
+    "gateway": lambda gateway: (gateway.router.replica.follower, gateway.router.state),
     "coordinator": lambda coordinator: (coordinator.replica.follower, coordinator.state),
     "historian": lambda historian: (historian.ingest.follower, historian.ingest.state),
 }

@@ -30,9 +30,9 @@ nothing. A historian that can't store stays ready, too. `/healthz` says nothing 
 reached, starting a service again does not help. A connection whose read loop ended is made again within a second and counted;
 when that happens four times in a minute the service ends, with the reason and exit code 1.
 
-Values are read at the moment of a scrape. Nearly all metrics have the labels {" and ".join(f"`{label}`" for label in EVERY)}
-(`router`, `coordinator`, `historian`, `simnode` or `adapter`). Metrics of the process (`process_*`, `python_*`) are the client
-library's.
+Values are read at the moment of a scrape. Nearly all metrics have the labels
+{" and ".join(f"`{label}`" for label in EVERY)} (`router`, `gateway`, `coordinator`, `historian`, `simnode` or `adapter`).
+Metrics of the process (`process_*`, `python_*`) are the client library's.
 """
 _QUERIES = """\
 ## Questions

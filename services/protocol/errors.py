@@ -114,6 +114,22 @@ class HttpFailed(KvplaneError):
     code = "http_failed"
 
 
+class BadHttp(ServiceFault):
+    """What came over HTTP can't be read, or is more than is taken. The connection is closed."""
+
+    code = "bad_http"
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status
+
+
+class BadAnswer(KvplaneError):
+    """What an engine answers can't be read."""
+
+    code = "bad_answer"
+
+
 class ServerFailed(KvplaneError):
     """The embedded server did not start."""
 

@@ -32,11 +32,13 @@ from kvplane.services.rpc.server import serve, serving, stop
 from kvplane.services.rpc.tally import Tally
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from anyio.abc import TaskGroup, TaskStatus
     from nats.aio.client import Client
     from nats.micro.service import Service
 
-    from kvplane.events.codec import Message
+    from kvplane.events.codec import Commit, Message
     from kvplane.projections.fleet import Applied
     from kvplane.services.routing.decide import Decision
     from kvplane.services.routing.roster import Roster
@@ -56,7 +58,12 @@ class Router:
 
     role = "router"
 
-    def __init__(self, client: Client, fleet: str, *, recent_seconds: float = RECENT_SECONDS) -> None:
+    def __init__(
+        self, client: Client, fleet: str, *, recent_seconds: float = RECENT_SECONDS,
+        completed: Callable[[Commit], None] | None = None,
+    ) -> None:  # fmt: skip
+        self._completed = completed
+        """Told of commits of requests, those of others included."""
         self.client = client
         self.fleet = fleet
         self.writer = new_writer("router")
@@ -264,6 +271,8 @@ class Router:
                 for event in applied.commit.events:
                     if isinstance(event, types.RequestCompleted):
                         self.leases.completed(event.request)
+            if self._completed is not None and self.replica.ready:
+                self._completed(applied.commit)
 
     async def status(self, request: StatusRequest) -> RouterStatus:
         """What this router is and knows."""

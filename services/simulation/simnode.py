@@ -7,7 +7,7 @@ and report it; managed nodes ask the coordinator to admit what they computed.
 from __future__ import annotations
 
 import time
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from itertools import cycle
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from kvplane.events.log.client import check_open
 from kvplane.events.log.group import GroupWriter, Writers
 from kvplane.events.subjects import access_name, pulse_subject, subject, token
 from kvplane.projections.load import PREFILL_LABEL
+from kvplane.services.http.server import bound
 from kvplane.services.protocol import labels, messages
 from kvplane.services.protocol.endpoints import served
 from kvplane.services.protocol.errors import ServiceFault
@@ -33,9 +34,10 @@ from kvplane.services.rpc.readiness import Readiness
 from kvplane.services.rpc.server import Endpoint, serve
 from kvplane.services.rpc.tally import Tally
 from kvplane.services.simulation.blockcache import BlockCache
+from kvplane.services.simulation.engine_api import EngineApi
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
 
     from anyio.abc import TaskGroup, TaskStatus
     from nats.aio.client import Client
@@ -61,6 +63,8 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     decode_speed: float = 60.0
     max_active: int = 64
     pulse_seconds: float = 0.5
+    http: str | None = None
+    """Host at which it answers as an engine, at a port of its own; without one it is asked over NATS only."""
 
 
 class Registered(msgspec.Struct):
@@ -80,7 +84,7 @@ class SimNode:
         self.epoch = 0
         self.active = 0
         self.waiting = 0
-        self.address = f"kv.{fleet}.serve.{token(config.name)}"
+        self.subject = self.address = f"kv.{fleet}.serve.{token(config.name)}"
         access = access_name(config.name)
         self.appender = Appender(client, fleet, new_life(access))
         self.tally = tally or Tally()
@@ -100,6 +104,16 @@ class SimNode:
         """Set when blocks come out of use."""
 
     @property
+    def model(self) -> str:
+        """Model that it serves."""
+        return self.config.model
+
+    @property
+    def block_size(self) -> int:
+        """Tokens a block."""
+        return self.config.block_size
+
+    @property
     def managed(self) -> bool:
         """Whether the coordinator owns this node's evictions."""
         return self.config.cache_mode == "managed"
@@ -113,18 +127,29 @@ class SimNode:
         async with anyio.create_task_group() as group:
             group.start_soon(self.writers.run)
             try:
-                await self._serve(group)
-                task_status.started()
-                while True:
-                    await self._register_again.wait()
-                    await self._register()
+                async with self._listening():
+                    await self._serve(group)
+                    task_status.started()
+                    while True:
+                        await self._register_again.wait()
+                        await self._register()
             finally:
                 await self.writers.close()
+
+    @asynccontextmanager
+    async def _listening(self) -> AsyncIterator[None]:
+        """Answer as an engine does, where that is wanted."""
+        if self.config.http is None:
+            yield
+            return
+        async with EngineApi(self).server.listening(bound(self.config.http, 0)) as (host, port):
+            self.address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+            yield
 
     async def _serve(self, group: TaskGroup) -> None:
         await self.client.subscribe(subject(self.fleet, "node", self.config.name), cb=self._concluded)
         (spec,) = served("node")
-        endpoint = Endpoint(spec.name, self.address, spec.request, self.serve, concurrent=True, traced=spec.traced)
+        endpoint = Endpoint(spec.name, self.subject, spec.request, self.serve, concurrent=True, traced=spec.traced)
         await serve(
             self.client, group, "kvplane-simnode", f"simulated node {self.config.name!r}", [endpoint],
             {"fleet": self.fleet, "node": self.config.name}, self.tally,
@@ -192,42 +217,64 @@ class SimNode:
             await anyio.sleep(self.config.pulse_seconds)
 
     async def serve(self, request: messages.ServeRequest, trace: str = "") -> messages.ServeAnswer:
-        """Run a request: wait for room, prefill what is not cached, decode, report."""
+        """Run a request that was asked for over NATS, and record how it ended."""
+        answer = await self.run_request(request)
+        self._access_log.put(
+            types.RequestCompleted(
+                request=request.request, node=self.config.name, prompt_tokens=request.tokens,
+                cached_tokens=answer.cached_tokens, output_tokens=request.output_tokens, ttft=answer.ttft,
+                duration=answer.duration, trace=trace,
+            )
+        )  # fmt: skip
+        return answer
+
+    async def run_request(
+        self, request: messages.ServeRequest, tell: Callable[[int], None] | None = None
+    ) -> messages.ServeAnswer:
+        """Run a request: wait for space, prefill what is not cached, decode, report. `tell` gets the number of each token."""
         arrived = time.monotonic()
         hashes = unpack_hashes(request.hashes)
         usable = hashes[: longest_match(request.tokens, self.config.block_size)]
+        # Longer than the cache: an engine would recompute it each time; nothing of it is kept.
+        kept = not self.managed and len(hashes) <= self.config.capacity_blocks
+        taken = prefilling = False
         self.active += 1
         self.waiting += 1
         try:
             async with self._prefill:
                 self.waiting -= 1
-                kept = not self.managed and len(hashes) <= self.config.capacity_blocks
-                # Longer than the cache: an engine would recompute it each time; nothing of it is kept.
+                prefilling = True
                 cached = min(len(usable), await self._take(hashes) if kept else self.cache.leading(usable))
+                taken = kept
                 uncached = request.tokens - cached * self.config.block_size
                 await anyio.sleep(uncached / self.config.prefill_speed)
             ttft = time.monotonic() - arrived
             if self.managed:
                 await self._admit(request, hashes)
-            await anyio.sleep(request.output_tokens / self.config.decode_speed)
-            if kept:
+            await self._decode(request.output_tokens, tell)
+        finally:
+            # Whoever asked may have left at any point.
+            if not prefilling:
+                self.waiting -= 1
+            if taken:
                 self.cache.finish(hashes)
                 self._finished.set()
                 self._finished = anyio.Event()
-        finally:
             self.active -= 1
-        answer = messages.ServeAnswer(
+        return messages.ServeAnswer(
             request=request.request, node=self.config.name, cached_tokens=cached * self.config.block_size, ttft=ttft,
             duration=time.monotonic() - arrived,
         )  # fmt: skip
-        self._access_log.put(
-            types.RequestCompleted(
-                request=request.request, node=self.config.name, prompt_tokens=request.tokens,
-                cached_tokens=answer.cached_tokens, output_tokens=request.output_tokens, ttft=ttft,
-                duration=answer.duration, trace=trace,
-            )
-        )  # fmt: skip
-        return answer
+
+    async def _decode(self, tokens: int, tell: Callable[[int], None] | None) -> None:
+        if tell is None:
+            await anyio.sleep(tokens / self.config.decode_speed)
+            return
+        begin = time.monotonic()
+        for number in range(tokens):
+            # By the clock, so that what a sleep takes too long is made up for.
+            await anyio.sleep(max(0.0, begin + number / self.config.decode_speed - time.monotonic()))
+            tell(number)
 
     async def _take(self, hashes: tuple[int, ...]) -> int:
         """Put a request's blocks into the own cache and report what changed; how many leading ones were there."""

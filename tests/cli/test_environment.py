@@ -25,7 +25,7 @@ KUBERNETES = {
     "KVPLANE_PORT_4222_TCP_ADDR": "10.96.0.1",
 }
 TAKEN = re.compile(r"_SERVICE_HOST|_SERVICE_PORT(_.*)?|_PORT|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?")
-SERVICES = ("up", "router", "coordinator", "historian", "simnode", "attach vllm", "attach sglang")
+SERVICES = ("up", "router", "gateway", "coordinator", "historian", "simnode", "attach vllm", "attach sglang")
 CONNECTION = {f"KVPLANE_{name}" for name in ("SERVER", "FLEET", "CREDENTIALS", "CA", "LOG_LEVEL", "LOG_FORMAT")}
 FOUND = list(options(app))
 

@@ -236,7 +236,7 @@ def test_what_if_shows_no_figures_of_a_policy_that_always_failed(url: str, tmp_p
     assert {row["policy"] for row in kept} == {"really", "as recorded", "own_for_whatif:flaky", "cascade"}
     done = run(*arguments, "--no-keep", **options)
     assert done.returncode == 1
-    assert f"own_for_whatif:flaky failed in {flaky['policy_failures']} of its" in " ".join(done.stdout.split())
+    assert f"own_for_whatif:flaky failed in {flaky['policy_failures']} of its" in " ".join(done.stderr.split())
     assert "broken" not in done.stdout
 
 

@@ -175,15 +175,15 @@ def test_simulate_takes_the_size_of_a_workload_and_says_whose_it_is(
     path = tmp_path / "made.jsonl"
     main(["workload", "agent", "--requests", "30", "--out", str(path)])
     main(["simulate", str(path), "--policy", "ttft"])
-    assert f"blocks of {GENERATED_BLOCK_SIZE} tokens each (as the trace says)" in capsys.readouterr().out
+    assert f"blocks of {GENERATED_BLOCK_SIZE} tokens each (as the trace says)" in capsys.readouterr().err
     lines = [{**json.loads(line), "block_size": None} for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     main(["simulate", str(path), "--policy", "ttft"])
     assert (
-        f"blocks of {GENERATED_BLOCK_SIZE} tokens each (inferred from the trace's lengths)" in capsys.readouterr().out
+        f"blocks of {GENERATED_BLOCK_SIZE} tokens each (inferred from the trace's lengths)" in capsys.readouterr().err
     )
     main(["simulate", str(path), "--policy", "ttft", "--block-size", "64"])
-    assert f"blocks of {GENERATED_BLOCK_SIZE} tokens each (as --block-size says)" in capsys.readouterr().out
+    assert f"blocks of {GENERATED_BLOCK_SIZE} tokens each (as --block-size says)" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["simulate", str(path), "--policy", "ttft", "--block-size", "512"])
     assert "but --block-size is 512 [bad_trace]" in capsys.readouterr().err

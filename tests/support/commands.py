@@ -43,7 +43,9 @@ def run(*arguments: str, before: str = "", **environment: str) -> subprocess.Com
 def up(folder: Path, *options: str, before: str = "") -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """`kvplane up`, until the end of the block; its URL and process."""
     port = free_port()
-    command = started("up", "--data", str(folder), "--port", str(port), *options, before=before)
+    # Others may have the ports that are taken without a word, or take them just now.
+    off = [part for name in ("--http", "--gateway") if name not in options for part in (name, "off")]
+    command = started("up", "--data", str(folder), "--port", str(port), *off, *options, before=before)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     said = []

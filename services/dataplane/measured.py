@@ -1,0 +1,42 @@
+"""Counts and times of requests that went through a gateway."""
+
+from __future__ import annotations
+
+from kvplane.events.durations import MICRO, Durations
+
+
+class Measured:
+    """Counts and times of one gateway since its start."""
+
+    def __init__(self) -> None:
+        self.open = 0
+        self.requests: dict[str, int] = {}
+        """By how they ended: `ok`, `cancelled`, `refused`, `failed`."""
+        self.sources: dict[str, int] = {}
+        """By who told the prompt's tokens."""
+        self.retries = 0
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self.output_tokens = 0
+        self.ttft = Durations(MICRO)
+        self.between = Durations(MICRO)
+        """Mean time between the pieces of a stream."""
+        self.duration = Durations(MICRO)
+
+    def ended(self, ending: str, source: str, seconds: float) -> None:
+        """A request has ended, `seconds` after it had come."""
+        self.requests[ending] = self.requests.get(ending, 0) + 1
+        if source:
+            self.sources[source] = self.sources.get(source, 0) + 1
+        self.duration.add(seconds)
+
+    def answered(self, prompt: int, cached: int, output: int, ttft: float, between: float, attempts: int) -> None:
+        """An engine has answered. Tokens are -1 where it does not say; `between` is the mean time between a stream's pieces."""
+        self.retries += max(0, attempts - 1)
+        self.prompt_tokens += max(0, prompt)
+        self.cached_tokens += max(0, cached)
+        self.output_tokens += max(0, output)
+        if ttft:
+            self.ttft.add(ttft)
+        if between:
+            self.between.add(between)

@@ -1,0 +1,139 @@
+"""A request's body as far as routing needs it, and the few changes that are made to one. Pure.
+
+Bodies are forwarded as they came. One is changed only when a stream's usage must be asked for: then a field is put in front of
+its others, and the answer's extra chunk is taken out again (`usage`).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+
+from kvplane.services.protocol.errors import BadRequest
+
+if TYPE_CHECKING:
+    from kvplane.services.protocol.messages import RouteAnswer
+
+CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+RESPONSES, MESSAGES, COUNT_TOKENS = "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"
+GENERATING = frozenset((CHAT, COMPLETIONS, RESPONSES, MESSAGES))
+"""Endpoints whose requests fill an engine's cache, are recorded and have usage."""
+KNOWN = GENERATING | {EMBEDDINGS, COUNT_TOKENS}
+_MOST_TOKEN = (1 << 32) - 1
+_NOTHING = msgspec.Raw()
+
+
+class Fields(msgspec.Struct, frozen=True, gc=False):
+    """What is read of a body; everything else is the engine's business. Large parts stay bytes."""
+
+    model: Any = None
+    stream: Any = None
+    stream_options: Any = None
+    prompt: msgspec.Raw = _NOTHING
+    messages: msgspec.Raw = _NOTHING
+    input: msgspec.Raw = _NOTHING
+    system: msgspec.Raw = _NOTHING
+    user: Any = None
+    metadata: Any = None
+    prompt_cache_key: Any = None
+    conversation: Any = None
+    cache_salt: Any = None
+    truncate_prompt_tokens: Any = None
+    truncation_side: Any = None
+
+
+_decode = msgspec.json.Decoder(Fields).decode
+_tokens = msgspec.json.Decoder(list[int]).decode
+
+
+class Asked(NamedTuple):
+    """What a client asks for."""
+
+    path: str
+    model: str
+    fields: Fields
+    stream: bool
+    body: bytes
+    """As it goes to the engine."""
+    adds_usage: bool
+    """The engine is asked for usage that the client did not ask for."""
+
+
+def read(path: str, body: bytes) -> Asked:
+    """Read a request's body. Raises `BadRequest`."""
+    try:
+        fields = _decode(body)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise BadRequest(f"the body is not a JSON object: {error}") from None
+    if not isinstance(fields.model, str) or not fields.model:
+        raise BadRequest("the request names no model; `GET /v1/models` lists those that are served")
+    stream = fields.stream is True
+    adds_usage = stream and path in {CHAT, COMPLETIONS} and not _wants_usage(fields.stream_options)
+    return Asked(path, fields.model, fields, stream, _with_usage(fields, body) if adds_usage else body, adds_usage)
+
+
+def _wants_usage(options: object) -> bool:
+    return isinstance(options, dict) and options.get("include_usage") is True
+
+
+def _with_usage(fields: Fields, body: bytes) -> bytes:
+    if fields.stream_options is None:
+        begin = body.index(b"{") + 1
+        # A later `"stream_options": null` would undo it; then all is written anew.
+        if b'"stream_options"' not in body:
+            comma = b"" if body[begin:].lstrip().startswith(b"}") else b","
+            return b'{"stream_options":{"include_usage":true}' + comma + body[begin:]
+    whole = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    options = fields.stream_options if isinstance(fields.stream_options, dict) else {}
+    whole["stream_options"] = msgspec.Raw(msgspec.json.encode({**options, "include_usage": True}))
+    return msgspec.json.encode(whole)
+
+
+def token_ids(asked: Asked) -> list[int] | None:
+    """Token ids of a prompt that is given as such; none for any other prompt. Raises `BadRequest` for ids that can't be."""
+    raw = bytes(asked.fields.prompt).lstrip()
+    if not raw.startswith(b"["):
+        return None
+    try:
+        ids = _tokens(raw)
+    except msgspec.MsgspecError:
+        # Several prompts in one request, or texts: the engine answers them all, from wherever they lie.
+        return None
+    if not ids:
+        return None
+    if min(ids) < 0 or max(ids) > _MOST_TOKEN:
+        raise BadRequest(f"a prompt's token ids are from 0 to {_MOST_TOKEN}")
+    return kept(asked.fields, ids)
+
+
+def kept(fields: Fields, ids: list[int]) -> list[int] | None:
+    """The ids that the engine keeps of a prompt that it truncates as the request says; none when that can't be told.
+
+    vLLM's -1 is as many as the model takes.
+    """
+    most = fields.truncate_prompt_tokens
+    if most is None:
+        return ids
+    if type(most) is not int or most < 1:
+        return None
+    # Language models lose the beginning unless told otherwise.
+    return ids[:most] if fields.truncation_side == "right" else ids[-most:]
+
+
+def salt(fields: Fields) -> str:
+    """What separates this request's cache from others'."""
+    return fields.cache_salt if isinstance(fields.cache_salt, str) else ""
+
+
+def length(asked: Asked) -> int:
+    """Bytes of what the model reads, roughly."""
+    fields = asked.fields
+    return sum(len(bytes(part)) for part in (fields.prompt, fields.messages, fields.input, fields.system))
+
+
+def shown(decision: RouteAnswer) -> bytes:
+    """A decision for a header: JSON in ASCII."""
+    said = msgspec.to_builtins(decision)
+    return json.dumps(said, separators=(",", ":")).encode()

@@ -1,0 +1,273 @@
+"""A request's way through the gateway: decide, send, pass the answer on, record.
+
+Each attempt is a decision of its own and ends with a completion of its own. Until the client has seen a byte, the next
+candidate is tried; after that a stream ends with an error event, and any other answer with a broken connection: never
+silently. When the client leaves, its handler is cancelled, which closes the engine's connection, and the attempt is
+recorded as `cancelled`.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+import structlog
+
+from kvplane.events.errors import KvplaneError
+from kvplane.services.gateway import api, errors
+from kvplane.services.gateway.breaker import FAILED
+from kvplane.services.gateway.usage import ANSWER_BYTES, Events, Usage, in_answer
+from kvplane.services.http.pool import origin
+from kvplane.services.protocol.errors import EngineFailed, NoNode, Overloaded
+from kvplane.services.protocol.messages import CompleteRequest, RouteAnswer, RouteRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvplane.services.gateway.api import Asked
+    from kvplane.services.gateway.prompt import Prompt
+    from kvplane.services.http.pool import Call, Pool
+    from kvplane.services.http.reader import Headers
+    from kvplane.services.http.server import Exchange
+
+ATTEMPTS = 3
+FIRST_BYTE_SECONDS = 600.0
+"""How long an engine may be silent before its answer: requests wait there for their turn."""
+IDLE_SECONDS = 120.0
+"""How long it may be silent inside an answer."""
+_BUSY = {408, 425, 429}
+"""Statuses of an engine that another one need not share."""
+_DROPPED = frozenset((
+    b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te", b"trailer", b"transfer-encoding",
+    b"upgrade", b"host", b"content-length", b"accept-encoding", b"expect", b"proxy-connection", b"http2-settings",
+    b"x-data-parallel-rank", b"x-request-id", b"traceparent", b"x-kvplane-explain", b"x-request-timeout",
+))  # fmt: skip
+"""Headers that are of one connection only, or that the gateway writes itself."""
+
+_ALONE = (b"keep-alive", b"close")
+
+_log = structlog.get_logger("kvplane.gateway")
+
+
+class Told(NamedTuple):
+    """What became of a request; for the access log and the metrics. Times in seconds."""
+
+    node: str
+    status: int
+    ending: str
+    match: int
+    blocks: int
+    usage: Usage
+    ttft: float
+    between: float
+    """Mean time between the pieces of a stream; 0 for any other answer."""
+    duration: float
+    attempts: int
+
+
+class Way:
+    """One request on its way. `route` decides and `record` tells the log."""
+
+    def __init__(
+        self, exchange: Exchange, asked: Asked, question: RouteRequest, *, pool: Pool,
+        route: Callable[[RouteRequest], RouteAnswer], record: Callable[[CompleteRequest], None], settle: Callable[[], None],
+        left_out: Callable[[], list[str]], attempts: int = ATTEMPTS, explain: bool = False,
+    ) -> None:  # fmt: skip
+        self.exchange = exchange
+        self.asked = asked
+        self.question = question
+        self._pool = pool
+        self._route, self._record, self._settle, self._left_out = route, record, settle, left_out
+        self._attempts = attempts
+        self._explain = explain
+        self._events: Events | None = None
+        self._usage = Usage()
+        self._first = 0.0
+        self._pieces = 0
+        self._begin = 0.0
+        self._headers = forwarded(exchange.request.headers)
+        self.tries = 0
+        self.decision: RouteAnswer | None = None
+        self.ttft = 0.0
+        self.ending = "refused"
+
+    async def run(self) -> None:
+        """Go until the answer is sent. Raises what is answered to the client as an error: nothing has been sent then."""
+        exclude: list[str] = []
+        failed: list[str] = []
+        while True:
+            decision = self._decide(exclude, failed)
+            self.decision = decision
+            self.tries += 1
+            try:
+                await self._attempt(decision)
+            except EngineFailed as error:
+                failed.append(f"{decision.node}: {error}")
+                exclude.append(decision.node)
+                if self.exchange.begun:
+                    self.break_off(502, "engine_failed", f"the engine broke off: {error}")
+                    return
+                if self.tries >= self._attempts:
+                    raise EngineFailed(f"no engine answered the request ({'; '.join(failed)})") from None
+                _log.warning("engine_failed", node=decision.node, request=self.question.request, error=str(error))
+            else:
+                return
+
+    def _decide(self, exclude: list[str], failed: list[str]) -> RouteAnswer:
+        question = self.question
+        number = len(failed)
+        # Only the id, and who is left out, differ from try to try.
+        request = f"{question.request}.{number}" if number else question.request
+        left_out = self._left_out()
+        if left_out:
+            try:
+                return self._route(_again(question, request, [*exclude, *left_out]))
+            except (NoNode, Overloaded):
+                # Better one that may fail than none.
+                pass
+        try:
+            return self._route(_again(question, request, exclude) if number or exclude else question)
+        except KvplaneError:
+            if failed:
+                raise EngineFailed(f"no engine answered the request ({'; '.join(failed)})") from None
+            raise
+
+    async def _attempt(self, decision: RouteAnswer) -> None:
+        self._begin = time.perf_counter()
+        self._first, self._pieces = 0.0, 0
+        self._usage = Usage()
+        status = "cancelled"
+        call: Call | None = None
+        try:
+            where = origin(decision.address)
+            head = b"POST %b HTTP/1.1\r\nhost: %b\r\naccept-encoding: identity\r\ncontent-length: %d\r\n%b%b\r\n" % (
+                where.path.encode() + self.exchange.request.target, where.authority, len(self.asked.body), self._headers,
+                self._own(decision),
+            )  # fmt: skip
+            call = await self._pool.send(where, head, self.asked.body, patience=FIRST_BYTE_SECONDS)
+            self._settle()
+            if call.status >= 500 or call.status in _BUSY:
+                said = (await call.read(1 << 16))[:300].decode("utf-8", "replace")
+                raise EngineFailed(f"it answers {call.status}: {said}")  # noqa: TRY301 - recorded below
+            await self._answer(call, decision)
+            status = "ok" if call.status < 400 else f"refused: {call.status}"
+        except EngineFailed as error:
+            status = f"{FAILED}{error}"[:512]
+            raise
+        finally:
+            if call is not None:
+                call.release()
+            self.ending = status
+            self._complete(decision, status)
+
+    def _own(self, decision: RouteAnswer) -> bytes:
+        own = b"x-request-id: %b\r\n" % self.question.request.encode()
+        if decision.rank:
+            own += b"x-data-parallel-rank: %b\r\n" % decision.rank.encode()
+        if self.question.traceparent:
+            own += b"traceparent: %b\r\n" % self.question.traceparent.encode()
+        return own
+
+    async def _answer(self, call: Call, decision: RouteAnswer) -> None:
+        exchange = self.exchange
+        headers, streams = self._answered(call.headers, decision)
+        if not streams:
+            body = await call.read(ANSWER_BYTES)
+            self._first = time.perf_counter()
+            self._usage = in_answer(body)
+            exchange.send(call.status, headers, body)
+            return
+        events = Events(strip=self.asked.adds_usage)
+        call.patient(IDLE_SECONDS)
+        exchange.on_slow, exchange.on_ready = call.pause, call.resume
+        exchange.begin(call.status, headers)
+
+        def passed(data: bytes) -> None:
+            if not self._first:
+                self._first = time.perf_counter()
+            self._pieces += 1
+            exchange.write(events.feed(data))
+
+        try:
+            call.relay(passed)
+            await call.done()
+            exchange.write(events.close())
+            if call.status < 400 and not events.whole:
+                raise EngineFailed("its stream ended without its last event")
+        finally:
+            self._usage = events.usage
+        exchange.end()
+
+    def _answered(self, headers: Headers, decision: RouteAnswer) -> tuple[Headers, bool]:
+        """Headers of the client's answer, and whether it is a stream of events."""
+        kept = [pair for pair in headers if pair[0] not in _DROPPED]
+        kept += [
+            (b"x-request-id", self.question.request.encode()), (b"x-kvplane-node", decision.node.encode()),
+            (b"x-kvplane-match", b"%d/%d" % (decision.matched_tokens, decision.tokens)),
+        ]  # fmt: skip
+        if self.question.traceparent:
+            kept.append((b"traceparent", self.question.traceparent.encode()))
+        if self._explain:
+            kept.append((b"x-kvplane-decision", api.shown(decision)))
+        return kept, any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in headers)
+
+    def break_off(self, status: int, code: str, sentence: str) -> None:
+        """End an answer that has begun with an event that says why."""
+        if not self.exchange.gone and not self.exchange.answered:
+            self.exchange.write(errors.event_of(self.asked.path, status, code, sentence))
+            self.exchange.end()
+
+    def _complete(self, decision: RouteAnswer, status: str) -> None:
+        usage, now = self._usage, time.perf_counter()
+        self.ttft = self._first - self._begin if self._first else 0.0
+        told = usage.cached >= 0
+        self._record(
+            CompleteRequest(
+                request=decision.request, node=decision.node, status=status,
+                # A prompt of which nobody knows how much was cached would count as one without any hit.
+                prompt_tokens=max(0, usage.prompt) if told else 0, cached_tokens=max(0, usage.cached),
+                output_tokens=max(0, usage.output), ttft=self.ttft, duration=now - self._begin,
+                traceparent=self.question.traceparent,
+            )
+        )  # fmt: skip
+
+    def _between(self) -> float:
+        return (time.perf_counter() - self._first) / (self._pieces - 1) if self._pieces > 1 else 0.0
+
+    def told(self, status: int) -> Told:
+        """What became of it."""
+        decision = self.decision
+        return Told(
+            decision.node if decision else "", status, self.ending, decision.matched_blocks if decision else 0,
+            decision.blocks if decision else 0, self._usage, self.ttft, self._between(),
+            time.perf_counter() - self._begin if self._begin else 0.0, self.tries,
+        )  # fmt: skip
+
+
+def _again(question: RouteRequest, request: str, exclude: list[str]) -> RouteRequest:
+    return RouteRequest(
+        model=question.model, hashes=question.hashes, tokens=question.tokens, tokens_count=question.tokens_count,
+        session=question.session, salt=question.salt, request=request, exclude=exclude, traceparent=question.traceparent,
+    )  # fmt: skip
+
+
+def forwarded(headers: Headers) -> bytes:
+    """The client's headers as they go to the engine."""
+    dropped = _DROPPED
+    for name, value in headers:
+        if name == b"connection" and value.lower() not in _ALONE:
+            dropped = dropped | {part.strip().lower() for part in value.split(b",")}
+    return b"".join([b"%b: %b\r\n" % pair for pair in headers if pair[0] not in dropped])
+
+
+def question(asked: Asked, prompt: Prompt, session: str, request: str, traceparent: str) -> RouteRequest:
+    """What is asked of the router."""
+    salt = api.salt(asked.fields)
+    if prompt.ids is not None:
+        return RouteRequest(
+            model=asked.model, tokens=prompt.ids, session=session, salt=salt, request=request, traceparent=traceparent
+        )
+    return RouteRequest(
+        model=asked.model, hashes=b"", tokens_count=prompt.tokens, session=session, salt=salt, request=request,
+        traceparent=traceparent,
+    )  # fmt: skip

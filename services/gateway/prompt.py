@@ -1,0 +1,169 @@
+"""The tokens of a request, so that its blocks have the names under which engines report them.
+
+Token ids that the client gives are taken as they are. Anything else is asked of an engine of the model, which applies
+its own template: `POST {path}/render` with the unchanged body where there is such an endpoint (vLLM), else `/tokenize`,
+which leaves out what it does not know. What no engine tells is routed by load and session.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+import structlog
+
+from kvplane.services.dataplane import openai
+from kvplane.services.gateway import api
+from kvplane.services.http.pool import Origin, Pool, origin
+from kvplane.services.protocol.errors import EngineFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvplane.services.gateway.api import Asked
+
+RENDER_SECONDS = 10.0
+ATTEMPTS = 3
+TOKENS_BYTES = 64 << 20
+"""Longest list of tokens that is taken from an engine."""
+FORGET_SECONDS = 60.0
+"""So long an engine that has no such endpoint is not asked for it again."""
+BYTES_A_TOKEN = 4
+"""Guessed of a prompt whose tokens nobody tells."""
+
+_log = structlog.get_logger("kvplane.gateway")
+
+
+class _Rendered(msgspec.Struct):
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+    tokens: list[int] | None = None
+
+
+_rendered = msgspec.json.Decoder(_Rendered).decode
+_rendered_list = msgspec.json.Decoder(list[_Rendered]).decode
+
+
+class Prompt(NamedTuple):
+    """A prompt's tokens, or only how many they are about; and who told: `client`, `render`, `tokenize` or `none`."""
+
+    ids: list[int] | None
+    tokens: int
+    source: str
+
+
+class Anyone(NamedTuple):
+    """An engine that can be asked."""
+
+    node: str
+    address: str
+
+
+def request_head(where: Origin, path: str, size: int, headers: bytes = b"") -> bytes:
+    """The head of a request for JSON to an engine."""
+    return (
+        b"POST %b HTTP/1.1\r\nhost: %b\r\ncontent-type: application/json\r\naccept-encoding: identity\r\n"
+        b"content-length: %d\r\n%b\r\n" % ((where.path + path).encode(), where.authority, size, headers)
+    )
+
+
+class Prompts:
+    """Gets prompts. `clock` tells seconds."""
+
+    def __init__(self, pool: Pool, clock: Callable[[], float]) -> None:
+        self._pool = pool
+        self._clock = clock
+        self._without: dict[tuple[str, str], float] = {}
+        """Engines that have no such endpoint, and until when that is believed."""
+        self._warned: set[tuple[str, str]] = set()
+
+    async def prompt(self, asked: Asked, credentials: bytes, anyone: Callable[[frozenset[str]], Anyone]) -> Prompt:
+        """The prompt of a request that gives no token ids.
+
+        `anyone` names an engine of the model that is not one of those; it raises when there is none.
+        """
+        guess = api.length(asked) // BYTES_A_TOKEN
+        if asked.path not in {api.CHAT, api.COMPLETIONS}:
+            return Prompt(None, guess, "none")
+        tried: frozenset[str] = frozenset()
+        for _ in range(ATTEMPTS):
+            engine = anyone(tried)
+            try:
+                found = await self._ask(engine, asked, credentials)
+            except EngineFailed as error:
+                _log.info("prompt_not_told", node=engine.node, error=str(error))
+                tried |= {engine.node}
+                continue
+            if found is None:
+                break
+            return Prompt(found[0], len(found[0]), found[1])
+        self._warn(asked.model, "no engine tells its prompts' tokens: routed by load and session, not by cache")
+        return Prompt(None, guess, "none")
+
+    async def _ask(self, engine: Anyone, asked: Asked, credentials: bytes) -> tuple[list[int], str] | None:
+        """Token ids by one engine, and which endpoint told; none when it won't. Raises `EngineFailed`."""
+        if self._may(engine.node, "render"):
+            status, answer = await self._post(engine, asked.path + "/render", asked.body, credentials)
+            if status == 200:
+                ids = _ids(answer)
+                if ids is not None:
+                    # The engine has truncated them already.
+                    return ids, "render"
+            if status in {404, 405, 501}:
+                self._without[engine.node, "render"] = self._clock() + FORGET_SECONDS
+            elif 400 <= status < 500:
+                # What is wrong with the request, the engine says when it gets it.
+                return None
+        if not self._may(engine.node, "tokenize"):
+            return None
+        question = openai.question(msgspec.json.decode(asked.body))
+        status, answer = await self._post(engine, "/tokenize", msgspec.json.encode(question), credentials)
+        if status == 200:
+            ids = _ids(answer)
+            known = api.kept(asked.fields, ids) if ids is not None else None
+            return (known, "tokenize") if known is not None else None
+        if status in {404, 405, 501}:
+            self._without[engine.node, "tokenize"] = self._clock() + FORGET_SECONDS
+        return None
+
+    async def _post(self, engine: Anyone, path: str, body: bytes, credentials: bytes) -> tuple[int, bytes]:
+        where = origin(engine.address)
+        call = await self._pool.send(
+            where, request_head(where, path, len(body), credentials), body, patience=RENDER_SECONDS
+        )
+        try:
+            if call.status >= 500:
+                raise EngineFailed(f"{path} answers {call.status}")
+            return call.status, await call.read(TOKENS_BYTES)
+        finally:
+            call.release()
+
+    def _may(self, node: str, endpoint: str) -> bool:
+        until = self._without.get((node, endpoint))
+        if until is None:
+            return True
+        if self._clock() < until:
+            return False
+        del self._without[node, endpoint]
+        return True
+
+    def _warn(self, model: str, hint: str) -> None:
+        if (model, hint) not in self._warned:
+            self._warned.add((model, hint))
+            _log.warning("tokens_not_known", model=model, hint=hint)
+
+
+def _ids(answer: bytes) -> list[int] | None:
+    """Token ids in the answer of `/render` (one prompt, or a list of one) or `/tokenize`."""
+    try:
+        if answer.lstrip().startswith(b"["):
+            several = _rendered_list(answer)
+            told: Any = several[0] if len(several) == 1 else _Rendered()
+        else:
+            told = _rendered(answer)
+    except msgspec.MsgspecError:
+        return None
+    ids = told.token_ids or told.prompt_token_ids or told.tokens
+    if not ids or min(ids) < 0 or max(ids) >= 1 << 32:
+        return None
+    return list(ids)

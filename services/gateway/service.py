@@ -1,0 +1,336 @@
+"""The gateway as a service: HTTP in front, a router inside, engines behind.
+
+The router is that of `kvplane router`: the same fold, overlay and writers, and it answers over NATS as well. So a
+decision costs no hop, and any number of gateways and plain routers stand beside each other on one log.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import anyio
+import msgspec
+import structlog
+
+from kvplane.events.types import RequestCompleted
+from kvplane.services.dataplane.measured import Measured
+from kvplane.services.gateway import api, errors, sessions
+from kvplane.services.gateway.access import AccessLog
+from kvplane.services.gateway.breaker import Breaker
+from kvplane.services.gateway.forward import Way, forwarded, question
+from kvplane.services.gateway.prompt import Anyone, Prompt, Prompts
+from kvplane.services.http.pool import Pool, origin
+from kvplane.services.http.server import Server
+from kvplane.services.protocol.errors import BadHttp, BadRequest, EngineFailed, NoNode
+from kvplane.services.protocol.messages import CompleteRequest, RouteAnswer, RouteRequest, decode_request, encode_answer
+from kvplane.services.protocol.traceparent import parse
+from kvplane.services.roles.router import Router
+
+if TYPE_CHECKING:
+    import socket
+    import ssl
+
+    from anyio.abc import TaskStatus
+    from nats.aio.client import Client
+
+    from kvplane.events.codec import Commit
+    from kvplane.services.gateway.forward import Told
+    from kvplane.services.http.server import Exchange
+    from kvplane.services.rpc.readiness import Readiness
+
+_JSON = [(b"content-type", b"application/json")]
+_PASSING_SECONDS = 600.0
+_LONGEST_NAME = 128
+
+_log = structlog.get_logger("kvplane.gateway")
+
+
+class _Passage:
+    """What is known of a request while it passes."""
+
+    __slots__ = ("model", "request", "source", "traceparent", "way")
+
+    def __init__(self, request: str, traceparent: str) -> None:
+        self.request = request
+        self.traceparent = traceparent
+        self.model = self.source = ""
+        self.way: Way | None = None
+
+
+class Gateway:
+    """One gateway of a fleet, at a socket that is bound (`http.server.bound`)."""
+
+    role = "gateway"
+
+    def __init__(
+        self, client: Client, fleet: str, where: socket.socket, *, tls: ssl.SSLContext | None = None
+    ) -> None:  # fmt: skip
+        self.client = client
+        self.fleet = fleet
+        self.router = Router(client, fleet, completed=self._completed)
+        self.tally = self.router.tally
+        self.breaker = Breaker()
+        self.measured = Measured()
+        self.access = AccessLog()
+        self.server = Server(self._handle, _refusal)
+        self.address = ("", 0)
+        self._where, self._tls = where, tls
+        self._pool: Pool
+        self._prompts: Prompts
+
+    async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Answer until cancelled; then take no more, and let what is on its way end."""
+        self._pool = Pool()
+        self._prompts = Prompts(self._pool, self._pool.clock)
+        async with anyio.create_task_group() as group:
+            await group.start(self.router.run)
+            group.start_soon(self._pool.sweep)
+            async with self.server.listening(self._where, tls=self._tls) as self.address:
+                _log.info("gateway_ready", fleet=self.fleet, at="{}:{}".format(*self.address))
+                task_status.started()
+                await anyio.sleep_forever()
+
+    def readiness(self) -> Readiness:
+        """Whether it can answer: as its router."""
+        return self.router.readiness()
+
+    def _completed(self, commit: Commit) -> None:
+        """What the log says of requests that have ended, everybody's."""
+        now = time.monotonic()
+        for event in commit.events:
+            if type(event) is RequestCompleted:
+                self.breaker.saw(event.node, event.status, now)
+
+    async def _handle(self, exchange: Exchange) -> None:
+        request = exchange.request
+        path = request.path.decode("latin-1")
+        self.measured.open += 1
+        try:
+            if request.method == b"POST" and path in api.GENERATING:
+                await self._generate(exchange, path)
+            elif request.method == b"POST" and path == "/route":
+                self._decide(exchange)
+            elif path in {"/health", "/healthz", "/ping"}:
+                self._health(exchange)
+            elif request.method == b"GET" and path == "/v1/models":
+                exchange.send(200, _JSON, self._models())
+            elif path.startswith("/v1/") or path in {"/tokenize", "/detokenize"}:
+                await self._pass(exchange, path)
+            else:
+                self._fail(
+                    exchange,
+                    path,
+                    404,
+                    "not_found",
+                    f"there is no {path[:200]} here; OpenAI's endpoints are below /v1/",
+                )
+        finally:
+            self.measured.open -= 1
+
+    async def _generate(self, exchange: Exchange, path: str) -> None:
+        request = exchange.request
+        begin = time.perf_counter()
+        given = request.header(b"x-request-id").decode("latin-1")
+        name = given if _usable(given) else uuid4().hex
+        said = request.header(b"traceparent")
+        traceparent = parse(said.decode("latin-1")) if said else ""
+        passage = _Passage(name, traceparent)
+        try:
+            timeout = request.header(b"x-request-timeout")
+            if not timeout:
+                await self._go(exchange, path, passage)
+                return
+            seconds = _deadline(timeout)
+            with anyio.move_on_after(seconds) as deadline:
+                await self._go(exchange, path, passage)
+            if deadline.cancelled_caught:
+                sentence = f"the request did not end within {seconds:g} s (x-request-timeout)"
+                if not exchange.begun:
+                    self._fail(exchange, path, 504, "timeout", sentence, name)
+                elif passage.way is not None:
+                    passage.way.break_off(504, "timeout", sentence)
+        except Exception as error:  # noqa: BLE001 - every error is answered
+            self._refuse(exchange, path, error, name)
+        finally:
+            seconds = time.perf_counter() - begin
+            told = passage.way.told(exchange.status) if passage.way is not None else None
+            self._measure(told, passage.source, seconds)
+            if self.access.stream is not None:
+                self.access.write(exchange, name, passage.model, told, traceparent, seconds)
+
+    async def _go(self, exchange: Exchange, path: str, passage: _Passage) -> None:
+        request = exchange.request
+        asked = api.read(path, request.body)
+        passage.model = asked.model
+        session = sessions.session(request.headers, asked.fields)
+        ids = api.token_ids(asked)
+        if ids is not None:
+            prompt = Prompt(ids, len(ids), "client")
+        else:
+            credentials = forwarded([pair for pair in request.headers if pair[0] == b"authorization"])
+            prompt = await self._prompts.prompt(asked, credentials, lambda tried: self._anyone(asked.model, tried))
+        passage.source = prompt.source
+        way = passage.way = Way(
+            exchange, asked, question(asked, prompt, session, passage.request, passage.traceparent), pool=self._pool,
+            route=self._route, record=self._record, settle=self.router.settle, left_out=self._left_out,
+            explain=request.header(b"x-kvplane-explain") == b"1",
+        )  # fmt: skip
+        await way.run()
+
+    def _measure(self, told: Told | None, source: str, seconds: float) -> None:
+        ending = told.ending.partition(":")[0] if told is not None else "refused"
+        self.measured.ended(ending, source, seconds)
+        if told is not None and told.node:
+            usage = told.usage
+            self.measured.answered(usage.prompt, usage.cached, usage.output, told.ttft, told.between, told.attempts)
+
+    def _left_out(self) -> list[str]:
+        return self.breaker.left_out(time.monotonic()) if self.breaker.known else []
+
+    def _route(self, asked: RouteRequest) -> RouteAnswer:
+        return self.router.route(asked, asked.traceparent)
+
+    def _record(self, done: CompleteRequest) -> None:
+        self.router.settle()
+        self.router.complete(done, done.traceparent)
+
+    def _anyone(self, model: str, tried: frozenset[str]) -> Anyone:
+        """An engine of the model that can be asked something; no decision about a request."""
+        answer = self.router.route(
+            RouteRequest(
+                model=model,
+                hashes=b"",
+                tokens_count=1,
+                exclude=[*tried, *self._left_out()],
+                dry_run=True,
+            )
+        )
+        return Anyone(answer.node, answer.address)
+
+    async def _pass(self, exchange: Exchange, path: str) -> None:
+        """An endpoint of the engines' that fills no cache: to one by model and load, without a record."""
+        request = exchange.request
+        try:
+            model = _model_of(request.body)
+            answer = self.router.route(
+                RouteRequest(model=model or self._only_model(), hashes=b"", tokens_count=1, dry_run=True)
+            )
+            where = origin(answer.address)
+            head = b"%b %b HTTP/1.1\r\nhost: %b\r\naccept-encoding: identity\r\ncontent-length: %d\r\n%b\r\n" % (
+                request.method, where.path.encode() + request.target, where.authority, len(request.body),
+                forwarded(request.headers),
+            )  # fmt: skip
+            call = await self._pool.send(where, head, request.body, patience=_PASSING_SECONDS)
+            try:
+                headers = [
+                    pair
+                    for pair in call.headers
+                    if pair[0] not in {b"connection", b"transfer-encoding", b"content-length", b"keep-alive"}
+                ]
+                exchange.begin(call.status, [*headers, (b"x-kvplane-node", answer.node.encode())])
+                exchange.on_slow, exchange.on_ready = call.pause, call.resume
+                call.relay(exchange.write)
+                await call.done()
+                exchange.end()
+            finally:
+                call.release()
+        except EngineFailed as error:
+            if exchange.begun:
+                exchange.abort()
+            else:
+                self._refuse(exchange, path, error, "")
+        except Exception as error:  # noqa: BLE001 - every error is answered
+            self._refuse(exchange, path, error, "")
+
+    def _decide(self, exchange: Exchange) -> None:
+        """`POST /route`: a decision for those without NATS; as `kv.<fleet>.route`."""
+        try:
+            asked = decode_request(exchange.request.body, RouteRequest)
+            exchange.send(200, _JSON, encode_answer(self._route(asked), as_json=True))
+            self.router.settle()
+        except Exception as error:  # noqa: BLE001 - every error is answered
+            self._refuse(exchange, "/route", error, "")
+
+    def _health(self, exchange: Exchange) -> None:
+        ready = self.readiness()
+        body = msgspec.json.encode({"ready": not ready.reason, "reason": ready.reason})
+        exchange.send(
+            200 if not ready.reason else 503,
+            _JSON,
+            body,
+        )
+
+    def _models(self) -> bytes:
+        served: dict[str, int] = {}
+        for node in self.router.state.nodes.values():
+            for model in node.registered.models:
+                served[model] = served.get(model, 0) + node.available
+        return msgspec.json.encode(
+            {
+                "object": "list",
+                "data": [
+                    {"id": model, "object": "model", "created": 0, "owned_by": "kvplane", "nodes": count}
+                    for model, count in served.items()
+                ],
+            }
+        )
+
+    def _only_model(self) -> str:
+        served = {node.registered.models[0] for node in self.router.state.nodes.values() if node.available}
+        if len(served) == 1:
+            return served.pop()
+        if not served:
+            raise NoNode("no node is available; `kvplane node list` shows why")
+        raise BadRequest(f"the request names no model, and there are several: {', '.join(sorted(served))[:500]}")
+
+    def _refuse(self, exchange: Exchange, path: str, error: Exception, name: str) -> None:
+        status = errors.status_of(error)
+        if status >= 500 and not isinstance(error, EngineFailed):
+            _log.warning("request_failed", path=path, request=name, error=repr(error), exc_info=status == 500)
+        code = getattr(error, "code", "internal")
+        sentence = str(error) if status != 500 else f"this is a defect of kvplane: {type(error).__name__}; see its log"
+        self._fail(exchange, path, status, code, sentence, name)
+
+    def _fail(self, exchange: Exchange, path: str, status: int, code: str, sentence: str, name: str = "") -> None:
+        if exchange.begun:
+            if not exchange.answered:
+                exchange.abort()
+            return
+        headers = [
+            *_JSON,
+            *([(b"x-request-id", name.encode())] if name else []),
+            *([(b"retry-after", b"1")] if status in {429, 503} else []),
+        ]
+        exchange.send(status, headers, errors.body_of(path, status, code, sentence))
+
+
+def _refusal(error: BadHttp) -> bytes:
+    return errors.body_of("", error.status, error.code, str(error))
+
+
+def _usable(name: str) -> bool:
+    return bool(name) and len(name) <= _LONGEST_NAME and name.isascii() and name.isprintable()
+
+
+def _deadline(said: bytes) -> float:
+    try:
+        seconds = float(said)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < 1e6:
+        raise BadRequest(f"x-request-timeout is {said[:40]!r}; it must be seconds, more than 0")
+    return seconds
+
+
+class _Model(msgspec.Struct, gc=False):
+    model: str = ""
+
+
+def _model_of(body: bytes) -> str:
+    """The model that a body names, if it is one that does."""
+    try:
+        return msgspec.json.decode(body, type=_Model).model
+    except (msgspec.MsgspecError, UnicodeError):
+        return ""

@@ -1,0 +1,176 @@
+"""What an answer counts, read while it passes. Pure: bytes in, bytes out.
+
+A stream of server-sent events is passed on as it comes. `Events` looks at the events that can matter, by a search for
+`"usage"` in the bytes; a stream whose usage only the gateway asked for is held back by at most one event, so that the
+extra one can be left out.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import msgspec
+
+LONGEST_EVENT = 16 << 20
+_TAIL = 256
+_LAST_EVENTS = (b"[DONE]", b"message_stop", b"response.completed", b"response.incomplete", b"response.failed")
+_MOST = 1 << 53
+ANSWER_BYTES = 64 << 20
+"""Longest answer, not streamed, that is looked at for its usage."""
+
+
+class Usage(NamedTuple):
+    """Tokens of a request as its engine counted them; -1 where it does not tell."""
+
+    prompt: int = -1
+    cached: int = -1
+    output: int = -1
+
+
+def _count(told: object) -> int:
+    return told if type(told) is int and 0 <= told <= _MOST else -1
+
+
+def usage(told: object) -> Usage | None:
+    """Usage in the words of OpenAI's completions or responses, or of Anthropic's messages; none without one."""
+    if not isinstance(told, dict):
+        return None
+    prompt = _count(told.get("prompt_tokens", told.get("input_tokens")))
+    output = _count(told.get("completion_tokens", told.get("output_tokens")))
+    details = told.get("prompt_tokens_details", told.get("input_tokens_details"))
+    cached = _count(details.get("cached_tokens")) if isinstance(details, dict) else -1
+    read = _count(told.get("cache_read_input_tokens"))
+    if cached < 0 <= read:
+        # Anthropic counts what was read from the cache apart from the rest of the input.
+        cached = read
+        prompt = prompt + read + max(0, _count(told.get("cache_creation_input_tokens"))) if prompt >= 0 else -1
+    return Usage(prompt, cached, output)
+
+
+def merged(before: Usage, found: Usage) -> Usage:
+    """What is known after a further word: Anthropic's streams tell input first and output last."""
+    return Usage(*(new if new >= 0 else old for old, new in zip(before, found, strict=True)))
+
+
+class _Chunk(msgspec.Struct, frozen=True, gc=False):
+    usage: Any = None
+    message: Any = None
+    response: Any = None
+    choices: Any = None
+
+
+_decode = msgspec.json.Decoder(_Chunk).decode
+
+
+def _in_chunk(chunk: _Chunk) -> Usage | None:
+    for told in (chunk, chunk.message, chunk.response):
+        found = usage(told.usage if isinstance(told, _Chunk) else told.get("usage") if isinstance(told, dict) else None)
+        if found is not None:
+            return found
+    return None
+
+
+def in_answer(body: bytes) -> Usage:
+    """Usage of an answer that is not streamed."""
+    if len(body) > ANSWER_BYTES or b'"usage"' not in body:
+        return Usage()
+    try:
+        return _in_chunk(_decode(body)) or Usage()
+    except (msgspec.MsgspecError, UnicodeError):
+        return Usage()
+
+
+class Events:
+    """Watches one stream. `feed` gives the bytes that are to be passed on; with `strip` those of the extra event are left out.
+
+    The extra event is OpenAI's last one: it has usage and no choices.
+    """
+
+    __slots__ = ("_before", "_held", "_last", "_strip", "usage")
+
+    def __init__(self, *, strip: bool) -> None:
+        self._strip = strip
+        self._held = b""
+        """The beginning of an event whose end has not come."""
+        self._before = self._last = b""
+        """The last two pieces."""
+        self.usage = Usage()
+
+    @property
+    def whole(self) -> bool:
+        """Whether the stream ended as streams do: with `[DONE]`, or with Anthropic's or the responses' last event."""
+        tail = self._before[-_TAIL:] + self._last
+        return any(mark in tail for mark in _LAST_EVENTS)
+
+    def feed(self, data: bytes) -> bytes:
+        """Take what came; what of it is to be passed on now."""
+        self._before, self._last = self._last, data
+        if not self._held and data.endswith(b"\n\n") and b'"usage"' not in data:
+            return data
+        if not self._strip:
+            self._watch(data)
+            return data
+        if self._held:
+            data, self._held = self._held + data, b""
+        end = _last_end(data)
+        whole, rest = data[:end], data[end:]
+        if len(rest) > LONGEST_EVENT:
+            # No event is so long; whatever it is, the client shall have it.
+            whole, rest = data, b""
+        self._held = rest
+        return self._stripped(whole) if b'"usage"' in whole else whole
+
+    def close(self) -> bytes:
+        """The stream has ended: what was held back of it."""
+        held, self._held = self._held, b""
+        return held
+
+    def _watch(self, data: bytes) -> None:
+        """Look for usage in whole events, keeping what is not whole."""
+        if not self._held and b'"usage"' not in data:
+            end = _last_end(data)
+            self._held = data[end:]
+            return
+        data = self._held + data
+        end = _last_end(data)
+        if b'"usage"' in data[:end]:
+            for event in _events(data[:end]):
+                self._read(event)
+        self._held = data[end:] if len(data) - end <= LONGEST_EVENT else b""
+
+    def _stripped(self, data: bytes) -> bytes:
+        kept = []
+        for event in _events(data):
+            chunk = self._read(event)
+            if chunk is None or chunk.choices or chunk.usage is None:
+                kept.append(event)
+        return b"".join(kept)
+
+    def _read(self, event: bytes) -> _Chunk | None:
+        if b'"usage"' not in event:
+            return None
+        at = event.find(b"data:")
+        if at < 0:
+            return None
+        try:
+            chunk = _decode(event[at + 5 :].strip())
+        except (msgspec.MsgspecError, UnicodeError):
+            return None
+        found = _in_chunk(chunk)
+        if found is not None:
+            self.usage = merged(self.usage, found)
+        return chunk
+
+
+def _last_end(data: bytes) -> int:
+    """Where the last whole event ends."""
+    return max(
+        data.rfind(b"\n\n") + 2 if b"\n\n" in data else 0, data.rfind(b"\r\n\r\n") + 4 if b"\r\n\r\n" in data else 0
+    )
+
+
+def _events(data: bytes) -> list[bytes]:
+    """Whole events, each with its end."""
+    blank = b"\r\n\r\n" if b"\r\n\r\n" in data else b"\n\n"
+    parts = data.split(blank)
+    return [part + blank for part in parts[:-1]] + ([parts[-1]] if parts[-1] else [])

@@ -1,0 +1,411 @@
+"""An HTTP/1.1 server: whole requests in, answers out piece by piece.
+
+A connection carries one request after another; each is an `Exchange`, handled in a task of its own. A piece that is
+written goes to the kernel at once. When a client reads slower than is written, the exchange says so (`on_slow`,
+`on_ready`), and whoever writes has its source wait. When a client leaves, the exchange's handler is cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections import deque
+from contextlib import asynccontextmanager
+from http import HTTPStatus
+from typing import TYPE_CHECKING, cast
+
+import anyio
+import structlog
+
+from kvplane.services.http.reader import BODY_BYTES, Request, RequestReader
+from kvplane.services.protocol.errors import BadHttp, HttpFailed
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+
+BACKLOG = 4096
+CONNECTIONS_LIMIT = 20_000
+"""Most connections of a process; one more is answered 503 and closed."""
+HEAD_SECONDS = 10.0
+"""How long the head of a request may take, from its first byte or the connection's start."""
+BODY_SECONDS = 300.0
+IDLE_SECONDS = 75.0
+"""How long a connection may be without a request."""
+PIPELINED_LIMIT = 16
+"""Requests of one connection that may wait for their turn; beyond that it is not read."""
+PIPELINED_BYTES = 1 << 20
+HIGH_WATER = 256 << 10
+"""Bytes that may wait for a client before its source is stopped."""
+SWEEP_SECONDS = 1.0
+DRAIN_SECONDS = 15.0
+"""How long a server that stops waits for what is on its way."""
+LEAVE_SECONDS = 1.0
+"""How long what is then cancelled may take to let go."""
+
+_REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
+
+_log = structlog.get_logger("kvplane.http")
+
+
+def head_of(status: int, headers: Iterable[tuple[bytes, bytes]], framing: bytes) -> bytes:
+    """An answer's head as it travels; `framing` are the header lines that say how the body ends."""
+    lines = b"".join([b"%b: %b\r\n" % pair for pair in headers])
+    return b"HTTP/1.1 %d %b\r\n%b%b\r\n" % (status, _REASONS.get(status, b"Status"), lines, framing)
+
+
+def bound(host: str, port: int, *, share: bool = False) -> socket.socket:
+    """A socket at an address, for a server to listen on; an empty host is every address.
+
+    With `share` other processes may listen at the same port. Raises `HttpFailed`.
+    """
+    try:
+        family, kind, _, _, at = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        made = socket.socket(family, kind)
+        try:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if share:
+                made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            made.bind(at)
+            # Else another could be bound to the same address until this one listens.
+            made.listen(BACKLOG)
+        except OSError:
+            made.close()
+            raise
+    except OSError as error:
+        where = f"{host or '*'}:{port}"
+        raise HttpFailed(
+            f"HTTP can't be served at {where} ({error.strerror or error}); choose another address"
+        ) from None
+    made.setblocking(False)  # noqa: FBT003 - as sockets have it
+    return made
+
+
+class Exchange:
+    """A request, and its answer on the way: `send`, or `begin`, `write` and `end`. Nothing is sent to one who has left."""
+
+    __slots__ = (
+        "_chunked",
+        "_connection",
+        "_keep_alive",
+        "answered",
+        "begun",
+        "on_ready",
+        "on_slow",
+        "request",
+        "status",
+        "task",
+    )
+
+    def __init__(self, connection: _Connection, request: Request) -> None:
+        self._connection = connection
+        self._keep_alive = request.keep_alive
+        self._chunked = False
+        self.request = request
+        self.begun = False
+        """The answer's head was sent."""
+        self.answered = False
+        """The answer was sent whole, or was given up."""
+        self.status = 0
+        self.task: asyncio.Task[None] | None = None
+        self.on_slow: Callable[[], None] | None = None
+        self.on_ready: Callable[[], None] | None = None
+
+    @property
+    def gone(self) -> bool:
+        """Whether the client has left."""
+        return self._connection.closed
+
+    @property
+    def slow(self) -> bool:
+        """Whether more waits for the client than should."""
+        return self._connection.slow
+
+    @property
+    def peer(self) -> str:
+        """Where the client is."""
+        return self._connection.peer
+
+    def send(self, status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> None:
+        """Send a whole answer."""
+        self.begun = True
+        self.status = status
+        length = b"content-length: %d\r\n" % len(body)
+        shown = b"" if self.request.method == b"HEAD" else body
+        self._connection.write(head_of(status, headers, length + self._ending()) + shown)
+        self._finish()
+
+    def begin(self, status: int, headers: Iterable[tuple[bytes, bytes]], length: int | None = None) -> None:
+        """Begin an answer of `length` bytes, or of a length that is not known yet."""
+        self.begun = True
+        self.status = status
+        if length is not None:
+            framing = b"content-length: %d\r\n" % length
+        elif self._connection.keeps_alive(self):
+            framing, self._chunked = b"transfer-encoding: chunked\r\n", True
+        else:
+            framing, self._keep_alive = b"transfer-encoding: chunked\r\n", False
+            self._chunked = True
+        self._connection.write(head_of(status, headers, framing + self._ending()))
+
+    def write(self, data: bytes) -> None:
+        """Send a piece."""
+        if not data:
+            return
+        self._connection.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+
+    def end(self) -> None:
+        """Say that this was all."""
+        if self._chunked:
+            self._connection.write(b"0\r\n\r\n")
+        self._finish()
+
+    def abort(self) -> None:
+        """Break the connection off, so that the client sees that the answer is not whole."""
+        self.answered = True
+        self._connection.break_off()
+
+    def _ending(self) -> bytes:
+        if self._connection.keeps_alive(self):
+            return b""
+        self._keep_alive = False
+        return b"connection: close\r\n"
+
+    def _finish(self) -> None:
+        self.answered = True
+        self._connection.finished(keep_alive=self._keep_alive)
+
+
+class _Connection(asyncio.Protocol):
+    """One client's connection."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._reader = RequestReader(self.write, body_bytes=server.body_bytes)
+        self._waiting: deque[Request] = deque()
+        self._waiting_bytes = 0
+        self._transport: asyncio.Transport
+        self._refused: BadHttp | None = None
+        self._paused = False
+        self.exchange: Exchange | None = None
+        self.closed = False
+        self.slow = False
+        self.peer = ""
+        self.since = server.now
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        self._transport.set_write_buffer_limits(high=HIGH_WATER)
+        address = self._transport.get_extra_info("peername")
+        self.peer = str(address[0]) if isinstance(address, tuple) else "local"
+        if not self._server.add(self):
+            self._refuse(BadHttp(503, "this server has as many connections as it takes; try again later"))
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self.closed = True
+        self._server.remove(self)
+        self._waiting.clear()
+        exchange = self.exchange
+        if exchange is not None and exchange.task is not None and not exchange.answered:
+            exchange.task.cancel()
+
+    def eof_received(self) -> bool:
+        # One that has said all and still reads can't be told from one that left, and engines are busy: it counts as gone.
+        return False
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused is not None:
+            return
+        try:
+            requests = self._reader.feed(data)
+        except BadHttp as error:
+            self._refused = error
+            if self.exchange is None:
+                self._refuse(error)
+            return
+        if self.exchange is None:
+            self.since = self._server.now
+        for request in requests:
+            self._waiting.append(request)
+            self._waiting_bytes += len(request.body)
+        if len(self._waiting) > PIPELINED_LIMIT or self._waiting_bytes > PIPELINED_BYTES + len(data):
+            self._pause()
+        self._next()
+
+    def pause_writing(self) -> None:
+        self.slow = True
+        if self.exchange is not None and self.exchange.on_slow is not None:
+            self.exchange.on_slow()
+
+    def resume_writing(self) -> None:
+        self.slow = False
+        if self.exchange is not None and self.exchange.on_ready is not None:
+            self.exchange.on_ready()
+
+    def write(self, data: bytes) -> None:
+        if not self.closed:
+            self._transport.write(data)
+
+    def break_off(self) -> None:
+        self.closed = True
+        self._transport.abort()
+
+    def keeps_alive(self, exchange: Exchange) -> bool:
+        return exchange.request.keep_alive and not self._server.draining and self._refused is None
+
+    def finished(self, *, keep_alive: bool) -> None:
+        """The answer was written."""
+        self.exchange = None
+        self.since = self._server.now
+        if not keep_alive and not self.closed:
+            if self._refused is not None:
+                self._refuse(self._refused)
+            else:
+                self._transport.close()
+            return
+        if self._refused is not None:
+            self._refuse(self._refused)
+            return
+        if self._paused and not self._waiting:
+            self._paused = False
+            self._transport.resume_reading()
+        self._next()
+
+    def sweep(self, now: float) -> None:
+        """Leave when nothing was asked for too long."""
+        if self.exchange is not None or self.closed:
+            return
+        quiet = now - self.since
+        if not self._reader.inside:
+            if quiet > IDLE_SECONDS or self._server.draining:
+                self._transport.close()
+        elif quiet > (BODY_SECONDS if self._reader.in_body else HEAD_SECONDS):
+            self._refuse(BadHttp(408, "the request did not come whole in time"))
+
+    def _pause(self) -> None:
+        if not self._paused:
+            self._paused = True
+            self._transport.pause_reading()
+
+    def _next(self) -> None:
+        if self.exchange is not None or not self._waiting or self.closed:
+            return
+        request = self._waiting.popleft()
+        self._waiting_bytes -= len(request.body)
+        self.exchange = Exchange(self, request)
+        self._server.handle(self.exchange)
+
+    def _refuse(self, error: BadHttp) -> None:
+        self._refused = error
+        body = self._server.refusal(error)
+        headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+        self.write(head_of(error.status, headers, b"content-length: %d\r\n" % len(body)) + body)
+        if not self.closed:
+            self._transport.close()
+
+
+class Server:
+    """Serves HTTP with a handler. `refusal` makes the body of an answer to what can't be read."""
+
+    def __init__(
+        self, handler: Callable[[Exchange], Awaitable[None]], refusal: Callable[[BadHttp], bytes], *,
+        connections: int = CONNECTIONS_LIMIT, body_bytes: int = BODY_BYTES,
+    ) -> None:  # fmt: skip
+        self._handler = handler
+        self.refusal = refusal
+        self._limit = connections
+        self.body_bytes = body_bytes
+        self.draining = False
+        self.now = 0.0
+        self.open = 0
+        """Exchanges that are on their way."""
+        self.refused_connections = 0
+        self._connections: set[_Connection] = set()
+        self._loop: asyncio.AbstractEventLoop
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._idle = anyio.Event()
+
+    @property
+    def connections(self) -> int:
+        """Connections that are open."""
+        return len(self._connections)
+
+    @asynccontextmanager
+    async def listening(
+        self, where: socket.socket, *, tls: ssl.SSLContext | None = None
+    ) -> AsyncIterator[tuple[str, int]]:
+        """Listen for the length of a block, then take no more and let what is on its way end; gives where it listens."""
+        self._loop = loop = asyncio.get_running_loop()
+        self.now = loop.time()
+        async with anyio.create_task_group() as group:
+            server = await loop.create_server(lambda: _Connection(self), sock=where, backlog=BACKLOG, ssl=tls)
+            group.start_soon(self._sweep)
+            try:
+                yield where.getsockname()[:2]
+            finally:
+                server.close()
+                self.draining = True
+                for connection in list(self._connections):
+                    connection.sweep(self.now)
+                with anyio.move_on_after(DRAIN_SECONDS, shield=True):
+                    if self.open:
+                        await self._idle.wait()
+                group.cancel_scope.cancel()
+                for task in list(self._tasks):
+                    task.cancel()
+                if self._tasks:
+                    with anyio.move_on_after(LEAVE_SECONDS, shield=True):
+                        await asyncio.wait(self._tasks)
+                for connection in list(self._connections):
+                    connection.break_off()
+
+    def add(self, connection: _Connection) -> bool:
+        """A connection has come; whether it is taken."""
+        self._connections.add(connection)
+        if len(self._connections) <= self._limit:
+            return True
+        self.refused_connections += 1
+        return False
+
+    def remove(self, connection: _Connection) -> None:
+        """A connection has gone."""
+        self._connections.discard(connection)
+
+    def handle(self, exchange: Exchange) -> None:
+        """Have an exchange handled."""
+        self.open += 1
+        # A task of the loop's own: in a task group it costs as much again as a decision.
+        exchange.task = self._loop.create_task(self._run(exchange))
+        self._tasks.add(exchange.task)
+
+    async def _run(self, exchange: Exchange) -> None:
+        try:
+            await self._handler(exchange)
+            if not exchange.answered:
+                exchange.abort()
+        except asyncio.CancelledError:
+            # The client has left, or the server stops; whoever wrote to it has let go already.
+            if not exchange.answered:
+                exchange.abort()
+        except Exception as error:  # noqa: BLE001 - one request's defect is not the others'
+            _log.exception("exchange_failed", error=repr(error))
+            if not exchange.begun:
+                body = self.refusal(BadHttp(500, "a defect; see the log"))
+                exchange.send(500, [(b"content-type", b"application/json")], body)
+            elif not exchange.answered:
+                exchange.abort()
+        finally:
+            self.open -= 1
+            if exchange.task is not None:
+                self._tasks.discard(exchange.task)
+            if self.draining and not self.open:
+                self._idle.set()
+
+    async def _sweep(self) -> None:
+        while True:
+            await anyio.sleep(SWEEP_SECONDS)
+            self.now = asyncio.get_running_loop().time()
+            for connection in list(self._connections):
+                connection.sweep(self.now)

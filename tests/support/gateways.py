@@ -1,0 +1,68 @@
+"""A gateway on a fleet, a client of it, and what the log says in the end."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import httpx
+
+from kvplane.events import codec
+from kvplane.events.errors import BadCommit
+from kvplane.events.log.follow import replay
+from kvplane.events.types import RequestCompleted, RequestRouted
+from kvplane.services.gateway.service import Gateway
+from kvplane.services.http.server import bound
+from tests.support.waiting import until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from anyio.abc import TaskGroup
+
+    from kvplane.events.codec import Message
+    from tests.support.fleet import Fleet
+
+
+class Scene:
+    """A gateway, and an HTTP client that knows where it is."""
+
+    def __init__(self, fleet: Fleet, gateway: Gateway, http: httpx.AsyncClient) -> None:
+        self.fleet = fleet
+        self.gateway = gateway
+        self.http = http
+
+    @property
+    def url(self) -> str:
+        host, port = self.gateway.address
+        return f"http://{host}:{port}"
+
+    async def recorded(self) -> tuple[list[RequestRouted], list[RequestCompleted]]:
+        """Decisions and completions on the log, when everything decided so far is there."""
+        await self.gateway.router.writers.flush()
+        found: list[Message] = []
+        await replay(self.fleet.client, self.fleet.name, found.append)
+        routed: list[RequestRouted] = []
+        completed: list[RequestCompleted] = []
+        for message in found:
+            try:
+                events = codec.decode(self.fleet.name, message).events
+            except BadCommit:
+                continue
+            routed += [event for event in events if isinstance(event, RequestRouted)]
+            completed += [event for event in events if isinstance(event, RequestCompleted)]
+        return routed, completed
+
+    async def idle(self) -> None:
+        """Wait until nothing is on its way."""
+        await until(lambda: self.gateway.server.open == 0)
+
+
+@asynccontextmanager
+async def gateway_on(fleet: Fleet, group: TaskGroup) -> AsyncIterator[Scene]:
+    """A gateway in this process, at a free port."""
+    gateway = Gateway(await fleet.connect("gateway"), fleet.name, bound("127.0.0.1", 0))
+    await group.start(gateway.run)
+    host, port = gateway.address
+    async with httpx.AsyncClient(base_url=f"http://{host}:{port}", timeout=30) as http:
+        yield Scene(fleet, gateway, http)
