@@ -15,39 +15,31 @@ import anyio
 import anyio.lowlevel
 import msgspec
 import structlog
-from nats.errors import Error as NatsError
 
-from kvplane.events import codec
-from kvplane.events.errors import BadCommit
 from kvplane.events.log.append import Appender, new_writer
 from kvplane.events.log.group import GroupWriter, Writers
-from kvplane.events.subjects import pulse_subject, subject, token
-from kvplane.events.types import NodeLost, NodeRecovered, NodeRegistered, NodeRemoved
+from kvplane.events.subjects import subject
 from kvplane.services.engines.hearing import Hearing
 from kvplane.services.engines.outbox import BUFFER_EVENTS, Outbox
 from kvplane.services.engines.remembered import remembered
 from kvplane.services.engines.sequence import Track, Verdict, joined
 from kvplane.services.engines.sockets import Published, replay
 from kvplane.services.engines.translate import Translator
+from kvplane.services.membership.member import REGISTER_SECONDS, Conclusion, Member
 from kvplane.services.protocol import labels, messages
 from kvplane.services.protocol.errors import AnswerTooLarge, EngineUnfit, ServiceFault
-from kvplane.services.rpc.client import ask
-from kvplane.services.rpc.leaving import leave
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from anyio.abc import TaskStatus
     from nats.aio.client import Client
-    from nats.aio.msg import Msg
 
     from kvplane.events.types import Event
     from kvplane.services.engines.facts import Engine, Facts, Gauges, Source
     from kvplane.services.engines.sequence import Told
 
 LINGER_SECONDS = 0.002
-REGISTER_SECONDS = 0.5
-"""Pause before a registration is tried again."""
 IDLE_SECONDS = 15.0
 """How often the replay buffer is asked whether anything was missed. A last batch that got lost shows in no other way."""
 SETTLE_SECONDS = 1.0
@@ -56,7 +48,6 @@ PATIENCE_SECONDS = 10.0
 """How long an engine that is there may be too busy to answer before the node's pulse stops."""
 
 _log = structlog.get_logger("kvplane.engines")
-_encode = msgspec.msgpack.Encoder().encode
 
 
 class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,10 +61,6 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
     pulse_seconds: float = 1.0
     buffer_events: int = BUFFER_EVENTS
     idle_seconds: float = IDLE_SECONDS
-
-
-class _Registered(msgspec.Struct):
-    epoch: int
 
 
 class Adapter:
@@ -91,10 +78,7 @@ class Adapter:
         self.writer = new_writer(f"node-{config.node}"[:100])
         self.appender = Appender(client, fleet, self.writer)
         self.writers = Writers()
-        self.epoch = 0
-        self.registered_epoch = 0
-        """The epoch of the last registration, also while the engine has begun another life and `epoch` is 0."""
-        self.registrations = 0
+        self.member = Member(client, fleet, config.node, self._concluded, writer=self.writer)
         self.replays = 0
         """How often the replay buffer was asked."""
         self.told_anew = 0
@@ -119,6 +103,11 @@ class Adapter:
         self._stopped: EngineUnfit | None = None
         self._restarted = False
         self._facts_old = False
+
+    @property
+    def epoch(self) -> int:
+        """In which the fleet is told of the cache; 0 while the engine's life is not registered."""
+        return self.track.translator.epoch
 
     @property
     def well(self) -> bool:
@@ -146,13 +135,12 @@ class Adapter:
                 try:
                     group.start_soon(self.published.run)
                     group.start_soon(self._observe)
-                    node_subject = subject(self.fleet, "node", self.config.node)
-                    await self.client.subscribe(node_subject, cb=self._concluded)
+                    await self.member.listen()
                     await self._remember()
                     await self._look()
                     await self._register()
-                    group.start_soon(self._pulse)
-                    group.start_soon(self._check_node)
+                    group.start_soon(self.member.pulse, self._pulse, self.config.pulse_seconds)
+                    group.start_soon(self.member.check)
                     task_status.started()
                     await self._follow()
                 finally:
@@ -162,19 +150,13 @@ class Adapter:
 
     async def leave(self) -> None:
         """Tell the fleet that the node leaves, when `run` has ended in good order."""
-        if self.registered_epoch:
-            reason = "its adapter was stopped"
-            await leave(self.client, self.fleet, self.config.node, self.registered_epoch, reason)
-
-    def _coordinator(self, what: str) -> str:
-        """Where this node asks for something for itself."""
-        return f"kv.{self.fleet}.coordinator.{what}.{token(self.config.node)}"
+        await self.member.leave("its adapter was stopped")
 
     async def _remember(self) -> None:
         """Take from the log what an earlier adapter knew of this life of the engine, if it told when it began."""
         while self.facts.started:
             try:
-                before = await remembered(self.client, self._coordinator("cache.names"), self.config.node)
+                before = await remembered(self.client, self.member.coordinator("cache.names"), self.config.node)
             except ServiceFault as error:
                 if error.status == AnswerTooLarge.status:
                     _log.warning("not_remembered", node=self.config.node, error=str(error))
@@ -288,7 +270,7 @@ class Adapter:
         self.track.restart()
         replies, ended = await self._replay(0)
         self.track.resync(replies, ended=ended, same_life=None)
-        self.epoch = self.track.translator.epoch = 0
+        self.track.translator.epoch = 0
         self._register_again = self._facts_old = True
         self._well_until = 0.0
 
@@ -327,22 +309,16 @@ class Adapter:
             capacity_blocks={"gpu": facts.capacity_blocks}, engine=f"{self.engine.kind} {facts.version}".strip(),
             max_active=config.max_active, pulse_seconds=config.pulse_seconds, labels=said, replace=True,
         )  # fmt: skip
-        while True:
-            try:
-                answer = await ask(self.client, self._coordinator("node.register"), request, _Registered)
-            except ServiceFault as error:
-                if error.status < 429:
-                    raise
-                _log.warning("registration_waits", node=config.node, error=str(error))
-                await anyio.sleep(REGISTER_SECONDS)
-            else:
-                break
-        self.epoch = self.track.translator.epoch = self.registered_epoch = answer.epoch
-        self.registrations += 1
+        self.track.translator.epoch = await self.member.register(request, self._not_registered)
         self._registered = True
         self.outbox.begin(self.track.translator.tell(self.track.position))
         blocks = self.track.translator.used()
         _log.info("node_registered", node=config.node, epoch=self.epoch, blocks=blocks, batch=self.track.position)
+
+    def _not_registered(self, error: ServiceFault) -> None:
+        if error.status < 429:
+            raise error
+        _log.warning("registration_waits", node=self.config.node, error=str(error))
 
     def _tell(self, reason: str) -> None:
         """Take back all that was told in this epoch, and tell what is known."""
@@ -371,45 +347,19 @@ class Adapter:
                 f"or start the engine with {flag} {self.facts.block_size}"
             )
 
-    async def _check_node(self) -> None:
-        """After every loss of the connection, ask what happened to the node while this adapter could not hear of it."""
-        asked = self.client.stats["reconnects"]
-        while True:
-            await anyio.sleep(REGISTER_SECONDS)
-            reconnects = self.client.stats["reconnects"]
-            if reconnects == asked or not self.client.is_connected:
-                continue
-            try:
-                request = messages.NodeRequest(node=self.config.node)
-                last = await ask(self.client, self._coordinator("node.last"), request, messages.NodeLast)
-            except ServiceFault as error:
-                _log.info("node_not_checked", node=self.config.node, error=str(error))
-                continue
-            asked = reconnects
-            if last.sequence > self.epoch:
-                self._conclude(last.body)
-
-    async def _concluded(self, message: Msg) -> None:
-        self._conclude(message.data)
-
-    def _conclude(self, body: bytes) -> None:
-        """The log says something about this node; when it says lost, its blocks are forgotten and must be told again."""
-        try:
-            events = codec.decode_body("node", body)
-        except BadCommit:
+    def _concluded(self, conclusion: Conclusion) -> None:
+        """The log says something about this node."""
+        if not self.epoch:
             return
         node = self.config.node
-        for event in events:
-            if isinstance(event, NodeLost | NodeRecovered):
-                self._register_again |= self.epoch > 0
-            elif isinstance(event, NodeRemoved) and self.epoch:
-                self._stopped = EngineUnfit(
-                    f"node {self.config.node!r} was removed from the fleet; attach it again if it is back"
-                )
-            elif isinstance(event, NodeRegistered) and event.labels.get(labels.ADAPTER) != self.writer and self.epoch:
-                self._stopped = EngineUnfit(
-                    f"node {node!r} was registered by someone else; an engine has one adapter, with a --node of its own"
-                )
+        if conclusion is Conclusion.FORGOTTEN:
+            self._register_again = True
+        elif conclusion is Conclusion.REMOVED:
+            self._stopped = EngineUnfit(f"node {node!r} was removed from the fleet; attach it again if it is back")
+        else:
+            self._stopped = EngineUnfit(
+                f"node {node!r} was registered by someone else; an engine has one adapter, with a --node of its own"
+            )
 
     async def _observe(self) -> None:
         """Ask the engine how it is, and say when it tells what can't be followed."""
@@ -432,16 +382,13 @@ class Adapter:
                 self._well_until = 0.0
             await anyio.sleep(self.config.pulse_seconds)
 
-    async def _pulse(self) -> None:
-        """Pulse for as long as the engine is well."""
-        while True:
-            if self.epoch and self.well:
-                gauges = self._gauges
-                pulse = messages.Pulse(
-                    node=self.config.node, epoch=self.epoch, active=gauges.active if gauges else 0,
-                    waiting=gauges.waiting if gauges else 0, used_blocks=self.track.translator.used(),
-                    unheard=self.hearing.missing,
-                )  # fmt: skip
-                with suppress(NatsError, OSError):
-                    await self.client.publish(pulse_subject(self.fleet, self.config.node), _encode(pulse))
-            await anyio.sleep(self.config.pulse_seconds)
+    def _pulse(self) -> messages.Pulse | None:
+        """For as long as the engine is well."""
+        if not self.epoch or not self.well:
+            return None
+        gauges = self._gauges
+        return messages.Pulse(
+            node=self.config.node, epoch=self.epoch, active=gauges.active if gauges else 0,
+            waiting=gauges.waiting if gauges else 0, used_blocks=self.track.translator.used(),
+            unheard=self.hearing.missing,
+        )  # fmt: skip

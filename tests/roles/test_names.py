@@ -16,12 +16,12 @@ from kvplane.events.log.append import Appender, new_writer
 from kvplane.events.types import BlocksStored, NodeRegistered
 from kvplane.services.engines.remembered import remembered
 from kvplane.services.protocol import messages
+from kvplane.services.protocol.answers import RegisterAnswer
 from kvplane.services.protocol.errors import NoAnswer, Refused
 from kvplane.services.roles import memory, names
 from kvplane.services.rpc import pieces
 from kvplane.services.rpc.client import ask
 from kvplane.services.rpc.tally import OK
-from kvplane.services.simulation.simnode import Registered
 from tests.support.fake_engine import FakeEngine, running
 from tests.support.purging import purging
 from tests.support.waiting import until
@@ -66,7 +66,7 @@ async def stored(client: Client, fleet: str, blocks: int, node: str = "a") -> in
     request = messages.RegisterRequest(
         node=node, address="x", models=["m"], block_size=4, capacity_blocks={"gpu": blocks}, labels={"k": "v"}
     )
-    answer = await ask(client, f"kv.{fleet}.coordinator.node.register.{node}", request, Registered)
+    answer = await ask(client, f"kv.{fleet}.coordinator.node.register.{node}", request, RegisterAnswer)
     appender = Appender(client, fleet, new_writer(node))
     for batch, first in enumerate(range(1, blocks + 1, 1000)):
         hashes = range(first, min(first + 1000, blocks + 1))
