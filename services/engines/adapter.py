@@ -20,6 +20,7 @@ from kvplane.events.log.append import Appender, new_writer
 from kvplane.events.log.group import GroupWriter, Writers
 from kvplane.events.subjects import subject
 from kvplane.services.engines.hearing import Hearing
+from kvplane.services.engines.life import Event, Health, Life, Looks, State
 from kvplane.services.engines.outbox import BUFFER_EVENTS, Outbox
 from kvplane.services.engines.remembered import remembered
 from kvplane.services.engines.sequence import Track, Verdict, joined
@@ -35,17 +36,13 @@ if TYPE_CHECKING:
     from anyio.abc import TaskStatus
     from nats.aio.client import Client
 
-    from kvplane.events.types import Event
+    from kvplane.events import types
     from kvplane.services.engines.facts import Engine, Facts, Gauges, Source
     from kvplane.services.engines.sequence import Told
 
 LINGER_SECONDS = 0.002
 IDLE_SECONDS = 15.0
 """How often the replay buffer is asked whether anything was missed. A last batch that got lost shows in no other way."""
-SETTLE_SECONDS = 1.0
-"""Asked again so long after an engine has connected: what it published before it knew of us was lost."""
-PATIENCE_SECONDS = 10.0
-"""How long an engine that is there may be too busy to answer before the node's pulse stops."""
 
 _log = structlog.get_logger("kvplane.engines")
 
@@ -92,17 +89,13 @@ class Adapter:
         self.outbox = Outbox(self._log, config.node, config.buffer_events)
         self.published = Published(source.events, engine.host)
         self.hearing = Hearing(engine.kind, config.node, facts.block_size, source.events)
-        self._replayed = False
-        self._connections = 0
+        self.life = Life()
+        self.health = Health()
+        self._looks = Looks(config.idle_seconds)
         self._gauges: Gauges | None = None
-        self._well_until = 0.0
-        self._look_at = 0.0
-        self._settle_at = float("inf")
-        self._register_again = False
-        self._registered = False
-        self._stopped: EngineUnfit | None = None
-        self._restarted = False
-        self._facts_old = False
+        self._replayed = False
+        self._ended: EngineUnfit | None = None
+        """Why the node is not this adapter's any more."""
 
     @property
     def epoch(self) -> int:
@@ -112,13 +105,13 @@ class Adapter:
     @property
     def well(self) -> bool:
         """Whether the engine is, as far as it was asked."""
-        return anyio.current_time() < self._well_until
+        return self.health.well(anyio.current_time())
 
     def trouble(self) -> str:
         """What keeps the fleet from knowing of this node what it should; empty when nothing does."""
         if not self.well:
             return "the engine is not well"
-        if not self._registered or self._register_again:
+        if self.life.state is not State.MEMBER:
             return "it is not registered"
         if self.outbox.behind or not self._log.available:
             return "the log is away"
@@ -138,6 +131,9 @@ class Adapter:
                     await self.member.listen()
                     await self._remember()
                     await self._look()
+                    if self.life.state is State.REBORN:
+                        # Its facts were asked a moment ago.
+                        self.life.on(Event.REFRESHED)
                     await self._register()
                     group.start_soon(self.member.pulse, self._pulse, self.config.pulse_seconds)
                     group.start_soon(self.member.check)
@@ -179,32 +175,30 @@ class Adapter:
     async def _follow(self) -> None:
         """Apply batches as they come."""
         while True:
-            if self._stopped is not None:
-                raise self._stopped
-            if self._register_again and self.well:
+            if self._ended is not None:
+                raise self._ended
+            if self.life.must_register and self.well:
                 # Not for an engine that is gone: it will be another life when it is back.
-                if self._facts_old:
-                    await self._refresh()
-                await self._look()
-                await self._register()
+                await self._join()
             self._catch_up()
             published, now = self.published, anyio.current_time()
-            due = now >= min(self._look_at, self._settle_at) and self.well
-            if published.connections != self._connections or published.overflowed or self._restarted or due:
+            due = now >= self._looks.next and self.well
+            connected = published.connections != self._looks.connections
+            if connected or published.overflowed or self.health.suspect or due:
                 await self._look()
                 continue
             arrived = published.arrived
             if published.waiting:
                 await self._apply_waiting()
                 continue
-            with anyio.move_on_after(max(0.0, min(self._look_at, self._settle_at, now + 0.2) - now)):
+            with anyio.move_on_after(max(0.0, min(self._looks.next, now + 0.2) - now)):
                 await arrived.wait()
 
     async def _apply_waiting(self) -> None:
         """Apply what waits, up to a change of the connection or a hole."""
         published, track = self.published, self.track
         for _ in range(min(len(published.waiting), 256)):
-            if published.connections != self._connections:
+            if published.connections != self._looks.connections:
                 return
             number, payload = published.take()
             events = track.live(number, payload)
@@ -219,16 +213,12 @@ class Adapter:
     async def _look(self, missing: Sequence[Told] = ()) -> None:
         """Ask the replay buffer for what was missed, and judge whether it is still the same life of the engine."""
         published, track = self.published, self.track
-        connected = published.connections != self._connections
-        now = anyio.current_time()
-        self._settle_at = now + SETTLE_SECONDS if connected else float("inf")
-        self._look_at = now + self.config.idle_seconds
-        self._connections = published.connections
+        connected = self._looks.begin(anyio.current_time(), published.connections)
         held = [*missing, *published.waiting]
         published.forget()
         lost, published.overflowed = published.overflowed, False
-        restarted, self._restarted = self._restarted, False
-        same_life = await self._same_life() if connected or restarted else True
+        suspect, self.health.suspect = self.health.suspect, False
+        same_life = await self._same_life() if connected or suspect else True
         position = track.next is not None
         replies, ended = await self._replay(track.ask_from)
         look = track.resync(
@@ -271,8 +261,8 @@ class Adapter:
         replies, ended = await self._replay(0)
         self.track.resync(replies, ended=ended, same_life=None)
         self.track.translator.epoch = 0
-        self._register_again = self._facts_old = True
-        self._well_until = 0.0
+        self.life.on(Event.RESTARTED)
+        self.health.ill()
 
     async def _refresh(self) -> None:
         """Ask what the engine says of its new life."""
@@ -289,11 +279,20 @@ class Adapter:
             models=facts.models,
             adapters_from=facts.adapters_from,
         )
-        self._facts_old = False
+        self.life.on(Event.REFRESHED)
+
+    async def _join(self) -> None:
+        """Register after the first time, with what is true of the engine now."""
+        if self.life.state is State.REBORN:
+            await self._refresh()
+        await self._look()
+        if self.life.state in {State.JOINING, State.FORGOTTEN}:
+            # Otherwise the look has shown yet another life, or the node was given away meanwhile.
+            await self._register()
 
     async def _register(self) -> None:
         """Register until it succeeds, and tell all that is known."""
-        self._register_again = self._registered = False
+        self.life.on(Event.ASKING)
         # A commit must not hold events of two epochs: what is on its way goes first.
         await self._log.flush()
         facts, config = self.facts, self.config
@@ -310,7 +309,7 @@ class Adapter:
             max_active=config.max_active, pulse_seconds=config.pulse_seconds, labels=said, replace=True,
         )  # fmt: skip
         self.track.translator.epoch = await self.member.register(request, self._not_registered)
-        self._registered = True
+        self.life.on(Event.REGISTERED)
         self.outbox.begin(self.track.translator.tell(self.track.position))
         blocks = self.track.translator.used()
         _log.info("node_registered", node=config.node, epoch=self.epoch, blocks=blocks, batch=self.track.position)
@@ -322,19 +321,19 @@ class Adapter:
 
     def _tell(self, reason: str) -> None:
         """Take back all that was told in this epoch, and tell what is known."""
-        self.told_anew += self.epoch > 0
+        self.told_anew += self.life.told_of
         self._put(self._anew(reason))
 
-    def _anew(self, reason: str) -> list[Event]:
+    def _anew(self, reason: str) -> list[types.Event]:
         return [*self.track.cleared(reason), *self.track.translator.tell(self.track.position)]
 
-    def _put(self, events: Sequence[Event]) -> None:
-        if self.epoch:
+    def _put(self, events: Sequence[types.Event]) -> None:
+        if self.life.told_of:
             self.outbox.put(events)
 
     def _catch_up(self) -> None:
         """When more was to be said than could wait: say all of it anew as soon as the log takes it."""
-        if self.epoch and self.outbox.may_begin:
+        if self.life.told_of and self.outbox.may_begin:
             self.told_anew += 1
             self.outbox.begin(self._anew("gap: the log was away for longer than could be buffered"))
 
@@ -349,17 +348,18 @@ class Adapter:
 
     def _concluded(self, conclusion: Conclusion) -> None:
         """The log says something about this node."""
-        if not self.epoch:
+        if conclusion is Conclusion.FORGOTTEN:
+            self.life.on(Event.FORGOTTEN)
+            return
+        before = self.life.state
+        if self.life.on(Event.DISOWNED) is not State.ENDED or before is State.ENDED:
             return
         node = self.config.node
-        if conclusion is Conclusion.FORGOTTEN:
-            self._register_again = True
-        elif conclusion is Conclusion.REMOVED:
-            self._stopped = EngineUnfit(f"node {node!r} was removed from the fleet; attach it again if it is back")
-        else:
-            self._stopped = EngineUnfit(
-                f"node {node!r} was registered by someone else; an engine has one adapter, with a --node of its own"
-            )
+        self._ended = EngineUnfit(
+            f"node {node!r} was removed from the fleet; attach it again if it is back"
+            if conclusion is Conclusion.REMOVED
+            else f"node {node!r} was registered by someone else; an engine has one adapter, with a --node of its own"
+        )
 
     async def _observe(self) -> None:
         """Ask the engine how it is, and say when it tells what can't be followed."""
@@ -370,21 +370,18 @@ class Adapter:
                 _log.info("not_followed", node=self.config.node, **odd)
                 said = odd
             well = await self.engine.healthy()
+            self.health.answered(anyio.current_time(), well=well)
             if well:
-                self._well_until = anyio.current_time() + PATIENCE_SECONDS
                 with suppress(EngineUnfit):
-                    self._gauges = await self.engine.load(self.source.rank)
+                    self._gauges = gauges = await self.engine.load(self.source.rank)
                     heard = self._replayed or bool(self.track.applied or self.published.malformed)
-                    self.hearing.look(self._gauges.served, anyio.current_time(), heard=heard)
-                    known = self._gauges.started and self.facts.started and not self._facts_old
-                    self._restarted |= bool(known and self._gauges.started != self.facts.started)
-            elif well is False:
-                self._well_until = 0.0
+                    self.hearing.look(gauges.served, anyio.current_time(), heard=heard)
+                    self.health.began(gauges.started, "" if self.life.state is State.REBORN else self.facts.started)
             await anyio.sleep(self.config.pulse_seconds)
 
     def _pulse(self) -> messages.Pulse | None:
         """For as long as the engine is well."""
-        if not self.epoch or not self.well:
+        if not self.life.told_of or not self.well:
             return None
         gauges = self._gauges
         return messages.Pulse(
