@@ -24,7 +24,7 @@ from kvplane.services.engines.life import Event, Health, Life, Looks, State
 from kvplane.services.engines.outbox import BUFFER_EVENTS, Outbox
 from kvplane.services.engines.remembered import remembered
 from kvplane.services.engines.sequence import Track, Verdict, joined
-from kvplane.services.engines.sockets import Published, replay
+from kvplane.services.engines.sockets import REPLAY_SECONDS, Published, replay
 from kvplane.services.engines.translate import Translator
 from kvplane.services.membership.member import REGISTER_SECONDS, Conclusion, Member
 from kvplane.services.protocol import labels, messages
@@ -58,6 +58,7 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
     pulse_seconds: float = 1.0
     buffer_events: int = BUFFER_EVENTS
     idle_seconds: float = IDLE_SECONDS
+    replay_seconds: float = REPLAY_SECONDS
 
 
 class Adapter:
@@ -241,7 +242,7 @@ class Adapter:
         if not self.source.replay:
             return [], False
         self.replays += 1
-        replies, ended = await replay(self.source.replay, self.engine.host, start)
+        replies, ended = await replay(self.source.replay, self.engine.host, start, seconds=self.config.replay_seconds)
         self._replayed |= bool(replies)
         return replies, ended
 

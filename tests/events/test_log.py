@@ -321,9 +321,8 @@ async def test_a_log_that_was_replaced_while_followed_is_an_alarm(client: Client
     assert caught.group_contains(LogCorrupt, match="ends at 0, but 1 was applied")
 
 
-async def test_a_buffer_is_bounded_in_bytes_as_well(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvplane.events.log.group.LIMIT_BYTES", 100_000)
-    writer = GroupWriter(await opened(client), CACHE)
+async def test_a_buffer_is_bounded_in_bytes_as_well(client: Client) -> None:
+    writer = GroupWriter(await opened(client), CACHE, limit_bytes=100_000)
     for batch in range(10):
         writer.put(removed(batch, 30_000))
     assert (writer.waiting, writer.dropped) == (3, 7)
