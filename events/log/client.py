@@ -28,6 +28,9 @@ READ_BYTES = 1 << 18
 LEAST_SERVER = (2, 10)
 """Oldest version of a server that has all that is used: consumers with a list of filters, and `sync_interval: always`."""
 _VERSION = re.compile(r"v?(\d+)\.(\d+)")
+_STALLED = re.compile(rb"nats-consumer-stalled\s*:\s*(\S*)", re.IGNORECASE)
+_CONTROL = b"NATS/1.0 100 "
+"""How the headers of a heartbeat or of a request for flow control begin."""
 _TOKEN = 26
 """Characters of a request's own token: that of `_Random` and four that the client adds."""
 
@@ -100,6 +103,22 @@ class LogClient(Client):
             waiting.remove(done)
         if not waiting:
             self._asked.pop(subject, None)
+
+    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
+        """Of what comes to a consumer of the client's own making, such as for a snapshot, only its deliveries are taken.
+
+        The client would publish to whatever reply subject an empty message has, and its read loop end on other strange ones.
+        """
+        jsi = getattr(self._subs.get(sid), "_jsi", None)
+        if jsi is not None:
+            own = f"$JS.FC.{jsi._stream}.".encode()  # noqa: SLF001 - no other way to it
+            answered = [*filter(None, [reply]), *_STALLED.findall(headers or b"")]
+            control = (
+                headers is not None and headers.startswith(_CONTROL) and all(to.startswith(own) for to in answered)
+            )
+            if not (reply.startswith(b"$JS.ACK.") if data else control):
+                return
+        await super()._process_msg(sid, subject, reply, data, headers)  # type: ignore[arg-type] # there may be none
 
     async def _process_err(self, err_msg: str) -> None:
         found = _FORBIDDEN.search(err_msg)

@@ -104,6 +104,128 @@ def _new_inbox(seed: Seed | None) -> str:
     return f"_INBOX_{uuid4().hex[:12]}" if seed is None else f"_INBOX.{seed.public}.{uuid4().hex}"
 
 
+class _Connection:
+    """One client, and what becomes of its connection: the client calls the methods that begin with `on_`."""
+
+    def __init__(
+        self, servers: Sequence[str], name: str, seed: Seed | None, ca: Path | str | None, refused_seconds: float
+    ) -> None:  # fmt: skip
+        self.client = LogClient(encrypted=ca is not None)
+        self._servers, self._name = list(servers), name
+        self._seed, self._ca = seed, ca
+        self._refused_seconds = refused_seconds
+        self._established = False
+        """It was connected once; before that nothing is wrong yet."""
+        self._leaving = False
+        self._refusals = 0
+        """How many servers said no to the first connection."""
+        self._refused_since: float | None = None
+        self._closing: asyncio.Future[None] | None = None
+        self._move: asyncio.Task[None] | None = None
+
+    async def open(self, seconds: float) -> None:
+        """Connect for the first time. Raises as `connected` does."""
+        await connect(self.client, self._servers, self._name, self._dial, seconds=seconds)
+        self._established = True
+
+    async def _dial(self) -> None:
+        await self.client.connect(
+            servers=self._servers,
+            name=self._name,
+            inbox_prefix=_new_inbox(self._seed),
+            nkeys_seed_str=None if self._seed is None else self._seed.text,
+            tls=None if self._ca is None else trust(self._ca),
+            connect_timeout=2,
+            allow_reconnect=True,
+            max_reconnect_attempts=-1,
+            reconnect_time_wait=0.1,  # type: ignore[arg-type] # it is slept for
+            ping_interval=PING_SECONDS,
+            max_outstanding_pings=2,
+            pending_size=0,
+            flush_timeout=5,
+            error_cb=self.on_error,
+            disconnected_cb=self.on_disconnected,
+            lame_duck_mode_cb=self.on_lame_duck,
+            reconnected_cb=self.on_reconnected,
+            closed_cb=self.on_closed,
+        )
+
+    async def close(self) -> None:
+        """Drain and close. Raises nothing."""
+        self._leaving = True
+        if self._move is not None:
+            self._move.cancel()
+        # A client that is left open goes on reconnecting and can't even be cancelled then.
+        with anyio.CancelScope(shield=True):
+            with anyio.move_on_after(LEAVE_SECONDS), suppress(NatsError, OSError, TimeoutError):
+                if self.client.is_connected:
+                    # A drain that is cut short complains for ever; who does not answer a ping is not asked for one.
+                    await self.client.flush(timeout=PONG_SECONDS)
+                    await self.client.drain()
+            # Its flusher may have ended with its queue full, and then it waits for ever.
+            with anyio.move_on_after(LEAVE_SECONDS), suppress(NatsError, OSError, TimeoutError):
+                await self.client.close()
+
+    @property
+    def _watched(self) -> bool:
+        """Whether what becomes of the connection is anybody's concern: not before there is one, nor at the end."""
+        return self._established and not self._leaving
+
+    async def on_error(self, error: Exception) -> None:
+        """Each failed try to connect, and what a server says aside."""
+        refusal = _refusal(error, self._seed)
+        if refusal is not None:
+            self._refused(refusal)
+        elif not self._established or isinstance(error, OSError | UnexpectedEOF | StaleConnectionError):
+            # Every try to connect ends here; `nats_waited_for` or `nats_disconnected` says it.
+            _log.debug("nats_retry", client=self._name, error=str(error))
+        else:
+            # Slow consumers and permission violations are only ever reported here.
+            self.client.errors[_kind(error)] += 1
+            _log.error("nats_error", client=self._name, error=str(error) or type(error).__name__)
+
+    def _refused(self, refusal: KvplaneError) -> None:
+        """A server says no. Raises that before the first connection, once all have."""
+        if not self._established:
+            self._refusals += 1
+            if self._refusals >= len(self._servers):
+                raise refusal
+            _log.debug("nats_retry", client=self._name, error=str(refusal))
+            return
+        _log.error("login_refused", client=self._name, error=str(refusal))
+        self._refused_since = self._refused_since or time.monotonic()
+        if time.monotonic() - self._refused_since >= self._refused_seconds and self._closing is None:
+            self.client.refused = str(refusal)
+            # Not from within: this is called by what closing ends.
+            self._closing = asyncio.ensure_future(self.client.close())
+
+    async def on_lame_duck(self) -> None:
+        """The server is about to stop."""
+        _log.info("nats_server_leaves", client=self._name)
+        if self._move is None or self._move.done():
+            self._move = asyncio.create_task(move(self.client))
+
+    async def on_disconnected(self) -> None:
+        """The connection is gone."""
+        lost(self.client)
+        if self._watched:
+            _log.warning("nats_disconnected", client=self._name)
+
+    async def on_reconnected(self) -> None:
+        """There is one again."""
+        self._refused_since = None
+        where = self.client.connected_url
+        _log.info("nats_reconnected", client=self._name, server=where.netloc if where else "")
+
+    async def on_closed(self) -> None:
+        """The client gave up, or was closed."""
+        if not self._watched or self.client.refused:
+            return
+        reason = _refusal(self.client.last_error, self._seed) if self.client.last_error else None
+        self.client.refused = str(reason or f"the server closed the connection for good: {self.client.last_error}")
+        _log.error("nats_closed", client=self._name, error=self.client.refused)
+
+
 @asynccontextmanager
 async def connected(
     servers: Sequence[str],
@@ -125,100 +247,9 @@ async def connected(
     `BadServer`, `BadCredentials`.
     """
     seed = None if credentials is None else read_seed(credentials)
-    client = LogClient(encrypted=ca is not None)
-    leaving = connected_once = False
-    refusals = 0
-    refused_since: float | None = None
-
-    async def on_error(error: Exception) -> None:
-        nonlocal refusals, refused_since
-        refusal = _refusal(error, seed)
-        if refusal is not None and not connected_once:
-            refusals += 1
-            if refusals >= len(servers):
-                raise refusal
-        elif refusal is not None:
-            _log.error("login_refused", client=name, error=str(refusal))
-            refused_since = refused_since or time.monotonic()
-            if time.monotonic() - refused_since >= refused_seconds:
-                client.refused = str(refusal)
-                # Not from within: this is called by what closing ends.
-                closing.append(asyncio.ensure_future(client.close()))
-            return
-        if not connected_once or isinstance(error, OSError | UnexpectedEOF | StaleConnectionError):
-            # Every try to connect ends here; `nats_waited_for` or `nats_disconnected` says it.
-            _log.debug("nats_retry", client=name, error=str(error))
-            return
-        # Slow consumers and permission violations are only ever reported here.
-        client.errors[_kind(error)] += 1
-        _log.error("nats_error", client=name, error=str(error) or type(error).__name__)
-
-    moves: list[asyncio.Task[None]] = []
-
-    async def on_lame_duck() -> None:
-        _log.info("nats_server_leaves", client=name)
-        moves[:] = [each for each in moves if not each.done()]
-        if not moves:
-            moves.append(asyncio.create_task(move(client)))
-
-    async def on_disconnected() -> None:
-        lost(client)
-        if not leaving:
-            _log.warning("nats_disconnected", client=name)
-
-    async def on_reconnected() -> None:
-        nonlocal refused_since
-        refused_since = None
-        where = client.connected_url
-        _log.info("nats_reconnected", client=name, server=where.netloc if where else "")
-
-    async def on_closed() -> None:
-        if leaving or client.refused:
-            return
-        reason = _refusal(client.last_error, seed) if client.last_error else None
-        client.refused = str(reason or f"the server closed the connection for good: {client.last_error}")
-        _log.error("nats_closed", client=name, error=client.refused)
-
-    async def dial() -> None:
-        await client.connect(
-            servers=list(servers),
-            name=name,
-            inbox_prefix=_new_inbox(seed),
-            nkeys_seed_str=None if seed is None else seed.text,
-            tls=None if ca is None else trust(ca),
-            connect_timeout=2,
-            allow_reconnect=True,
-            max_reconnect_attempts=-1,
-            reconnect_time_wait=0.1,  # type: ignore[arg-type] # it is slept for
-            ping_interval=PING_SECONDS,
-            max_outstanding_pings=2,
-            pending_size=0,
-            flush_timeout=5,
-            error_cb=on_error,
-            disconnected_cb=on_disconnected,
-            lame_duck_mode_cb=on_lame_duck,
-            reconnected_cb=on_reconnected,
-            closed_cb=on_closed,
-        )
-
-    closing: list[asyncio.Future[None]] = []
-    leaving = True
-    await connect(client, servers, name, dial, seconds=connect_seconds)
-    leaving = False
-    connected_once = True
+    connection = _Connection(servers, name, seed, ca, refused_seconds)
+    await connection.open(connect_seconds)
     try:
-        yield client
+        yield connection.client
     finally:
-        leaving = True
-        for each in moves:
-            each.cancel()
-        # A client that is left open goes on reconnecting and can't even be cancelled then.
-        with anyio.CancelScope(shield=True):
-            with anyio.move_on_after(LEAVE_SECONDS), suppress(NatsError, OSError, TimeoutError):
-                if client.is_connected:
-                    # A drain that is cut short complains for ever; who does not answer a ping is not asked for one.
-                    await client.flush(timeout=PONG_SECONDS)
-                    await client.drain()
-            # Its flusher may have ended with its queue full, and then it waits for ever.
-            with anyio.move_on_after(LEAVE_SECONDS), suppress(NatsError, OSError, TimeoutError):
-                await client.close()
+        await connection.close()

@@ -10,17 +10,16 @@ from __future__ import annotations
 import contextlib
 from functools import partial
 from typing import TYPE_CHECKING
-from uuid import uuid4
 
 import anyio
 import structlog
 from nats.errors import Error as NatsError
-from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 from nats.js.errors import APIError
 
 from kvplane.events.codec import Message
 from kvplane.events.errors import KvplaneError, LogCorrupt, LogMissing, LogPurged, LogUnavailable
 from kvplane.events.log.client import check_open
+from kvplane.events.log.deliveries import Deliveries, Gate, pending
 from kvplane.events.log.servers import in_cluster
 from kvplane.events.log.stream import open_stream
 from kvplane.events.subjects import stream_name
@@ -30,12 +29,9 @@ if TYPE_CHECKING:
 
     from nats.aio.client import Client
     from nats.aio.msg import Msg
-    from nats.aio.subscription import Subscription
     from nats.js.api import StreamState
 
 HEARTBEAT_SECONDS = 1.0
-LEAVE_SECONDS = 1.0
-"""How long whoever leaves tries to tell the server so."""
 LOOK_SECONDS = 0.1
 """How often the follower looks whether the connection was replaced."""
 SOON_SECONDS = 1.0
@@ -48,19 +44,6 @@ PENDING_BYTES = 256 << 20
 """Bytes that may wait in the client; the server's flow control keeps below it."""
 
 _log = structlog.get_logger("kvplane.log")
-
-# $JS.ACK.<stream>.<consumer>.<delivered>.<stream seq>.<consumer seq>.<time>.<pending>, or with a domain and an account
-# hash after ACK and a random token at the end (server ADR-15).
-_SHORT, _LONG = 9, 12
-
-
-def _metadata(reply: str) -> tuple[str, int, int, int]:
-    """Consumer, stream sequence, consumer sequence and time of a delivered message."""
-    parts = reply.split(".")
-    base = 5 if len(parts) == _SHORT else 7
-    if len(parts) not in (_SHORT, _LONG - 1, _LONG):
-        raise ValueError(reply)
-    return parts[base - 2], int(parts[base]), int(parts[base + 1]), int(parts[base + 2])
 
 
 class Follower:
@@ -82,35 +65,30 @@ class Follower:
         self.healthy = False
         """Whether messages or heartbeats arrive."""
         self.restarts = 0
+        self.deliveries: Deliveries | None = None
+        """The consumer that is read from now."""
         self._last_reply = ""
-        self._subscription: Subscription | None = None
-        self._generation = 0
-        self._consumer = ""
-        self._delivered = 0
-        self._heard = False
         self._stopped: KvplaneError | Exception | None = None
         self._restart = anyio.Event()
-        self._paused: anyio.Event | None = None
+        self._gate = Gate()
 
     @property
     def behind(self) -> int:
         """Commits that are on the log and were not handed on, as the server said with the last one that was."""
-        said = self._last_reply.split(".")
-        if len(said) < _SHORT:
-            return max(0, self.target - self.applied)
-        # The number of pending messages comes after the time.
-        return int(said[8 if len(said) == _SHORT else 10])
+        return pending(self._last_reply) if self._last_reply else max(0, self.target - self.applied)
+
+    @property
+    def paused(self) -> bool:
+        """Whether nothing is handed on."""
+        return self._gate.opened is not None
 
     def pause(self) -> None:
         """Hand on nothing until `resume`; the server holds back what is on its way."""
-        if self._paused is None:
-            self._paused = anyio.Event()
+        self._gate.shut()
 
     def resume(self) -> None:
         """Go on."""
-        paused, self._paused = self._paused, None
-        if paused is not None:
-            paused.set()
+        self._gate.open()
 
     async def run(self) -> None:
         """Follow until cancelled. Raises `LogCorrupt`, `LogMissing`, `LoginRefused`, or what `handle` raised.
@@ -128,8 +106,7 @@ class Follower:
                 await self._watch()
                 self.restarts += 1
         finally:
-            with anyio.move_on_after(LEAVE_SECONDS, shield=True), contextlib.suppress(NatsError, OSError):
-                await self._stop()
+            await self._stop()
 
     async def _first_look(self) -> StreamState:
         """State of the log; a cluster that elects a leader is waited for."""
@@ -171,46 +148,23 @@ class Follower:
                 if self.restarts:
                     # What came back may not be what went away.
                     await self._believed(partial(open_stream, js, self._fleet))
-                self._delivered = 0
-                # What an earlier consumer still delivers is not for this one.
-                self._generation += 1
-                self._consumer = f"follower-{uuid4().hex}"
-                inbox = self._client.new_inbox()
-                self._subscription = await self._client.subscribe(
-                    inbox,
-                    cb=partial(self._receive, self._generation),
-                    pending_msgs_limit=-1,
-                    pending_bytes_limit=PENDING_BYTES,
+                self.deliveries = Deliveries(
+                    self._client, self._stream, "follower", self._take, self._restart.set, gate=self._gate
                 )
-                await js.add_consumer(
-                    self._stream,
-                    ConsumerConfig(
-                        name=self._consumer,
-                        deliver_subject=inbox,
-                        deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
-                        opt_start_seq=self.applied + 1,
-                        ack_policy=AckPolicy.NONE,
-                        max_deliver=1,
-                        flow_control=True,
-                        idle_heartbeat=HEARTBEAT_SECONDS,
-                        inactive_threshold=30,
-                        mem_storage=True,
-                        num_replicas=1,
-                    ),
+                await self.deliveries.open(
+                    js, after=self.applied, heartbeat=HEARTBEAT_SECONDS, pending_bytes=PENDING_BYTES
                 )
             except (NatsError, APIError, OSError, TimeoutError, LogUnavailable, LogMissing) as error:
                 self.healthy = False
                 _log.debug("follower_waits", fleet=self._fleet, error=repr(error))
                 await anyio.sleep(0.1)
             else:
-                self._heard = True
                 return
 
     async def _stop(self) -> None:
-        subscription, self._subscription = self._subscription, None
-        if subscription is not None:
-            with contextlib.suppress(NatsError, OSError):
-                await subscription.unsubscribe()
+        deliveries, self.deliveries = self.deliveries, None
+        if deliveries is not None:
+            await deliveries.close()
 
     async def _watch(self) -> None:
         """Return when the consumer has to be made anew."""
@@ -226,8 +180,8 @@ class Follower:
                 return
             check_open(self._client)
             self.healthy = self._client.is_connected
-            if self._heard or self._paused is not None:
-                self._heard = False
+            heard = self.deliveries is not None and self.deliveries.heard()
+            if heard or self.paused:
                 quiet_since = anyio.current_time()
             if self._client.is_connected and self._client.stats["reconnects"] != reconnects:
                 # The server may have restarted and forgotten the consumer.
@@ -251,36 +205,15 @@ class Follower:
         if stopped is not None:
             raise stopped
 
-    async def _receive(self, generation: int, message: Msg) -> None:
-        while self._paused is not None:
-            await self._paused.wait()
-        if generation != self._generation:
-            return
-        self._heard = True
-        headers = message.headers
-        if not message.reply.startswith("$JS.ACK."):
-            # Told by the reply, not by the headers: those of a message on the log are its writer's.
-            await self._control(message, headers or {})
-            return
+    def _take(self, sequence: int, time: int, message: Msg) -> None:
         if self._stopped is not None or self._restart.is_set():
             return
-        try:
-            consumer, sequence, delivery, time = _metadata(message.reply)
-        except ValueError:
-            return
-        if consumer != self._consumer:
-            # A stranger's consumer, of this log or another, that was aimed at this inbox.
-            return
-        if delivery != self._delivered + 1:
-            self._restart.set()
-            return
-        self._delivered = delivery
         if sequence != self.applied + 1:
             if sequence > self.applied:
                 self._gap(sequence)
             return
         try:
-            self._handle(Message(sequence, message.subject, time, headers, message.data))
+            self._handle(Message(sequence, message.subject, time, message.headers, message.data))
         except Exception as error:  # noqa: BLE001 - carried to run(), which raises it
             self._stopped = error
             self._restart.set()
@@ -294,18 +227,6 @@ class Follower:
         # Whoever waited for this may be asked at once how it is.
         self.healthy = True
         self.caught_up.set()
-
-    async def _control(self, message: Msg, headers: dict[str, str]) -> None:
-        """A heartbeat or a flow control request."""
-        if message.reply:
-            await self._client.publish(message.reply)
-            return
-        stalled = headers.get("Nats-Consumer-Stalled")
-        if stalled:
-            await self._client.publish(stalled)
-        last = headers.get("Nats-Last-Consumer")
-        if last is not None and int(last) != self._delivered:
-            self._restart.set()
 
     def _gap(self, sequence: int) -> None:
         self._stopped = LogCorrupt(

@@ -38,14 +38,18 @@ class GroupWriter:
     """Gathers events for one subject and appends them in groups, in the order in which they were given.
 
     A group is sent when the one before it is acknowledged and `linger` seconds have passed or enough events wait. At
-    most `limit` events and `LIMIT_BYTES` wait; `put` drops the oldest beyond that and counts it, `send` waits for room instead.
+    most `limit` events and `limit_bytes` wait; `put` drops the oldest beyond that and counts it, `send` waits for room instead.
     """
 
-    def __init__(self, appender: Appender, subject: str, *, linger: float = 0.002, limit: int = 100_000) -> None:
+    def __init__(
+        self, appender: Appender, subject: str, *, linger: float = 0.002, limit: int = 100_000,
+        limit_bytes: int = LIMIT_BYTES,
+    ) -> None:  # fmt: skip
         self._appender = appender
         self._subject = subject
         self._linger = linger
         self._limit = limit
+        self._limit_bytes = limit_bytes
         self._waiting: deque[bytes] = deque()
         self._bytes = 0
         self._in_flight = 0
@@ -70,7 +74,7 @@ class GroupWriter:
         encoded = codec.encode_one(event)
         self._waiting.append(encoded)
         self._bytes += len(encoded)
-        while len(self._waiting) > self._limit or (self._bytes > LIMIT_BYTES and len(self._waiting) > 1):
+        while len(self._waiting) > self._limit or (self._bytes > self._limit_bytes and len(self._waiting) > 1):
             self._bytes -= len(self._waiting.popleft())
             self.dropped += 1
             # At the first one, and when they have doubled: it may go on for hours.
@@ -83,7 +87,7 @@ class GroupWriter:
 
     async def send(self, event: Event) -> None:
         """Hand over an event; wait while too many are waiting."""
-        while len(self._waiting) >= self._limit or self._bytes > LIMIT_BYTES // 2:
+        while len(self._waiting) >= self._limit or self._bytes > self._limit_bytes // 2:
             await self._progress.wait()
         self.put(event)
 

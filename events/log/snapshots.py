@@ -38,11 +38,12 @@ _FAILURES = (NatsError, JetStreamError, APIError, OSError, TimeoutError, ValueEr
 class SnapshotStore:
     """The snapshots of one fleet. Every method raises `LogUnavailable` when the server does not answer as it must."""
 
-    def __init__(self, client: Client, fleet: str) -> None:
+    def __init__(self, client: Client, fleet: str, *, idle_seconds: float = IDLE_SECONDS) -> None:
         self._client = client
         self._fleet = fleet
         self._bucket = f"KV_{check_fleet(fleet)}_snapshots"
         self._store: ObjectStore | None = None
+        self._idle_seconds = idle_seconds
 
     async def _open(self, *, create: bool = False) -> ObjectStore | None:
         if self._store is None:
@@ -106,11 +107,11 @@ class SnapshotStore:
             group.start_soon(read, store)
             while not done.is_set() and not failures:
                 before = data.tell()
-                with anyio.move_on_after(IDLE_SECONDS):
+                with anyio.move_on_after(self._idle_seconds):
                     await done.wait()
                 if not done.is_set() and data.tell() == before:
                     # The client would wait for ever for pieces that are not there any more.
-                    failures.append(TimeoutError(f"nothing came for {IDLE_SECONDS:g} s after {before} bytes"))
+                    failures.append(TimeoutError(f"nothing came for {self._idle_seconds:g} s after {before} bytes"))
             group.cancel_scope.cancel()
         for failure in failures:
             raise self._unavailable("read", failure) from failure

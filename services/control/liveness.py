@@ -11,10 +11,13 @@ stopped arrive all at once, and may be those of a node that has died since.
 
 from __future__ import annotations
 
+from enum import Enum, auto
 from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from kvplane.projections.fleet import FleetState
     from kvplane.services.protocol.messages import Pulse
 
@@ -23,12 +26,129 @@ LEAST_SECONDS = 1.5
 MOST_DOUBLED = 6
 
 
-class _Heard(NamedTuple):
-    """The last two pulses of one life."""
+class State(Enum):
+    """What this coordinator takes a node for."""
 
-    epoch: int
-    last: float
-    before: float
+    UNKNOWN = auto()
+    """Nothing was seen of it yet."""
+    ALIVE = auto()
+    """Its silence counts."""
+    LOST = auto()
+    """It was lost, by whomever's word."""
+
+
+class Event(Enum):
+    """What is seen of a node."""
+
+    FIRST_PULSE = auto()
+    """It pulses, in a life of which nothing was seen."""
+    PULSE = auto()
+    """It pulses again."""
+    FIRST_SEEN = auto()
+    """The log has it alive, in a life of which nothing was seen."""
+    SEEN = auto()
+    """The log has it alive, and it was heard of late."""
+    SEEN_UNHEARD = auto()
+    """The log has it alive, and nothing was heard."""
+    LOST = auto()
+    """It is lost by the log, or by what this coordinator has just concluded."""
+
+
+class Patience(Enum):
+    """What becomes of the patience with a node that was not heard and was alive all the same."""
+
+    KEPT = auto()
+    DOUBLED = auto()
+    USUAL = auto()
+
+
+class Transition(NamedTuple):
+    """What an event leads to."""
+
+    state: State
+    begins: bool = False
+    """Its silence counts from now on: before, this coordinator could not have heard it."""
+    patience: Patience = Patience.KEPT
+
+
+_LOST = Transition(State.LOST)
+_BEGINS = Transition(State.ALIVE, begins=True)
+TRANSITIONS: Mapping[State, Mapping[Event, Transition]] = {
+    State.UNKNOWN: {
+        Event.FIRST_PULSE: Transition(State.ALIVE, begins=True, patience=Patience.USUAL),
+        Event.FIRST_SEEN: _BEGINS,
+        Event.LOST: _LOST,
+    },
+    State.ALIVE: {
+        Event.FIRST_PULSE: Transition(State.ALIVE, begins=True, patience=Patience.USUAL),
+        Event.PULSE: Transition(State.ALIVE, patience=Patience.USUAL),
+        Event.FIRST_SEEN: _BEGINS,
+        Event.SEEN: Transition(State.ALIVE),
+        Event.SEEN_UNHEARD: Transition(State.ALIVE),
+        Event.LOST: _LOST,
+    },
+    State.LOST: {
+        # A pulse alone does not bring it back: the log must say so.
+        Event.FIRST_PULSE: Transition(State.LOST, begins=True, patience=Patience.USUAL),
+        Event.PULSE: Transition(State.LOST, patience=Patience.USUAL),
+        Event.FIRST_SEEN: _BEGINS,
+        # Back by somebody's word: its time starts when this one sees it.
+        Event.SEEN: _BEGINS,
+        Event.SEEN_UNHEARD: Transition(State.ALIVE, begins=True, patience=Patience.DOUBLED),
+        Event.LOST: _LOST,
+    },
+}
+"""What is not here can't happen."""
+
+
+class Watched:
+    """What one coordinator has seen of one node. Times are seconds of one clock; `-inf` is never."""
+
+    def __init__(self) -> None:
+        self.state = State.UNKNOWN
+        self._life = 0
+        """The epoch in which its silence counts."""
+        self._since = -inf
+        self._heard_life = 0
+        self._last = self._before = -inf
+        """The last two pulses of that life."""
+        self._doubled = 0
+
+    def on(self, event: Event, epoch: int = 0, now: float = 0.0) -> None:
+        """Take an event; those that may begin its time have an epoch and a time. Raises `KeyError` for what can't happen."""
+        self.state, begins, patience = TRANSITIONS[self.state][event]
+        if begins:
+            self._life, self._since = epoch, now
+        if patience is Patience.USUAL:
+            self._doubled = 0
+        elif patience is Patience.DOUBLED:
+            self._doubled = min(MOST_DOUBLED, self._doubled + 1)
+
+    def heard(self, epoch: int, now: float) -> None:
+        """It pulsed, in the life that the log knows."""
+        self._before = self._last_in(epoch)
+        self._heard_life, self._last = epoch, now
+        self.on(Event.PULSE if self._life == epoch else Event.FIRST_PULSE, epoch, now)
+
+    def seen(self, epoch: int, now: float, listening_since: float) -> float:
+        """The log has it alive in this life; for how long it is silent."""
+        last = max(listening_since, self._last_in(epoch))
+        seen = Event.SEEN if now - last < LEAST_SECONDS else Event.SEEN_UNHEARD
+        self.on(seen if self._life == epoch else Event.FIRST_SEEN, epoch, now)
+        return now - max(last, self._since)
+
+    def patience(self, promise: float) -> float:
+        """How long its silence is borne, if it promised to pulse at this interval."""
+        return max(LEAST_SECONDS, MISSED_PULSES * promise) * (1 << self._doubled)
+
+    def is_back(self, epoch: int, promise: float, now: float, listening_since: float) -> bool:
+        """Whether it was heard twice in this life, of late and as far apart as pulses are."""
+        last = self._last_in(epoch)
+        apart = last - self._before >= promise / 2
+        return now - last < LEAST_SECONDS and self._before >= listening_since and apart
+
+    def _last_in(self, epoch: int) -> float:
+        return self._last if self._heard_life == epoch else -inf
 
 
 class Liveness:
@@ -37,13 +157,16 @@ class Liveness:
     def __init__(self) -> None:
         self.pulses: dict[str, Pulse] = {}
         """Last pulse of every node, for its gauges."""
-        self._heard: dict[str, _Heard] = {}
-        self._since: dict[str, tuple[int, float]] = {}
-        """From when on the silence of a node counts, and in which life."""
-        self._doubled: dict[str, int] = {}
-        """How often a node came back of which this coordinator heard nothing."""
+        self._nodes: dict[str, Watched] = {}
         self._listening_since = 0.0
-        self._lost: set[str] = set()
+
+    def _node(self, name: str) -> Watched:
+        return self._nodes.setdefault(name, Watched())
+
+    def state(self, name: str) -> State:
+        """What a node is taken for."""
+        node = self._nodes.get(name)
+        return node.state if node else State.UNKNOWN
 
     def listen(self, now: float) -> None:
         """Pulses can be heard from now on; whatever was missed before does not count."""
@@ -54,12 +177,7 @@ class Liveness:
         node = state.nodes.get(pulse.node)
         if node is not None and pulse.epoch == node.epoch:
             self.pulses[pulse.node] = pulse
-            known = self._heard.get(pulse.node)
-            before = known.last if known is not None and known.epoch == pulse.epoch else -inf
-            self._heard[pulse.node] = _Heard(pulse.epoch, now, before)
-            self._doubled.pop(pulse.node, None)
-            if self._since.get(pulse.node, (0, 0.0))[0] != pulse.epoch:
-                self._since[pulse.node] = (pulse.epoch, now)
+            self._node(pulse.node).heard(pulse.epoch, now)
 
     def silent(self, state: FleetState, now: float) -> list[tuple[str, float]]:
         """Nodes to be concluded lost, and for how many seconds they were silent."""
@@ -67,47 +185,30 @@ class Liveness:
         for name, node in state.nodes.items():
             promise = node.registered.pulse_seconds
             if node.lost is not None:
-                self._lost.add(name)
-            if not promise or node.lost is not None:
-                continue
-            last = max(self._listening_since, self._last(name, node.epoch))
-            epoch, since = self._since.get(name, (0, 0.0))
-            if epoch != node.epoch or name in self._lost:
-                # A new life, or back by another coordinator's word: its time starts when this one sees it.
-                if epoch == node.epoch and now - last >= LEAST_SECONDS:
-                    self._doubled[name] = min(MOST_DOUBLED, self._doubled.get(name, 0) + 1)
-                self._lost.discard(name)
-                since = now
-                self._since[name] = (node.epoch, now)
-            quiet = now - max(last, since)
-            if quiet > max(LEAST_SECONDS, MISSED_PULSES * promise) * (1 << self._doubled.get(name, 0)):
-                found.append((name, quiet))
+                self._node(name).on(Event.LOST)
+            elif promise:
+                own = self._node(name)
+                quiet = own.seen(node.epoch, now, self._listening_since)
+                if quiet > own.patience(promise):
+                    found.append((name, quiet))
         return found
-
-    def _last(self, name: str, epoch: int) -> float:
-        known = self._heard.get(name)
-        return known.last if known is not None and known.epoch == epoch else -inf
 
     def concluded(self, name: str) -> None:
         """The node was concluded lost: when it is seen alive next, somebody else has heard it, however soon that is."""
-        self._lost.add(name)
+        self._node(name).on(Event.LOST)
 
     def back(self, state: FleetState, now: float) -> list[str]:
         """Lost nodes that pulse again, in the life in which they were lost."""
-        found = []
-        for name, node in state.nodes.items():
-            heard = self._heard.get(name)
-            if node.lost is None or heard is None or heard.epoch != node.epoch or now - heard.last >= LEAST_SECONDS:
-                continue
-            apart = heard.last - heard.before >= node.registered.pulse_seconds / 2
-            if heard.before >= self._listening_since and apart:
-                found.append(name)
-        return found
+        return [
+            name
+            for name, node in state.nodes.items()
+            if node.lost is not None
+            and self._node(name).is_back(node.epoch, node.registered.pulse_seconds, now, self._listening_since)
+        ]
 
     def forget(self, state: FleetState) -> None:
         """Keep nothing of nodes that have left the fleet."""
         known: dict[str, Any]
-        for known in (self.pulses, self._heard, self._since, self._doubled):
+        for known in (self.pulses, self._nodes):
             for name in [name for name in known if name not in state.nodes]:
                 del known[name]
-        self._lost &= state.nodes.keys()

@@ -50,7 +50,6 @@ CHARACTERS_A_TOKEN = 4
 _BUSY = {404, 408, 425, 429}
 """Statuses of an engine that another one need not share: it is full, or is not what it was."""
 
-TOKENIZE = aiohttp.ClientTimeout(total=TOKENIZE_SECONDS)
 T = TypeVar("T")
 
 _log = structlog.get_logger("kvplane.complete")
@@ -80,10 +79,15 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
 class Completer:
     """Completes OpenAI requests on a fleet's engines. Use as an asynchronous context manager, for many requests at once."""
 
-    def __init__(self, client: Client, fleet: str, *, api_key: str = "", attempts: int = ATTEMPTS) -> None:
+    def __init__(
+        self, client: Client, fleet: str, *, api_key: str = "", attempts: int = ATTEMPTS,
+        tokenize_seconds: float = TOKENIZE_SECONDS, end_seconds: float = END_SECONDS,
+    ) -> None:  # fmt: skip
         self.client = client
         self.fleet = fleet
         self.attempts = attempts
+        self.tokenize_seconds = tokenize_seconds
+        self.end_seconds = end_seconds
         self._headers = {"Content-Type": "application/json"}
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
@@ -178,7 +182,8 @@ class Completer:
             url = _url(found)
             try:
                 self.waits_for = f"node {found.node} at {url}/tokenize"
-                asks = self.http.post(url + "/tokenize", timeout=TOKENIZE, **_sent(openai.question(body)))
+                patience = aiohttp.ClientTimeout(total=self.tokenize_seconds)
+                asks = self.http.post(url + "/tokenize", timeout=patience, **_sent(openai.question(body)))
                 async with asks as answer:
                     if answer.status == 200:
                         return openai.answered(await answer.json(content_type=None)), asked
@@ -284,7 +289,7 @@ class _Delivery:
                     )
             self._end = time.perf_counter()
             # Until its very end, so that the connection can be used again.
-            with anyio.move_on_after(END_SECONDS), suppress(EngineFailed):
+            with anyio.move_on_after(self.completer.end_seconds), suppress(EngineFailed):
                 await self._heard(answer.read())
 
     async def _heard(self, said: Awaitable[T]) -> T:

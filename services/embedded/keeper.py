@@ -35,8 +35,11 @@ _log = structlog.get_logger("kvplane.server")
 class Keeper:
     """One server and whoever replaces it. `restarts` counts them, `full` says whether its disk had no room."""
 
-    def __init__(self, start: Callable[[], Awaitable[Server]], server: Server) -> None:
+    def __init__(
+        self, start: Callable[[], Awaitable[Server]], server: Server, *, look_seconds: float = LOOK_SECONDS
+    ) -> None:  # fmt: skip
         self._start = start
+        self._look_seconds = look_seconds
         self.server = server
         self.restarts = 0
         self.full = False
@@ -47,7 +50,7 @@ class Keeper:
         pause = AGAIN_SECONDS
         while True:
             ended: int | None = None
-            with anyio.move_on_after(LOOK_SECONDS):
+            with anyio.move_on_after(self._look_seconds):
                 ended = await self.server.process.wait()
             if ended is not None:
                 _log.error("server_ended", code=ended, log=str(self.server.log), again_in=pause)
@@ -102,9 +105,11 @@ class Keeper:
 
 
 @asynccontextmanager
-async def kept(start: Callable[[], Awaitable[Server]]) -> AsyncIterator[Keeper]:
+async def kept(
+    start: Callable[[], Awaitable[Server]], *, look_seconds: float = LOOK_SECONDS
+) -> AsyncIterator[Keeper]:  # fmt: skip
     """A server for the length of a block, and another one whenever it is needed. Raises what the first start raises."""
-    keeper = Keeper(start, await start())
+    keeper = Keeper(start, await start(), look_seconds=look_seconds)
     try:
         async with anyio.create_task_group() as group:
             group.start_soon(keeper.run)

@@ -15,48 +15,36 @@ import anyio
 import anyio.lowlevel
 import msgspec
 import structlog
-from nats.errors import Error as NatsError
 
-from kvplane.events import codec
-from kvplane.events.errors import BadCommit
 from kvplane.events.log.append import Appender, new_writer
 from kvplane.events.log.group import GroupWriter, Writers
-from kvplane.events.subjects import pulse_subject, subject, token
-from kvplane.events.types import NodeLost, NodeRecovered, NodeRegistered, NodeRemoved
+from kvplane.events.subjects import subject
 from kvplane.services.engines.hearing import Hearing
+from kvplane.services.engines.life import Event, Health, Life, Looks, State
 from kvplane.services.engines.outbox import BUFFER_EVENTS, Outbox
 from kvplane.services.engines.remembered import remembered
 from kvplane.services.engines.sequence import Track, Verdict, joined
-from kvplane.services.engines.sockets import Published, replay
+from kvplane.services.engines.sockets import REPLAY_SECONDS, Published, replay
 from kvplane.services.engines.translate import Translator
+from kvplane.services.membership.member import REGISTER_SECONDS, Conclusion, Member
 from kvplane.services.protocol import labels, messages
 from kvplane.services.protocol.errors import AnswerTooLarge, EngineUnfit, ServiceFault
-from kvplane.services.rpc.client import ask
-from kvplane.services.rpc.leaving import leave
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from anyio.abc import TaskStatus
     from nats.aio.client import Client
-    from nats.aio.msg import Msg
 
-    from kvplane.events.types import Event
+    from kvplane.events import types
     from kvplane.services.engines.facts import Engine, Facts, Gauges, Source
     from kvplane.services.engines.sequence import Told
 
 LINGER_SECONDS = 0.002
-REGISTER_SECONDS = 0.5
-"""Pause before a registration is tried again."""
 IDLE_SECONDS = 15.0
 """How often the replay buffer is asked whether anything was missed. A last batch that got lost shows in no other way."""
-SETTLE_SECONDS = 1.0
-"""Asked again so long after an engine has connected: what it published before it knew of us was lost."""
-PATIENCE_SECONDS = 10.0
-"""How long an engine that is there may be too busy to answer before the node's pulse stops."""
 
 _log = structlog.get_logger("kvplane.engines")
-_encode = msgspec.msgpack.Encoder().encode
 
 
 class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,10 +58,7 @@ class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
     pulse_seconds: float = 1.0
     buffer_events: int = BUFFER_EVENTS
     idle_seconds: float = IDLE_SECONDS
-
-
-class _Registered(msgspec.Struct):
-    epoch: int
+    replay_seconds: float = REPLAY_SECONDS
 
 
 class Adapter:
@@ -91,10 +76,7 @@ class Adapter:
         self.writer = new_writer(f"node-{config.node}"[:100])
         self.appender = Appender(client, fleet, self.writer)
         self.writers = Writers()
-        self.epoch = 0
-        self.registered_epoch = 0
-        """The epoch of the last registration, also while the engine has begun another life and `epoch` is 0."""
-        self.registrations = 0
+        self.member = Member(client, fleet, config.node, self._concluded, writer=self.writer)
         self.replays = 0
         """How often the replay buffer was asked."""
         self.told_anew = 0
@@ -108,28 +90,29 @@ class Adapter:
         self.outbox = Outbox(self._log, config.node, config.buffer_events)
         self.published = Published(source.events, engine.host)
         self.hearing = Hearing(engine.kind, config.node, facts.block_size, source.events)
-        self._replayed = False
-        self._connections = 0
+        self.life = Life()
+        self.health = Health()
+        self._looks = Looks(config.idle_seconds)
         self._gauges: Gauges | None = None
-        self._well_until = 0.0
-        self._look_at = 0.0
-        self._settle_at = float("inf")
-        self._register_again = False
-        self._registered = False
-        self._stopped: EngineUnfit | None = None
-        self._restarted = False
-        self._facts_old = False
+        self._replayed = False
+        self._ended: EngineUnfit | None = None
+        """Why the node is not this adapter's any more."""
+
+    @property
+    def epoch(self) -> int:
+        """In which the fleet is told of the cache; 0 while the engine's life is not registered."""
+        return self.track.translator.epoch
 
     @property
     def well(self) -> bool:
         """Whether the engine is, as far as it was asked."""
-        return anyio.current_time() < self._well_until
+        return self.health.well(anyio.current_time())
 
     def trouble(self) -> str:
         """What keeps the fleet from knowing of this node what it should; empty when nothing does."""
         if not self.well:
             return "the engine is not well"
-        if not self._registered or self._register_again:
+        if self.life.state is not State.MEMBER:
             return "it is not registered"
         if self.outbox.behind or not self._log.available:
             return "the log is away"
@@ -146,13 +129,15 @@ class Adapter:
                 try:
                     group.start_soon(self.published.run)
                     group.start_soon(self._observe)
-                    node_subject = subject(self.fleet, "node", self.config.node)
-                    await self.client.subscribe(node_subject, cb=self._concluded)
+                    await self.member.listen()
                     await self._remember()
                     await self._look()
+                    if self.life.state is State.REBORN:
+                        # Its facts were asked a moment ago.
+                        self.life.on(Event.REFRESHED)
                     await self._register()
-                    group.start_soon(self._pulse)
-                    group.start_soon(self._check_node)
+                    group.start_soon(self.member.pulse, self._pulse, self.config.pulse_seconds)
+                    group.start_soon(self.member.check)
                     task_status.started()
                     await self._follow()
                 finally:
@@ -162,19 +147,13 @@ class Adapter:
 
     async def leave(self) -> None:
         """Tell the fleet that the node leaves, when `run` has ended in good order."""
-        if self.registered_epoch:
-            reason = "its adapter was stopped"
-            await leave(self.client, self.fleet, self.config.node, self.registered_epoch, reason)
-
-    def _coordinator(self, what: str) -> str:
-        """Where this node asks for something for itself."""
-        return f"kv.{self.fleet}.coordinator.{what}.{token(self.config.node)}"
+        await self.member.leave("its adapter was stopped")
 
     async def _remember(self) -> None:
         """Take from the log what an earlier adapter knew of this life of the engine, if it told when it began."""
         while self.facts.started:
             try:
-                before = await remembered(self.client, self._coordinator("cache.names"), self.config.node)
+                before = await remembered(self.client, self.member.coordinator("cache.names"), self.config.node)
             except ServiceFault as error:
                 if error.status == AnswerTooLarge.status:
                     _log.warning("not_remembered", node=self.config.node, error=str(error))
@@ -197,32 +176,30 @@ class Adapter:
     async def _follow(self) -> None:
         """Apply batches as they come."""
         while True:
-            if self._stopped is not None:
-                raise self._stopped
-            if self._register_again and self.well:
+            if self._ended is not None:
+                raise self._ended
+            if self.life.must_register and self.well:
                 # Not for an engine that is gone: it will be another life when it is back.
-                if self._facts_old:
-                    await self._refresh()
-                await self._look()
-                await self._register()
+                await self._join()
             self._catch_up()
             published, now = self.published, anyio.current_time()
-            due = now >= min(self._look_at, self._settle_at) and self.well
-            if published.connections != self._connections or published.overflowed or self._restarted or due:
+            due = now >= self._looks.next and self.well
+            connected = published.connections != self._looks.connections
+            if connected or published.overflowed or self.health.suspect or due:
                 await self._look()
                 continue
             arrived = published.arrived
             if published.waiting:
                 await self._apply_waiting()
                 continue
-            with anyio.move_on_after(max(0.0, min(self._look_at, self._settle_at, now + 0.2) - now)):
+            with anyio.move_on_after(max(0.0, min(self._looks.next, now + 0.2) - now)):
                 await arrived.wait()
 
     async def _apply_waiting(self) -> None:
         """Apply what waits, up to a change of the connection or a hole."""
         published, track = self.published, self.track
         for _ in range(min(len(published.waiting), 256)):
-            if published.connections != self._connections:
+            if published.connections != self._looks.connections:
                 return
             number, payload = published.take()
             events = track.live(number, payload)
@@ -237,16 +214,12 @@ class Adapter:
     async def _look(self, missing: Sequence[Told] = ()) -> None:
         """Ask the replay buffer for what was missed, and judge whether it is still the same life of the engine."""
         published, track = self.published, self.track
-        connected = published.connections != self._connections
-        now = anyio.current_time()
-        self._settle_at = now + SETTLE_SECONDS if connected else float("inf")
-        self._look_at = now + self.config.idle_seconds
-        self._connections = published.connections
+        connected = self._looks.begin(anyio.current_time(), published.connections)
         held = [*missing, *published.waiting]
         published.forget()
         lost, published.overflowed = published.overflowed, False
-        restarted, self._restarted = self._restarted, False
-        same_life = await self._same_life() if connected or restarted else True
+        suspect, self.health.suspect = self.health.suspect, False
+        same_life = await self._same_life() if connected or suspect else True
         position = track.next is not None
         replies, ended = await self._replay(track.ask_from)
         look = track.resync(
@@ -269,7 +242,7 @@ class Adapter:
         if not self.source.replay:
             return [], False
         self.replays += 1
-        replies, ended = await replay(self.source.replay, self.engine.host, start)
+        replies, ended = await replay(self.source.replay, self.engine.host, start, seconds=self.config.replay_seconds)
         self._replayed |= bool(replies)
         return replies, ended
 
@@ -288,9 +261,9 @@ class Adapter:
         self.track.restart()
         replies, ended = await self._replay(0)
         self.track.resync(replies, ended=ended, same_life=None)
-        self.epoch = self.track.translator.epoch = 0
-        self._register_again = self._facts_old = True
-        self._well_until = 0.0
+        self.track.translator.epoch = 0
+        self.life.on(Event.RESTARTED)
+        self.health.ill()
 
     async def _refresh(self) -> None:
         """Ask what the engine says of its new life."""
@@ -307,11 +280,20 @@ class Adapter:
             models=facts.models,
             adapters_from=facts.adapters_from,
         )
-        self._facts_old = False
+        self.life.on(Event.REFRESHED)
+
+    async def _join(self) -> None:
+        """Register after the first time, with what is true of the engine now."""
+        if self.life.state is State.REBORN:
+            await self._refresh()
+        await self._look()
+        if self.life.state in {State.JOINING, State.FORGOTTEN}:
+            # Otherwise the look has shown yet another life, or the node was given away meanwhile.
+            await self._register()
 
     async def _register(self) -> None:
         """Register until it succeeds, and tell all that is known."""
-        self._register_again = self._registered = False
+        self.life.on(Event.ASKING)
         # A commit must not hold events of two epochs: what is on its way goes first.
         await self._log.flush()
         facts, config = self.facts, self.config
@@ -327,38 +309,32 @@ class Adapter:
             capacity_blocks={"gpu": facts.capacity_blocks}, engine=f"{self.engine.kind} {facts.version}".strip(),
             max_active=config.max_active, pulse_seconds=config.pulse_seconds, labels=said, replace=True,
         )  # fmt: skip
-        while True:
-            try:
-                answer = await ask(self.client, self._coordinator("node.register"), request, _Registered)
-            except ServiceFault as error:
-                if error.status < 429:
-                    raise
-                _log.warning("registration_waits", node=config.node, error=str(error))
-                await anyio.sleep(REGISTER_SECONDS)
-            else:
-                break
-        self.epoch = self.track.translator.epoch = self.registered_epoch = answer.epoch
-        self.registrations += 1
-        self._registered = True
+        self.track.translator.epoch = await self.member.register(request, self._not_registered)
+        self.life.on(Event.REGISTERED)
         self.outbox.begin(self.track.translator.tell(self.track.position))
         blocks = self.track.translator.used()
         _log.info("node_registered", node=config.node, epoch=self.epoch, blocks=blocks, batch=self.track.position)
 
+    def _not_registered(self, error: ServiceFault) -> None:
+        if error.status < 429:
+            raise error
+        _log.warning("registration_waits", node=self.config.node, error=str(error))
+
     def _tell(self, reason: str) -> None:
         """Take back all that was told in this epoch, and tell what is known."""
-        self.told_anew += self.epoch > 0
+        self.told_anew += self.life.told_of
         self._put(self._anew(reason))
 
-    def _anew(self, reason: str) -> list[Event]:
+    def _anew(self, reason: str) -> list[types.Event]:
         return [*self.track.cleared(reason), *self.track.translator.tell(self.track.position)]
 
-    def _put(self, events: Sequence[Event]) -> None:
-        if self.epoch:
+    def _put(self, events: Sequence[types.Event]) -> None:
+        if self.life.told_of:
             self.outbox.put(events)
 
     def _catch_up(self) -> None:
         """When more was to be said than could wait: say all of it anew as soon as the log takes it."""
-        if self.epoch and self.outbox.may_begin:
+        if self.life.told_of and self.outbox.may_begin:
             self.told_anew += 1
             self.outbox.begin(self._anew("gap: the log was away for longer than could be buffered"))
 
@@ -371,45 +347,20 @@ class Adapter:
                 f"or start the engine with {flag} {self.facts.block_size}"
             )
 
-    async def _check_node(self) -> None:
-        """After every loss of the connection, ask what happened to the node while this adapter could not hear of it."""
-        asked = self.client.stats["reconnects"]
-        while True:
-            await anyio.sleep(REGISTER_SECONDS)
-            reconnects = self.client.stats["reconnects"]
-            if reconnects == asked or not self.client.is_connected:
-                continue
-            try:
-                request = messages.NodeRequest(node=self.config.node)
-                last = await ask(self.client, self._coordinator("node.last"), request, messages.NodeLast)
-            except ServiceFault as error:
-                _log.info("node_not_checked", node=self.config.node, error=str(error))
-                continue
-            asked = reconnects
-            if last.sequence > self.epoch:
-                self._conclude(last.body)
-
-    async def _concluded(self, message: Msg) -> None:
-        self._conclude(message.data)
-
-    def _conclude(self, body: bytes) -> None:
-        """The log says something about this node; when it says lost, its blocks are forgotten and must be told again."""
-        try:
-            events = codec.decode_body("node", body)
-        except BadCommit:
+    def _concluded(self, conclusion: Conclusion) -> None:
+        """The log says something about this node."""
+        if conclusion is Conclusion.FORGOTTEN:
+            self.life.on(Event.FORGOTTEN)
+            return
+        before = self.life.state
+        if self.life.on(Event.DISOWNED) is not State.ENDED or before is State.ENDED:
             return
         node = self.config.node
-        for event in events:
-            if isinstance(event, NodeLost | NodeRecovered):
-                self._register_again |= self.epoch > 0
-            elif isinstance(event, NodeRemoved) and self.epoch:
-                self._stopped = EngineUnfit(
-                    f"node {self.config.node!r} was removed from the fleet; attach it again if it is back"
-                )
-            elif isinstance(event, NodeRegistered) and event.labels.get(labels.ADAPTER) != self.writer and self.epoch:
-                self._stopped = EngineUnfit(
-                    f"node {node!r} was registered by someone else; an engine has one adapter, with a --node of its own"
-                )
+        self._ended = EngineUnfit(
+            f"node {node!r} was removed from the fleet; attach it again if it is back"
+            if conclusion is Conclusion.REMOVED
+            else f"node {node!r} was registered by someone else; an engine has one adapter, with a --node of its own"
+        )
 
     async def _observe(self) -> None:
         """Ask the engine how it is, and say when it tells what can't be followed."""
@@ -420,28 +371,22 @@ class Adapter:
                 _log.info("not_followed", node=self.config.node, **odd)
                 said = odd
             well = await self.engine.healthy()
+            self.health.answered(anyio.current_time(), well=well)
             if well:
-                self._well_until = anyio.current_time() + PATIENCE_SECONDS
                 with suppress(EngineUnfit):
-                    self._gauges = await self.engine.load(self.source.rank)
+                    self._gauges = gauges = await self.engine.load(self.source.rank)
                     heard = self._replayed or bool(self.track.applied or self.published.malformed)
-                    self.hearing.look(self._gauges.served, anyio.current_time(), heard=heard)
-                    known = self._gauges.started and self.facts.started and not self._facts_old
-                    self._restarted |= bool(known and self._gauges.started != self.facts.started)
-            elif well is False:
-                self._well_until = 0.0
+                    self.hearing.look(gauges.served, anyio.current_time(), heard=heard)
+                    self.health.began(gauges.started, "" if self.life.state is State.REBORN else self.facts.started)
             await anyio.sleep(self.config.pulse_seconds)
 
-    async def _pulse(self) -> None:
-        """Pulse for as long as the engine is well."""
-        while True:
-            if self.epoch and self.well:
-                gauges = self._gauges
-                pulse = messages.Pulse(
-                    node=self.config.node, epoch=self.epoch, active=gauges.active if gauges else 0,
-                    waiting=gauges.waiting if gauges else 0, used_blocks=self.track.translator.used(),
-                    unheard=self.hearing.missing,
-                )  # fmt: skip
-                with suppress(NatsError, OSError):
-                    await self.client.publish(pulse_subject(self.fleet, self.config.node), _encode(pulse))
-            await anyio.sleep(self.config.pulse_seconds)
+    def _pulse(self) -> messages.Pulse | None:
+        """For as long as the engine is well."""
+        if not self.life.told_of or not self.well:
+            return None
+        gauges = self._gauges
+        return messages.Pulse(
+            node=self.config.node, epoch=self.epoch, active=gauges.active if gauges else 0,
+            waiting=gauges.waiting if gauges else 0, used_blocks=self.track.translator.used(),
+            unheard=self.hearing.missing,
+        )  # fmt: skip

@@ -168,16 +168,16 @@ def _told(frames: list[bytes]) -> Told | None:
     return None
 
 
-async def replay(endpoint: str, host: str, start: int) -> tuple[list[Told], bool]:
+async def replay(endpoint: str, host: str, start: int, *, seconds: float = REPLAY_SECONDS) -> tuple[list[Told], bool]:
     """Batches of the engine's replay buffer from `start` on, in order, and whether their end was reached.
 
     The engine's socket drops answers that it can't send fast enough, in silence. So what is missing is asked for again, and
-    only what is missing at the beginning of an answer does not exist.
+    only what is missing at the beginning of an answer does not exist. An answer has stopped when nothing comes for `seconds`.
     """
     found: dict[int, bytes] = {}
     ask, ended = start, False
     for _ in range(REPLAY_ROUNDS):
-        answers, ended = await _ask(endpoint, host, ask)
+        answers, ended = await _ask(endpoint, host, ask, seconds)
         found.update(answers)
         if not answers and not ended:
             break
@@ -192,7 +192,7 @@ async def replay(endpoint: str, host: str, start: int) -> tuple[list[Told], bool
     return sorted(found.items()), ended
 
 
-async def _ask(endpoint: str, host: str, start: int) -> tuple[list[Told], bool]:
+async def _ask(endpoint: str, host: str, start: int, seconds: float) -> tuple[list[Told], bool]:
     """One question. Answers are `["", topic, number, payload]`, from older engines without the topic; the end has number -1."""
     answers: list[Told] = []
     with zmq.asyncio.Context() as context:
@@ -209,7 +209,7 @@ async def _ask(endpoint: str, host: str, start: int) -> tuple[list[Told], bool]:
                 ) from None
             await asked.send_multipart([b"", start.to_bytes(_SEQUENCE_BYTES, "big")])
             socket: zmq.Socket[bytes] = zmq.Socket.shadow(asked)
-            while await asked.poll(REPLAY_SECONDS * 1000):
+            while await asked.poll(seconds * 1000):
                 with suppress(zmq.Again):
                     for _ in range(TURN_BATCHES):
                         frames = socket.recv_multipart(zmq.NOBLOCK)

@@ -273,7 +273,7 @@ def _simnode(scrape: Scrape, service: SimNodes) -> None:
         put("kvplane_simnode_active_requests", node.active, node=name)
         put("kvplane_simnode_waiting_requests", node.waiting, node=name)
         put("kvplane_simnode_used_blocks", len(node.cache.blocks), node=name)
-        put("kvplane_simnode_registrations_total", node.registrations, node=name)
+        put("kvplane_simnode_registrations_total", node.member.registrations, node=name)
         put("kvplane_simnode_not_admitted_total", node.not_admitted, node=name)
 
 
@@ -285,7 +285,7 @@ def _adapter(scrape: Scrape, service: Adapters) -> None:
     for adapter in service.adapters:
         name, track = adapter.config.node, adapter.track
         put("kvplane_adapter_engine_well", adapter.well, node=name)
-        put("kvplane_adapter_registrations_total", adapter.registrations, node=name)
+        put("kvplane_adapter_registrations_total", adapter.member.registrations, node=name)
         put("kvplane_adapter_batches_total", track.applied, node=name)
         put("kvplane_adapter_last_batch", track.position, node=name)
         put("kvplane_adapter_waiting_batches", len(adapter.published.waiting), node=name)

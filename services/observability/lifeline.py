@@ -38,7 +38,7 @@ _log = structlog.get_logger("kvplane.nats")
 class Lifeline:
     """Watches one client."""
 
-    def __init__(self, client: Client, service: str) -> None:
+    def __init__(self, client: Client, service: str, *, look_seconds: float = LOOK_SECONDS) -> None:
         self.client = client
         self.service = service
         self.failures = 0
@@ -50,6 +50,7 @@ class Lifeline:
         self._mended: deque[float] = deque(maxlen=MENDED)
         self._ping: asyncio.Task[float] | None = None
         self._pinged = 0.0
+        self._look_seconds = look_seconds
         self._reconnects = 0
 
     @property
@@ -61,7 +62,7 @@ class Lifeline:
     async def run(self) -> None:
         """Watch until cancelled. Raises `ConnectionBroken` when the client can't be mended."""
         while True:
-            await anyio.sleep(LOOK_SECONDS)
+            await anyio.sleep(self._look_seconds)
             if self.client.is_closed:
                 raise ConnectionBroken(
                     f"the server does not let {self.service} connect again ({self.client.last_error or 'it gave no reason'}); "

@@ -11,7 +11,7 @@ from prometheus_client.utils import floatToGoString
 from kvplane.services.observability.catalog import BY_NAME
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from prometheus_client.core import Metric
 
@@ -24,15 +24,13 @@ _MAKERS = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily, "histogra
 class Scrape:
     """Samples of one scrape. A name or label that the catalog doesn't have is a `KeyError`."""
 
-    def __init__(self, **common: str) -> None:
-        self._common = common
-        self._families: dict[str, Metric] = {}
+    def __init__(self, common: Mapping[str, str] | None = None, families: dict[str, Metric] | None = None) -> None:
+        self._common = common or {}
+        self._families = {} if families is None else families
 
     def of(self, **common: str) -> Scrape:
         """The same scrape with other common labels."""
-        other = Scrape(**common)
-        other._families = self._families
-        return other
+        return Scrape(common, self._families)
 
     def put(self, name: str, value: float, **labels: str) -> None:
         """One value of a counter or gauge."""

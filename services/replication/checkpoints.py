@@ -18,7 +18,7 @@ import structlog
 from nats.errors import Error as NatsError
 
 from kvplane.events.errors import BadName
-from kvplane.events.log.follow import LEAVE_SECONDS
+from kvplane.events.log.deliveries import LEAVE_SECONDS
 from kvplane.events.subjects import checkpoint_subject
 from kvplane.projections.digest import digest
 from kvplane.projections.overview import summary

@@ -47,12 +47,14 @@ class Compaction:
     """Takes snapshots of one replica's state, and purges the log."""
 
     def __init__(
-        self, client: Client, replica: Replica, *, commits: int = SNAPSHOT_COMMITS, size: int = SNAPSHOT_BYTES
+        self, client: Client, replica: Replica, *, commits: int = SNAPSHOT_COMMITS, size: int = SNAPSHOT_BYTES,
+        look_seconds: float = LOOK_SECONDS,
     ) -> None:  # fmt: skip
         self._replica = replica
         self._client = client
         self._fleet = replica.state.fleet
         self._commits = commits
+        self._look_seconds = look_seconds
         self.taken = 0
         self.failed = 0
         """Snapshots that were due and could not be taken."""
@@ -67,7 +69,7 @@ class Compaction:
         replica = self._replica
         last, read = replica.began, 0
         while True:
-            await anyio.sleep(LOOK_SECONDS)
+            await anyio.sleep(self._look_seconds)
             if replica.state.sequence - last < self._commits and replica.bytes_read - read < self._bytes:
                 continue
             try:

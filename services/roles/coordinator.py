@@ -30,6 +30,7 @@ from kvplane.services.process.version import package_version
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import Conflict, LogAway, UnknownModel
 from kvplane.services.protocol.status import CoordinatorStatus, ServerStatus
+from kvplane.services.replication.compaction import LOOK_SECONDS as SNAPSHOT_LOOK_SECONDS
 from kvplane.services.replication.compaction import SNAPSHOT_BYTES, SNAPSHOT_COMMITS, Compaction
 from kvplane.services.replication.replica import RECENT_SECONDS, Replica
 from kvplane.services.roles.names import Names
@@ -74,8 +75,8 @@ class Coordinator:
 
     def __init__(
         self, client: Client, fleet: str, *, replicas: int | None = None, snapshot_commits: int = SNAPSHOT_COMMITS,
-        snapshot_bytes: int = SNAPSHOT_BYTES, recent_seconds: float = RECENT_SECONDS,
-        server: Callable[[], ServerStatus] | None = None,
+        snapshot_bytes: int = SNAPSHOT_BYTES, snapshot_look_seconds: float = SNAPSHOT_LOOK_SECONDS,
+        recent_seconds: float = RECENT_SECONDS, server: Callable[[], ServerStatus] | None = None,
     ) -> None:  # fmt: skip
         self.client = client
         self._server = server
@@ -84,7 +85,9 @@ class Coordinator:
         self.untold = Untold()
         self.replica = Replica(client, fleet, self._observe, writer=self.writer, recent_seconds=recent_seconds)
         self.state = self.replica.state
-        self.compaction = Compaction(client, self.replica, commits=snapshot_commits, size=snapshot_bytes)
+        self.compaction = Compaction(
+            client, self.replica, commits=snapshot_commits, size=snapshot_bytes, look_seconds=snapshot_look_seconds
+        )
         self.liveness = Liveness()
         self.races_lost = 0
         self.conclusions = {"lost": 0, "recovered": 0, "failed": 0}

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import TYPE_CHECKING
-from uuid import uuid4
 
 import anyio
 import structlog
 from nats.errors import Error as NatsError
-from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 from nats.js.errors import APIError, NotFoundError
 
 from kvplane.events import codec
 from kvplane.events.errors import BadCommit, LogUnavailable
 from kvplane.events.hashing import unpack_hashes
-from kvplane.events.log.follow import LEAVE_SECONDS
+from kvplane.events.log.deliveries import Deliveries
 from kvplane.events.subjects import stream_name, subject
 from kvplane.events.types import BlocksRemoved, BlocksStored, CacheCleared, NodeRegistered
 from kvplane.services.protocol import messages
@@ -131,24 +128,10 @@ async def _read(client: Client, fleet: str, node: str) -> Memory | None:
 
 async def _fold(client: Client, fleet: str, memory: Memory, where: str, end: int) -> None:
     """Apply what is on one subject after the memory's epoch. Raises `TimeoutError`, `AnswerTooLarge`."""
-    name, inbox = f"memory-{uuid4().hex}", client.new_inbox()
-    delivered, whole, heard = 0, True, anyio.Event()
-    done = False
+    done, whole, heard = False, True, anyio.Event()
 
-    async def take(message: Msg) -> None:
-        nonlocal delivered, whole, heard, done
-        if not message.reply.startswith("$JS.ACK."):
-            stalled = message.reply or (message.headers or {}).get("Nats-Consumer-Stalled")
-            if stalled:
-                await client.publish(stalled)
-            return
-        about = message.metadata
-        if about.consumer != name:
-            # A stranger's consumer that was aimed at this inbox.
-            return
-        delivered += 1
-        whole &= about.sequence.consumer == delivered
-        sequence = about.sequence.stream
+    def take(sequence: int, _: int, message: Msg) -> None:
+        nonlocal done, heard
         if sequence <= end:
             stored = codec.Message(sequence, message.subject, 0, message.headers, message.data)
             try:
@@ -159,28 +142,27 @@ async def _fold(client: Client, fleet: str, memory: Memory, where: str, end: int
         heard.set()
         heard = anyio.Event()
 
-    subscription = await client.subscribe(inbox, cb=take, pending_msgs_limit=-1, pending_bytes_limit=PENDING_BYTES)
+    def broken() -> None:
+        nonlocal whole
+        whole = False
+        heard.set()
+
+    deliveries = Deliveries(client, stream_name(fleet), "memory", take, broken)
     try:
-        # Coordinators may make consumers of the whole log, whose API subject names no filter; then there may be a list.
-        await client.jetstream().add_consumer(
-            stream_name(fleet),
-            ConsumerConfig(
-                name=name, deliver_subject=inbox, filter_subjects=[where], deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
-                opt_start_seq=memory.epoch + 1, ack_policy=AckPolicy.NONE, max_deliver=1, flow_control=True,
-                idle_heartbeat=HEARTBEAT_SECONDS, inactive_threshold=READ_SECONDS, mem_storage=True, num_replicas=1,
-            ),
+        await deliveries.open(
+            client.jetstream(), after=memory.epoch, heartbeat=HEARTBEAT_SECONDS, pending_bytes=PENDING_BYTES,
+            subjects=[where],
         )  # fmt: skip
         while True:
-            if not whole:
-                raise TimeoutError("deliveries were lost")
             if memory.entries() > MOST_ENTRIES:
                 raise AnswerTooLarge(
                     f"the log says more than {MOST_ENTRIES:,} things of what the node held before; begin anew"
                 )
             if done:
                 break
+            if not whole:
+                raise TimeoutError("deliveries were lost")
             with anyio.fail_after(READ_SECONDS):
                 await heard.wait()
     finally:
-        with anyio.move_on_after(LEAVE_SECONDS, shield=True), suppress(NatsError, OSError):
-            await subscription.unsubscribe()
+        await deliveries.close()

@@ -7,29 +7,26 @@ and report it; managed nodes ask the coordinator to admit what they computed.
 from __future__ import annotations
 
 import time
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from itertools import cycle
 from typing import TYPE_CHECKING
 
 import anyio
 import msgspec
 import structlog
-from nats.errors import Error as NatsError
 
-from kvplane.events import codec, types
-from kvplane.events.errors import BadCommit
+from kvplane.events import types
 from kvplane.events.hashing import longest_match, pack_hashes, unpack_hashes
 from kvplane.events.log.append import Appender, new_life
-from kvplane.events.log.client import check_open
 from kvplane.events.log.group import GroupWriter, Writers
-from kvplane.events.subjects import access_name, pulse_subject, subject, token
+from kvplane.events.subjects import access_name, subject, token
 from kvplane.projections.load import PREFILL_LABEL
 from kvplane.services.http.server import bound
+from kvplane.services.membership.member import Conclusion, Member
 from kvplane.services.protocol import labels, messages
 from kvplane.services.protocol.endpoints import served
 from kvplane.services.protocol.errors import ServiceFault
 from kvplane.services.rpc.client import ask
-from kvplane.services.rpc.leaving import leave
 from kvplane.services.rpc.readiness import Readiness
 from kvplane.services.rpc.server import Endpoint, serve
 from kvplane.services.rpc.tally import Tally
@@ -41,14 +38,10 @@ if TYPE_CHECKING:
 
     from anyio.abc import TaskGroup, TaskStatus
     from nats.aio.client import Client
-    from nats.aio.msg import Msg
 
 _log = structlog.get_logger("kvplane.simnode")
-_encode = msgspec.msgpack.Encoder().encode
 
 LINGER_SECONDS = 0.002
-REGISTER_SECONDS = 0.5
-"""Pause before a registration is tried again."""
 
 
 class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,12 +60,6 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Host at which it answers as an engine, at a port of its own; without one it is asked over NATS only."""
 
 
-class Registered(msgspec.Struct):
-    """Answer to a registration."""
-
-    epoch: int
-
-
 class SimNode:
     """One simulated node."""
 
@@ -86,9 +73,9 @@ class SimNode:
         self.waiting = 0
         self.subject = self.address = f"kv.{fleet}.serve.{token(config.name)}"
         access = access_name(config.name)
+        self.member = Member(client, fleet, config.name, self._concluded)
         self.appender = Appender(client, fleet, new_life(access))
         self.tally = tally or Tally()
-        self.registrations = 0
         self.not_admitted = 0
         """Requests whose blocks the coordinator did not take."""
         self.writers = Writers()
@@ -118,10 +105,6 @@ class SimNode:
         """Whether the coordinator owns this node's evictions."""
         return self.config.cache_mode == "managed"
 
-    def _coordinator(self, what: str) -> str:
-        """Where this node asks for something for itself."""
-        return f"kv.{self.fleet}.coordinator.{what}.{token(self.config.name)}"
-
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled. Started means: registered and taking requests."""
         async with anyio.create_task_group() as group:
@@ -147,7 +130,7 @@ class SimNode:
             yield
 
     async def _serve(self, group: TaskGroup) -> None:
-        await self.client.subscribe(subject(self.fleet, "node", self.config.name), cb=self._concluded)
+        await self.member.listen()
         (spec,) = served("node")
         endpoint = Endpoint(spec.name, self.subject, spec.request, self.serve, concurrent=True, traced=spec.traced)
         await serve(
@@ -155,7 +138,7 @@ class SimNode:
             {"fleet": self.fleet, "node": self.config.name}, self.tally,
         )  # fmt: skip
         await self._register()
-        group.start_soon(self._pulse)
+        group.start_soon(self.member.pulse, self._pulse, self.config.pulse_seconds)
 
     async def _register(self) -> None:
         """Register until it succeeds, and report what the cache holds."""
@@ -170,16 +153,7 @@ class SimNode:
             max_active=config.max_active, pulse_seconds=config.pulse_seconds, replace=True,
             labels={PREFILL_LABEL: str(config.prefill_speed), labels.TOKENIZER: "bytes"},
         )  # fmt: skip
-        while True:
-            try:
-                answer = await ask(self.client, self._coordinator("node.register"), request, Registered)
-            except ServiceFault as error:
-                _log.info("registration_waits", node=config.name, error=str(error))
-                await anyio.sleep(REGISTER_SECONDS)
-            else:
-                break
-        self.epoch = answer.epoch
-        self.registrations += 1
+        self.epoch = await self.member.register(request, self._not_registered)
         self._batch = 0
         self.reporting = True
         if self.managed:
@@ -191,30 +165,22 @@ class SimNode:
             )
         _log.info("node_registered", node=config.name, epoch=self.epoch)
 
+    def _not_registered(self, error: ServiceFault) -> None:
+        _log.info("registration_waits", node=self.config.name, error=str(error))
+
     async def leave(self) -> None:
         """Tell the fleet that the node leaves, when `run` has ended in good order."""
-        if self.epoch:
-            await leave(self.client, self.fleet, self.config.name, self.epoch, "it was stopped")
+        await self.member.leave("it was stopped")
 
-    async def _concluded(self, message: Msg) -> None:
-        """The log says something about this node; when it says lost, its blocks are forgotten and must be told again."""
-        try:
-            events = codec.decode_body("node", message.data)
-        except BadCommit:
-            return
-        if any(type(event) in {types.NodeLost, types.NodeRecovered} for event in events):
+    def _concluded(self, conclusion: Conclusion) -> None:
+        if conclusion is Conclusion.FORGOTTEN:
             self._register_again.set()
 
-    async def _pulse(self) -> None:
-        while True:
-            check_open(self.client)
-            pulse = messages.Pulse(
-                node=self.config.name, epoch=self.epoch, active=self.active, waiting=self.waiting,
-                used_blocks=len(self.cache.blocks),
-            )  # fmt: skip
-            with suppress(NatsError, OSError):
-                await self.client.publish(pulse_subject(self.fleet, self.config.name), _encode(pulse))
-            await anyio.sleep(self.config.pulse_seconds)
+    def _pulse(self) -> messages.Pulse:
+        return messages.Pulse(
+            node=self.config.name, epoch=self.epoch, active=self.active, waiting=self.waiting,
+            used_blocks=len(self.cache.blocks),
+        )  # fmt: skip
 
     async def serve(self, request: messages.ServeRequest, trace: str = "") -> messages.ServeAnswer:
         """Run a request that was asked for over NATS, and record how it ended."""
@@ -305,7 +271,7 @@ class SimNode:
             model=self.config.model, hashes=request.hashes, node=self.config.name, request=request.request
         )
         try:
-            answer: dict[str, bytes] = await ask(self.client, self._coordinator("cache.admit"), admit)
+            answer: dict[str, bytes] = await ask(self.client, self.member.coordinator("cache.admit"), admit)
         except ServiceFault as error:
             self.not_admitted += 1
             _log.info("not_admitted", node=self.config.name, request=request.request, error=str(error))

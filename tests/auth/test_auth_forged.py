@@ -235,8 +235,8 @@ async def test_a_consumer_that_is_aimed_at_a_service_or_a_stream_changes_nothing
 async def test_a_consumer_that_is_aimed_at_someones_inbox_is_not_believed(watched: Watched) -> None:
     router = await watched.fleet.stranger("router")
     follower = watched.coordinator.replica.follower
-    assert follower._subscription is not None
-    inbox = follower._subscription.subject
+    assert follower.deliveries is not None
+    inbox = follower.deliveries.inbox
     assert "error" not in await aimed(router, inbox, b"junk")
     await router.sent(f"kv.{NAME}.access.more", b"junk")
     ends = await last_sequence(watched.admin)

@@ -24,10 +24,10 @@ from kvplane.events.subjects import pulse_subject
 from kvplane.projections.digest import digest
 from kvplane.projections.fleet import FleetState
 from kvplane.services.demo.fleet import Fleet
+from kvplane.services.membership.member import encode_pulse
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import Refused
 from kvplane.services.rpc.client import ask
-from kvplane.services.simulation.simnode import _encode as encode_pulse
 from tests.support.naive_fold import Naive
 from tests.support.ports import free_port
 from tests.support.waiting import until

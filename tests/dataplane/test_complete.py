@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-import aiohttp
 import anyio
 import pytest
 from structlog.testing import capture_logs
@@ -193,11 +192,9 @@ async def test_an_engine_that_says_nothing_of_no_hit_is_understood_once_it_had_o
 
 
 @pytest.mark.parametrize("said", ["never", {}, [], {"tokens": [-1]}, {"tokens": [1 << 70]}, {"tokens": "abc"}])
-async def test_an_engine_that_can_not_tokenize_is_passed_over(
-    fleet: Fleet, said: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("kvplane.services.dataplane.complete.TOKENIZE", aiohttp.ClientTimeout(total=0.3))
+async def test_an_engine_that_can_not_tokenize_is_passed_over(fleet: Fleet, said: Any) -> None:
     async with scene(fleet) as on:
+        on.completer.tokenize_seconds = 0.3
         for engine in on.engines.values():
             engine.api.answers_tokens = said
         with pytest.raises(EngineFailed, match=r"\(.: .*; .: "):

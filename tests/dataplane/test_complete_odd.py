@@ -61,10 +61,10 @@ async def test_an_engine_that_sends_elsewhere_or_answers_no_stream_is_passed_ove
             await on.complete(prompt=[1] * 20)
 
 
-async def test_a_request_is_over_with_its_last_chunk(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_request_is_over_with_its_last_chunk(fleet: Fleet) -> None:
     """However long the engine keeps the answer open: what is recorded is not the wait for its end."""
-    monkeypatch.setattr("kvplane.services.dataplane.complete.END_SECONDS", 1.0)
     async with scene(fleet, "a") as on:
+        on.completer.end_seconds = 1.0
         on.engines["a"].api.lingers = 5.0
         begin = time.perf_counter()
         done = await on.completer.complete({"model": "m", "prompt": [1] * 20})

@@ -21,7 +21,6 @@ from kvplane.events.subjects import subject
 from kvplane.projections.digest import digest
 from kvplane.projections.fleet import FleetState
 from kvplane.services.demo.fleet import Fleet as Processes
-from kvplane.services.embedded import keeper
 from kvplane.services.embedded.keeper import kept
 from kvplane.services.embedded.server import start_server
 from kvplane.services.process import logs
@@ -67,11 +66,13 @@ async def test_a_full_disk_under_the_log_costs_no_answer_and_nothing_acknowledge
     small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(coordinator, "ANSWER_SECONDS", 1.0)
-    monkeypatch.setattr(keeper, "LOOK_SECONDS", 0.1)
     logs.configure("warning")
     start = partial(start_server, small / "data", port=free_port())
     with capture_logs() as said:
-        async with kept(start) as keeping, connected([keeping.server.url], "test") as client:
+        async with (
+            kept(start, look_seconds=0.1) as keeping,
+            connected([keeping.server.url], "test") as client,
+        ):
             async with fleet_on(keeping.server.url, client) as fleet:
                 await fleet.coordinator()
                 router = await fleet.router()

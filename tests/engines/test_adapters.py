@@ -166,7 +166,7 @@ async def test_who_is_not_ready_says_why(fleet: Fleet, server: Server) -> None:
         await until(lambda: coordinator.state.nodes["a"].lost is not None)
         engine.loading = False
         await ready(http)
-        assert service.adapters[0].registrations == 2
+        assert service.adapters[0].member.registrations == 2
         os.kill(server.pid, signal.SIGSTOP)
         try:
             await said(engine, 1)
@@ -199,7 +199,7 @@ async def test_an_adapter_whose_read_loop_ended_is_mended_and_goes_on(fleet: Fle
         engine.loading = True
         await until(lambda: coordinator.state.nodes["a"].lost is not None)
         engine.loading = False
-        await until(lambda: service.adapters[0].registrations == 2)
+        await until(lambda: service.adapters[0].member.registrations == 2)
         await ready(http)
         assert (await http.state("/healthz"))[0] == 200
 

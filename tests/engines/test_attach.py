@@ -170,13 +170,12 @@ async def test_lost_batches_are_replayed(fleet: Fleet) -> None:
 
 
 async def test_replays_that_lose_batches_and_their_end_are_asked_again(
-    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+    fleet: Fleet,
 ) -> None:
-    monkeypatch.setattr("kvplane.services.engines.sockets.REPLAY_SECONDS", 0.3)
     async with scene(fleet) as on:
         await on.traffic(*range(12))
         on.engine.drops = 2
-        await on.attach()
+        await on.attach(replay_seconds=0.3)
         await on.settled()
         assert on.engine.replay_requests > 2
         assert on.adapter.track.gaps == 0

@@ -122,10 +122,8 @@ async def test_a_log_that_lost_its_end_is_an_alarm(client: Client) -> None:
 async def test_a_gap_in_what_is_delivered_is_an_alarm(client: Client) -> None:
     handled: list[int] = []
     follower = Follower(client, "default", lambda message: handled.append(message.sequence))
-    follower._consumer = "c"
-    for sequence, delivery in ((1, 1), (3, 2)):
-        reply = f"$JS.ACK.KV_default.c.1.{sequence}.{delivery}.1700000000000000000.0"
-        await follower._receive(0, Msg(_client=client, subject=NODE, reply=reply, data=b"x"))
+    for sequence in (1, 3):
+        follower._take(sequence, 1_700_000_000_000_000_000, Msg(_client=client, subject=NODE, data=b"x"))
     assert handled == [1]
     with pytest.raises(LogCorrupt, match="messages 2 to 2 are missing"):
         await follower._watch()
@@ -323,9 +321,8 @@ async def test_a_log_that_was_replaced_while_followed_is_an_alarm(client: Client
     assert caught.group_contains(LogCorrupt, match="ends at 0, but 1 was applied")
 
 
-async def test_a_buffer_is_bounded_in_bytes_as_well(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvplane.events.log.group.LIMIT_BYTES", 100_000)
-    writer = GroupWriter(await opened(client), CACHE)
+async def test_a_buffer_is_bounded_in_bytes_as_well(client: Client) -> None:
+    writer = GroupWriter(await opened(client), CACHE, limit_bytes=100_000)
     for batch in range(10):
         writer.put(removed(batch, 30_000))
     assert (writer.waiting, writer.dropped) == (3, 7)

@@ -56,7 +56,7 @@ async def test_a_full_disk_stops_nothing_but_the_history(
             last = await scribe.write(5000)
             await until(lambda: ingest.failure)
             assert "disk of the history is full" in ingest.failure
-            await until(lambda: ingest.follower._paused)
+            await until(lambda: ingest.follower.paused)
             held = ingest.state.sequence
             for _ in range(20):
                 await anyio.sleep(0.05)

@@ -90,10 +90,9 @@ async def test_without_the_watch_a_deaf_client_stays_deaf(server: Server) -> Non
 
 
 async def test_a_connection_that_breaks_again_and_again_ends_the_service(
-    client: Client, monkeypatch: pytest.MonkeyPatch
+    client: Client,
 ) -> None:
-    monkeypatch.setattr(lifeline, "LOOK_SECONDS", 0.05)
-    watch = Lifeline(client, "router")
+    watch = Lifeline(client, "router", look_seconds=0.05)
     async with anyio.create_task_group() as group:
         group.start_soon(_breaking, watch)
         with pytest.raises(ConnectionBroken, match="ended 4 times in 60 s"):

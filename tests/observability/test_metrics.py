@@ -206,7 +206,7 @@ def test_the_dashboard_asks_for_what_there_is() -> None:
 
 
 def test_what_is_not_in_the_catalog_is_not_told() -> None:
-    scrape = Scrape(fleet="f", service="s")
+    scrape = Scrape({"fleet": "f", "service": "s"})
     with pytest.raises(KeyError):
         scrape.put("kvplane_other_total", 1)
     with pytest.raises(KeyError, match="color"):
@@ -217,7 +217,7 @@ def test_a_histogram_counts_what_took_up_to_each_bound() -> None:
     durations = Durations(MICRO)
     for took in (0.0, MICRO[0], MICRO[0] * 1.01, MICRO[3], 0.7, 5.0):
         durations.add(took)
-    scrape = Scrape(fleet="f", service="router")
+    scrape = Scrape({"fleet": "f", "service": "router"})
     scrape.put_durations("kvplane_router_decision_seconds", durations)
 
     class Once(CollectorRegistry):

@@ -256,11 +256,9 @@ async def test_a_purge_between_two_looks_at_the_log_is_no_gap(client: Client) ->
         await Overtaken(client, "default", lambda _: None).run()
 
 
-async def test_a_coordinator_takes_snapshots_by_itself(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvplane.services.replication.compaction.LOOK_SECONDS", 0.05)
-    coordinator = await fleet.coordinator()
+async def test_a_coordinator_takes_snapshots_by_itself(fleet: Fleet) -> None:
+    await fleet.coordinator(snapshot_commits=30, snapshot_look_seconds=0.05)
     await fleet.router()
-    coordinator.compaction._commits = 30
     await live(fleet)
     store = SnapshotStore(fleet.client, "default")
     with anyio.fail_after(10):

@@ -12,7 +12,6 @@ from structlog.testing import capture_logs
 from xxhash import xxh3_128, xxh3_128_hexdigest
 
 from kvplane.events.errors import LogUnavailable
-from kvplane.events.log import snapshots
 from kvplane.events.log.follow import replay
 from kvplane.events.log.snapshots import SnapshotStore
 from kvplane.events.log.stream import open_stream
@@ -111,11 +110,10 @@ async def test_two_coordinators_take_one_at_once(fleet: Fleet) -> None:
 
 
 async def test_a_reader_of_what_is_deleted_gives_up_and_whoever_reads_gets_all_or_nothing(
-    client: Client, monkeypatch: pytest.MonkeyPatch
+    client: Client,
 ) -> None:
-    monkeypatch.setattr(snapshots, "IDLE_SECONDS", 0.5)
     await open_stream(client.jetstream(), "default", create=True)
-    store, data = SnapshotStore(client, "default"), bytes(range(256)) * (32 * MIB // 256)
+    store, data = SnapshotStore(client, "default", idle_seconds=0.5), bytes(range(256)) * (32 * MIB // 256)
     # Listed, and its pieces are gone: the client's own way would be to wait for ever.
     await store.put(1, data)
     await client.jetstream().purge_stream("OBJ_KV_default_snapshots", subject="$O.KV_default_snapshots.C.*")
@@ -165,7 +163,6 @@ async def test_a_newer_one_is_passed_over_with_a_warning_and_the_one_before_is_u
 
 
 async def test_many_bytes_are_a_reason_as_well(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvplane.services.replication.compaction.LOOK_SECONDS", 0.05)
     looks: list[int] = []
 
     def look(self: Replica) -> int:
@@ -182,9 +179,8 @@ async def test_many_bytes_are_a_reason_as_well(fleet: Fleet, monkeypatch: pytest
             await until(lambda: count in looks)
 
     monkeypatch.setattr(Replica, "bytes_read", property(look, read), raising=False)
-    coordinator = await fleet.coordinator()
+    coordinator = await fleet.coordinator(snapshot_bytes=20 * MIB, snapshot_look_seconds=0.05)
     await fleet.router()
-    coordinator.compaction._bytes = 20 * MIB
     store = SnapshotStore(fleet.client, "default")
     for _ in range(3):
         await fleet.client.publish("kv.default.control", bytes(6 * MIB))

@@ -16,13 +16,14 @@ from kvplane.events.log.append import Appender, new_writer
 from kvplane.events.types import BlocksStored, NodeRegistered
 from kvplane.services.engines.remembered import remembered
 from kvplane.services.protocol import messages
+from kvplane.services.protocol.answers import RegisterAnswer
 from kvplane.services.protocol.errors import NoAnswer, Refused
 from kvplane.services.roles import memory, names
 from kvplane.services.rpc import pieces
 from kvplane.services.rpc.client import ask
 from kvplane.services.rpc.tally import OK
-from kvplane.services.simulation.simnode import Registered
 from tests.support.fake_engine import FakeEngine, running
+from tests.support.purging import purging
 from tests.support.waiting import until
 from tests.support.with_credentials import NAME, TRIED, Guarded, guarded
 
@@ -65,7 +66,7 @@ async def stored(client: Client, fleet: str, blocks: int, node: str = "a") -> in
     request = messages.RegisterRequest(
         node=node, address="x", models=["m"], block_size=4, capacity_blocks={"gpu": blocks}, labels={"k": "v"}
     )
-    answer = await ask(client, f"kv.{fleet}.coordinator.node.register.{node}", request, Registered)
+    answer = await ask(client, f"kv.{fleet}.coordinator.node.register.{node}", request, RegisterAnswer)
     appender = Appender(client, fleet, new_writer(node))
     for batch, first in enumerate(range(1, blocks + 1, 1000)):
         hashes = range(first, min(first + 1000, blocks + 1))
@@ -235,3 +236,19 @@ async def test_the_last_word_about_a_node(fleet: Fleet) -> None:
     told = await fleet.ask("coordinator.node.last.a", messages.NodeRequest(node="a"), messages.NodeLast)
     assert told.sequence == epoch
     assert isinstance(codec.decode_body("node", told.body)[0], NodeRegistered)
+
+
+async def test_who_reads_what_a_node_held_publishes_to_its_own_flow_control_only(fleet: Fleet) -> None:
+    await fleet.coordinator()
+    epoch = await stored(fleet.client, fleet.name, 10)
+    before = (await fleet.client.jetstream().stream_info(f"KV_{fleet.name}")).state.last_seq
+    known, where = memory.Memory(epoch), f"kv.{fleet.name}.cache.a"
+    stranger = await fleet.connect("stranger")
+    async with anyio.create_task_group() as group:
+        # It waits for one more.
+        group.start_soon(memory._fold, fleet.client, fleet.name, known, where, before + 1)
+        await purging(stranger, f"KV_{fleet.name}", "memory-")
+        more = BlocksStored("a", epoch, 1, pack_hashes([11]), engine_hashes=[b"more"])
+        await Appender(fleet.client, fleet.name, new_writer("a")).append(where, [more])
+    assert len(known.names()["gpu"]) == 11
+    assert (await fleet.client.jetstream().stream_info(f"KV_{fleet.name}")).state.messages == before + 1

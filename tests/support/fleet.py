@@ -41,8 +41,9 @@ class Fleet:
     async def connect(self, name: str) -> Client:
         return await self._stack.enter_async_context(connected([self.url], name))
 
-    async def coordinator(self) -> Coordinator:
-        service = Coordinator(await self.connect("coordinator"), self.name, recent_seconds=self.recent_seconds)
+    async def coordinator(self, **options: Any) -> Coordinator:
+        options = {"recent_seconds": self.recent_seconds, **options}
+        service = Coordinator(await self.connect("coordinator"), self.name, **options)
         await self._group.start(service.run)
         return service
 

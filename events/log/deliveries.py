@@ -1,0 +1,179 @@
+"""A consumer of one's own, and what the server delivers to it: in order, and nothing that others send to its inbox.
+
+It is ephemeral, pushes, and takes no acknowledgements. Others may learn its inbox and its name, and send what they like
+there: only what its own deliveries are is handed on, and only its own flow control is answered.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import anyio
+from nats.errors import Error as NatsError
+from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from nats.aio.client import Client
+    from nats.aio.msg import Msg
+    from nats.aio.subscription import Subscription
+    from nats.js import JetStreamContext
+
+LEAVE_SECONDS = 1.0
+"""How long whoever leaves tries to tell the server so."""
+INACTIVE_SECONDS = 30.0
+"""So long the server keeps a consumer to which nobody listens."""
+
+# $JS.ACK.<stream>.<consumer>.<delivered>.<stream seq>.<consumer seq>.<time>.<pending>, or with a domain and an account
+# hash after ACK and a random token at the end (server ADR-15).
+_SHORT, _LONG = 9, 12
+
+
+def _base(parts: Sequence[str]) -> int:
+    """Where the stream sequence is in the reply subject of a delivery. Raises `ValueError`."""
+    if len(parts) not in (_SHORT, _LONG - 1, _LONG):
+        raise ValueError(parts)
+    return 5 if len(parts) == _SHORT else 7
+
+
+def pending(reply: str) -> int:
+    """How many messages were left to be delivered behind the one with this reply subject. Raises `ValueError`."""
+    parts = reply.split(".")
+    return int(parts[_base(parts) + 3])
+
+
+class Gate:
+    """Holds back what is delivered while it is shut; the server's flow control then holds back what is on its way."""
+
+    def __init__(self) -> None:
+        self.opened: anyio.Event | None = None
+        """Set when it is opened again; none while it is open."""
+
+    def shut(self) -> None:
+        """Let nothing pass."""
+        if self.opened is None:
+            self.opened = anyio.Event()
+
+    def open(self) -> None:
+        """Let everything pass."""
+        opened, self.opened = self.opened, None
+        if opened is not None:
+            opened.set()
+
+
+class Deliveries:
+    """One consumer of a stream. A broken one is closed and another is made.
+
+    `take` gets sequence, time (nanoseconds since 1970) and message of every delivery, in the event loop, and must not wait.
+    `broken` is called when a delivery is missing; after it nothing is handed on.
+    """
+
+    def __init__(
+        self, client: Client, stream: str, kind: str, take: Callable[[int, int, Msg], object],
+        broken: Callable[[], object], *, gate: Gate | None = None,
+    ) -> None:  # fmt: skip
+        self.name = f"{kind}-{uuid4().hex}"
+        self.inbox = client.new_inbox()
+        self._client = client
+        self._stream = stream
+        self._take = take
+        self._broken = broken
+        self._gate = gate or Gate()
+        self._flow_control = f"$JS.FC.{stream}.{self.name}."
+        self._subscription: Subscription | None = None
+        self._ended = False
+        self._delivered = 0
+        self._heard = True
+
+    async def open(
+        self, js: JetStreamContext, *, after: int, heartbeat: float, pending_bytes: int, subjects: list[str] | None = None
+    ) -> None:  # fmt: skip
+        """Make the consumer, of what comes after a sequence; `close` it whatever happens.
+
+        `heartbeat` in seconds; `pending_bytes` may wait in the client, and flow control keeps below it. Raises errors of NATS.
+        """
+        self._subscription = await self._client.subscribe(
+            self.inbox, cb=self.receive, pending_msgs_limit=-1, pending_bytes_limit=pending_bytes
+        )
+        await js.add_consumer(
+            self._stream,
+            ConsumerConfig(
+                name=self.name,
+                deliver_subject=self.inbox,
+                # Those who may make consumers of the whole log only have an API subject that names no filter: a list may be.
+                filter_subjects=subjects,
+                deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
+                opt_start_seq=after + 1,
+                ack_policy=AckPolicy.NONE,
+                max_deliver=1,
+                flow_control=True,
+                idle_heartbeat=heartbeat,
+                inactive_threshold=INACTIVE_SECONDS,
+                mem_storage=True,
+                num_replicas=1,
+            ),
+        )
+
+    async def close(self) -> None:
+        """Listen no more. Raises nothing."""
+        self._ended = True
+        subscription, self._subscription = self._subscription, None
+        if subscription is not None:
+            with anyio.move_on_after(LEAVE_SECONDS, shield=True), suppress(NatsError, OSError):
+                await subscription.unsubscribe()
+
+    def heard(self) -> bool:
+        """Whether the server said anything since this was asked last."""
+        heard, self._heard = self._heard, False
+        return heard
+
+    async def receive(self, message: Msg) -> None:
+        """Take what came to the inbox."""
+        while (opened := self._gate.opened) is not None:
+            await opened.wait()
+        if self._ended:
+            return
+        if not message.reply.startswith("$JS.ACK."):
+            # Told by the reply, not by the headers: those of a message on the log are its writer's.
+            await self._control(message)
+            return
+        parts = message.reply.split(".")
+        try:
+            base = _base(parts)
+            sequence, delivery, time = int(parts[base]), int(parts[base + 1]), int(parts[base + 2])
+        except ValueError:
+            return
+        if parts[base - 2] != self.name or parts[base - 3] != self._stream:
+            # A stranger's consumer, of this log or another, that was aimed at this inbox.
+            return
+        self._heard = True
+        if delivery != self._delivered + 1:
+            self._break()
+            return
+        self._delivered = delivery
+        self._take(sequence, time, message)
+
+    async def _control(self, message: Msg) -> None:
+        """A heartbeat or a flow control request."""
+        self._heard = True
+        if message.reply:
+            await self._answer(message.reply)
+            return
+        headers = message.headers or {}
+        await self._answer(headers.get("Nats-Consumer-Stalled", ""))
+        last = headers.get("Nats-Last-Consumer")
+        if last is not None and last != str(self._delivered):
+            self._break()
+
+    async def _answer(self, subject: str) -> None:
+        """Let the server go on. Anyone can send a request here, so no other subject is ever published to."""
+        token = subject.removeprefix(self._flow_control)
+        if token != subject and token and not set(token) & set(" \t\r\n.*>"):
+            await self._client.publish(subject)
+
+    def _break(self) -> None:
+        self._ended = True
+        self._broken()

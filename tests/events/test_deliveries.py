@@ -1,0 +1,86 @@
+"""What comes to the inbox of a consumer: its own deliveries are believed, and nothing is published where others want it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import anyio
+import pytest
+
+from kvplane.events import types
+from kvplane.events.log.append import Appender, new_writer
+from kvplane.events.log.connection import connected
+from kvplane.events.log.follow import Follower
+from kvplane.events.log.snapshots import SnapshotStore
+from kvplane.events.log.stream import open_stream
+from tests.support.purging import consumer_of, purging
+
+if TYPE_CHECKING:
+    from nats.aio.client import Client
+
+    from kvplane.services.embedded.server import Server
+
+pytestmark = pytest.mark.anyio
+
+NODE = "kv.default.node.a"
+
+
+async def test_a_follower_publishes_to_its_own_flow_control_only(server: Server, client: Client) -> None:
+    await open_stream(client.jetstream(), "default", create=True)
+    appender = Appender(client, "default", new_writer("test"))
+    for number in range(5):
+        await appender.append(NODE, [types.NodeCordoned("a", str(number))])
+    handled: list[int] = []
+    follower = Follower(client, "default", lambda message: handled.append(message.sequence))
+    async with anyio.create_task_group() as group, connected([server.url], "stranger") as stranger:
+        group.start_soon(follower.run)
+        await follower.caught_up.wait()
+        await purging(stranger, "KV_default")
+        state = (await client.jetstream().stream_info("KV_default")).state
+        assert (state.messages, state.first_seq) == (5, 1)
+        await appender.append(NODE, [types.NodeCordoned("a", "last")])
+        while len(handled) < 6:
+            await anyio.sleep(0.01)
+        group.cancel_scope.cancel()
+    assert (handled, follower.restarts) == ([1, 2, 3, 4, 5, 6], 0)
+
+
+async def test_a_consumer_of_another_stream_with_the_same_name_is_a_strangers(server: Server, client: Client) -> None:
+    for fleet in ("default", "other"):
+        await open_stream(client.jetstream(), fleet, create=True)
+    handled: list[bytes] = []
+    follower = Follower(client, "default", lambda message: handled.append(message.body))
+    async with anyio.create_task_group() as group, connected([server.url], "stranger") as stranger:
+        group.start_soon(follower.run)
+        await follower.caught_up.wait()
+        info = await consumer_of(stranger, "KV_default")
+        js = stranger.jetstream()
+        await js.publish("kv.other.node.a", b"forged")
+        info.config.opt_start_seq = 1
+        await js.add_consumer("KV_other", info.config)
+        ends = await js.consumer_info("KV_other", info.name)
+        while not (ends.delivered and ends.delivered.stream_seq == 1):
+            ends = await js.consumer_info("KV_other", info.name)
+        await Appender(client, "default", new_writer("test")).append(NODE, [types.NodeCordoned("a", "")])
+        while not handled:
+            await anyio.sleep(0.01)
+        group.cancel_scope.cancel()
+    assert b"forged" not in handled
+    assert follower.restarts == 0
+
+
+async def test_who_reads_a_snapshot_publishes_to_its_own_flow_control_only(server: Server, client: Client) -> None:
+    await open_stream(client.jetstream(), "default", create=True)
+    store, js = SnapshotStore(client, "default"), client.jetstream()
+    await store.put(1, b"x" * 1000)
+    stream = "OBJ_KV_default_snapshots"
+    # Its reader waits for pieces.
+    await js.purge_stream(stream, subject="$O.KV_default_snapshots.C.>")
+    async with anyio.create_task_group() as group, connected([server.url], "stranger") as stranger:
+        group.start_soon(store.get, 1)
+        await purging(stranger, stream)
+        group.cancel_scope.cancel()
+    assert (await js.stream_info(stream)).state.messages == 1
+    # Its connection still works.
+    await store.put(2, b"y")
+    assert await store.get(2) == b"y"
