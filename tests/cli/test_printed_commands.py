@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 NOT_RUN = {
-    r"(up|router|coordinator|historian|simnode)\b": "runs until it is stopped; here it would be a second fleet",
+    r"(up|router|gateway|coordinator|historian|simnode)\b": "runs until it is stopped; here it would be a second fleet",
     r"attach\b": "needs an engine",
     r"complete\b": "needs an engine",
     r"simulate$": "names the command; it wants a trace",
