@@ -31,7 +31,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def block(begins: str, page: Path = ROOT / "README.md") -> str:
     """The first fenced block that begins so, whatever its language."""
-    blocks = re.findall(r"^```\w*\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    blocks: list[str] = re.findall(r"^```\w*\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
     return next(text for text in blocks if text.startswith(begins))
 
 
