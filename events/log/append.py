@@ -55,7 +55,7 @@ def new_writer(role: str) -> str:
 
 
 def new_life(access: str) -> str:
-    """The same for a writer whose name in the room `access` stays the same."""
+    """The same for a writer whose name under the topic `access` stays the same."""
     return f"{access}.{uuid4().hex[:16]}"
 
 

@@ -109,9 +109,9 @@ class Rows:
         if commit is None:
             return
         time = message.time // 1000
-        room = commit.place.room
-        if room != "access":
-            self.events[room] += [
+        topic = commit.place.topic
+        if topic != "access":
+            self.events[topic] += [
                 (message.sequence, place, time, event, None) for place, event in enumerate(commit.events)
             ]
             return
@@ -207,13 +207,13 @@ def _text(text: str) -> str:
 
 
 def _place(message: Message) -> tuple[str, str]:
-    """Room and name of a skipped commit, from its subject alone."""
+    """Topic and name of a skipped commit, from its subject alone."""
     parts = message.subject.split(".")
     try:
         place = place_of(parts[1] if len(parts) > 1 else "", message.subject)
     except BadName:
         return "", ""
-    return place.room, place.name
+    return place.topic, place.name
 
 
 def _node_changes(rows: Sequence[_Row]) -> dict[str, Any]:

@@ -31,8 +31,8 @@ class Untold:
         if self._quiet is None:
             nodes = state.nodes.values()
             self._quiet = {node.name for node in nodes if not node.managed and not state.caches.held(node)}
-        room = commit.place.room
-        if room == "node":
+        topic = commit.place.topic
+        if topic == "node":
             for event in commit.events:
                 if isinstance(event, NodeRegistered) and event.cache_mode == "reported":
                     self._since.pop(event.node, None)
@@ -41,9 +41,9 @@ class Untold:
                     self._told(event.node)
         elif not self._quiet:
             return
-        elif room == "cache":
+        elif topic == "cache":
             self._told(commit.place.name)
-        elif room == "access":
+        elif topic == "access":
             for event in commit.events:
                 if isinstance(event, RequestCompleted) and event.node in self._quiet:
                     size = state.nodes[event.node].registered.block_size if event.node in state.nodes else 0

@@ -170,7 +170,7 @@ class Coordinator:
                 if proposal is None:
                     return None, based_on
                 target = proposal.subject(self.fleet)
-                deciding = proposal.room in {"node", "cache"}
+                deciding = proposal.topic in {"node", "cache"}
                 try:
                     sequence = await self.appender.append(
                         target,

@@ -175,8 +175,8 @@ class Overlay:
 
         `writer` is this router's name, `now` its clock: what is long past then is not looked at.
         """
-        room = commit.place.room
-        if room == "access":
+        topic = commit.place.topic
+        if topic == "access":
             own = commit.writer == writer
             recent = time > now - RECENT_SECONDS * _NS
             for event in commit.events:
@@ -189,17 +189,17 @@ class Overlay:
                     node = state.nodes[event.node]
                     if not node.managed:
                         self.predict(node.model, event.node, state.load.ordinal[event.node], event.hashes, time)
-        elif room == "session":
+        elif topic == "session":
             for event in commit.events:
                 key = (event.model, event.session)  # type: ignore[attr-defined]
                 if self.sessions.get(key) == getattr(event, "node", None):
                     self.sessions.pop(key, None)
-        elif room == "node":
+        elif topic == "node":
             if type(commit.events[0]) in {types.NodeRegistered, types.NodeLost, types.NodeRemoved}:
                 self.node_changed(commit.place.name)
                 for key in [key for key, node in self.sessions.items() if node == commit.place.name]:
                     del self.sessions[key]
-        elif room == "cache":
+        elif topic == "cache":
             name = commit.place.name
             removed: list[bytes] = []
             for event in commit.events:

@@ -248,8 +248,8 @@ class World:
             sum(desk.decisions for desk in self._desks),
         )  # fmt: skip
 
-    def _put(self, now: float, room: str, event: types.Event, writer: str = "") -> None:
-        self._log.append((now + self.settings.delay, f"kv.{FLEET}.{room}", event, writer))
+    def _put(self, now: float, topic: str, event: types.Event, writer: str = "") -> None:
+        self._log.append((now + self.settings.delay, f"kv.{FLEET}.{topic}", event, writer))
 
     def _see(self, now: float) -> None:
         """Apply what has become visible."""
