@@ -194,8 +194,8 @@ def _commits(rows: Sequence[tuple[Message, Commit | None, str | None, str]]) -> 
         "detail": [_text(detail) if reason is not None else None for _, _, reason, detail in rows],
         "subject": [_text(message.subject) if message is not None else None for message in gone],
         "headers": [
-            json.dumps(dict(said)) if message is not None and said is not None else None
-            for message, said in zip(gone, headers, strict=True)
+            json.dumps(dict(own)) if message is not None and own is not None else None
+            for message, own in zip(gone, headers, strict=True)
         ],
         "body": [message.body if message is not None else None for message in gone],
     }
@@ -220,10 +220,10 @@ def _node_changes(rows: Sequence[_Row]) -> dict[str, Any]:
     if not rows:
         return {}
     events = [row[3] for row in rows]
-    said = [event if isinstance(event, types.NodeRegistered) else None for event in events]
+    registered = [event if isinstance(event, types.NodeRegistered) else None for event in events]
 
     def of(get: Callable[[types.NodeRegistered], Any]) -> list[Any]:
-        return [get(event) if event is not None else None for event in said]
+        return [get(event) if event is not None else None for event in registered]
 
     return {
         **_keys(rows),
