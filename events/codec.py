@@ -168,8 +168,8 @@ def _from_plain(raw: Any, form: Any) -> list[types.Event]:  # noqa: ANN401 - wha
         if known is not None:
             for field in event.keys() - known:
                 del event[field]
-            trace = event.get("trace", "")
-            if not isinstance(trace, str) or len(trace) > types.TRACE_LIMIT:
+            traceparent = event.get("trace", "")
+            if not isinstance(traceparent, str) or len(traceparent) > types.TRACEPARENT_LIMIT:
                 # To readers that are older than this field it is unknown, whatever is in it.
                 del event["trace"]
     events: list[types.Event] = msgspec.convert(raw, form, builtin_types=(bytes,))

@@ -97,7 +97,7 @@ def pulse_subject(fleet: str, node: str) -> str:
 
 
 def checkpoint_subject(fleet: str, writer: str) -> str:
-    """Subject on which a replica tells its digests, `*` for those of all: core NATS, never stored."""
+    """Subject on which a replica publishes its digests, `*` for those of all: core NATS, never stored."""
     return f"kv.{fleet}.checkpoint.{writer if writer == '*' else token(writer)}"
 
 

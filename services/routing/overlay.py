@@ -67,7 +67,7 @@ class OnTheWay(NamedTuple):
 class Overlay:
     """Pending decisions and predicted blocks of one router. Time is unix nanoseconds and comes with each call.
 
-    Columns and slots go by the ordinals of `projections.load.Load`; when an ordinal passes to another node,
+    Columns and predictions go by the ordinals of `projections.load.Load`; when an ordinal passes to another node,
     `node_changed` was called for the one that had it.
     """
 
@@ -100,8 +100,8 @@ class Overlay:
 
     def decided(self, event: RequestRouted, at: int, block_size: int, now: int, *, predict: str = "") -> None:
         """A decision was made here, for the node with ordinal `at`; with `predict`, its blocks in this model's cache."""
-        # Not only predictions turn: what only hits, or is managed, must age as well.
-        self.turn(now)
+        # Not only predictions expire: what only hits, or is managed, must as well.
+        self.expire(now)
         self.on_log(event.request)
         self.fit(at + 1)
         tokens = max(0, event.tokens - event.match * block_size)
@@ -124,7 +124,7 @@ class Overlay:
 
     def predict(self, model: str, node: str, at: int, hashes: bytes, now: int) -> None:
         """The node with ordinal `at` will hold these blocks soon, from the root of their chain on."""
-        self.turn(now)
+        self.expire(now)
         behind = self._generation - now // _GENERATION_NS
         if behind > 1:
             return
@@ -147,7 +147,7 @@ class Overlay:
                 return True
         return False
 
-    def turn(self, now: int) -> None:
+    def expire(self, now: int) -> None:
         """Forget what is too old."""
         generation = now // _GENERATION_NS
         if self._generation - generation > SET_BACK_PERIODS:
@@ -164,7 +164,7 @@ class Overlay:
             self.on_log(request)
 
     def _set_back(self, generation: int, now: int) -> None:
-        """The clock was ahead and is right again: what it said would never come to an end."""
+        """The clock was ahead and is right again: what has its times would never expire."""
         self._young, self._old = {}, {}
         self._generation = generation
         for request in [request for request, pending in self.pending.items() if pending.time > now]:

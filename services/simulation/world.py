@@ -128,7 +128,7 @@ class Desk(Protocol):
     def decide(self, query: Query, now: int) -> Decision:
         """Choose a node."""
 
-    def settle(
+    def count_in(
         self, query: Query, decision: Decision, now: int, applied: int
     ) -> tuple[types.RequestRouted, types.SessionAssigned | None]:
         """Count the decision, and say what goes on the log."""
@@ -356,7 +356,7 @@ class World:
             self._reject(query)
             return
         writer = self._writers[self._desks.index(desk)]
-        routed, assigned = desk.settle(query, decision, clock, self.state.sequence)
+        routed, assigned = desk.count_in(query, decision, clock, self.state.sequence)
         self._put(now, f"access.{writer}", routed, writer)
         if assigned is not None:
             self._put(now, f"session.{token(query.model)}", assigned, writer)

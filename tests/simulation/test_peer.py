@@ -75,7 +75,7 @@ class Desk:
 
     def routes(self, query: Query) -> str:
         decision = self.peer.decide(query, self.given.now)
-        routed, assigned = self.peer.settle(query, decision, self.given.now, self.given.state.sequence)
+        routed, assigned = self.peer.count_in(query, decision, self.given.now, self.given.state.sequence)
         assert (routed.node, routed.policy, assigned) == (decision.node.name, "dynamo", None)
         return routed.node
 
