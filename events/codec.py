@@ -25,7 +25,7 @@ from kvplane.events.subjects import (
     NODE_ACCESS,
     NODE_ACCESS_LONG,
     Place,
-    Room,
+    Topic,
     access_name,
     check_name,
     place_of,
@@ -84,7 +84,7 @@ class Commit(NamedTuple):
     based_on: int | None
 
 
-_UNIONS: dict[Room, Any] = {
+_UNIONS: dict[Topic, Any] = {
     "node": types.NodeEvent,
     "cache": types.CacheEvent,
     "session": types.SessionEvent,
@@ -99,8 +99,8 @@ def _decoder(union: Any) -> tuple[msgspec.msgpack.Decoder[list[types.Event]], An
 
 
 _DECODERS = {
-    room: _decoder(Union[(union, *versions.FORMER.get(room, ()))])  # as they are written today and were before
-    for room, union in _UNIONS.items()
+    topic: _decoder(Union[(union, *versions.FORMER.get(topic, ()))])  # as they are written today and were before
+    for topic, union in _UNIONS.items()
 }
 # The decoders refuse unknown fields, so that they never walk into data whose nesting they don't know.
 _FIELDS: dict[object, set[str]] = {
@@ -168,8 +168,8 @@ def _from_plain(raw: Any, form: Any) -> list[types.Event]:  # noqa: ANN401 - wha
         if known is not None:
             for field in event.keys() - known:
                 del event[field]
-            trace = event.get("trace", "")
-            if not isinstance(trace, str) or len(trace) > types.TRACE_LIMIT:
+            traceparent = event.get("trace", "")
+            if not isinstance(traceparent, str) or len(traceparent) > types.TRACEPARENT_LIMIT:
                 # To readers that are older than this field it is unknown, whatever is in it.
                 del event["trace"]
     events: list[types.Event] = msgspec.convert(raw, form, builtin_types=(bytes,))
@@ -204,19 +204,19 @@ def _from_json(body: bytes, form: Any) -> list[types.Event]:  # noqa: ANN401 - a
     return _from_plain(raw, form)
 
 
-def decode_body(room: Room, body: bytes, in_force: int = versions.FORMAT) -> Sequence[types.Event]:
-    """Events of a body that lies in this room of a log whose format is `in_force`, in today's shapes.
+def decode_body(topic: Topic, body: bytes, in_force: int = versions.FORMAT) -> Sequence[types.Event]:
+    """Events of a body that lies under this topic of a log whose format is `in_force`, in today's shapes.
 
     Raises `BadCommit`.
     """
-    events = _decoded(room, body)
+    events = _decoded(topic, body)
     if in_force < versions.FORMAT:
         versions.check_format(events, in_force)
-    return versions.brought_up(room, events)
+    return versions.brought_up(topic, events)
 
 
-def _decoded(room: Room, body: bytes) -> Sequence[types.Event]:
-    decoder, form = _DECODERS[room]
+def _decoded(topic: Topic, body: bytes) -> Sequence[types.Event]:
+    decoder, form = _DECODERS[topic]
     try:
         if body[:1] in b"[ \n\r\t" and body:
             return _from_json(body, form)
@@ -290,13 +290,13 @@ _CHECKS: dict[type[types.Event], Callable[[Any], None]] = {
 
 def validate(place: Place, events: Sequence[types.Event]) -> None:
     """Raise `BadCommit` unless every event is valid and may lie in this place. State is not looked at."""
-    room, name = place
+    topic, name = place
     for event in events:
         check = _CHECKS.get(type(event))
         if check is not None:
             check(event)
-    if room in {"node", "cache"}:
-        alone = room == "node"
+    if topic in {"node", "cache"}:
+        alone = topic == "node"
         for event in events:
             if event.node != name:  # type: ignore[attr-defined]
                 spoken = event.node  # type: ignore[attr-defined]
@@ -304,11 +304,11 @@ def validate(place: Place, events: Sequence[types.Event]) -> None:
             alone = alone or type(event) is types.BlocksPlaced
         if alone and len(events) > 1:
             raise BadCommit("invalid", "a node's change or a placement must be alone in its commit")
-    elif room == "session":
+    elif topic == "session":
         for event in events:
             if event.model != name:  # type: ignore[attr-defined]
                 raise BadCommit("wrong_subject", f"the subject is of model {name!r}, an event of another")
-    elif room == "access" and name.startswith((NODE_ACCESS, NODE_ACCESS_LONG)):
+    elif topic == "access" and name.startswith((NODE_ACCESS, NODE_ACCESS_LONG)):
         for event in events:
             if type(event) is not types.RequestCompleted or access_name(event.node) != name:
                 raise BadCommit("wrong_subject", "a node may say of requests that it completed them, and no more")
@@ -335,9 +335,9 @@ def decode(fleet: str, message: Message, in_force: int = versions.FORMAT) -> Com
             based_on = _number(BASED_ON, based)
         if writer and (len(writer) > NAME_LIMIT or not writer.isprintable()):
             raise BadCommit("bad_header", f"{WRITER} must be at most {NAME_LIMIT} printable characters")
-    events = decode_body(place.room, body, versions.FORMAT if remade else in_force)
+    events = decode_body(place.topic, body, versions.FORMAT if remade else in_force)
     validate(place, events)
-    if place.room == "access" and writer and writer != place.name and not writer.startswith(f"{place.name}."):
+    if place.topic == "access" and writer and writer != place.name and not writer.startswith(f"{place.name}."):
         raise BadCommit("wrong_subject", f"the subject is of writer {place.name!r}, {WRITER} says {writer!r}")
     return Commit(place, events, writer, writer_seq, based_on)
 

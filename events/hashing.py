@@ -5,8 +5,8 @@
     hash(i)       = XXH3-64(hash(i-1) as u64 LE ++ local(i) as u64 LE, seed 1337)
 
 This is the scheme of the ecosystem (NVIDIA Dynamo's router), so hashes agree with those of other tools. The model is
-not in the hash: every model has an index of its own. An adapter (LoRA) or a cache salt gives block 0 another seed,
-XXH3-64(adapter ++ 0x00 ++ salt, seed 1337), so that tenants with other salts never share a chain. A multimodal key is
+not in the hash: every model has an index of its own. A LoRA or a cache salt gives block 0 another seed,
+XXH3-64(lora ++ 0x00 ++ salt, seed 1337), so that tenants with other salts never share a chain. A multimodal key is
 appended to the bytes of the block that holds it. A partial last block has no hash.
 """
 
@@ -31,11 +31,11 @@ MOST_TOKENS = 1 << 24
 _PAIR = struct.Struct("<QQ").pack
 
 
-def root_seed(adapter: str = "", salt: str = "") -> int:
+def root_seed(lora: str = "", salt: str = "") -> int:
     """Seed of block 0."""
-    if not adapter and not salt:
+    if not lora and not salt:
         return SEED
-    return xxh3_64_intdigest(adapter.encode() + b"\0" + salt.encode(), SEED)
+    return xxh3_64_intdigest(lora.encode() + b"\0" + salt.encode(), SEED)
 
 
 def pack_tokens(tokens: Sequence[int]) -> bytes:
@@ -55,7 +55,7 @@ def block_hashes(
     tokens: Sequence[int],
     block_size: int,
     *,
-    adapter: str = "",
+    lora: str = "",
     salt: str = "",
     parent: int | None = None,
     keys: Mapping[int, bytes] | None = None,
@@ -69,7 +69,7 @@ def block_hashes(
         raise BadHashes(f"block size {block_size} must be at least 1 token")
     packed = pack_tokens(tokens)
     width = block_size * 4
-    seed = root_seed(adapter, salt) if parent is None else SEED
+    seed = root_seed(lora, salt) if parent is None else SEED
     hashes = []
     for position in range(len(tokens) // block_size):
         block = packed[position * width : (position + 1) * width]

@@ -3,7 +3,7 @@
     kv.<fleet>.node.<node>      kv.<fleet>.cache.<node>       kv.<fleet>.session.<model>
     kv.<fleet>.access.<writer>  kv.<fleet>.control
 
-The word after the fleet is the *room*: it decides which events a commit may hold. A name may be any printable text
+The word after the fleet is the *topic*: it decides which events a commit may hold. A name may be any printable text
 (`Qwen/Qwen2.5-7B`); as a subject token it is percent-encoded (RFC 3986, with the dot encoded as well), so that each name
 has exactly one token and no name can hold a wildcard.
 """
@@ -21,20 +21,20 @@ from kvplane.events.errors import BadName
 NAME_LIMIT = 128
 """Longest name of a node, model, session or writer, in characters."""
 
-Room = Literal["node", "cache", "session", "access", "control"]
-ROOMS: tuple[Room, ...] = ("node", "cache", "session", "access", "control")
+Topic = Literal["node", "cache", "session", "access", "control"]
+TOPICS: tuple[Topic, ...] = ("node", "cache", "session", "access", "control")
 
 NODE_ACCESS, NODE_ACCESS_LONG = "node/", "node:"
-"""How names of nodes in the room `access` begin; the second is of those that are too long, and a hash follows."""
+"""How names of nodes under the topic `access` begin; the second is of those that are too long, and a hash follows."""
 _ACCESS_LIMIT = 100
 
 _FLEET = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class Place(NamedTuple):
-    """Where a commit lies: its room and the name that the subject carries (empty in `control`)."""
+    """Where a commit lies: its topic and the name that the subject carries (empty in `control`)."""
 
-    room: Room
+    topic: Topic
     name: str
 
 
@@ -85,10 +85,10 @@ def stream_subjects(fleet: str) -> list[str]:
     return [f"{base}.node.*", f"{base}.cache.*", f"{base}.session.*", f"{base}.access.*", f"{base}.control"]
 
 
-def subject(fleet: str, room: Room, name: str = "") -> str:
-    """Subject of a room, with the name that belongs in it."""
-    base = f"kv.{fleet}.{room}"
-    return base if room == "control" else f"{base}.{token(name)}"
+def subject(fleet: str, topic: Topic, name: str = "") -> str:
+    """Subject of a topic, with the name that belongs to it."""
+    base = f"kv.{fleet}.{topic}"
+    return base if topic == "control" else f"{base}.{token(name)}"
 
 
 def pulse_subject(fleet: str, node: str) -> str:
@@ -97,12 +97,12 @@ def pulse_subject(fleet: str, node: str) -> str:
 
 
 def checkpoint_subject(fleet: str, writer: str) -> str:
-    """Subject on which a replica tells its digests, `*` for those of all: core NATS, never stored."""
+    """Subject on which a replica publishes its digests, `*` for those of all: core NATS, never stored."""
     return f"kv.{fleet}.checkpoint.{writer if writer == '*' else token(writer)}"
 
 
 def access_name(node: str) -> str:
-    """Name in the room `access` that is this node's alone, so that its credentials can be bound to it.
+    """Name under the topic `access` that is this node's alone, so that its credentials can be bound to it.
 
     A writer there may call itself by the name, or by the name, a dot and anything: a life of its own.
     """
@@ -112,11 +112,11 @@ def access_name(node: str) -> str:
 
 @lru_cache(maxsize=65536)
 def place_of(fleet: str, subject: str) -> Place:
-    """Room and name of a log subject. Raises `BadName` for a subject that is none of this fleet's log."""
+    """Topic and name of a log subject. Raises `BadName` for a subject that is none of this fleet's log."""
     parts = subject.split(".")
     if parts[:2] == ["kv", fleet]:
         if len(parts) == 3 and parts[2] == "control":
             return Place("control", "")
-        if len(parts) == 4 and parts[2] in ROOMS and parts[2] != "control":
+        if len(parts) == 4 and parts[2] in TOPICS and parts[2] != "control":
             return Place(parts[2], name_of(parts[3]))
     raise BadName(f"subject {subject[:120]!r} is not on the log of fleet {fleet!r}")

@@ -27,8 +27,8 @@ Packed = Annotated[bytes, Meta(max_length=HASHES_LIMIT * 8)]
 Seconds = Annotated[float, Meta(ge=0)]
 EngineHash = int | bytes
 """An engine's own hash of a block. It differs between engines, versions and seeds."""
-TRACE_LIMIT = 64
-Trace = Annotated[str, Meta(max_length=TRACE_LIMIT)]
+TRACEPARENT_LIMIT = 64
+Traceparent = Annotated[str, Meta(max_length=TRACEPARENT_LIMIT)]
 """W3C traceparent of a request, empty without one. No fold reads it."""
 Tier = Literal["gpu", "cpu", "disk"]
 TIERS: tuple[Tier, ...] = ("gpu", "cpu", "disk")
@@ -51,7 +51,7 @@ class NodeRegistered(Event, frozen=True, tag=_tag):
     node: Name
     address: Text
     models: Annotated[list[Name], Meta(min_length=1, max_length=64)]
-    """The cache's model first, then other names that the node answers to (aliases, adapters)."""
+    """The cache's model first, then other names that the node answers to (aliases, LoRAs)."""
     block_size: Annotated[int, Meta(ge=1, le=65536)]
     capacity_blocks: Annotated[dict[Tier, Count], Meta(max_length=3)]
     cache_mode: Literal["managed", "reported"] = "reported"
@@ -187,7 +187,7 @@ class RequestRouted(Event, frozen=True, tag=_tag):
     """When, by the router's clock, in unix microseconds."""
     exclude: Annotated[list[Name], Meta(max_length=4096)] = []
     """Nodes that the request would not have."""
-    trace: Trace = ""
+    trace: Traceparent = ""
 
 
 class RequestCompleted(Event, frozen=True, tag=_tag):
@@ -201,7 +201,7 @@ class RequestCompleted(Event, frozen=True, tag=_tag):
     output_tokens: Count = 0
     ttft: Seconds = 0.0
     duration: Seconds = 0.0
-    trace: Trace = ""
+    trace: Traceparent = ""
 
 
 class PolicyChanged(Event, frozen=True, tag=_tag):

@@ -24,7 +24,7 @@ from kvplane.events.errors import BadCommit
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from kvplane.events.subjects import Room
+    from kvplane.events.subjects import Topic
 
 FORMAT = 1
 """The newest format that this kvplane reads and writes."""
@@ -32,13 +32,13 @@ FORMAT = 1
 SINCE: dict[type[types.Event], int] = {}
 """In which format an event got this shape; 1 for those that are not here."""
 
-FORMER: dict[Room, dict[type[types.Event], Callable[[Any], types.Event]]] = {}
-"""Former shapes of the events of a room, each with what makes the next one of it."""
+FORMER: dict[Topic, dict[type[types.Event], Callable[[Any], types.Event]]] = {}
+"""Former shapes of the events of a topic, each with what makes the next one of it."""
 
 
-def brought_up(room: Room, events: Sequence[types.Event]) -> Sequence[types.Event]:
+def brought_up(topic: Topic, events: Sequence[types.Event]) -> Sequence[types.Event]:
     """The events in today's shapes."""
-    former = FORMER.get(room)
+    former = FORMER.get(topic)
     if not former:
         return events
     current = []

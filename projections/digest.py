@@ -48,7 +48,7 @@ def digest(state: FleetState) -> str:
     load = state.load
     add([(request, active) for request, active in load.running.items()])
     add(list(load.early.items()))
-    add([load.ratio, load.all_said, load.all_took, load.routed_recently, load.routed_half, load.turned])
+    add([load.ratio, load.all_said, load.all_took, load.routed_recently, load.routed_half, load.half_began])
     for name in sorted(load.ordinal):
         prefills = load.prefills[load.ordinal[name]]
         add([name, load.of(name), prefills.since, list(prefills.waiting.items()), sorted(prefills.ends.items())])

@@ -32,6 +32,6 @@ class BadHistory(KvplaneError):
 
 
 class HistoryFull(BadHistory):
-    """The disk of the history has no room."""
+    """The disk of the history has no space left."""
 
     code = "history_full"

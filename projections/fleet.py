@@ -162,13 +162,13 @@ class FleetState:
                 self._head(message.subject)
             commit = decode(self.fleet, message, self.format)
             self._check_writer(message.subject, commit)
-            room = commit.place.room
-            if room == "cache":
+            topic = commit.place.topic
+            if topic == "cache":
                 self._cache(commit)
             else:
-                if room == "node":
+                if topic == "node":
                     self._check_based_on(commit)
-                elif room == "control":
+                elif topic == "control":
                     self._judge_control(commit)
                 for event in commit.events:
                     self._on_event[type(event)](event)

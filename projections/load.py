@@ -154,7 +154,7 @@ class Load:
         """Seconds of prefill that `ratio` is made of: as the nodes' speeds would have it, and as it was."""
         self.routed_recently = self.routed_half = 0
         """Requests in the window and in its younger half, those of nodes that are gone included."""
-        self.turned = 0
+        self.half_began = 0
         """When the window's younger half began."""
         self.running: dict[str, Active] = {}
         """Requests that run, oldest first."""
@@ -209,7 +209,7 @@ class Load:
         if event.hashes and event.match < event.blocks:
             prefills.ends.setdefault(event.hashes[-8:], event.request)
         self.prefill_done[at] = max(self.prefill_done[at], now) + uncached / (self.pace[at] * self.ratio)
-        self._turn(time)
+        self._next_half(time)
         self.routed_recently += 1
         self.routed_half += 1
         self.recent_requests[at] += 1
@@ -219,13 +219,13 @@ class Load:
         self.recent_uncached[at] += uncached
         self.half_uncached[at] += uncached
 
-    def _turn(self, time: int) -> None:
+    def _next_half(self, time: int) -> None:
         """Forget what was routed before the window."""
         half = WINDOW_SECONDS * _NS // 2
-        if time - self.turned < half:
+        if time - self.half_began < half:
             return
         # After a long pause the half that ends now is too old as well.
-        kept = time - self.turned < 2 * half
+        kept = time - self.half_began < 2 * half
         for recent, young in (
             (self.recent_requests, self.half_requests), (self.recent_tokens, self.half_tokens),
             (self.recent_uncached, self.half_uncached),
@@ -235,12 +235,12 @@ class Load:
                 young[at] = 0
         self.routed_recently = self.routed_half if kept else 0
         self.routed_half = 0
-        self.turned = time - time % half
+        self.half_began = time - time % half
 
     def window(self, time: int) -> float:
         """How many seconds what was routed recently speaks of at this time."""
         half = WINDOW_SECONDS / 2
-        return half + min(max((time - self.turned) / _NS, 0.0), half)
+        return half + min(max((time - self.half_began) / _NS, 0.0), half)
 
     def awaited(self, node: str) -> Mapping[bytes, str]:
         """Blocks, of 8 bytes each, that end a prompt which the node has still to compute; it changes with them."""
@@ -347,7 +347,7 @@ class Load:
         for at, prefills in enumerate(self.prefills):
             prefills.since -= by / _NS
             self.prefill_done[at] -= by / _NS
-        self.turned -= by
+        self.half_began -= by
 
     def node_gone(self, node: str) -> None:
         """Stop counting for a node; the requests that ran there are over."""

@@ -64,7 +64,7 @@ class PrefixIndex:
         return sum(self._counts)
 
     def add_slot(self, slot: int) -> None:
-        """Make room for slots up to and including `slot`."""
+        """Add what is missing of the slots up to and including `slot`."""
         while len(self._bits) <= slot:
             self._bits.append(1 << len(self._bits))
             self._held.append({})

@@ -141,9 +141,9 @@ def load(fleet: str, data: bytes, *, verify: bool = False) -> FleetState:
     state.changes = int.from_bytes(header.checksum[:8], "little")
     try:
         snapshot_body.put(state, _BODY.decode(body))
-        told = digest(state) if verify else header.digest
+        found = digest(state) if verify else header.digest
     except Exception as error:  # noqa: BLE001 - whoever can't use a snapshot must still be able to replay the log
         raise BadSnapshot(f"the snapshot doesn't fit together: {str(error)[:200] or repr(error)}; {_REPLAY}") from None
-    if told != header.digest:
-        raise BadSnapshot(f"the snapshot has the digest {told}, its header says {header.digest[:80]!r}; {_REPLAY}")
+    if found != header.digest:
+        raise BadSnapshot(f"the snapshot has the digest {found}, its header says {header.digest[:80]!r}; {_REPLAY}")
     return state

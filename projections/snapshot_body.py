@@ -99,7 +99,7 @@ class LoadPart(_Part):
     all_took: float
     routed_recently: int
     routed_half: int
-    turned: int
+    half_began: int
     early: dict[str, Early]
 
 
@@ -190,7 +190,7 @@ def _load_of(load: Load) -> LoadPart:
         all_took=load.all_took,
         routed_recently=load.routed_recently,
         routed_half=load.routed_half,
-        turned=load.turned,
+        half_began=load.half_began,
     )
 
 
@@ -297,7 +297,7 @@ def _put_load(state: FleetState, part: LoadPart) -> None:
     load.running = part.running
     load.early = part.early
     load.ratio, load.all_said, load.all_took = part.ratio, part.all_said, part.all_took
-    load.routed_recently, load.routed_half, load.turned = part.routed_recently, part.routed_half, part.turned
+    load.routed_recently, load.routed_half, load.half_began = part.routed_recently, part.routed_half, part.half_began
     _check_load(load)
 
 

@@ -72,13 +72,13 @@ class _Recorder(World):
         time = int((self.start + visible - self.settings.delay) * _NS)
         self.messages.append(Message(self._sequence, where, time, headers, encode(events)))
 
-    def _write(self, now: float, room: str, body: bytes, writer: str) -> None:
+    def _write(self, now: float, topic: str, body: bytes, writer: str) -> None:
         """Bytes of a stranger, at once on the log."""
         self._see(now)
         self._sequence += 1
         # What is not visible yet comes after it.
         time = int((self.start + now - self.settings.delay) * _NS)
-        message = Message(self._sequence, f"kv.{FLEET}.{room}", time, {WRITER: writer}, body)
+        message = Message(self._sequence, f"kv.{FLEET}.{topic}", time, {WRITER: writer}, body)
         self.messages.append(message)
         self.state.apply(message)
 

@@ -38,7 +38,7 @@ as the one before. A leader that steps down never answers what it had not yet pr
 RETRY_SECONDS, RETRY_MOST_SECONDS = 0.05, 0.25
 """First pause between tries, and the longest. While a cluster elects a leader the refusal comes at once."""
 HEADERS_BYTES = 512
-"""Room for headers, kept free below the server's message limit."""
+"""Space for headers, kept free below the server's message limit."""
 
 EXPECTED = "Nats-Expected-Last-Subject-Sequence"
 LOOK_BACK = 1000
@@ -55,7 +55,7 @@ def new_writer(role: str) -> str:
 
 
 def new_life(access: str) -> str:
-    """The same for a writer whose name in the room `access` stays the same."""
+    """The same for a writer whose name under the topic `access` stays the same."""
     return f"{access}.{uuid4().hex[:16]}"
 
 
@@ -153,7 +153,7 @@ class Appender:
         pause = RETRY_SECONDS
         patience = ACK_SECONDS
         retried = False
-        # A group writer has nobody to tell: it also waits for a full disk or a missing stream to be mended.
+        # Nobody waits for the errors of a group writer: it also waits for a full disk or a missing stream to be mended.
         worth_a_retry = (NatsError, OSError, TimeoutError, LogUnavailable if on_try is None else LogError)
         while True:
             try:

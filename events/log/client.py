@@ -80,7 +80,7 @@ class LogClient(Client):
         self._encrypted = encrypted
         self._asked: dict[str, list[asyncio.Future[Any]]] = {}
         self.errors: Counter[str] = Counter()
-        """What it was told behind its back, by kind; counted by `events.log.connection`."""
+        """Errors that the server sent unasked, by kind; counted by `events.log.connection`."""
         self.refused = ""
         """Why the server wants this client no more; empty as long as it does."""
         self._starved: MemoryError | None = None
@@ -122,16 +122,16 @@ class LogClient(Client):
 
     async def _process_err(self, err_msg: str) -> None:
         found = _FORBIDDEN.search(err_msg)
-        told = False
+        refused = False
         if found and found[1].lower() == "publish":
             # The client has made small letters of all.
             for subject in [subject for subject in self._asked if subject.lower() == found[2]]:
                 for future in self._asked.pop(subject):
                     if not future.done():
-                        said = f"these credentials may not ask {subject}; use those of another role"
-                        future.set_exception(NotAllowed(said))
-                        told = True
-        if not told:
+                        sentence = f"these credentials may not ask {subject}; use those of another role"
+                        future.set_exception(NotAllowed(sentence))
+                        refused = True
+        if not refused:
             await super()._process_err(err_msg)
 
     async def _process_headers(self, headers: bytes) -> dict[str, str] | None:
@@ -167,7 +167,7 @@ class LogClient(Client):
         await self._transport.connect(s.uri, buffer_size=READ_BYTES, connect_timeout=self.options["connect_timeout"])
 
     async def _send_ping(self, future: Future[Any] | None = None) -> None:
-        """A ping goes behind what was said before it: the client would send it ahead, and `flush` end too early."""
+        """A ping goes behind what was written before it: the client would send it ahead, and `flush` end too early."""
         if self._pending and self._transport is not None and self.is_connected:
             self._transport.writelines(self._pending)
             self._pending, self._pending_data_size = [], 0
@@ -176,7 +176,7 @@ class LogClient(Client):
     async def _process_pong(self) -> None:
         """The answer to a ping that was given up is nobody's: the client's read loop would end on it."""
         if self._pongs and self._pongs[0].done():
-            # Each answers one ping, in turn.
+            # Each answers one ping, in order.
             self._pongs[0] = Future()
         await super()._process_pong()
 
@@ -189,14 +189,14 @@ class LogClient(Client):
                     "client.conf in its configuration"
                 )
             )
-        said = str(self._server_info.get("version", ""))
-        version = _VERSION.match(said)
+        text = str(self._server_info.get("version", ""))
+        version = _VERSION.match(text)
         # A version that can't be read is that of a build of somebody's own.
         if version and (int(version[1]), int(version[2])) < LEAST_SERVER:
             least = ".".join(map(str, LEAST_SERVER))
             raise Unacceptable(
                 ServerTooOld(
-                    f"the server at {self._where()} is NATS {said[:40]}; kvplane needs {least} or newer: upgrade it, or "
+                    f"the server at {self._where()} is NATS {text[:40]}; kvplane needs {least} or newer: upgrade it, or "
                     "start one with `kvplane up`"
                 )
             )

@@ -34,7 +34,7 @@ async def set_copies(client: Client, fleet: str, copies: int, *, seconds: float)
         if info is not None and info["config"]["num_replicas"] != copies:
             await _ask(client, f"STREAM.UPDATE.{stream}", {**info["config"], "num_replicas": copies})
     with anyio.move_on_after(seconds):
-        while not all([await _current(client, stream, copies) for stream in streams]):  # noqa: ASYNC110 - servers tell nobody
+        while not all([await _current(client, stream, copies) for stream in streams]):  # noqa: ASYNC110 - no server announces it
             await anyio.sleep(LOOK_SECONDS)
         return True
     return False

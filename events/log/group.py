@@ -38,7 +38,7 @@ class GroupWriter:
     """Gathers events for one subject and appends them in groups, in the order in which they were given.
 
     A group is sent when the one before it is acknowledged and `linger` seconds have passed or enough events wait. At
-    most `limit` events and `limit_bytes` wait; `put` drops the oldest beyond that and counts it, `send` waits for room instead.
+    most `limit` events and `limit_bytes` wait; `put` drops the oldest beyond that and counts it, `send` waits instead.
     """
 
     def __init__(
@@ -117,20 +117,20 @@ class GroupWriter:
             self._progress = anyio.Event()
 
     def _take(self) -> list[bytes]:
-        room = self._appender.client.max_payload - HEADERS_BYTES - 8
+        space = self._appender.client.max_payload - HEADERS_BYTES - 8
         group: list[bytes] = []
         waiting = self._waiting
         while waiting and len(group) < EVENTS_LIMIT:
             size = len(waiting[0])
-            if size > room:
+            if size > space:
                 if group:
                     break
                 self._bytes -= len(waiting.popleft())
                 self.dropped += 1
                 _log.error("event_too_large", subject=self._subject, bytes=size)
-                room = self._appender.client.max_payload - HEADERS_BYTES - 8
+                space = self._appender.client.max_payload - HEADERS_BYTES - 8
                 continue
-            room -= size
+            space -= size
             self._bytes -= size
             group.append(waiting.popleft())
         self._in_flight = len(group)

@@ -28,10 +28,10 @@ Kind = Literal["nats", "http", "tls", "other", "silent", "refused", "unknown", "
 
 
 class Answer(NamedTuple):
-    """What answers at an address, and `said`, a sentence without a full stop that says so."""
+    """What answers at an address, and a sentence about it without a full stop."""
 
     kind: Kind
-    said: str
+    sentence: str
 
     @property
     def final(self) -> bool:
@@ -43,7 +43,7 @@ async def answers(host: str, port: int) -> Answer:
     """Look what answers. Takes three seconds at the most, and raises nothing."""
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        greeting = await _heard(host, port)
+        greeting = await _greeting(host, port)
     except (OSError, TimeoutError) as error:
         return _nobody(host, where, error)
     if not greeting or greeting[0] == _TLS_ALERT or b"HTTPS" in greeting[:400]:
@@ -67,8 +67,8 @@ async def answers(host: str, port: int) -> Answer:
     )
 
 
-async def _heard(host: str, port: int) -> bytes:
-    """What is said at once, or when it is asked in HTTP; nothing if it says nothing. Raises `OSError`, `TimeoutError`."""
+async def _greeting(host: str, port: int) -> bytes:
+    """What is sent at once, or as an answer to HTTP; nothing if nothing is sent. Raises `OSError`, `TimeoutError`."""
     with anyio.fail_after(CONNECT_SECONDS):
         stream = await anyio.connect_tcp(host, port)
     async with stream:
@@ -83,7 +83,7 @@ async def _heard(host: str, port: int) -> bytes:
 
 
 async def _inside_tls(host: str, port: int) -> bytes | None:
-    """What is said at once behind a TLS handshake; none when there is none. Nobody is trusted: it is only looked at."""
+    """What is sent at once behind a TLS handshake; none when there is none. Nobody is trusted: it is only looked at."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:
@@ -112,7 +112,7 @@ def _nobody(host: str, where: str, error: Exception) -> Answer:
 
 
 def why_not(host: str, port: int, error: BaseException) -> Answer | None:
-    """What an error of connecting says already, without a look; none when it does not say enough."""
+    """What an error of connecting shows already, without a look; none when it does not show enough."""
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     found = (_known(host, where, cause) for cause in _causes(error) if not isinstance(cause, TimeoutError))
     return next((known for known in found if known is not None), None)
@@ -121,7 +121,7 @@ def why_not(host: str, port: int, error: BaseException) -> Answer | None:
 def _known(host: str, where: str, error: BaseException) -> Answer | None:
     if isinstance(error, socket.gaierror | UnicodeError):
         return Answer("unknown", f"no address is known for the name {host!r}")
-    # Of several addresses of one name, event loops tell the errors in a text only.
+    # Of several addresses of one name, event loops give the errors in a text only.
     if isinstance(error, ConnectionRefusedError) or f"[Errno {errno.ECONNREFUSED}]" in str(error):
         return Answer("refused", f"nobody listens at {where} (connection refused)")
     if isinstance(error, TimeoutError):

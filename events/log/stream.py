@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 DUPLICATE_WINDOW_SECONDS = 120
 """How long the server remembers message ids. Duplicates beyond it are known by the writer's counter."""
 COPIES = 3
-"""Of a log, on a cluster, unless told: any one server may be lost, or restarted, while it goes on."""
+"""Of a log, on a cluster, where nothing else is asked for: any one server may be lost, or restarted, while it goes on."""
 CREATE_SECONDS = 30.0
 """How long the creation of a log waits for enough servers; those of a cluster don't start in one moment."""
 
@@ -75,7 +75,7 @@ async def stream_info(js: JetStreamContext, fleet: str) -> StreamInfo:
 async def _create(js: JetStreamContext, fleet: str, replicas: int) -> None:
     """Create the stream unless it is there."""
     deadline = anyio.current_time() + (CREATE_SECONDS if replicas > 1 else 0)
-    told = False
+    warned = False
     while True:
         try:
             if not await _exists(js, fleet):
@@ -92,8 +92,8 @@ async def _create(js: JetStreamContext, fleet: str, replicas: int) -> None:
             if anyio.current_time() >= deadline:
                 hint = f"; do {replicas} servers of the cluster run?" if replicas > 1 else ""
                 raise LogUnavailable(f"the log of fleet {fleet!r} could not be created: {what}{hint}") from error
-            if not told:
-                told = True
+            if not warned:
+                warned = True
                 _log.warning("log_creation_waits", fleet=fleet, replicas=replicas, error=what)
             await anyio.sleep(0.5)
         else:

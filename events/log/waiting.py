@@ -25,8 +25,8 @@ LOOK_AFTER_SECONDS = 0.5
 LOOK_AGAIN_SECONDS = 2.0
 SLOW_SECONDS = 3.0
 """So long at the least those are waited for that may be there and slow, as one of several that was cut off makes others be."""
-SAY_AFTER_SECONDS = 1.2
-SAY_AGAIN_SECONDS = 10.0
+REPORT_AFTER_SECONDS = 1.2
+REPORT_AGAIN_SECONDS = 10.0
 CLOSE_SECONDS = 3.0
 
 _log = structlog.get_logger("kvplane.nats")
@@ -72,7 +72,7 @@ async def connect(
     try:
         async with anyio.create_task_group() as group:
             group.start_soon(waiting.look, group.cancel_scope)
-            group.start_soon(waiting.say)
+            group.start_soon(waiting.report)
             try:
                 await dial()
             except (KvplaneError, NatsError, OSError) as error:
@@ -123,7 +123,7 @@ class _Waiting:
                 self._changed.set()
             if all(found.final for found in self._found.values()):
                 self.verdict = WrongServer(
-                    f"no NATS server is there: {self._said()}; name yours with --server or KVPLANE_SERVER, such as "
+                    f"no NATS server is there: {self._findings()}; name yours with --server or KVPLANE_SERVER, such as "
                     f"nats://127.0.0.1:{DEFAULT_PORT}{self._remedy()}"
                 )
             else:
@@ -135,24 +135,24 @@ class _Waiting:
     async def _look_at(self, place: Place) -> None:
         self._found[place] = await answers(*place)
 
-    async def say(self) -> None:
+    async def report(self) -> None:
         """Say what is waited for, at first, when that changes, and now and then."""
-        await anyio.sleep(SAY_AFTER_SECONDS)
+        await anyio.sleep(REPORT_AFTER_SECONDS)
         while True:
             self._changed = anyio.Event()
             if not self._nobody or self._left > LOOK_AGAIN_SECONDS:
                 # Otherwise the verdict says it, in a moment.
                 where = ", ".join(map(str, self._places))
-                _log.warning("nats_waited_for", client=self._name, servers=where, reason=self._said())
-            with anyio.move_on_after(SAY_AGAIN_SECONDS):
+                _log.warning("nats_waited_for", client=self._name, servers=where, reason=self._findings())
+            with anyio.move_on_after(REPORT_AGAIN_SECONDS):
                 await self._changed.wait()
 
-    def _said(self) -> str:
+    def _findings(self) -> str:
         error = self._client.last_error
-        said = "; ".join(dict.fromkeys(found.said for found in self._found.values()))
+        sentences = "; ".join(dict.fromkeys(found.sentence for found in self._found.values()))
         if any(found.kind == "nats" for found in self._found.values()) and error is not None:
-            said += f", and the connection did not come about ({str(error) or type(error).__name__})"
-        return said or "no answer yet"
+            sentences += f", and the connection did not come about ({str(error) or type(error).__name__})"
+        return sentences or "no answer yet"
 
     def _remedy(self) -> str:
         if any(found.kind == "tls" for found in self._found.values()):
@@ -163,6 +163,6 @@ class _Waiting:
         """That nobody answered, and what is known of why."""
         where = ", ".join(map(str, self._places))
         return LogUnavailable(
-            f"no NATS server answers at {where} ({self._said()}); start one with `kvplane up`, or name yours with --server or "
-            "KVPLANE_SERVER"
+            f"no NATS server answers at {where} ({self._findings()}); start one with `kvplane up`, or name yours with --server "
+            "or KVPLANE_SERVER"
         )

@@ -98,7 +98,7 @@ def export(store: Store, part: Part, cursor: duckdb.DuckDBPyConnection) -> list[
             _force(path.parent)
             files.append(File(name, table.name, part.day, part.archived + 1, part.last, count, path.stat().st_size))
     except (duckdb.Error, OSError) as error:
-        # On a full disk the live part needs the room.
+        # On a full disk the live part needs the space.
         for path in made:
             path.unlink(missing_ok=True)
         raise fault(error, store.archive) from error
@@ -211,9 +211,9 @@ def recover(store: Store) -> int:
                     "SELECT key::VARCHAR, value::VARCHAR FROM parquet_kv_metadata(?)", [str(path)]
                 ).fetchall()
             )
-            told = "sum(events)::UBIGINT" if name.parts[0] == "commits" else "0"
-            count, told = store.connection.execute(
-                f"SELECT count(*), {told} FROM read_parquet(?)", [str(path)]
+            total = "sum(events)::UBIGINT" if name.parts[0] == "commits" else "0"
+            count, counted = store.connection.execute(
+                f"SELECT count(*), {total} FROM read_parquet(?)", [str(path)]
             ).fetchall()[0]
         except duckdb.Error:
             cut[first, last] = str(name)
@@ -226,7 +226,7 @@ def recover(store: Store) -> int:
         version = meta.get("kvplane_version", "")
         if version not in READABLE:
             continue
-        events[first, last] = events.get((first, last), 0) + told - (0 if name.parts[0] == "commits" else count)
+        events[first, last] = events.get((first, last), 0) + counted - (0 if name.parts[0] == "commits" else count)
         size = path.stat().st_size
         file = File(str(name), name.parts[0], match[1], first, last, count, size, int(version))
         parts.setdefault((first, last), []).append(file)

@@ -62,15 +62,15 @@ def _step(fetch: Callable[[str], pa.Table], fleet: str, where: str) -> Iterator[
             headers = json.loads(row["headers"]) if row["headers"] is not None else None
             yield Message(sequence, row["subject"], time, headers, row["body"])
             continue
-        said: dict[str, str] = {}
+        made: dict[str, str] = {}
         if row["writer"]:
-            said[WRITER] = row["writer"]
+            made[WRITER] = row["writer"]
             if row["writer_seq"]:
-                said[WRITER_SEQ] = str(row["writer_seq"])
+                made[WRITER_SEQ] = str(row["writer_seq"])
         if row["based_on"] is not None:
-            said[BASED_ON] = str(row["based_on"])
+            made[BASED_ON] = str(row["based_on"])
         body = codec.encode([events[sequence, place] for place in range(row["events"])])
-        yield Message(sequence, subject(fleet, row["room"], row["name"]), time, said or None, body, remade=True)
+        yield Message(sequence, subject(fleet, row["room"], row["name"]), time, made or None, body, remade=True)
 
 
 def packed_hashes(column: pa.ChunkedArray) -> list[bytes]:

@@ -109,9 +109,9 @@ class Rows:
         if commit is None:
             return
         time = message.time // 1000
-        room = commit.place.room
-        if room != "access":
-            self.events[room] += [
+        topic = commit.place.topic
+        if topic != "access":
+            self.events[topic] += [
                 (message.sequence, place, time, event, None) for place, event in enumerate(commit.events)
             ]
             return
@@ -194,8 +194,8 @@ def _commits(rows: Sequence[tuple[Message, Commit | None, str | None, str]]) -> 
         "detail": [_text(detail) if reason is not None else None for _, _, reason, detail in rows],
         "subject": [_text(message.subject) if message is not None else None for message in gone],
         "headers": [
-            json.dumps(dict(said)) if message is not None and said is not None else None
-            for message, said in zip(gone, headers, strict=True)
+            json.dumps(dict(own)) if message is not None and own is not None else None
+            for message, own in zip(gone, headers, strict=True)
         ],
         "body": [message.body if message is not None else None for message in gone],
     }
@@ -207,23 +207,23 @@ def _text(text: str) -> str:
 
 
 def _place(message: Message) -> tuple[str, str]:
-    """Room and name of a skipped commit, from its subject alone."""
+    """Topic and name of a skipped commit, from its subject alone."""
     parts = message.subject.split(".")
     try:
         place = place_of(parts[1] if len(parts) > 1 else "", message.subject)
     except BadName:
         return "", ""
-    return place.room, place.name
+    return place.topic, place.name
 
 
 def _node_changes(rows: Sequence[_Row]) -> dict[str, Any]:
     if not rows:
         return {}
     events = [row[3] for row in rows]
-    said = [event if isinstance(event, types.NodeRegistered) else None for event in events]
+    registered = [event if isinstance(event, types.NodeRegistered) else None for event in events]
 
     def of(get: Callable[[types.NodeRegistered], Any]) -> list[Any]:
-        return [get(event) if event is not None else None for event in said]
+        return [get(event) if event is not None else None for event in registered]
 
     return {
         **_keys(rows),

@@ -95,16 +95,16 @@ class Store:
         ).fetchall()[0][0]
         if known:
             # Another version may have other columns.
-            said = (connection.sql("SELECT * FROM checkpoint").to_arrow_table().to_pylist() or [{}])[0]
-            older = said.get("version") == 1
-            if said.get("version") != VERSION and not older:
+            row = (connection.sql("SELECT * FROM checkpoint").to_arrow_table().to_pylist() or [{}])[0]
+            older = row.get("version") == 1
+            if row.get("version") != VERSION and not older:
                 raise BadHistory(
-                    f"the history in {self.folder.name} is of version {said.get('version')}, this kvplane reads {VERSION}; "
+                    f"the history in {self.folder.name} is of version {row.get('version')}, this kvplane reads {VERSION}; "
                     "`kvplane history rebuild` makes it again from the log and the archive"
                 )
-            if said["fleet"] != self.fleet:
+            if row["fleet"] != self.fleet:
                 raise BadHistory(
-                    f"the history in {self.folder.name} is of fleet {said['fleet']!r}, not {self.fleet!r}; choose another "
+                    f"the history in {self.folder.name} is of fleet {row['fleet']!r}, not {self.fleet!r}; choose another "
                     "folder with --history"
                 )
             self._check_archive(connection)
@@ -184,7 +184,7 @@ class Store:
     def write(self, rows: Rows, *, time: int) -> None:
         """Store rows and the new checkpoint; `time` is the log's at the last of them.
 
-        Raises `HistoryFull` when the disk has no room, and `BadHistory` when the file can't be written any more. Nothing
+        Raises `HistoryFull` when the disk has no space, and `BadHistory` when the file can't be written any more. Nothing
         is stored then, and after `reopen` the same rows may be tried again.
         """
         tables = rows.tables()
@@ -279,8 +279,8 @@ def _comment(
     connection: duckdb.DuckDBPyConnection, view: str, meaning: str, columns: Iterable[tuple[str, str]]
 ) -> None:
     connection.execute(f"COMMENT ON VIEW main.{view} IS '{_quoted(meaning)}'")
-    for name, said in columns:
-        connection.execute(f"COMMENT ON COLUMN main.{view}.\"{name}\" IS '{_quoted(said)}'")
+    for name, about in columns:
+        connection.execute(f"COMMENT ON COLUMN main.{view}.\"{name}\" IS '{_quoted(about)}'")
 
 
 def _quoted(text: str) -> str:
@@ -289,9 +289,9 @@ def _quoted(text: str) -> str:
 
 def _why(path: Path, error: duckdb.Error) -> BadHistory:
     """A file that can't be opened, in a sentence."""
-    said = fault(error, path)
-    if isinstance(said, HistoryFull):
-        return said
+    found = fault(error, path)
+    if isinstance(found, HistoryFull):
+        return found
     if "Could not set lock" in str(error):
         return BadHistory(
             f"another process has the history open ({path.parent.name}/{path.name}); ask it with `kvplane sql`, or stop it"
@@ -308,9 +308,9 @@ def _line(error: duckdb.Error | OSError, path: Path) -> str:
 
 def fault(error: duckdb.Error | OSError, path: Path) -> BadHistory:
     """What DuckDB or the system raised while it read or wrote, in a sentence: `HistoryFull` or `BadHistory`."""
-    said = str(error)
-    if "No space left" in said or "disk is full" in said.lower() or os.strerror(28) in said:
-        return HistoryFull(f"the disk of the history is full ({_line(error, path)}); make room, it goes on by itself")
+    text = str(error)
+    if "No space left" in text or "disk is full" in text.lower() or os.strerror(28) in text:
+        return HistoryFull(f"the disk of the history is full ({_line(error, path)}); make space, it goes on by itself")
     return BadHistory(
         f"the history can't be read or written: {_line(error, path)}; if that stays so, `kvplane history rebuild` makes it "
         "again"

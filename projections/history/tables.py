@@ -128,7 +128,7 @@ CACHE_CHANGES = Table(
         Column("batch", "UBIGINT", "the engine's counter; null for a placement"),
         Column("parent", "UBIGINT", "block before the first stored one; null at the root of a chain"),
         Column("blocks", "UINTEGER", "blocks that were stored or removed"),
-        Column("evicted_blocks", "UINTEGER", "blocks that left: by removal, or to make room for a placement"),
+        Column("evicted_blocks", "UINTEGER", "blocks that left: by removal, or to make space for a placement"),
         Column("hashes", "UBIGINT[]", "the blocks that were stored or removed"),
         Column("evicted", "UBIGINT[]", "the blocks that a placement evicted"),
         Column("request", "VARCHAR", "request that a placement was for"),

@@ -139,7 +139,7 @@ VIEWS = (
             ("hour", "beginning of the hour"),
             ("node", "the node"),
             ("stored", "blocks that were stored"),
-            ("evicted", "blocks that left to make room"),
+            ("evicted", "blocks that left to make space"),
             ("cleared", "how often the whole cache was taken as empty"),
         ),
         """

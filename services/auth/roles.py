@@ -1,7 +1,7 @@
 """What each role may publish and subscribe to: the whole table. Who may ask which endpoint is said in `protocol.endpoints`.
 
 Everything that is not listed is refused. `{f}` is the fleet, `{log}` its stream, `{box}` the bucket of its snapshots and
-`{snapshots}` the bucket's stream, `{name}` the name of a node as a subject token, `{access}` its token in the room `access`.
+`{snapshots}` the bucket's stream, `{name}` the name of a node as a subject token, `{access}` its token in the topic `access`.
 
 Nobody but the admin may delete or change a stream, nobody at all a consumer. Nobody may get messages directly: the server sends
 them to any subject that the asker names, with the body that a writer chose, so whoever may get could write anything anywhere.

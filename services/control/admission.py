@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from kvplane.services.protocol.messages import AdmitRequest, BlocksRequest
 
 
-class _Room(NamedTuple):
-    """What a placement would mean for one node: blocks that are new there, free and evictable room."""
+class _Fit(NamedTuple):
+    """How blocks would fit on one node: how many are new there, how many more it can hold, and how many it holds."""
 
     node: Node
     new: int
@@ -36,31 +36,31 @@ def _managed(state: FleetState, name: str) -> Node:
     return node
 
 
-def _room(state: FleetState, node: Node, wanted: set[int]) -> _Room:
+def _fit(state: FleetState, node: Node, wanted: set[int]) -> _Fit:
     order = state.recency[node.name].order
     used = len(order)
     new = sum(block not in order for block in wanted)
     free = node.registered.capacity_blocks["gpu"] - used
-    return _Room(node, new, free, int(state.load.active[state.load.ordinal[node.name]]), used)
+    return _Fit(node, new, free, int(state.load.active[state.load.ordinal[node.name]]), used)
 
 
-def _least_loaded(room: _Room) -> tuple[float, ...]:
+def _least_loaded(fit: _Fit) -> tuple[float, ...]:
     """Fewest requests, then the smallest share of the cache in use."""
-    return (room.active, room.used / max(1, room.node.registered.capacity_blocks["gpu"]))
+    return (fit.active, fit.used / max(1, fit.node.registered.capacity_blocks["gpu"]))
 
 
-def _best_fit(room: _Room) -> tuple[float, ...]:
-    """The least room that is left over."""
-    return (room.free - room.new, room.active)
+def _best_fit(fit: _Fit) -> tuple[float, ...]:
+    """The least space that is left over."""
+    return (fit.free - fit.new, fit.active)
 
 
-STRATEGIES: dict[str, Callable[[_Room], tuple[float, ...]]] = {"least_loaded": _least_loaded, "best_fit": _best_fit}
+STRATEGIES: dict[str, Callable[[_Fit], tuple[float, ...]]] = {"least_loaded": _least_loaded, "best_fit": _best_fit}
 
 
 def admit(state: FleetState, request: AdmitRequest) -> Proposal:
     """Place blocks on a managed node, evicting the least recently used for them; those that are there are used anew.
 
-    A node with room goes before one that must evict. Raises `NoRoom` when eviction can't make room anywhere.
+    A node with space goes before one that must evict. Raises `NoRoom` when eviction can't make enough space anywhere.
     """
     if request.strategy not in STRATEGIES:
         raise BadRequest(f"strategy {request.strategy[:40]!r} is not one of {', '.join(STRATEGIES)}")
@@ -74,27 +74,27 @@ def admit(state: FleetState, request: AdmitRequest) -> Proposal:
         node = _managed(state, request.node)
         if request.model not in node.registered.models:
             raise UnknownModel(f"node {node.name!r} does not serve model {request.model[:80]!r}")
-        rooms = [_room(state, node, wanted)]
+        fits = [_fit(state, node, wanted)]
     else:
-        rooms = [
-            _room(state, node, wanted)
+        fits = [
+            _fit(state, node, wanted)
             for node in state.nodes.values()
             if node.available and node.managed and request.model in node.registered.models
         ]
-        if not rooms:
+        if not fits:
             raise UnknownModel(f"no managed node is available for model {request.model[:80]!r}")
     key = STRATEGIES[request.strategy]
     tie = request.request.encode() or request.hashes[:8]
-    rooms.sort(key=lambda room: (*key(room), derive_hash(tie, room.node.name.encode())))
-    for room in rooms:
-        if room.new <= room.free:
-            return _place(room.node, request, b"")
-    for room in rooms:
-        need = room.new - room.free
-        victims = state.recency[room.node.name].victims(need, wanted)
+    fits.sort(key=lambda fit: (*key(fit), derive_hash(tie, fit.node.name.encode())))
+    for fit in fits:
+        if fit.new <= fit.free:
+            return _place(fit.node, request, b"")
+    for fit in fits:
+        need = fit.new - fit.free
+        victims = state.recency[fit.node.name].victims(need, wanted)
         if len(victims) == need:
-            return _place(room.node, request, pack_hashes(victims))
-    raise NoRoom(_why_no_room(state, rooms))
+            return _place(fit.node, request, pack_hashes(victims))
+    raise NoRoom(_why_no_space(state, fits))
 
 
 def _place(node: Node, request: AdmitRequest, evicted: bytes) -> Proposal:
@@ -104,13 +104,13 @@ def _place(node: Node, request: AdmitRequest, evicted: bytes) -> Proposal:
     return propose("cache", node.name, event)
 
 
-def _why_no_room(state: FleetState, rooms: list[_Room]) -> str:
-    best = min(rooms, key=lambda room: room.new - room.free)
+def _why_no_space(state: FleetState, fits: list[_Fit]) -> str:
+    best = min(fits, key=lambda fit: fit.new - fit.free)
     capacity = best.node.registered.capacity_blocks["gpu"]
     recency = state.recency[best.node.name]
     protected = sum(block in recency.order for block in recency.protected)
     return (
-        f"{best.new} new blocks don't fit on any of {len(rooms)} nodes; on {best.node.name!r} {best.free} of {capacity} "
+        f"{best.new} new blocks don't fit on any of {len(fits)} nodes; on {best.node.name!r} {best.free} of {capacity} "
         f"are free and {protected} are protected by running requests. Wait for requests to complete, or add capacity"
     )
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from kvplane.events import types
 from kvplane.events.codec import decode_body, encode, validate
 from kvplane.events.errors import BadCommit, BadName
-from kvplane.events.subjects import Place, Room, check_name, subject
+from kvplane.events.subjects import Place, Topic, check_name, subject
 from kvplane.projections.fleet import NODES_LIMIT, TIER_LIMIT
 from kvplane.services.protocol.errors import BadRequest, Conflict, NodeExists, UnknownNode
 
@@ -33,22 +33,22 @@ if TYPE_CHECKING:
 class Proposal(NamedTuple):
     """An event to be committed, and where."""
 
-    room: Room
+    topic: Topic
     name: str
     event: types.Event
 
     def subject(self, fleet: str) -> str:
         """Subject of the commit."""
-        return subject(fleet, self.room, self.name)
+        return subject(fleet, self.topic, self.name)
 
 
-def propose(room: Room, name: str, event: types.Event) -> Proposal:
+def propose(topic: Topic, name: str, event: types.Event) -> Proposal:
     """A proposal that every reader will take as valid. Raises `BadRequest` for one that none would."""
     try:
-        validate(Place(room, name), decode_body(room, encode([event])))
+        validate(Place(topic, name), decode_body(topic, encode([event])))
     except BadCommit as error:
         raise BadRequest(str(error)) from None
-    return Proposal(room, name, event)
+    return Proposal(topic, name, event)
 
 
 def known(state: FleetState, name: str) -> Node:

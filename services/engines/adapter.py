@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from kvplane.events import types
     from kvplane.services.engines.facts import Engine, Facts, Gauges, Source
-    from kvplane.services.engines.sequence import Told
+    from kvplane.services.engines.sequence import Numbered
 
 LINGER_SECONDS = 0.002
 IDLE_SECONDS = 15.0
@@ -211,7 +211,7 @@ class Adapter:
             # Otherwise a replay has brought it already.
         await anyio.lowlevel.checkpoint()
 
-    async def _look(self, missing: Sequence[Told] = ()) -> None:
+    async def _look(self, missing: Sequence[Numbered] = ()) -> None:
         """Ask the replay buffer for what was missed, and judge whether it is still the same life of the engine."""
         published, track = self.published, self.track
         connected = self._looks.begin(anyio.current_time(), published.connections)
@@ -238,7 +238,7 @@ class Adapter:
         else:
             self._put(look.events)
 
-    async def _replay(self, start: int) -> tuple[list[Told], bool]:
+    async def _replay(self, start: int) -> tuple[list[Numbered], bool]:
         if not self.source.replay:
             return [], False
         self.replays += 1
@@ -278,7 +278,7 @@ class Adapter:
             started=facts.started,
             version=facts.version,
             models=facts.models,
-            adapters_from=facts.adapters_from,
+            loras_from=facts.loras_from,
         )
         self.life.on(Event.REFRESHED)
 
@@ -300,8 +300,8 @@ class Adapter:
         said = {labels.ADAPTER: self.writer}
         if config.ranked:
             said[labels.RANK] = str(self.source.rank)
-        if facts.adapters_from:
-            said[labels.ADAPTERS_FROM] = str(facts.adapters_from)
+        if facts.loras_from:
+            said[labels.LORAS_FROM] = str(facts.loras_from)
         if facts.started:
             said[labels.STARTED] = facts.started
         request = messages.RegisterRequest(
@@ -311,7 +311,7 @@ class Adapter:
         )  # fmt: skip
         self.track.translator.epoch = await self.member.register(request, self._not_registered)
         self.life.on(Event.REGISTERED)
-        self.outbox.begin(self.track.translator.tell(self.track.position))
+        self.outbox.begin(self.track.translator.report(self.track.position))
         blocks = self.track.translator.used()
         _log.info("node_registered", node=config.node, epoch=self.epoch, blocks=blocks, batch=self.track.position)
 
@@ -326,7 +326,7 @@ class Adapter:
         self._put(self._anew(reason))
 
     def _anew(self, reason: str) -> list[types.Event]:
-        return [*self.track.cleared(reason), *self.track.translator.tell(self.track.position)]
+        return [*self.track.cleared(reason), *self.track.translator.report(self.track.position)]
 
     def _put(self, events: Sequence[types.Event]) -> None:
         if self.life.told_of:
@@ -375,8 +375,8 @@ class Adapter:
             if well:
                 with suppress(EngineUnfit):
                     self._gauges = gauges = await self.engine.load(self.source.rank)
-                    heard = self._replayed or bool(self.track.applied or self.published.malformed)
-                    self.hearing.look(gauges.served, anyio.current_time(), heard=heard)
+                    received = self._replayed or bool(self.track.applied or self.published.malformed)
+                    self.hearing.look(gauges.served, anyio.current_time(), received=received)
                     self.health.began(gauges.started, "" if self.life.state is State.REBORN else self.facts.started)
             await anyio.sleep(self.config.pulse_seconds)
 

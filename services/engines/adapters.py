@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 RETRY_SECONDS = 1.0
 SOON_SECONDS = 1.5
-"""How long the engine has for its first answer, before it is said that there is none."""
+"""How long the engine has for its first answer, before it is reported that there is none."""
 WRONG_SECONDS = 2.0
 """So long it must be the same wrong thing that answers: what stands before an engine may need a moment."""
 
@@ -43,7 +43,7 @@ class Adapters:
         self.wanted = wanted
         self.tally = Tally()
         self.adapters: list[Adapter] = []
-        """None before the engine has said what it is."""
+        """None before the engine has answered what it is."""
         self._waits_for = ""
         """What is wrong with the engine that is waited for."""
 
@@ -76,8 +76,8 @@ class Adapters:
                 max_active=wanted.max_active, pulse_seconds=wanted.pulse_seconds,
             )  # fmt: skip
             if not engine_binds(source.events):
-                say = _log.warning if wanted.events else _log.info
-                say(
+                log = _log.warning if wanted.events else _log.info
+                log(
                     "events_bound", node=config.node, endpoint=source.events,
                     hint="the adapter listens there and the engine connects, since this endpoint has no `*`; if the engine "
                     "listens, write tcp://*:PORT",
@@ -95,24 +95,24 @@ class Adapters:
         """The engine's facts, once it is well: loading a model takes minutes."""
         seconds = self.wanted.wait
         deadline = anyio.current_time() + seconds
-        said, wrong_since = "", inf
+        reported, wrong_since = "", inf
         patience = SOON_SECONDS
         while not (health := await self.engine.health(patience)).well:
             now = anyio.current_time()
             wrong_since = min(wrong_since, now) if health.final else inf
             if now - wrong_since >= WRONG_SECONDS:
                 raise EngineUnfit(
-                    f"there is no engine: {health.said}; give --engine the URL of its API, such as http://127.0.0.1:8000"
+                    f"there is no engine: {health.reason}; give --engine the URL of its API, such as http://127.0.0.1:8000"
                 )
             if now >= deadline:
                 raise EngineUnfit(
-                    f"no engine is well at {self.engine.url} after {seconds:g} s: {health.said}; give --engine the URL of its "
-                    "API, or a longer --wait"
+                    f"no engine is well at {self.engine.url} after {seconds:g} s: {health.reason}; give --engine the URL of "
+                    "its API, or a longer --wait"
                 )
-            self._waits_for = health.said
-            if health.said != said:
-                _log.info("engine_waited_for", engine=self.engine.url, reason=health.said, seconds=seconds)
-                said = health.said
+            self._waits_for = health.reason
+            if health.reason != reported:
+                _log.info("engine_waited_for", engine=self.engine.url, reason=health.reason, seconds=seconds)
+                reported = health.reason
             patience = ANSWER_SECONDS
             await anyio.sleep(RETRY_SECONDS)
         self._waits_for = ""

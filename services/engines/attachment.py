@@ -1,4 +1,4 @@
-"""How an engine is to be attached: what the user says goes before what the engine says of itself."""
+"""How an engine is to be attached: what the user gives goes before what the engine reports of itself."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Attachment(Struct, frozen=True, kw_only=True):
-    """What the user says; what is empty, 0 or none is asked of the engine."""
+    """What the user gives; what is empty, 0 or none is asked of the engine."""
 
     node: str
     rank: int | None = None
@@ -34,12 +34,12 @@ class Attachment(Struct, frozen=True, kw_only=True):
     one_login: bool = False
     """The log is written with the credentials of one node, so that there can't be others."""
 
-    def facts(self, told: Facts) -> Facts:
+    def facts(self, asked: Facts) -> Facts:
         """The engine's facts, corrected."""
         return replace(
-            told,
-            block_size=self.block_size or told.block_size,
-            capacity_blocks=self.capacity_blocks or told.capacity_blocks,
+            asked,
+            block_size=self.block_size or asked.block_size,
+            capacity_blocks=self.capacity_blocks or asked.capacity_blocks,
         )
 
     def sources(self, facts: Facts) -> list[Source]:

@@ -37,11 +37,11 @@ class Stored(NamedTuple):
     hashes: Sequence[EngineHash]
     parent: EngineHash | None
     tokens: Sequence[int]
-    """Token ids of all of them; empty when the engine names blocks that it has told before."""
+    """Token ids of all of them; empty when the engine names blocks that it has stored before."""
     block_size: int
     tier: Tier | None
     """None for a place that is not this engine's own."""
-    adapter: str
+    lora: str
     salt: str
     keys: Mapping[int, bytes] | None
     """What else was hashed, by the block's position in `hashes`."""
@@ -71,19 +71,19 @@ class Batch(NamedTuple):
 
 
 def decode(payload: bytes) -> Batch:
-    """Decode one batch. Raises `BadBatch` when an event can't be understood: what it said is lost then."""
+    """Decode one batch. Raises `BadBatch` when an event can't be understood: what it reported is lost then."""
     try:
         raw = _decode(payload)
     except (msgspec.DecodeError, UnicodeError, RecursionError, ValueError) as error:
         raise BadBatch(f"a batch of the engine is no MessagePack: {str(error)[:120]}") from None
     try:
         if isinstance(raw, dict):
-            told, rank = raw["events"], raw.get("data_parallel_rank", raw.get("dp_rank"))
+            published, rank = raw["events"], raw.get("data_parallel_rank", raw.get("dp_rank"))
         else:
-            told, rank = raw[1], raw[2] if len(raw) > 2 else None
+            published, rank = raw[1], raw[2] if len(raw) > 2 else None
         events: list[Stored | Removed | Cleared] = []
         unknown: dict[str, int] = {}
-        for event in told:
+        for event in published:
             named = event if isinstance(event, dict) else _named(event)
             kind = named.get("type")
             if kind == "BlockStored":
@@ -124,13 +124,13 @@ def _named(event: Sequence[Any]) -> dict[str, Any]:
 def _stored(event: dict[str, Any]) -> Stored:
     hashes = _hashes(event["block_hashes"])
     parent = event.get("parent_block_hash")
-    adapter = event.get("lora_name") or ""
-    if not adapter and event.get("lora_id") is not None:
-        adapter = str(event["lora_id"])
+    lora = event.get("lora_name") or ""
+    if not lora and event.get("lora_id") is not None:
+        lora = str(event["lora_id"])
     salt = event.get("cache_salt") or ""
     tokens, size = event.get("token_ids") or [], event.get("block_size") or 0
     kind = event.get("kv_cache_spec_kind") or ""
-    if not (isinstance(adapter, str) and isinstance(salt, str) and isinstance(tokens, list) and isinstance(size, int)):
+    if not (isinstance(lora, str) and isinstance(salt, str) and isinstance(tokens, list) and isinstance(size, int)):
         raise TypeError("a field has the wrong type")
     keys = None
     extra = event.get("extra_keys")
@@ -139,21 +139,21 @@ def _stored(event: dict[str, Any]) -> Stored:
             if not block:
                 continue
             at_root = parent is None and not position
-            found_adapter, found_salt, key = _extra(block, adapter, at_root=at_root)
-            adapter, salt = adapter or found_adapter, salt or found_salt
+            found_lora, found_salt, key = _extra(block, lora, at_root=at_root)
+            lora, salt = lora or found_lora, salt or found_salt
             if key:
                 keys = keys or {}
                 keys[position] = key
     return Stored(
-        hashes, None if parent is None else _hashes([parent])[0], tokens, size, _tier(event), adapter, salt, keys,
+        hashes, None if parent is None else _hashes([parent])[0], tokens, size, _tier(event), lora, salt, keys,
         _whole(event.get("group_idx")), kind in _FULL,
     )  # fmt: skip
 
 
-def _extra(block: Sequence[Any], adapter: str, *, at_root: bool) -> tuple[str, str, bytes]:
-    """Adapter, salt and multimodal key of one block's extra keys.
+def _extra(block: Sequence[Any], lora: str, *, at_root: bool) -> tuple[str, str, bytes]:
+    """LoRA, salt and multimodal key of one block's extra keys.
 
-    They are bare values (adapter, then multimodal items, then salt), or maps that say what they are. A bare string at the root
+    They are bare values (LoRA, then multimodal items, then salt), or maps with their kinds. A bare string at the root
     of a chain is the salt, which is nowhere else; beyond it an older vLLM's multimodal item.
     """
     salt, key = "", b""
@@ -162,7 +162,7 @@ def _extra(block: Sequence[Any], adapter: str, *, at_root: bool) -> tuple[str, s
         if isinstance(item, dict):
             kind = item.get("type")
             if kind == "lora":
-                adapter = adapter or str(item["name"])
+                lora = lora or str(item["name"])
             elif kind == "cache_salt":
                 salt = str(item["salt"])
             elif kind == "mm":
@@ -170,7 +170,7 @@ def _extra(block: Sequence[Any], adapter: str, *, at_root: bool) -> tuple[str, s
             else:
                 key += _encode(item.get("hash", item.get("value")))
         elif isinstance(item, str):
-            if item == adapter and not named:
+            if item == lora and not named:
                 named = True
             elif at_root:
                 salt = item
@@ -178,9 +178,9 @@ def _extra(block: Sequence[Any], adapter: str, *, at_root: bool) -> tuple[str, s
                 key += multimodal_key(item)
         elif isinstance(item, list | tuple) and len(item) == 2 and isinstance(item[0], str):
             key += multimodal_key(item[0])
-        elif not (isinstance(item, int) and str(item) == adapter):
+        elif not (isinstance(item, int) and str(item) == lora):
             key += item if isinstance(item, bytes) else _encode(item)
-    return adapter, salt, key
+    return lora, salt, key
 
 
 def multimodal_key(identifier: str) -> bytes:

@@ -53,12 +53,12 @@ class Source(Struct, frozen=True, kw_only=True):
 
 
 class Facts(Struct, frozen=True, kw_only=True):
-    """An engine as it was started. Sizes in tokens and blocks; `started` tells its lives apart, and is empty when unknown."""
+    """An engine as it was started. Sizes in tokens and blocks; `started` differs between its lives, empty when unknown."""
 
     models: list[str]
-    """The base model and its other names, then its adapters."""
-    adapters_from: int = 0
-    """Place in `models` where adapters begin; 0 without any, or where events do not name them."""
+    """The base model and its other names, then its LoRAs."""
+    loras_from: int = 0
+    """Place in `models` where LoRAs begin; 0 without any, or where events do not name them."""
     version: str = ""
     block_size: int = 0
     capacity_blocks: int = 0
@@ -86,10 +86,10 @@ class Gauges(Struct, frozen=True, kw_only=True):
 
 
 class Health(NamedTuple):
-    """How an engine is. Unless it is well, `said` says what is wrong; `final` is whether it can't become well where it is."""
+    """How an engine is. Unless it is well, `reason` is what is wrong; `final` is whether it can't become well where it is."""
 
     well: bool
-    said: str = ""
+    reason: str = ""
     final: bool = False
 
 
@@ -111,9 +111,9 @@ def samples(text: str) -> Samples:
 
 def _of_rank(rows: Iterable[tuple[dict[str, str], float]], rank: int) -> list[tuple[dict[str, str], float]]:
     """Samples of one data-parallel rank, or all when none names its rank."""
-    told = list(rows)
-    mine = [row for row in told if row[0].get("engine", row[0].get("dp_rank")) == str(rank)]
-    return mine or ([] if any("engine" in row[0] or "dp_rank" in row[0] for row in told) else told)
+    given = list(rows)
+    mine = [row for row in given if row[0].get("engine", row[0].get("dp_rank")) == str(rank)]
+    return mine or ([] if any("engine" in row[0] or "dp_rank" in row[0] for row in given) else given)
 
 
 def started(found: Samples) -> str:
@@ -211,18 +211,18 @@ class Engine:
             async with self.http.get(where, timeout=timeout) as answer:
                 status = answer.status
         except TimeoutError:
-            return Health(well=False, said=f"{where} does not answer in {seconds:g} s")
+            return Health(well=False, reason=f"{where} does not answer in {seconds:g} s")
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            said, final = await why(self.url, error)
-            return Health(well=False, said=said, final=final)
+            reason, final = await why(self.url, error)
+            return Health(well=False, reason=reason, final=final)
         if status == 200:
             return Health(well=True)
-        said = f"{where} answers {status}"
+        reason = f"{where} answers {status}"
         if status == 404:
-            said += f", and {self.url}/v1/models {await self._status('/v1/models')}"
+            reason += f", and {self.url}/v1/models {await self._status('/v1/models')}"
             if self.url.endswith("/v1"):
-                said += "; leave the /v1 out"
-        return Health(well=False, said=said, final=status < 500 and status not in _PASSING - {404})
+                reason += "; leave the /v1 out"
+        return Health(well=False, reason=reason, final=status < 500 and status not in _PASSING - {404})
 
     async def _status(self, path: str) -> str:
         try:
@@ -246,10 +246,12 @@ class Engine:
             parents = {model["id"]: model.get("parent") for model in json.loads(text)["data"]}
         except (ValueError, KeyError, TypeError, AttributeError):
             if status in {401, 403}:
-                said = f"answers {status}: it asks for a key, and the adapter has none to give; let it be asked without"
+                answer = (
+                    f"answers {status}: it asks for a key, and the adapter has none to give; let it be asked without"
+                )
             else:
-                said = f"lists no models (it answers {status}); {_GIVE}"
-            raise EngineUnfit(f"{self.url}/v1/models {said}") from None
+                answer = f"lists no models (it answers {status}); {_GIVE}"
+            raise EngineUnfit(f"{self.url}/v1/models {answer}") from None
         models = sorted(parents, key=lambda model: parents[model] is not None)
         status, text = await self._get("/metrics")
         found = samples(text) if status == 200 else {}
@@ -260,7 +262,7 @@ class Engine:
         bases = sum(parent is None for parent in parents.values())
         return Facts(
             models=models,
-            adapters_from=bases if bases < len(models) else 0,
+            loras_from=bases if bases < len(models) else 0,
             version=str(version.get("version", "")) if isinstance(version, dict) else "",
             block_size=_number(config[0].get("block_size")) if config else 0,
             # One block of the pool is never used.
@@ -273,8 +275,8 @@ class Engine:
     async def _sglang(self, models: list[str], found: Samples) -> Facts:
         info = await self._json("/server_info", "/get_server_info")
         info = info if isinstance(info, dict) else {}
-        told = info.get("kv_events") or {}
-        size = _number(told.get("block_size") or info.get("page_size"))
+        events = info.get("kv_events") or {}
+        size = _number(events.get("block_size") or info.get("page_size"))
         tokens = _number(info.get("max_total_num_tokens"))
         for state in info.get("internal_states") or ():
             if not tokens and isinstance(state, dict):
@@ -292,13 +294,13 @@ def _number(text: object) -> int:
         return 0
 
 
-def _sources(told: object) -> list[Source]:
+def _sources(publishers: object) -> list[Source]:
     """Sources of vLLM's `/kv_event_sources`: publisher configurations by rank, their ports shifted already."""
-    if not isinstance(told, dict):
+    if not isinstance(publishers, dict):
         return []
     return [
         Source(rank=_number(rank), events=str(source.get("endpoint")), replay=str(source.get("replay_endpoint") or ""))
-        for rank, source in sorted(told.items(), key=lambda item: _number(item[0]))
+        for rank, source in sorted(publishers.items(), key=lambda item: _number(item[0]))
         if isinstance(source, dict) and source.get("publisher", "zmq") == "zmq" and source.get("endpoint")
     ]
 

@@ -1,6 +1,6 @@
-"""Whether an engine that serves also tells of its cache. One that does not is a node whose cache nobody knows of.
+"""Whether an engine that serves also publishes its cache events. One that does not is a node whose cache nobody knows of.
 
-Told by its metrics: who has computed more new tokens than a block for each request has filled a block, and publishes that.
+Judged by its metrics: who has computed more new tokens than a block for each request has filled a block, and publishes that.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ _log = structlog.get_logger("kvplane.engines")
 
 
 class Hearing:
-    """One node's engine: what it has served since the adapter began, and whether anything was heard of it."""
+    """One node's engine: what it has served since the adapter began, and whether any event of its cache came."""
 
     def __init__(self, kind: Kind, node: str, block_size: int, endpoint: str) -> None:
         self._kind, self._node, self._size, self._endpoint = kind, node, block_size, endpoint
         self._before: Served | None = None
         self._silent_since = inf
-        self._say_at = 0.0
+        self._warn_at = 0.0
         self.missing = False
-        """It serves, and nothing was heard of its cache."""
+        """It serves, and no event of its cache came."""
 
-    def look(self, served: Served | None, now: float, *, heard: bool) -> None:
-        """Judge anew, and say it now and then. `served` is none where metrics don't tell; `heard`: something has come."""
-        if heard or served is None:
+    def look(self, served: Served | None, now: float, *, received: bool) -> None:
+        """Judge anew, and warn now and then. `served` is none where metrics don't show it; `received`: an event has come."""
+        if received or served is None:
             self._silent_since, self.missing = inf, False
             return
         before = self._before
@@ -47,8 +47,8 @@ class Hearing:
             return
         self._silent_since = min(self._silent_since, now)
         self.missing = now - self._silent_since >= PATIENCE_SECONDS
-        if self.missing and now >= self._say_at:
-            self._say_at = now + AGAIN_SECONDS
+        if self.missing and now >= self._warn_at:
+            self._warn_at = now + AGAIN_SECONDS
             _log.warning(
                 "no_events_heard", node=self._node, endpoint=self._endpoint,
                 tokens=int(served.tokens - before.tokens),

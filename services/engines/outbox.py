@@ -1,4 +1,4 @@
-"""What waits for the log, within a bound. Whatever does not fit need not be kept: all is told anew when the log is back."""
+"""What waits for the log, within a bound. Whatever does not fit need not be kept: all is reported anew when the log is back."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Outbox:
     def __init__(self, writer: GroupWriter, node: str, most_events: int) -> None:
         self.writer = writer
         self.behind = False
-        """More was to be said than could wait; nothing is taken before `begin`."""
+        """More was to be written than could wait; nothing is taken before `begin`."""
         self.overflows = 0
         """How often that was so."""
         self._node = node
@@ -40,13 +40,13 @@ class Outbox:
         return self.behind and not self.writer.waiting
 
     def begin(self, events: Iterable[Event]) -> None:
-        """Take all that is to be told to a fleet that knows nothing, however much it is."""
+        """Take all that is to be written for a fleet that knows nothing, however much it is."""
         self.behind, self._blocks = False, 0
         for event in events:
             self.writer.put(event)
 
     def put(self, events: Sequence[Event]) -> None:
-        """Take what goes on from what was told before, if there is room for it."""
+        """Take what goes on from what was sent before, if there is space for it."""
         if self.behind or not events:
             return
         if not self.writer.waiting:

@@ -1,9 +1,9 @@
-"""Which of an engine's batches were heard, and which life of the engine they are of. Pure.
+"""Which of an engine's batches were received, and which life of the engine they are of. Pure.
 
 Batches are numbered from 0 in each life, and nothing else on the wire tells lives apart. What was lost is asked of the engine's
 replay buffer, from the last batch that was applied: when that one comes back byte for byte (every batch holds the time at
 which it was made), it is the same life. A hole that the buffer can't fill makes all that was known uncertain: the cache is
-told to be cleared and learned anew from what is left.
+reported as cleared and learned anew from what is left.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kvplane.events.types import EngineHash, Event, Tier
     from kvplane.services.engines.translate import Translator
 
-Told = tuple[int, bytes]
+Numbered = tuple[int, bytes]
 """A batch's number and its bytes."""
 
 
@@ -33,13 +33,13 @@ class Verdict(Enum):
     SAME = "same"
     """Nothing is missing."""
     GAP = "gap"
-    """Something is missing for ever; what is known was learned anew and must be told anew."""
+    """Something is missing for ever; what is known was learned anew and must be reported anew."""
     RESTARTED = "restarted"
     """The engine has begun another life; nothing that was known holds."""
 
 
 class Look(NamedTuple):
-    """Outcome of a look. `events` goes on from what was told before, when there was a position and nothing is missing."""
+    """Outcome of a look. `events` goes on from what was reported before, when there was a position and nothing is missing."""
 
     verdict: Verdict
     events: list[Event]
@@ -96,15 +96,17 @@ class Track:
             return self.cleared(f"gap: {error}")
 
     def cleared(self, reason: str) -> list[Event]:
-        """The event that takes back all that was told."""
+        """The event that takes back all that was reported."""
         translator = self.translator
         return [CacheCleared(translator.node, translator.epoch, self.position, reason[:500])]
 
-    def resync(self, replies: Sequence[Told], *, ended: bool, same_life: bool | None, missing: bool = False) -> Look:
+    def resync(
+        self, replies: Sequence[Numbered], *, ended: bool, same_life: bool | None, missing: bool = False
+    ) -> Look:
         """Go on with what the replay buffer gave, all that it has from `ask_from` on, in order.
 
-        `ended` says whether it came to its end, `same_life` what is known from elsewhere, `missing` that a later batch
-        was heard.
+        `ended` is whether it came to its end, `same_life` what is known from elsewhere, `missing` that a later batch
+        was received.
         """
         from_log, self._from_log = self._from_log, False
         if not ended:
@@ -136,13 +138,13 @@ class Track:
             return self._go_on(replies)
         return self._gap(replies, f"gap: batches from {last + 1} on are no longer in the engine's replay buffer")
 
-    def _on_from_log(self, replies: Sequence[Told], *, same_life: bool | None) -> Look:
+    def _on_from_log(self, replies: Sequence[Numbered], *, same_life: bool | None) -> Look:
         """Go on where the log ends. Some of its last batch may be missing there."""
         last = self.position
         if same_life is not True or not replies or replies[-1][0] < last:
             return Look(Verdict.RESTARTED, [])
         if replies[0][0] == 0 and replies[-1][0] == len(replies) - 1:
-            # The buffer holds all that the engine ever said, so nothing need be taken from the log.
+            # The buffer holds all that the engine ever published, so nothing need be taken from the log.
             self.translator.forget()
             return Look(
                 Verdict.SAME if self._learn(replies, 0) else Verdict.GAP, [], "gap: a batch can't be understood"
@@ -168,12 +170,12 @@ class Track:
         return events
 
     def _lost(self, following: int, payload: bytes | None = None) -> None:
-        """What a batch said is lost, and with it all certainty."""
+        """What a batch held is lost, and with it all certainty."""
         self.gaps += 1
         self.translator.clear()
         self.next, self._print = following, None if payload is None else xxh3_64_intdigest(payload)
 
-    def _go_on(self, replies: Sequence[Told], *, again: int | None = None) -> Look:
+    def _go_on(self, replies: Sequence[Numbered], *, again: int | None = None) -> Look:
         """Apply batches behind the position, as long as none is missing."""
         events: list[Event] = []
         for at, (number, payload) in enumerate(replies):
@@ -187,13 +189,13 @@ class Track:
                 return Look(Verdict.GAP, [], f"gap: {error}")
         return Look(Verdict.SAME, events)
 
-    def _gap(self, replies: Sequence[Told], reason: str) -> Look:
+    def _gap(self, replies: Sequence[Numbered], reason: str) -> Look:
         """Forget what is held, and learn what can be known from these batches on."""
         self._lost(replies[0][0])
         self._learn(replies, replies[0][0])
         return Look(Verdict.GAP, [], reason)
 
-    def _learn(self, replies: Sequence[Told], following: int) -> bool:
+    def _learn(self, replies: Sequence[Numbered], following: int) -> bool:
         """Take batches without events, wherever they begin. True when none is missing among them."""
         whole = True
         if replies:
@@ -212,12 +214,12 @@ class Track:
         return whole
 
 
-def joined(held: Sequence[Told], replies: Sequence[Told]) -> list[Told]:
-    """Batches that were heard and batches that were replayed, of one life, in order."""
+def joined(held: Sequence[Numbered], replies: Sequence[Numbered]) -> list[Numbered]:
+    """Batches that were received and batches that were replayed, of one life, in order."""
     found = dict(held)
     found.update(replies)
     if replies:
-        # What was heard before the question and is beyond the answer is of another life.
+        # What was received before the question and is beyond the answer is of another life.
         last = replies[-1][0]
         found = {number: payload for number, payload in found.items() if number <= last}
     return sorted(found.items())

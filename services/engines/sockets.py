@@ -21,13 +21,13 @@ from zmq.utils.monitor import parse_monitor_message
 from kvplane.services.protocol.errors import EngineUnfit
 
 if TYPE_CHECKING:
-    from kvplane.services.engines.sequence import Told
+    from kvplane.services.engines.sequence import Numbered
 
 INBOX_BATCHES = 100_000
 INBOX_BYTES = 256 << 20
 """So much may wait to be translated; beyond it the batches are forgotten, and asked for again."""
-TURN_BATCHES = 1000
-"""So many are taken from the socket before others get their turn."""
+READ_BATCHES = 1000
+"""So many are taken from the socket before other tasks run."""
 REPLAY_SECONDS = 5.0
 """How long a replay may send nothing."""
 REPLAY_ROUNDS = 32
@@ -60,7 +60,7 @@ def host_of(url: str) -> str:
 
 
 class Published:
-    """Batches of one engine as they are published. `run` hears them, `take` hands them over."""
+    """Batches of one engine as they are published. `run` receives them, `take` hands them over."""
 
     def __init__(self, endpoint: str, host: str) -> None:
         self.endpoint = endpoint
@@ -84,10 +84,10 @@ class Published:
             self.close()
             where = "" if binds else ", where the adapter has to listen, since it has no `*`"
             raise EngineUnfit(
-                f"events can't be heard at {endpoint!r}{where} ({error}); give --events the `endpoint` of the engine's "
+                f"events can't be received at {endpoint!r}{where} ({error}); give --events the `endpoint` of the engine's "
                 "--kv-events-config, such as tcp://*:5557"
             ) from None
-        self.waiting: deque[Told] = deque()
+        self.waiting: deque[Numbered] = deque()
         self._bytes = 0
         self.connections = 0
         """How often an engine has connected. Batches that wait are of the last connection or of earlier ones."""
@@ -103,15 +103,15 @@ class Published:
         self._context.destroy(linger=0)
 
     async def run(self) -> None:
-        """Hear until cancelled."""
+        """Receive until cancelled."""
         async with anyio.create_task_group() as group:
             group.start_soon(self._watch)
             socket: zmq.Socket[bytes] = zmq.Socket.shadow(self._socket)
             while True:
                 await self._socket.poll()
                 with suppress(zmq.Again):
-                    for _ in range(TURN_BATCHES):
-                        self._hear(socket.recv_multipart(zmq.NOBLOCK))
+                    for _ in range(READ_BATCHES):
+                        self._receive(socket.recv_multipart(zmq.NOBLOCK))
                 # Who connected is known before the first batch of it is: the same thread of ZMQ's reports both.
                 self._connections()
                 self._wake()
@@ -129,13 +129,13 @@ class Published:
                 if parse_monitor_message(monitor.recv_multipart(zmq.NOBLOCK))["event"] == _CONNECTED:
                     self.connections += 1
 
-    def _hear(self, frames: list[bytes]) -> None:
-        told = _told(frames)
-        if told is None or told[0] < 0:
+    def _receive(self, frames: list[bytes]) -> None:
+        batch = _numbered(frames)
+        if batch is None or batch[0] < 0:
             self.malformed += 1
             return
-        self.waiting.append(told)
-        self._bytes += len(told[1])
+        self.waiting.append(batch)
+        self._bytes += len(batch[1])
         if len(self.waiting) > INBOX_BATCHES or self._bytes > INBOX_BYTES:
             self.forget()
             self.overflowed = True
@@ -144,16 +144,16 @@ class Published:
         self.arrived.set()
         self.arrived = anyio.Event()
 
-    def take(self) -> Told:
+    def take(self) -> Numbered:
         """The batch that waits longest."""
-        told = self.waiting.popleft()
-        self._bytes -= len(told[1])
-        return told
+        batch = self.waiting.popleft()
+        self._bytes -= len(batch[1])
+        return batch
 
-    def put_back(self, told: list[Told]) -> None:
+    def put_back(self, batches: list[Numbered]) -> None:
         """Let these wait before all others."""
-        self.waiting.extendleft(reversed(told))
-        self._bytes += sum(len(payload) for _, payload in told)
+        self.waiting.extendleft(reversed(batches))
+        self._bytes += sum(len(payload) for _, payload in batches)
 
     def forget(self) -> None:
         """Let none wait."""
@@ -161,14 +161,16 @@ class Published:
         self._bytes = 0
 
 
-def _told(frames: list[bytes]) -> Told | None:
+def _numbered(frames: list[bytes]) -> Numbered | None:
     """Number and payload of `[topic, number, payload]` or `[number, payload]`; none for anything else."""
     if len(frames) >= 2 and len(frames[-2]) == _SEQUENCE_BYTES:
         return int.from_bytes(frames[-2], "big", signed=True), frames[-1]
     return None
 
 
-async def replay(endpoint: str, host: str, start: int, *, seconds: float = REPLAY_SECONDS) -> tuple[list[Told], bool]:
+async def replay(
+    endpoint: str, host: str, start: int, *, seconds: float = REPLAY_SECONDS
+) -> tuple[list[Numbered], bool]:
     """Batches of the engine's replay buffer from `start` on, in order, and whether their end was reached.
 
     The engine's socket drops answers that it can't send fast enough, in silence. So what is missing is asked for again, and
@@ -192,9 +194,9 @@ async def replay(endpoint: str, host: str, start: int, *, seconds: float = REPLA
     return sorted(found.items()), ended
 
 
-async def _ask(endpoint: str, host: str, start: int, seconds: float) -> tuple[list[Told], bool]:
+async def _ask(endpoint: str, host: str, start: int, seconds: float) -> tuple[list[Numbered], bool]:
     """One question. Answers are `["", topic, number, payload]`, from older engines without the topic; the end has number -1."""
-    answers: list[Told] = []
+    answers: list[Numbered] = []
     with zmq.asyncio.Context() as context:
         asked = context.socket(zmq.DEALER)
         try:
@@ -211,13 +213,13 @@ async def _ask(endpoint: str, host: str, start: int, seconds: float) -> tuple[li
             socket: zmq.Socket[bytes] = zmq.Socket.shadow(asked)
             while await asked.poll(seconds * 1000):
                 with suppress(zmq.Again):
-                    for _ in range(TURN_BATCHES):
+                    for _ in range(READ_BATCHES):
                         frames = socket.recv_multipart(zmq.NOBLOCK)
                         body = frames[1:] if frames and not frames[0] else frames
-                        told = _told(body)
-                        if told is None or told[0] < 0:
-                            return answers, told is not None or not any(body)
-                        answers.append(told)
+                        batch = _numbered(body)
+                        if batch is None or batch[0] < 0:
+                            return answers, batch is not None or not any(body)
+                        answers.append(batch)
             return answers, False
         finally:
             asked.close()

@@ -1,8 +1,8 @@
 """An engine's events as events of the fleet. Pure.
 
-The engine's hashes are only names here: every block gets the fleet's own hash, computed from its tokens, its adapter, its
+The engine's hashes are only names here: every block gets the fleet's own hash, computed from its tokens, its LoRA, its
 salt and the block before it. The translator knows which names the engine holds, how many copies of each, and in which tier;
-the fleet is told of a block once, when the first copy comes, and when the last one goes.
+events name a block once when its first copy comes, and once when the last one goes.
 
 What can't be known is never guessed: a block whose chain is unknown is left out and counted, and a removal that can be
 understood in two ways removes. So the fleet may know less than the engine holds, and never more.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 FORMER_NAMES = 65536
 """Names of blocks no longer held that are remembered: children and copies in slower tiers may still refer to them."""
-TELL_BLOCKS = 4096
+EVENT_BLOCKS = 4096
 """Most blocks in one event."""
 UNKNOWN_TYPES = 64
 """Most types of unknown events that are counted by name."""
@@ -35,7 +35,7 @@ COUNTS = {
     "stored": "copies of blocks that the engine stored",
     "removed": "copies of blocks that the engine removed",
     "cleared": "times that the engine cleared its cache",
-    "lost_parent": "blocks whose parent was never told, so that their content is unknown",
+    "lost_parent": "blocks whose parent was never reported, so that their content is unknown",
     "unknown_removed": "removals of blocks that are not known to be held",
     "unnamed": "blocks that were stored by a name that is not known, without their tokens",
     "partial": "entries of less than a block",
@@ -43,7 +43,7 @@ COUNTS = {
     "other_group": "blocks of other attention groups than the one that is followed",
     "elsewhere": "blocks in places that are not this engine's own",
     "ambiguous": "names that the engine gave to two contents",
-    "trimmed": "copies that were told more often than they can exist",
+    "trimmed": "copies that were reported more often than they can exist",
 }
 """What a translator counts, beside events of unknown types."""
 UNKNOWN = "unknown:"
@@ -133,11 +133,11 @@ class Translator:
                     if block is not None and not self._anywhere(name):
                         self._former.put(name, block)
 
-    def tell(self, number: int) -> list[Event]:
+    def report(self, number: int) -> list[Event]:
         """All that is held, for a fleet that knows nothing of it."""
         out = _Out(self, number)
         for tier, holding in self._tiers.items():
-            # Chains are not kept, so blocks are told without parents: any reader understands that.
+            # Chains are not kept, so blocks are reported without parents: any reader understands that.
             out.stored(tier, list(holding.names), list(holding.names.values()))
         return out.events
 
@@ -189,7 +189,7 @@ class Translator:
         if keys and start:
             keys = {position - start: key for position, key in keys.items() if position >= start}
         tokens = stored.tokens[start * size :] if start else stored.tokens
-        packed = block_hashes(tokens, size, adapter=stored.adapter, salt=stored.salt, parent=parent, keys=keys)
+        packed = block_hashes(tokens, size, lora=stored.lora, salt=stored.salt, parent=parent, keys=keys)
         blocks += unpack_hashes(packed)
         return blocks
 
@@ -231,7 +231,7 @@ class Translator:
             else:
                 known = holding.names.get(name)
                 if known is not None and known != block:
-                    # SGLang does not hash adapters. Whichever of the two is removed first, neither may stay.
+                    # SGLang does not hash LoRAs. Whichever of the two is removed first, neither may stay.
                     counts["ambiguous"] += 1
                     out.removed(tier, holding.drop_all(name))
                     known = None
@@ -267,7 +267,7 @@ class Translator:
                 self._former.put(name, block)
 
     def _trim(self, out: _Out) -> None:
-        """An engine can't hold more copies than it has blocks: what is told again, unmarked, leaks copies."""
+        """An engine can't hold more copies than it has blocks: what is reported again, unmarked, leaks copies."""
         for tier, most in self._capacity.items():
             holding = self._tiers.get(tier)
             while holding is not None and holding.copies > most and holding.doubtful:
@@ -304,8 +304,8 @@ class _Out:
     def stored(self, tier: Tier, names: Sequence[EngineHash], blocks: Sequence[int], parent: int | None = None) -> None:
         self._flush()
         who = self._translator
-        for at in range(0, len(blocks), TELL_BLOCKS):
-            part = blocks[at : at + TELL_BLOCKS]
+        for at in range(0, len(blocks), EVENT_BLOCKS):
+            part = blocks[at : at + EVENT_BLOCKS]
             self._events.append(
                 BlocksStored(
                     who.node,
@@ -314,7 +314,7 @@ class _Out:
                     pack_hashes(part),
                     parent,
                     tier,
-                    list(names[at : at + TELL_BLOCKS]),
+                    list(names[at : at + EVENT_BLOCKS]),
                 )
             )
             parent = part[-1]
@@ -322,6 +322,6 @@ class _Out:
     def _flush(self) -> None:
         gone, self._gone = self._gone, []
         who = self._translator
-        for at in range(0, len(gone), TELL_BLOCKS):
-            packed = pack_hashes(gone[at : at + TELL_BLOCKS])
+        for at in range(0, len(gone), EVENT_BLOCKS):
+            packed = pack_hashes(gone[at : at + EVENT_BLOCKS])
             self._events.append(BlocksRemoved(who.node, who.epoch, self._number, packed, self._gone_tier))

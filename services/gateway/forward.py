@@ -70,14 +70,14 @@ class Way:
 
     def __init__(
         self, exchange: Exchange, asked: Asked, question: RouteRequest, *, pool: Pool,
-        route: Callable[[RouteRequest], RouteAnswer], record: Callable[[CompleteRequest], None], settle: Callable[[], None],
-        left_out: Callable[[], list[str]], attempts: int = ATTEMPTS, explain: bool = False,
+        route: Callable[[RouteRequest], RouteAnswer], record: Callable[[CompleteRequest], None],
+        record_pending: Callable[[], None], left_out: Callable[[], list[str]], attempts: int = ATTEMPTS, explain: bool = False,
     ) -> None:  # fmt: skip
         self.exchange = exchange
         self.asked = asked
         self.question = question
         self._pool = pool
-        self._route, self._record, self._settle, self._left_out = route, record, settle, left_out
+        self._route, self._record, self._record_pending, self._left_out = route, record, record_pending, left_out
         self._attempts = attempts
         self._explain = explain
         self._events: Events | None = None
@@ -145,7 +145,7 @@ class Way:
                 self._own(decision),
             )  # fmt: skip
             call = await self._pool.send(where, head, self.asked.body, patience=FIRST_BYTE_SECONDS)
-            self._settle()
+            self._record_pending()
             if call.status >= 500 or call.status in _BUSY:
                 said = (await call.read(1 << 16))[:300].decode("utf-8", "replace")
                 raise EngineFailed(f"it answers {call.status}: {said}")  # noqa: TRY301 - recorded below

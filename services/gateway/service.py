@@ -174,7 +174,7 @@ class Gateway:
         passage.source = prompt.source
         way = passage.way = Way(
             exchange, asked, question(asked, prompt, session, passage.request, passage.traceparent), pool=self._pool,
-            route=self._route, record=self._record, settle=self.router.settle, left_out=self._left_out,
+            route=self._route, record=self._record, record_pending=self.router.record_pending, left_out=self._left_out,
             explain=request.header(b"x-kvplane-explain") == b"1",
         )  # fmt: skip
         await way.run()
@@ -193,7 +193,7 @@ class Gateway:
         return self.router.route(asked, asked.traceparent)
 
     def _record(self, done: CompleteRequest) -> None:
-        self.router.settle()
+        self.router.record_pending()
         self.router.complete(done, done.traceparent)
 
     def _anyone(self, model: str, tried: frozenset[str]) -> Anyone:
@@ -249,7 +249,7 @@ class Gateway:
         try:
             asked = decode_request(exchange.request.body, RouteRequest)
             exchange.send(200, _JSON, encode_answer(self._route(asked), as_json=True))
-            self.router.settle()
+            self.router.record_pending()
         except Exception as error:  # noqa: BLE001 - every error is answered
             self._refuse(exchange, "/route", error, "")
 

@@ -108,7 +108,7 @@ def _service(scrape: Scrape, service: Service, lifeline: Lifeline) -> None:
         # Most endpoints are never asked, and each would have a dozen buckets.
         if any(durations.counts):
             scrape.put_durations("kvplane_request_seconds", durations, endpoint=endpoint)
-    put("kvplane_bad_traceparents_total", tally.bad_traces)
+    put("kvplane_bad_traceparents_total", tally.bad_traceparents)
     put("kvplane_nats_connected", client.is_connected)
     put("kvplane_nats_round_trip_seconds", lifeline.round_trip)
     put("kvplane_nats_reconnects_total", client.stats["reconnects"])

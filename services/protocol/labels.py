@@ -15,11 +15,11 @@ STARTED = "engine_started"
 """When the engine began, as it says itself."""
 RANK = "rank"
 """Which data-parallel rank of an engine that has several; requests name it in `X-data-parallel-rank`."""
-ADAPTERS_FROM = "adapters_from"
-"""Place in the node's models from which on they are LoRA adapters, whose blocks are hashed with their names."""
+LORAS_FROM = "adapters_from"
+"""Place in the node's models from which on they are LoRAs, whose blocks are hashed with their names."""
 
 
-def is_adapter(registered: NodeRegistered, model: str) -> bool:
-    """Whether a node means an adapter by this name of its models."""
-    first = registered.labels.get(ADAPTERS_FROM, "")
+def is_lora(registered: NodeRegistered, model: str) -> bool:
+    """Whether a node means a LoRA by this name of its models."""
+    first = registered.labels.get(LORAS_FROM, "")
     return first.isdecimal() and 0 < int(first) <= registered.models.index(model)

@@ -1,4 +1,4 @@
-"""Checkpoints: every replica notes its digest at the same sequences and tells the others, so that one that differs is found.
+"""Checkpoints: every replica notes its digest at the same sequences and publishes it, so that one that differs is found.
 
 A forked copy makes the digest; the replica stands still for the fork and no longer. Which sequences are checkpoints follows
 from the log and the size of the state alone, so that all replicas note the same ones without a word. They travel on core
@@ -45,8 +45,8 @@ CALM = 4
 """After so many in time it tries more of them."""
 KEPT = 8
 """Checkpoints that are remembered."""
-SETTLE_SECONDS = 1.0
-"""How long others have to tell theirs before a replica says that it is alone with its own."""
+WAIT_SECONDS = 1.0
+"""How long others have to publish theirs before a replica reports that it is alone with its own."""
 DIGEST_DIGITS = 32
 WRITERS_LIMIT = 1000
 """Most replicas of which one checkpoint is remembered."""
@@ -76,11 +76,11 @@ def odd(digests: Mapping[str, str]) -> list[str]:
     if len(set(digests.values())) < 2:
         return []
     common, count = Counter(digests.values()).most_common(1)[0]
-    return [writer for writer, told in digests.items() if told != common or 2 * count <= len(digests)]
+    return [writer for writer, own in digests.items() if own != common or 2 * count <= len(digests)]
 
 
 class Checkpoints:
-    """The checkpoints of one replica, and what it hears of those of others."""
+    """The checkpoints of one replica, and what it receives of those of others."""
 
     def __init__(self, client: Client, state: FleetState, writer: str) -> None:
         self.writer = writer
@@ -94,8 +94,9 @@ class Checkpoints:
         """The longest that a fork stopped this process, in seconds."""
         self._client = client
         self._state = state
-        self._heard: dict[int, dict[str, str]] = {}
-        self._unsettled: set[int] = set()
+        self._received: dict[int, dict[str, str]] = {}
+        self._waiting: set[int] = set()
+        """Own checkpoints that other replicas may not have published yet."""
         # Not a lock: who begins a digest is not who waits for it.
         self._one = anyio.Semaphore(1)
         self._group: TaskGroup | None = None
@@ -107,7 +108,9 @@ class Checkpoints:
         """Note and compare until cancelled; a replica that still reads the past does not run this yet."""
         if not self.writer:
             return
-        subscription = await self._client.subscribe(checkpoint_subject(self._state.fleet, "*"), cb=self._hear)
+        subscription = await self._client.subscribe(
+            checkpoint_subject(self._state.fleet, "*"), cb=self._receive_message
+        )
         try:
             async with anyio.create_task_group() as group:
                 self._group = group
@@ -144,18 +147,18 @@ class Checkpoints:
 
     async def _note(self, copy: Copy, sequence: int) -> None:
         try:
-            told = (await copy.result()).data.getvalue().decode()
+            own = (await copy.result()).data.getvalue().decode()
         except (WorkerDied, OSError) as error:
             _log.warning("checkpoint_failed", sequence=sequence, error=str(error))
             return
         finally:
             self._one.release()
-        self.note(sequence, told)
-        message = _encode(Checkpoint(self.writer, sequence, told))
+        self.note(sequence, own)
+        message = _encode(Checkpoint(self.writer, sequence, own))
         with suppress(NatsError, OSError):
             await self._client.publish(checkpoint_subject(self._state.fleet, self.writer), message)
-        await anyio.sleep(SETTLE_SECONDS)
-        self.settle(sequence)
+        await anyio.sleep(WAIT_SECONDS)
+        self.compare(sequence)
 
     async def now(self) -> dict[str, Any]:
         """What the state holds, in numbers, with its digest. Raises `WorkerDied` or `OSError`."""
@@ -166,48 +169,48 @@ class Checkpoints:
                 self._last = (sequence, (await copy.result()).data.getvalue().decode())
             return {**found, "digest": self._last[1]}
 
-    async def _hear(self, message: Msg) -> None:
+    async def _receive_message(self, message: Msg) -> None:
         try:
-            told = _decode(message.data)
-            spoken_for = message.subject == checkpoint_subject(self._state.fleet, told.writer)
+            checkpoint = _decode(message.data)
+            spoken_for = message.subject == checkpoint_subject(self._state.fleet, checkpoint.writer)
         except (msgspec.DecodeError, BadName, UnicodeError) as error:
             _log.debug("bad_checkpoint", subject=message.subject, error=str(error))
             return
-        if spoken_for and told.writer != self.writer:
-            self.hear(told)
+        if spoken_for and checkpoint.writer != self.writer:
+            self.receive(checkpoint)
 
-    def note(self, sequence: int, told: str) -> None:
+    def note(self, sequence: int, own: str) -> None:
         """This replica's digest at a checkpoint."""
-        self.own[sequence] = told
+        self.own[sequence] = own
         for old in sorted(self.own)[:-KEPT]:
             del self.own[old]
-        self._unsettled.add(sequence)
+        self._waiting.add(sequence)
 
-    def settle(self, sequence: int) -> None:
+    def compare(self, sequence: int) -> None:
         """Replicas as fast as this one have sent their digests by now: whose digest nobody else has is judged from here on."""
-        self._unsettled.discard(sequence)
-        self._compare(sequence)
+        self._waiting.discard(sequence)
+        self._judge(sequence)
 
-    def hear(self, told: Checkpoint) -> None:
+    def receive(self, checkpoint: Checkpoint) -> None:
         """Another replica's digest. Those of the future are kept as well: this one may be behind, or slower with its digest."""
         if (
-            told.sequence % LEAST_COMMITS
-            or told.sequence < min(self.own, default=0)
-            or len(told.digest) != DIGEST_DIGITS
+            checkpoint.sequence % LEAST_COMMITS
+            or checkpoint.sequence < min(self.own, default=0)
+            or len(checkpoint.digest) != DIGEST_DIGITS
         ):
             return
-        heard = self._heard.setdefault(told.sequence, {})
-        if len(heard) < WRITERS_LIMIT or told.writer in heard:
-            heard[told.writer] = told.digest
-        if len(self._heard) > 2 * KEPT:
-            # What is farthest from where this replica is says the least: old ones, and a future that nobody can know.
-            del self._heard[max(self._heard, key=lambda sequence: abs(sequence - self._state.sequence))]
-        self._compare(told.sequence)
+        received = self._received.setdefault(checkpoint.sequence, {})
+        if len(received) < WRITERS_LIMIT or checkpoint.writer in received:
+            received[checkpoint.writer] = checkpoint.digest
+        if len(self._received) > 2 * KEPT:
+            # What is farthest from where this replica is shows the least: old ones, and a future that nobody can know.
+            del self._received[max(self._received, key=lambda sequence: abs(sequence - self._state.sequence))]
+        self._judge(checkpoint.sequence)
 
-    def _compare(self, sequence: int) -> None:
+    def _judge(self, sequence: int) -> None:
         own = self.own.get(sequence)
-        digests = self._heard.get(sequence, {})
-        if own is None or not digests or sequence in self._unsettled:
+        digests = self._received.get(sequence, {})
+        if own is None or not digests or sequence in self._waiting:
             return
         others = odd({**digests, self.writer: own})
         if self.writer in others:
@@ -224,10 +227,10 @@ class Checkpoints:
         if sequence >= self.differs:
             self.differs = 0
 
-    def told(self) -> dict[str, Any]:
-        """What `status` says of them."""
+    def status(self) -> dict[str, Any]:
+        """What `status` shows of them."""
         return {
-            "checkpoints": {str(sequence): told for sequence, told in sorted(self.own.items())},
+            "checkpoints": {str(sequence): own for sequence, own in sorted(self.own.items())},
             "differs": self.differs,
             "mismatches": self.mismatches,
         }

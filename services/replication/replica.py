@@ -106,8 +106,8 @@ class Replica:
             if len(self._order) > SKIPS_KNOWN:
                 del self._skips[self._order.popleft()]
             # Of the past the counts are enough.
-            say = _log.error if applied.skipped == "defect" else _log.warning if self.ready else _log.debug
-            say(
+            log = _log.error if applied.skipped == "defect" else _log.warning if self.ready else _log.debug
+            log(
                 "commit_skipped",
                 sequence=message.sequence,
                 subject=message.subject,
@@ -197,7 +197,7 @@ class Replica:
     def _begin(self, data: bytes) -> None:
         self.state.become(load(self.state.fleet, data))
         self.began = self.follower.applied = self.state.sequence
-        # A snapshot counts what was skipped, and does not say when.
+        # A snapshot counts what was skipped, and does not record when.
         self._skipped_before = dict.fromkeys(self.state.skipped, self.state.time / 1e9)
         _log.info("snapshot_loaded", fleet=self.state.fleet, sequence=self.began)
 
@@ -226,7 +226,7 @@ class Replica:
             "healthy": self.follower.healthy,
             "began": self.began,
             "skipped_before": dict(self._skipped_before),
-            **self.checkpoints.told(),
+            **self.checkpoints.status(),
         }
         try:
             return form(**whole, **(await self.checkpoints.now() if digests else summary(self.state, digests=False)))

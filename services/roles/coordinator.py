@@ -25,7 +25,7 @@ from kvplane.events.subjects import pulse_subject
 from kvplane.projections.overview import node_row
 from kvplane.services.control import admission, commands, formats
 from kvplane.services.control.liveness import Liveness
-from kvplane.services.control.untold import Untold
+from kvplane.services.control.unreported import Unreported
 from kvplane.services.process.version import package_version
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import Conflict, LogAway, UnknownModel
@@ -60,8 +60,8 @@ _decode_pulse = msgspec.msgpack.Decoder(messages.Pulse).decode
 Decide = Callable[[Any, Any], "Proposal | None"]
 
 
-class _Turn:
-    """Whose turn it is to change one thing; `free` is when the next may begin."""
+class _Lock:
+    """Lets one decision at a time change one thing; `free` is when the next may begin."""
 
     def __init__(self) -> None:
         self.lock = anyio.Lock()
@@ -69,7 +69,7 @@ class _Turn:
 
 
 class Coordinator:
-    """One coordinator of a fleet. `server` says what the one who runs the server sees of it, if that is this process."""
+    """One coordinator of a fleet. `server` gives what the one who runs the server sees of it, if that is this process."""
 
     role = "coordinator"
 
@@ -82,7 +82,7 @@ class Coordinator:
         self._server = server
         self.fleet = fleet
         self.writer = new_writer("coordinator")
-        self.untold = Untold()
+        self.unreported = Unreported()
         self.replica = Replica(client, fleet, self._observe, writer=self.writer, recent_seconds=recent_seconds)
         self.state = self.replica.state
         self.compaction = Compaction(
@@ -100,8 +100,8 @@ class Coordinator:
         self.appender = Appender(client, fleet, self.writer)
         self.most_tries = 0
         """How often the unluckiest decision was made."""
-        # A turn lives as long as someone has it or waits for it.
-        self._turns: WeakValueDictionary[str, _Turn] = WeakValueDictionary()
+        # Each lives as long as someone holds it or waits for it.
+        self._locks: WeakValueDictionary[str, _Lock] = WeakValueDictionary()
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Answer until cancelled; creates the fleet's log when there is none, on a cluster in `COPIES`."""
@@ -152,12 +152,12 @@ class Coordinator:
         away = "" if follower.healthy and self.client.is_connected else "the log is away: nothing can be committed"
         return readiness(follower, serving=self.serving, reason=away)
 
-    async def commit(self, decide: Decide, request: object, turn: str) -> tuple[Proposal | None, int]:
-        """Decide and commit until the fold accepts it; what was committed and its sequence. `turn` names what it changes.
+    async def commit(self, decide: Decide, request: object, thing: str) -> tuple[Proposal | None, int]:
+        """Decide and commit until the fold accepts it; what was committed and its sequence. `thing` names what it changes.
 
-        One decision at a time a turn: deciding side by side on one node would only lose races.
+        One decision at a time for each thing: deciding side by side on one node would only lose races.
         """
-        mine = self._turns.setdefault(turn, _Turn())
+        mine = self._locks.setdefault(thing, _Lock())
         async with mine.lock:
             await anyio.sleep_until(mine.free)
             give_up = anyio.current_time() + ANSWER_SECONDS
@@ -170,7 +170,7 @@ class Coordinator:
                 if proposal is None:
                     return None, based_on
                 target = proposal.subject(self.fleet)
-                deciding = proposal.room in {"node", "cache"}
+                deciding = proposal.topic in {"node", "cache"}
                 try:
                     sequence = await self.appender.append(
                         target,
@@ -193,7 +193,7 @@ class Coordinator:
                         mine.free = 2 * anyio.current_time() - begin
                     return proposal, sequence
                 self.races_lost += 1
-            raise Conflict(f"{turn!r} changed {tries} times while this was decided; try again later")
+            raise Conflict(f"{thing!r} changed {tries} times while this was decided; try again later")
 
     async def _change(
         self, decide: Decide, request: messages.NodeRequest | messages.BlocksRequest | messages.LeaveRequest
@@ -266,8 +266,8 @@ class Coordinator:
                 {
                     **node_row(self.state, node),
                     "waiting": pulse.waiting if pulse else None,
-                    # An adapter knows by the engine's metrics; where there are none, the log's completions tell.
-                    "unheard": bool(pulse and pulse.unheard) or self.untold.silent(name, time.monotonic()),
+                    # An adapter knows by the engine's metrics; where there are none, the log's completions show it.
+                    "unheard": bool(pulse and pulse.unheard) or self.unreported.silent(name, time.monotonic()),
                 }
             )
         return {"fleet": self.fleet, "sequence": self.state.sequence, "nodes": rows}
@@ -310,7 +310,7 @@ class Coordinator:
 
     def _observe(self, _: Message, applied: Applied) -> None:
         if applied.commit is not None:
-            self.untold.observe(self.state, applied.commit, time.monotonic())
+            self.unreported.observe(self.state, applied.commit, time.monotonic())
 
     async def _pulse(self, message: Msg) -> None:
         try:
@@ -339,7 +339,7 @@ class Coordinator:
                 self.liveness.listen(now)
             silent = self.liveness.silent(self.state, now)
             if silent:
-                # One a turn: the next is judged anew, with what was heard meanwhile.
+                # One at a time: the next is judged anew, with the pulses that came meanwhile.
                 name, quiet = silent[0]
                 if await self._conclude(commands.lost, name, f"no pulse for {quiet:.1f} s"):
                     self.liveness.concluded(name)

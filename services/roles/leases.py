@@ -24,11 +24,11 @@ LEASES_LIMIT = 10_000
 
 
 class Lease(NamedTuple):
-    """Of a request: the node that it counts on, until when by the event loop's clock, and its trace."""
+    """Of a request: the node that it counts on, until when by the event loop's clock, and its traceparent."""
 
     node: str
     until: float
-    trace: str
+    traceparent: str
 
 
 class Leases:
@@ -42,10 +42,10 @@ class Leases:
     def __len__(self) -> int:
         return len(self._held)
 
-    def add(self, request: str, node: str, seconds: float, trace: str) -> None:
+    def add(self, request: str, node: str, seconds: float, traceparent: str) -> None:
         """Let a request count on a node for so long."""
         self._held.pop(request, None)
-        self._held[request] = Lease(node, anyio.current_time() + seconds, trace)
+        self._held[request] = Lease(node, anyio.current_time() + seconds, traceparent)
         if len(self._held) > LEASES_LIMIT:
             self._abandon(next(iter(self._held)))
         self._sooner.set()
@@ -72,4 +72,4 @@ class Leases:
 
     def _abandon(self, request: str) -> None:
         lease = self._held.pop(request)
-        self._end(types.RequestCompleted(request=request, node=lease.node, status=ABANDONED, trace=lease.trace))
+        self._end(types.RequestCompleted(request=request, node=lease.node, status=ABANDONED, trace=lease.traceparent))

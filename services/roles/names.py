@@ -56,7 +56,7 @@ class _Reading:
         self.node = node
         self.result = uuid4().hex
         self.scope = anyio.CancelScope()
-        self.ended, self.told = anyio.Event(), anyio.Event()
+        self.ended, self.fetched = anyio.Event(), anyio.Event()
         self.piece: messages.Piece | None = None
         self.failed: Exception = Busy(f"node {node!r} asked again, or waited too long; ask again")
         self.touch()
@@ -74,7 +74,7 @@ class Names:
         self.fleet = fleet
         self.subject = subject
         self._pieces = Pieces(subject, client)
-        self._turn = anyio.Lock()
+        self._lock = anyio.Lock()
         self._readings: dict[str, _Reading] = {}
         self._given: dict[str, str] = {}
         """The last result of each node: there is one at most."""
@@ -113,7 +113,7 @@ class Names:
             await reading.ended.wait()
         if not reading.ended.is_set():
             return messages.Piece(result=reading.result, offset=0, size=0, data=b"", next=self.subject)
-        reading.told.set()
+        reading.fetched.set()
         if reading.piece is None:
             raise reading.failed
         return reading.piece
@@ -122,18 +122,18 @@ class Names:
         try:
             with reading.scope:
                 try:
-                    await self._in_turn(reading)
+                    await self._one_by_one(reading)
                 except KvplaneError as error:
                     reading.failed = error
                 reading.ended.set()
-                await reading.told.wait()
+                await reading.fetched.wait()
         finally:
             reading.ended.set()
             del self._readings[reading.result]
 
-    async def _in_turn(self, reading: _Reading) -> None:
+    async def _one_by_one(self, reading: _Reading) -> None:
         with anyio.move_on_after(BUSY_SECONDS) as waiting:
-            async with self._turn:
+            async with self._lock:
                 if self._pieces.size >= HELD_BYTES:
                     raise Busy(f"{self._pieces.size:,} bytes that were read for nodes are not yet fetched; ask again")
                 waiting.deadline = float("inf")

@@ -69,7 +69,7 @@ class Router:
         self.writer = new_writer("router")
         self.overlay = Overlay()
         self.replica = Replica(
-            client, fleet, self._observe, before=self.settle, writer=self.writer, recent_seconds=recent_seconds
+            client, fleet, self._observe, before=self.record_pending, writer=self.writer, recent_seconds=recent_seconds
         )
         self.state = self.replica.state
         self.chooser = Chooser(self.state, self.overlay)
@@ -90,7 +90,7 @@ class Router:
         self._session_writers: dict[str, GroupWriter] = {}
         self._requests = 0
         self._warned = 0
-        self._unsettled: tuple[Query, Decision, int, int] | None = None
+        self._pending: tuple[Query, Decision, int, int] | None = None
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Answer until cancelled. Started means: the log is read and requests are taken."""
@@ -109,7 +109,7 @@ class Router:
                     # Nothing may be answered any more that could not be recorded.
                     await stop(service)
             finally:
-                self.settle()
+                self.record_pending()
                 self.leases.close()
                 await self.writers.close()
 
@@ -120,19 +120,19 @@ class Router:
             serving(
                 "router", self.fleet, self.writer,
                 {"route": self.route, "complete": self.complete, "status": self.status, "flush": self.flush},
-                in_turn={"route", "complete"}, after={"route": self.settle},
+                in_turn={"route", "complete"}, after={"route": self.record_pending},
             ),
             {"fleet": self.fleet, "writer": self.writer}, self.tally,
         )  # fmt: skip
         _log.info("router_ready", fleet=self.fleet, writer=self.writer, applied=self.state.sequence)
         return service
 
-    def route(self, request: RouteRequest, trace: str = "") -> RouteAnswer:
-        """Decide and answer; `settle` records. Raises the faults of `services.protocol.errors`."""
-        self.settle()
+    def route(self, request: RouteRequest, traceparent: str = "") -> RouteAnswer:
+        """Decide and answer; `record_pending` records. Raises the faults of `services.protocol.errors`."""
+        self.record_pending()
         # In microseconds, as it is recorded: a decision must be the same when it is made again.
         now = time.time_ns() // 1000 * 1000
-        query = self._query(request, trace)
+        query = self._query(request, traceparent)
         failures = self.chooser.policy_failures
         begin = time.perf_counter()
         try:
@@ -153,9 +153,9 @@ class Router:
             self.asked_blocks += query.blocks
             if decision.session:
                 self.sessions[decision.session] += 1
-            self._unsettled = (query, decision, now, self.state.sequence)
+            self._pending = (query, decision, now, self.state.sequence)
             if request.lease_seconds:
-                self.leases.add(query.id, decision.node.name, request.lease_seconds, trace)
+                self.leases.add(query.id, decision.node.name, request.lease_seconds, traceparent)
         return RouteAnswer(
             request=query.id,
             node=decision.node.name,
@@ -175,11 +175,11 @@ class Router:
             degraded=self.degraded,
         )
 
-    def settle(self) -> None:
+    def record_pending(self) -> None:
         """Record the last decision: behind its answer, and before anything else is decided or read from the log."""
-        if self._unsettled is not None:
-            unsettled, self._unsettled = self._unsettled, None
-            self._record(*unsettled)
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._record(*pending)
 
     @property
     def degraded(self) -> bool:
@@ -193,7 +193,7 @@ class Router:
             waiting=sum(writer.waiting for writer in self.writers), unrecorded=sum(w.dropped for w in self.writers),
         )  # fmt: skip
 
-    def _query(self, request: RouteRequest, trace: str) -> Query:
+    def _query(self, request: RouteRequest, traceparent: str) -> Query:
         form = one_of(request)
         pairs = [(request.model, "model")]
         if request.session:
@@ -211,9 +211,9 @@ class Router:
                 raise BadRequest(f"tokens_count {tokens} is less than {count} full blocks of {size} tokens")
         else:
             ids = request.tokens if form == "tokens" else self._tokenize(request, roster)
-            adapter = request.adapter or (request.model if roster.is_adapter else "")
+            lora = request.adapter or (request.model if roster.is_lora else "")
             try:
-                hashes = block_hashes(ids or [], size, adapter=adapter, salt=request.salt)
+                hashes = block_hashes(ids or [], size, lora=lora, salt=request.salt)
             except BadHashes as error:
                 raise BadRequest(str(error)) from None
             count, tokens = len(hashes) // _HASH_BYTES, len(ids or [])
@@ -223,7 +223,7 @@ class Router:
         self._requests += 1
         identity = request.request or f"{self.writer}.{self._requests:x}"
         exclude = frozenset(request.exclude)
-        return Query(identity, request.model, hashes, tokens, blocks, size, request.session, exclude, trace)
+        return Query(identity, request.model, hashes, tokens, blocks, size, request.session, exclude, traceparent)
 
     def _tokenize(self, request: RouteRequest, roster: Roster) -> list[int]:
         """Token ids of a prompt. Only the byte tokenizer of simulated nodes is built in."""
@@ -238,7 +238,7 @@ class Router:
         return list((request.prompt or "").encode())
 
     def _record(self, query: Query, decision: Decision, now: int, applied: int) -> None:
-        routed, assigned = self.chooser.settle(query, decision, now, applied)
+        routed, assigned = self.chooser.count_in(query, decision, now, applied)
         self._access.put(routed)
         if assigned is not None:
             self._session_writer(query.model).put(assigned)
@@ -252,14 +252,14 @@ class Router:
     def _writer(self, target: str) -> GroupWriter:
         return self.writers.add(GroupWriter(self.appender, target, linger=LINGER_SECONDS, limit=BUFFER_EVENTS))
 
-    def complete(self, request: CompleteRequest, trace: str = "") -> dict[str, object]:
+    def complete(self, request: CompleteRequest, traceparent: str = "") -> dict[str, object]:
         """Record how a request ended, for clients that can't write to the log."""
         names((request.request, "request"), (request.node, "node"))
         self._access.put(
             types.RequestCompleted(
                 request=request.request, node=request.node, status=request.status[:512],
                 prompt_tokens=request.prompt_tokens, cached_tokens=request.cached_tokens,
-                output_tokens=request.output_tokens, ttft=request.ttft, duration=request.duration, trace=trace,
+                output_tokens=request.output_tokens, ttft=request.ttft, duration=request.duration, trace=traceparent,
             )
         )  # fmt: skip
         return {"request": request.request, "degraded": self.degraded}
@@ -276,7 +276,7 @@ class Router:
 
     async def status(self, request: StatusRequest) -> RouterStatus:
         """What this router is and knows."""
-        self.settle()
+        self.record_pending()
         return await self.replica.about(
             RouterStatus,
             digests=request.digest,
@@ -291,7 +291,7 @@ class Router:
 
     async def flush(self, request: StatusRequest) -> RouterStatus:
         """Wait until everything decided so far is on disk and read back."""
-        self.settle()
+        self.record_pending()
         await self.writers.flush()
         for writer in self.writers:
             await self.replica.reached(writer.last_sequence)

@@ -19,8 +19,8 @@ Parameters = dict[str, float]
 def round_robin(view: View, request: Request, parameters: Parameters) -> Column:  # noqa: ARG001
     """Each node in turn, whatever it holds: by a hash of the request's id, so that replicas need no shared counter."""
     count = len(view.names)
-    turn = derive_hash(request.id.encode()) % count
-    costs: Column = np.roll(np.arange(count), turn)
+    first = derive_hash(request.id.encode()) % count
+    costs: Column = np.roll(np.arange(count), first)
     return costs
 
 

@@ -1,7 +1,7 @@
 """The routing decision: which node a request goes to, and why.
 
 `Chooser.decide` is pure: the same state, overlay, request and time give the same decision. Ties of cost are broken by a
-hash of request and node. Only nodes that are available, serve the model and have room for one more request are candidates.
+hash of request and node. Only nodes that are available, serve the model and may run one more request are candidates.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Query(NamedTuple):
     block_size: int
     session: str = ""
     exclude: frozenset[str] = frozenset()
-    trace: str = ""
+    traceparent: str = ""
     """W3C traceparent; no decision depends on it."""
 
 
@@ -74,13 +74,13 @@ class Decision(NamedTuple):
         return [candidate.node for candidate in self.candidates[1:]]
 
     def event(self, query: Query, now: int, applied: int, known: Container[str]) -> RequestRouted:
-        """What the log is told of a decision that was made at this time and sequence, when these nodes were known."""
+        """A decision for the log, made at this time and sequence, when these nodes were known."""
         blocks = len(query.hashes) >> 3
         return RequestRouted(
             request=query.id, model=query.model, node=self.node.name, match=self.match, blocks=blocks,
             tokens=query.tokens, hashes=query.hashes if blocks <= HASHES_RECORDED else b"", session=query.session,
             policy=self.policy, applied=applied, candidates=self.candidates, best=self.best, decided=now // 1000,
-            exclude=sorted(name for name in query.exclude if name in known) if query.exclude else [], trace=query.trace,
+            exclude=sorted(name for name in query.exclude if name in known) if query.exclude else [], trace=query.traceparent,
         )  # fmt: skip
 
 
@@ -127,7 +127,7 @@ class Chooser:
     def decide(self, query: Query, now: int) -> Decision:
         """Choose a node. Raises `UnknownModel`, `NoNode` or `Overloaded`."""
         roster = self.roster(query.model)
-        self._overlay.turn(now)
+        self._overlay.expire(now)
         if not roster.nodes:
             raise roster.nobody(query.model)
         session, former = self.session_node(query)
@@ -170,10 +170,10 @@ class Chooser:
         costs, name = self._costs(view, Request(query.id, query.tokens, query.blocks, query.block_size))
         return view, costs, name
 
-    def settle(
+    def count_in(
         self, query: Query, decision: Decision, now: int, applied: int
     ) -> tuple[RequestRouted, SessionAssigned | None]:
-        """Count a decision that was made at sequence `applied` in the overlay; what the log must be told of it."""
+        """Count a decision that was made at sequence `applied` in the overlay; returns what has to go to the log."""
         node = decision.node.name
         routed = decision.event(query, now, applied, self._state.nodes)
         at = self._state.load.ordinal.get(node)

@@ -43,7 +43,7 @@ class Weight(Struct, kw_only=True):
     cost: float | None
     """In the policy's unit; none when the node may not be chosen: it is full, or the request excludes it."""
     terms: dict[str, float]
-    """The parts of the cost, where the policy says them."""
+    """The parts of the cost, where the policy names them."""
     match: int
     match_on_log: int
     """Of the match, what the log had confirmed; the rest was predicted."""
@@ -108,14 +108,14 @@ class Past:
         self._at = 0
         self.event = own[-1]
 
-    def _settle(self) -> None:
+    def _count_in(self) -> None:
         """Count the decisions that were made at this sequence."""
         state = self.state
         while self._at < len(self._own) and self._own[self._at].applied <= state.sequence:
             event = self._own[self._at]
             self._at += 1
             now = event.decided * 1000
-            self.overlay.turn(now)
+            self.overlay.expire(now)
             node = state.nodes.get(event.node)
             at = state.load.ordinal.get(event.node)
             if node is None or at is None:
@@ -127,19 +127,19 @@ class Past:
 
     def apply(self, message: Message) -> None:
         """Read the next commit, as the router did. Not to be called beyond the sequence that the decision had applied."""
-        self._settle()
+        self._count_in()
         applied = self.state.apply(message)
         if applied.commit is not None:
             self.overlay.observe(applied.commit, message.time, self.state, self._router, message.time)
 
     def explain(self) -> Explanation:
         """Decide again and compare. Raises what the decision raises now."""
-        self._settle()
+        self._count_in()
         event, chooser, state = self.event, self.chooser, self.state
         roster = chooser.roster(event.model)
         query = query_of(event, roster.block_size)
         now = event.decided * 1000
-        self.overlay.turn(now)
+        self.overlay.expire(now)
         session, _ = chooser.session_node(query)
         view, costs, name = chooser.weigh(roster, query, session, now)
         logged, _ = Chooser(state, Overlay()).matches(roster, query)
@@ -190,10 +190,10 @@ def differences(recorded: RequestRouted, again: RequestRouted) -> list[Differenc
         for what in ("node", "policy", "match", "best")
         if getattr(recorded, what) != getattr(again, what)
     ]
-    said = {candidate.node: candidate for candidate in recorded.candidates}
+    before = {candidate.node: candidate for candidate in recorded.candidates}
     made = {candidate.node: candidate for candidate in again.candidates}
-    for node in dict.fromkeys([*said, *made]):
-        one, other = said.get(node), made.get(node)
+    for node in dict.fromkeys([*before, *made]):
+        one, other = before.get(node), made.get(node)
         if one is None or other is None:
             found.append(
                 Difference(f"{node} among the best", "no" if one is None else "yes", "no" if other is None else "yes")

@@ -67,7 +67,7 @@ class OnTheWay(NamedTuple):
 class Overlay:
     """Pending decisions and predicted blocks of one router. Time is unix nanoseconds and comes with each call.
 
-    Columns and slots go by the ordinals of `projections.load.Load`; when an ordinal passes to another node,
+    Columns and predictions go by the ordinals of `projections.load.Load`; when an ordinal passes to another node,
     `node_changed` was called for the one that had it.
     """
 
@@ -100,8 +100,8 @@ class Overlay:
 
     def decided(self, event: RequestRouted, at: int, block_size: int, now: int, *, predict: str = "") -> None:
         """A decision was made here, for the node with ordinal `at`; with `predict`, its blocks in this model's cache."""
-        # Not only predictions turn: what only hits, or is managed, must age as well.
-        self.turn(now)
+        # Not only predictions expire: what only hits, or is managed, must as well.
+        self.expire(now)
         self.on_log(event.request)
         self.fit(at + 1)
         tokens = max(0, event.tokens - event.match * block_size)
@@ -124,7 +124,7 @@ class Overlay:
 
     def predict(self, model: str, node: str, at: int, hashes: bytes, now: int) -> None:
         """The node with ordinal `at` will hold these blocks soon, from the root of their chain on."""
-        self.turn(now)
+        self.expire(now)
         behind = self._generation - now // _GENERATION_NS
         if behind > 1:
             return
@@ -147,7 +147,7 @@ class Overlay:
                 return True
         return False
 
-    def turn(self, now: int) -> None:
+    def expire(self, now: int) -> None:
         """Forget what is too old."""
         generation = now // _GENERATION_NS
         if self._generation - generation > SET_BACK_PERIODS:
@@ -164,7 +164,7 @@ class Overlay:
             self.on_log(request)
 
     def _set_back(self, generation: int, now: int) -> None:
-        """The clock was ahead and is right again: what it said would never come to an end."""
+        """The clock was ahead and is right again: what has its times would never expire."""
         self._young, self._old = {}, {}
         self._generation = generation
         for request in [request for request, pending in self.pending.items() if pending.time > now]:
@@ -175,8 +175,8 @@ class Overlay:
 
         `writer` is this router's name, `now` its clock: what is long past then is not looked at.
         """
-        room = commit.place.room
-        if room == "access":
+        topic = commit.place.topic
+        if topic == "access":
             own = commit.writer == writer
             recent = time > now - RECENT_SECONDS * _NS
             for event in commit.events:
@@ -189,17 +189,17 @@ class Overlay:
                     node = state.nodes[event.node]
                     if not node.managed:
                         self.predict(node.model, event.node, state.load.ordinal[event.node], event.hashes, time)
-        elif room == "session":
+        elif topic == "session":
             for event in commit.events:
                 key = (event.model, event.session)  # type: ignore[attr-defined]
                 if self.sessions.get(key) == getattr(event, "node", None):
                     self.sessions.pop(key, None)
-        elif room == "node":
+        elif topic == "node":
             if type(commit.events[0]) in {types.NodeRegistered, types.NodeLost, types.NodeRemoved}:
                 self.node_changed(commit.place.name)
                 for key in [key for key, node in self.sessions.items() if node == commit.place.name]:
                     del self.sessions[key]
-        elif room == "cache":
+        elif topic == "cache":
             name = commit.place.name
             removed: list[bytes] = []
             for event in commit.events:

@@ -1,13 +1,13 @@
 """Blocks that nodes will hold soon: chains of one model's prompts, each from its root, and who was given them.
 
 Theory. A prediction is made with every decision and forgotten within seconds, so it must cost less than the block by block
-entries of `projections.prefix`. Chains lie in a tree: an edge is a run of hashes, with a bit mask of the slots that were
+entries of `projections.prefix`. Chains lie in a tree: an edge is a run of hashes, with a bit mask of the nodes that were
 given all of it and a number of blocks for those that were given its beginning only. Since chains begin at the root, they were
 given all before it. A new chain is one edge that begins where it leaves those that are known, however long it is; edges
 are never cut up, others branch off at positions of theirs. A request is compared with each edge on its way by one `memcmp`.
 
-The tree can't tell where a block lies. What is taken back (`drop`) is kept as a mark beside it, which cuts a slot's chains at
-that block until it is given the block again. Only blocks that the slot was given are ever marked (`given`); which these are
+The tree can't tell where a block lies. What is taken back (`drop`) is kept as a mark beside it, which cuts a node's chains at
+that block until it is given the block again. Only blocks that the node was given are ever marked (`given`); which these are
 is made out when somebody asks for the first time, and not before.
 """
 
@@ -25,14 +25,14 @@ _HASH_BYTES = 8
 
 
 class _Edge:
-    """A run of chains, and the slots that were given it."""
+    """A run of chains, and the nodes that were given it."""
 
     __slots__ = ("branches", "fork", "full", "heads", "run")
 
     def __init__(self, run: bytes, full: int) -> None:
         self.run = run
         self.full = full
-        """Slots that were given all of it, as a bit mask."""
+        """Nodes that were given all of it, as a bit mask of ordinals."""
         self.heads: dict[int, int] = {}
         """Of the others, how many bytes they were given."""
         self.branches: dict[tuple[int, bytes], _Edge] = {}
@@ -60,33 +60,33 @@ class _Edge:
             self.fork = place
         return edge
 
-    def give(self, slot: int, length: int) -> None:
-        """A slot is given the first `length` bytes."""
+    def give(self, ordinal: int, length: int) -> None:
+        """A node is given the first `length` bytes."""
         if length == len(self.run):
-            self.full |= 1 << slot
-            self.heads.pop(slot, None)
-        elif not self.full >> slot & 1:
-            self.heads[slot] = max(length, self.heads.get(slot, 0))
+            self.full |= 1 << ordinal
+            self.heads.pop(ordinal, None)
+        elif not self.full >> ordinal & 1:
+            self.heads[ordinal] = max(length, self.heads.get(ordinal, 0))
 
 
 class Predictions:
-    """Predicted chains of one model. A slot is the ordinal of a node."""
+    """Predicted chains of one model. Nodes go by their ordinals, their places in the columns of the load."""
 
     def __init__(self) -> None:
         self._roots: dict[tuple[int, bytes], _Edge] = {}
-        self._slots = 0
-        """Slots that were given anything, as a bit mask."""
+        self._nodes = 0
+        """Nodes that were given anything, as a bit mask of ordinals."""
         self._marks: dict[int, set[int]] = {}
         self._given: dict[int, set[int]] = {}
         self._unlisted: dict[int, list[bytes]] = {}
         """Chains whose blocks are not in `_given` yet."""
 
-    def store(self, slot: int, packed: bytes) -> None:
-        """A slot is given a chain, from its root on."""
-        bit = 1 << slot
-        self._slots |= bit
-        self._unlisted.setdefault(slot, []).append(packed)
-        marks = self._marks.get(slot)
+    def store(self, ordinal: int, packed: bytes) -> None:
+        """A node is given a chain, from its root on."""
+        bit = 1 << ordinal
+        self._nodes |= bit
+        self._unlisted.setdefault(ordinal, []).append(packed)
+        marks = self._marks.get(ordinal)
         if marks:
             marks.difference_update(unpack_hashes(packed))
         edges, place, at, size = self._roots, 0, 0, len(packed)
@@ -97,14 +97,14 @@ class Predictions:
                 edges[key] = _Edge(packed[at:], bit)
                 return
             place = edge.agrees(packed, at)
-            edge.give(slot, place)
+            edge.give(ordinal, place)
             at += place
             edges = edge.branches
 
     def lift(self, packed: bytes, limit: int, lengths: list[int]) -> bool:
-        """Raise each slot's entry to the leading blocks of a request that it was given.
+        """Raise each ordinal's entry to the leading blocks of a request that it was given.
 
-        Only the first `limit` blocks count. Tells whether any slot was given the first block, and keeps it.
+        Only the first `limit` blocks count. Returns whether any node was given the first block, and keeps it.
         """
         if len(packed) > limit * _HASH_BYTES:
             packed = packed[: limit * _HASH_BYTES]
@@ -114,10 +114,10 @@ class Predictions:
         while edge is not None:
             place = edge.agrees(packed, at)
             lift(given, edge.full, (at + place) // _HASH_BYTES)
-            for slot, count in edge.heads.items():
+            for ordinal, count in edge.heads.items():
                 length = (at + (count if count < place else place)) // _HASH_BYTES  # noqa: FURB136 - `min` takes three times as long
-                if given[slot] < length:  # noqa: PLR1730
-                    given[slot] = length
+                if given[ordinal] < length:  # noqa: PLR1730
+                    given[ordinal] = length
             at += place
             edge = edge.branch(place, packed[at : at + _HASH_BYTES])
         if self._marks:
@@ -127,42 +127,42 @@ class Predictions:
         return first is not None and bool(first.full or first.heads)
 
     def _cut(self, lengths: list[int], packed: bytes) -> None:
-        """End what each slot has before the first block that was taken back."""
+        """End what each node has before the first block that was taken back."""
         blocks: tuple[int, ...] = ()
-        for slot, marks in self._marks.items():
-            if marks and lengths[slot]:
+        for ordinal, marks in self._marks.items():
+            if marks and lengths[ordinal]:
                 blocks = blocks or unpack_hashes(packed)
-                mine = blocks[: lengths[slot]]
+                mine = blocks[: lengths[ordinal]]
                 if not marks.isdisjoint(mine):
-                    lengths[slot] = next(at for at, block in enumerate(mine) if block in marks)
+                    lengths[ordinal] = next(at for at, block in enumerate(mine) if block in marks)
 
-    def given(self, slot: int, blocks: Collection[int]) -> list[int]:
-        """Those of some blocks that the slot was given and keeps."""
-        if not self._slots >> slot & 1:
+    def given(self, ordinal: int, blocks: Collection[int]) -> list[int]:
+        """Those of some blocks that the node was given and keeps."""
+        if not self._nodes >> ordinal & 1:
             return []
-        listed = self._given.setdefault(slot, set())
-        for packed in self._unlisted.pop(slot, ()):
+        listed = self._given.setdefault(ordinal, set())
+        for packed in self._unlisted.pop(ordinal, ()):
             listed.update(unpack_hashes(packed))
-        marks = self._marks.get(slot, ())
+        marks = self._marks.get(ordinal, ())
         return [block for block in blocks if block in listed and block not in marks]
 
-    def drop(self, slot: int, blocks: Collection[int]) -> None:
-        """Take back blocks that the slot was given."""
-        self._marks.setdefault(slot, set()).update(blocks)
+    def drop(self, ordinal: int, blocks: Collection[int]) -> None:
+        """Take back blocks that the node was given."""
+        self._marks.setdefault(ordinal, set()).update(blocks)
 
-    def clear(self, slot: int) -> None:
-        """Take back everything from a slot."""
-        bit = 1 << slot
-        if not self._slots & bit:
+    def clear(self, ordinal: int) -> None:
+        """Take back everything from a node."""
+        bit = 1 << ordinal
+        if not self._nodes & bit:
             return
-        self._slots &= ~bit
-        self._marks.pop(slot, None)
-        self._given.pop(slot, None)
-        self._unlisted.pop(slot, None)
+        self._nodes &= ~bit
+        self._marks.pop(ordinal, None)
+        self._given.pop(ordinal, None)
+        self._unlisted.pop(ordinal, None)
         edges = list(self._roots.values())
         while edges:
             edge = edges.pop()
-            if edge.full & bit or slot in edge.heads:
+            if edge.full & bit or ordinal in edge.heads:
                 edge.full &= ~bit
-                edge.heads.pop(slot, None)
+                edge.heads.pop(ordinal, None)
                 edges += edge.branches.values()

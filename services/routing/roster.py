@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvplane.services.protocol.errors import NoNode, UnknownModel
-from kvplane.services.protocol.labels import is_adapter
+from kvplane.services.protocol.labels import is_lora
 
 if TYPE_CHECKING:
     from kvplane.projections.fleet import FleetState
@@ -64,8 +64,8 @@ class Roster:
         self.zeros = np.zeros(len(self.nodes))
         self.tiered = [position for position, node in enumerate(self.nodes) if len(node.slots) > 1]
         self.block_size = serving[0].registered.block_size
-        self.is_adapter = any(is_adapter(node.registered, model) for node in serving)
-        """Whether the model that was asked for is a LoRA adapter."""
+        self.is_lora = any(is_lora(node.registered, model) for node in serving)
+        """Whether the model that was asked for is a LoRA."""
         self.indexes: list[tuple[str, PrefixIndex, NDArray[np.intp], NDArray[np.intp]]] = []
         """For each cache model: its index, the candidates that have it, and their slots of the tier `gpu`."""
         for cache_model in dict.fromkeys(node.model for node in self.nodes):

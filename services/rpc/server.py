@@ -157,11 +157,11 @@ def _code(error: Exception) -> str:
 
 def _traced(endpoint: Endpoint, tally: Tally, said: str, field: str) -> str:
     """The traceparent that goes with a request: of its headers, else of its field."""
-    trace = parse(said) or parse(field)
-    if not trace and (said or field):
-        tally.bad_traces += 1
+    traceparent = parse(said) or parse(field)
+    if not traceparent and (said or field):
+        tally.bad_traceparents += 1
         _log.debug("bad_traceparent", endpoint=endpoint.name, said=(said or field)[:80])
-    return trace
+    return traceparent
 
 
 def _genuine(endpoint: Endpoint, message: Msg) -> bool:
@@ -211,7 +211,7 @@ def _in_turn(endpoint: Endpoint, tally: Tally) -> Callable[[Request], Awaitable[
         if not _genuine(endpoint, request._msg):  # noqa: SLF001 - the reply subject is not told otherwise
             return
         begin = clock()
-        trace = ""
+        traceparent = ""
         try:
             body = request.data
             asked = decode_request(body, form)
@@ -219,18 +219,18 @@ def _in_turn(endpoint: Endpoint, tally: Tally) -> Callable[[Request], Awaitable[
                 headers = request.headers
                 said = in_headers(headers) if headers else ""
                 if said or asked.traceparent:  # type: ignore[attr-defined]
-                    trace = _traced(endpoint, tally, said, asked.traceparent)  # type: ignore[attr-defined]
-                with bound_contextvars(trace=trace) if trace else _NOTHING:
-                    found = answer(asked, trace)
+                    traceparent = _traced(endpoint, tally, said, asked.traceparent)  # type: ignore[attr-defined]
+                with bound_contextvars(trace=traceparent) if traceparent else _NOTHING:
+                    found = answer(asked, traceparent)
             else:
                 found = answer(asked)
             reply = encode_answer(found, as_json=is_json(body))
         except Exception as error:  # noqa: BLE001 - every error is answered
             tally.add(name, _code(error), clock() - begin)
-            await _refuse(request, error, trace)
+            await _refuse(request, error, traceparent)
         else:
             tally.add(name, OK, clock() - begin)
-            await _respond(request, reply, trace)
+            await _respond(request, reply, traceparent)
             if afterwards is not None:
                 # The client's flusher was scheduled by the answer and comes first.
                 afterwards.schedule()
@@ -247,24 +247,24 @@ def _concurrent(endpoint: Endpoint, tally: Tally, group: TaskGroup) -> Callable[
 
     async def work(request: Request) -> None:
         begin = clock()
-        trace = ""
+        traceparent = ""
         try:
             body = request.data
             asked = _owned(endpoint, request._msg, decode_request(body, form))  # noqa: SLF001 - as below
             if traced:
                 said = in_headers(request.headers or {})
-                trace = _traced(endpoint, tally, said, asked.traceparent)
-                with bound_contextvars(trace=trace) if trace else _NOTHING:
-                    result = await answer(asked, trace)
+                traceparent = _traced(endpoint, tally, said, asked.traceparent)
+                with bound_contextvars(trace=traceparent) if traceparent else _NOTHING:
+                    result = await answer(asked, traceparent)
             else:
                 result = await answer(asked)
             reply = encode_answer(result, as_json=is_json(body))
         except Exception as error:  # noqa: BLE001 - every error is answered
             tally.add(name, _code(error), clock() - begin)
-            await _refuse(request, error, trace)
+            await _refuse(request, error, traceparent)
         else:
             tally.add(name, OK, clock() - begin)
-            await _respond(request, reply, trace)
+            await _respond(request, reply, traceparent)
 
     async def handle(request: Request) -> None:
         if _genuine(endpoint, request._msg):  # noqa: SLF001 - the reply subject is not told otherwise
@@ -273,12 +273,14 @@ def _concurrent(endpoint: Endpoint, tally: Tally, group: TaskGroup) -> Callable[
     return handle
 
 
-async def _respond(request: Request, reply: bytes, trace: str = "") -> None:
+async def _respond(request: Request, reply: bytes, traceparent: str = "") -> None:
     try:
-        await request.respond(reply, {HEADER: trace} if trace else None)
+        await request.respond(reply, {HEADER: traceparent} if traceparent else None)
     except MaxPayloadError as error:
         await _refuse(
-            request, AnswerTooLarge(f"the answer has {len(reply)} bytes, more than a message may; ask for less"), trace
+            request,
+            AnswerTooLarge(f"the answer has {len(reply)} bytes, more than a message may; ask for less"),
+            traceparent,
         )
         _log.warning("answer_too_large", bytes=len(reply), error=repr(error))
     except (NatsError, ValueError, OSError) as error:
@@ -286,10 +288,10 @@ async def _respond(request: Request, reply: bytes, trace: str = "") -> None:
         _log.debug("answer_not_sent", error=repr(error))
 
 
-async def _refuse(request: Request, error: Exception, trace: str) -> None:
-    with bound_contextvars(trace=trace) if trace else _NOTHING:
+async def _refuse(request: Request, error: Exception, traceparent: str) -> None:
+    with bound_contextvars(trace=traceparent) if traceparent else _NOTHING:
         status, sentence, body = fault(error)
     try:
-        await request.respond_error(status, sentence, data=body, headers={HEADER: trace} if trace else None)
+        await request.respond_error(status, sentence, data=body, headers={HEADER: traceparent} if traceparent else None)
     except (NatsError, ValueError, OSError) as failed:
         _log.debug("answer_not_sent", error=repr(failed))

@@ -15,7 +15,7 @@ class Tally:
         """Answers by endpoint and outcome: `ok`, or the code of the error."""
         self.seconds: dict[str, Durations] = {}
         """By endpoint, from when a request is taken up until its answer is made."""
-        self.bad_traces = 0
+        self.bad_traceparents = 0
         """Requests whose traceparent was none."""
 
     def expect(self, endpoint: str, *, waits: bool) -> None:

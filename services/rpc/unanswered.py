@@ -39,16 +39,16 @@ async def why(url: str, error: BaseException, *, seconds: float = LOOK_SECONDS) 
 def _judged(found: Answer, error: BaseException, *, encrypted: bool) -> Unanswered:
     match found.kind:
         case "nats":
-            return Unanswered(f"{found.said}, which speaks no HTTP", final=True)
+            return Unanswered(f"{found.sentence}, which speaks no HTTP", final=True)
         case "tls":
             if encrypted:
-                return Unanswered(f"{found.said}, and the connection broke off ({error})")
-            return Unanswered(f"{found.said}; write https://", final=True)
+                return Unanswered(f"{found.sentence}, and the connection broke off ({error})")
+            return Unanswered(f"{found.sentence}; write https://", final=True)
         case "http":
             if encrypted:
-                return Unanswered(f"{found.said} without TLS; write http://", final=True)
-            return Unanswered(f"{found.said}, but not as it must ({type(error).__name__})")
+                return Unanswered(f"{found.sentence} without TLS; write http://", final=True)
+            return Unanswered(f"{found.sentence}, but not as it must ({type(error).__name__})")
         case "other":
-            return Unanswered(f"{found.said}, which is no HTTP", final=True)
+            return Unanswered(f"{found.sentence}, which is no HTTP", final=True)
         case _:
-            return Unanswered(found.said)
+            return Unanswered(found.sentence)

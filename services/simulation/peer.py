@@ -332,7 +332,7 @@ class PeerDesk:
         candidates = [Candidate(chosen, match, 0.0)]
         return Decision(self._state.nodes[chosen], kind, match, "", "", POLICY, 0.0, candidates, match)
 
-    def settle(
+    def count_in(
         self,
         query: Query,
         decision: Decision,

@@ -128,7 +128,7 @@ class Desk(Protocol):
     def decide(self, query: Query, now: int) -> Decision:
         """Choose a node."""
 
-    def settle(
+    def count_in(
         self, query: Query, decision: Decision, now: int, applied: int
     ) -> tuple[types.RequestRouted, types.SessionAssigned | None]:
         """Count the decision, and say what goes on the log."""
@@ -248,8 +248,8 @@ class World:
             sum(desk.decisions for desk in self._desks),
         )  # fmt: skip
 
-    def _put(self, now: float, room: str, event: types.Event, writer: str = "") -> None:
-        self._log.append((now + self.settings.delay, f"kv.{FLEET}.{room}", event, writer))
+    def _put(self, now: float, topic: str, event: types.Event, writer: str = "") -> None:
+        self._log.append((now + self.settings.delay, f"kv.{FLEET}.{topic}", event, writer))
 
     def _see(self, now: float) -> None:
         """Apply what has become visible."""
@@ -356,7 +356,7 @@ class World:
             self._reject(query)
             return
         writer = self._writers[self._desks.index(desk)]
-        routed, assigned = desk.settle(query, decision, clock, self.state.sequence)
+        routed, assigned = desk.count_in(query, decision, clock, self.state.sequence)
         self._put(now, f"access.{writer}", routed, writer)
         if assigned is not None:
             self._put(now, f"session.{token(query.model)}", assigned, writer)

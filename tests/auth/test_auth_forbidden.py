@@ -30,7 +30,7 @@ COMMANDS = [
     "node.leave", "node.leave.node-b",
 ]  # fmt: skip
 # What the log is made of, as far as a role has no right to it.
-ROOMS: dict[str, list[str]] = {
+TOPICS: dict[str, list[str]] = {
     "coordinator": ["access.router-1", "access.node%2Fnode-a"],
     "router": ["node.node-a", "cache.node-a", "control"],
     "historian": ["node.node-a", "cache.node-a", "control", "session.m", "access.router-1"],
@@ -88,9 +88,9 @@ async def test_nobody_writes_what_another_role_writes(fleet: Guarded) -> None:
     objects = [f"$O.{BOX}.M.x", f"$O.{BOX}.C.x"]
     for role in PLAIN:
         stranger = await fleet.stranger(role)
-        await stranger.refused_publish(*subjects_of(NAME, ROOMS[role]), *(objects if role != "coordinator" else []))
+        await stranger.refused_publish(*subjects_of(NAME, TOPICS[role]), *(objects if role != "coordinator" else []))
     node = await fleet.stranger("node", "node-a")
-    await node.refused_publish(*subjects_of(NAME, ROOMS["node"]), *objects)
+    await node.refused_publish(*subjects_of(NAME, TOPICS["node"]), *objects)
 
 
 async def test_only_the_admin_commands_and_a_node_for_itself(fleet: Guarded) -> None:

@@ -113,7 +113,7 @@ async def test_a_whole_fleet_works_with_each_part_under_its_own_role(
     ]  # fmt: skip
     assert not (await told(admin, "coordinator.format.raise", messages.FormatRequest()))["changed"]
     assert all(replica.checkpoints.own for replica in (coordinator.replica, routers[0].replica))
-    assert coordinator.replica.checkpoints._heard
+    assert coordinator.replica.checkpoints._received
 
     findings = judge(await examine(admin, NAME))
     assert [finding for finding in findings if finding.level == "problem"] == []

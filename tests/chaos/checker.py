@@ -129,7 +129,7 @@ class Checker:
         copies.append(Stored(sequence, codec.checksum(message.body), skipped))
         if len(copies) > 1 and commit.writer_seq and skipped != "duplicate":
             self.say("once", f"commit {commit.writer_seq} of {commit.writer} is applied at {sequence} once more")
-        if commit.place.room in {"node", "cache", "session", "control"}:
+        if commit.place.topic in {"node", "cache", "session", "control"}:
             self.kinds[sequence] = (first, skipped)
         if isinstance(first, _CONCLUSIONS) and skipped not in {None, "duplicate", "stale"}:
             # Stale is one that a placement came before: it is decided again.
@@ -144,7 +144,7 @@ class Checker:
                 self._decision(sequence, event)
 
     def _capacity(self, sequence: int, commit: Commit) -> None:
-        node = self.naive.nodes.get(commit.place.name) if commit.place.room == "cache" else None
+        node = self.naive.nodes.get(commit.place.name) if commit.place.topic == "cache" else None
         if node is not None and node.managed:
             held, most = len(node.tiers.get("gpu", ())), node.registered.capacity_blocks["gpu"]
             if held > most:

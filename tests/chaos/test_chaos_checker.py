@@ -49,27 +49,27 @@ class Story:
         self.coordinate("node", "b", types.NodeLost("b", "silent"))
         self.coordinate("node", "b", types.NodeRecovered("b"))
         self.coordinate("session", "m", types.SessionAssigned("s", "m", "a"))
-        self.answered("end", "", types.SessionEnded("s", "m", ""), room="session", name="m", session="s", model="m")
-        self.answered("policy", "", types.PolicyChanged("cascade"), room="control", policy="cascade")
+        self.answered("end", "", types.SessionEnded("s", "m", ""), topic="session", name="m", session="s", model="m")
+        self.answered("policy", "", types.PolicyChanged("cascade"), topic="control", policy="cascade")
         self.coordinate("session", "m", types.SessionAssigned("t", "m", "b"))
 
     @property
     def last(self) -> int:
         return len(self.given.messages)
 
-    def put(self, room: Any, name: str, *events: types.Event, writer: str, counter: int = 0) -> int:
-        key = (f"{room}.{name}", writer)
+    def put(self, topic: Any, name: str, *events: types.Event, writer: str, counter: int = 0) -> int:
+        key = (f"{topic}.{name}", writer)
         self.counters[key] = counter or self.counters.get(key, 0) + 1
-        self.given.put(room, name, *events, writer=writer, counter=self.counters[key])
+        self.given.put(topic, name, *events, writer=writer, counter=self.counters[key])
         return self.last
 
-    def coordinate(self, room: Any, name: str, event: types.Event) -> int:
-        return self.put(room, name, event, writer="coordinator-1")
+    def coordinate(self, topic: Any, name: str, event: types.Event) -> int:
+        return self.put(topic, name, event, writer="coordinator-1")
 
     def answered(
-        self, action: str, node: str, event: types.Event, *, room: Any = "node", name: str = "", **more: Any
+        self, action: str, node: str, event: types.Event, *, topic: Any = "node", name: str = "", **more: Any
     ) -> None:  # fmt: skip
-        sequence = self.coordinate(room, "" if room == "control" else name or node, event)
+        sequence = self.coordinate(topic, "" if topic == "control" else name or node, event)
         self.ledger.note("answered", action=action, node=node, sequence=sequence, changed=True, **more)
 
     def node(self, event: types.NodeRegistered) -> None:
@@ -78,7 +78,7 @@ class Story:
     def placed(self, node: str, stored: list[int], evicted: list[int]) -> None:
         packed, left = pack_hashes(stored), pack_hashes(evicted)
         event = types.BlocksPlaced(node, self.given.state.nodes[node].epoch, packed, left)
-        self.answered("admit", node, event, room="cache", stored=packed.hex(), evicted=left.hex())
+        self.answered("admit", node, event, topic="cache", stored=packed.hex(), evicted=left.hex())
 
     def acked(self, node: str, event: types.Event, *, writer: str = "load-1") -> None:
         sequence = self.put("cache", node, event, writer=writer)

@@ -206,7 +206,7 @@ class Run:
     async def in_log(self, body: dict[str, Any]) -> dict[str, int]:
         """Cached tokens of a prompt on each node, by the log alone."""
         model, tokens = body["model"], body["prompt"]
-        hashes = block_hashes(tokens, 32, adapter="" if model == "tiny" else model, salt=body.get("cache_salt", ""))
+        hashes = block_hashes(tokens, 32, lora="" if model == "tiny" else model, salt=body.get("cache_salt", ""))
         lookup = messages.LookupRequest(model=model, hashes=hashes)
         answer: Any = await ask(self.client, "kv.default.coordinator.cache.lookup", lookup)
         return {node: 32 * min(found, (len(tokens) - 1) // 32) for node, found in answer["matches"].items()}

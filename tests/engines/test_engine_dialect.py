@@ -54,7 +54,7 @@ def test_sglang_leaves_out_what_is_nothing_and_ends_an_array_with_the_salt() -> 
 
 def test_what_else_is_hashed_is_told_apart() -> None:
     bare = stored(lora_name="ad", extra_keys=[["ad", [DIGEST, 1], "ad"], ["ad", [DIGEST, -1]]])
-    assert (bare.adapter, bare.salt, bare.keys) == ("ad", "ad", {0: multimodal_key(DIGEST), 1: multimodal_key(DIGEST)})
+    assert (bare.lora, bare.salt, bare.keys) == ("ad", "ad", {0: multimodal_key(DIGEST), 1: multimodal_key(DIGEST)})
     typed = stored(
         lora_name=None,
         extra_keys=[
@@ -72,7 +72,7 @@ def test_what_else_is_hashed_is_told_apart() -> None:
     older = stored(parent_block_hash=9, extra_keys=[[DIGEST], ["cat"]])
     assert (older.salt, older.keys) == ("", {0: multimodal_key(DIGEST), 1: b"cat"})
     assert stored(extra_keys=[[b"\1\2"], None]).keys == {0: b"\1\2"}
-    assert stored(lora_id=4).adapter == "4"
+    assert stored(lora_id=4).lora == "4"
 
 
 def test_places_that_are_not_the_engines_own_are_no_tier() -> None:

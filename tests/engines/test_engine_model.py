@@ -73,7 +73,7 @@ class Engines(RuleBasedStateMachine):
         self.track.translator.epoch = self.folded.state.nodes["a"].epoch
         self.registered_life = self.engine.life
         self.behind = False
-        self.put(self.track.translator.tell(self.track.position))
+        self.put(self.track.translator.report(self.track.position))
 
     def put(self, events: Any) -> None:
         if self.behind or not events:
@@ -108,7 +108,7 @@ class Engines(RuleBasedStateMachine):
             assert look.verdict is Verdict.SAME or self.holed or first > max(0, before - 1)
             self.blind |= first > 0
             if self.track.translator.epoch:
-                self.put([*self.track.cleared(look.reason), *self.track.translator.tell(self.track.position)])
+                self.put([*self.track.cleared(look.reason), *self.track.translator.report(self.track.position)])
         elif self.track.translator.epoch:
             self.put(look.events)
 
@@ -185,7 +185,7 @@ class Engines(RuleBasedStateMachine):
         self.away = False
         if self.behind:
             self.behind = False
-            self.put([*self.track.cleared("away"), *self.track.translator.tell(self.track.position)])
+            self.put([*self.track.cleared("away"), *self.track.translator.report(self.track.position)])
 
     @rule()
     def node_is_lost(self) -> None:

@@ -122,7 +122,7 @@ def test_what_the_fold_matches_is_what_the_engine_reused(run: str) -> None:
             folded.put(follower.live(number, payload) or [])
         tokens, model = line["prompt_token_ids"], line["body"]["model"]
         hashes = block_hashes(
-            tokens, 32, adapter="" if model == "tiny" else model, salt=line["body"].get("cache_salt", "")
+            tokens, 32, lora="" if model == "tiny" else model, salt=line["body"].get("cache_salt", "")
         )
         cached = line["usage"]["prompt_tokens_details"]["cached_tokens"]
         assert folded.match(hashes, (len(tokens) - 1) // 32) * 32 == cached, line["phase"]

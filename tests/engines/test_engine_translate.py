@@ -11,7 +11,7 @@ from kvplane.events.hashing import block_hashes, unpack_hashes
 from kvplane.events.types import BlocksRemoved, BlocksStored
 from kvplane.services.engines.dialect import Batch, decode
 from kvplane.services.engines.holding import Former
-from kvplane.services.engines.translate import COUNTS, TELL_BLOCKS, Translator
+from kvplane.services.engines.translate import COUNTS, EVENT_BLOCKS, Translator
 from tests.support.naive_engine import naive_hashes
 from tests.support.one_node_fold import Folded
 
@@ -251,14 +251,14 @@ def test_unknown_events_are_counted_by_type_and_not_without_end() -> None:
 @pytest.mark.parametrize("names", ["int", "bytes"])
 def test_telling_all_again_gives_the_same_cache(names: str) -> None:
     node = Node()
-    tokens = list(range(4 * (TELL_BLOCKS + 10)))
-    named = [n.to_bytes(32, "big") if names == "bytes" else n for n in range(TELL_BLOCKS + 10)]
+    tokens = list(range(4 * (EVENT_BLOCKS + 10)))
+    named = [n.to_bytes(32, "big") if names == "bytes" else n for n in range(EVENT_BLOCKS + 10)]
     node.say(stored(named, tokens))
     node.say(stored(named[:2], [], medium="CPU", block_size=0), removed(named[5]))
     other = Folded(block_size=4)
-    other.put(node.translator.tell(7))
+    other.put(node.translator.report(7))
     assert (other.held(), other.held("cpu")) == (node.held(), node.held("cpu"))
-    assert len(other.held()) == TELL_BLOCKS + 9
+    assert len(other.held()) == EVENT_BLOCKS + 9
 
 
 def test_the_last_names_of_blocks_no_longer_held_are_remembered() -> None:

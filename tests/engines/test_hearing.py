@@ -55,7 +55,7 @@ def test_what_was_served_is_read_from_the_metrics() -> None:
 def missing(*looks: tuple[float, Served | None, bool]) -> bool:
     hearing = Hearing("vllm", "a", 16, "tcp://*:5557")
     for now, served, heard in looks:
-        hearing.look(served, now, heard=heard)
+        hearing.look(served, now, received=heard)
     return hearing.missing
 
 

@@ -76,7 +76,7 @@ async def test_what_can_never_be_an_engine_is_known_for_what_it_is(
             with anyio.fail_after(10):
                 health = await engine.health(1.5)
     assert (health.well, health.final) == (False, True)
-    assert says.replace("{}", where) in health.said
+    assert says.replace("{}", where) in health.reason
 
 
 async def test_what_may_still_become_one_is_no_reason_to_end(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ seconds = st.floats(0, 1e6)
 
 
 def events_of(node: str, model: str) -> dict[str, st.SearchStrategy[list[types.Event]]]:
-    """Commits that may lie in each room, for this node or model."""
+    """Commits that may lie under each topic, for this node or model."""
     registered = st.builds(
         types.NodeRegistered, node=st.just(node), address=texts, models=st.lists(names, min_size=1, max_size=3, unique=True),
         block_size=st.integers(1, 65536), capacity_blocks=st.dictionaries(tiers, counts).map(lambda d: {"gpu": 5, **d}),
@@ -71,8 +71,8 @@ def events_of(node: str, model: str) -> dict[str, st.SearchStrategy[list[types.E
     }
 
 
-ROOMS = events_of("n", "m")
-commits = st.sampled_from(sorted(ROOMS)).flatmap(lambda place: st.tuples(st.just(place), ROOMS[place]))
+TOPICS = events_of("n", "m")
+commits = st.sampled_from(sorted(TOPICS)).flatmap(lambda place: st.tuples(st.just(place), TOPICS[place]))
 
 
 def message(subject: str, body: bytes, headers: dict[str, str] | None = None) -> Message:
@@ -194,7 +194,7 @@ def test_each_reason(reason: str, subject: str, body: bytes, headers: dict[str, 
     assert str(caught.value)
 
 
-subjects = st.sampled_from([f"kv.f.{place}" for place in ROOMS] + ["kv.f.node.*", "", "x"]) | st.text(max_size=30)
+subjects = st.sampled_from([f"kv.f.{place}" for place in TOPICS] + ["kv.f.node.*", "", "x"]) | st.text(max_size=30)
 header_values = st.text(max_size=20) | st.integers().map(str)
 headers = st.none() | st.dictionaries(
     st.sampled_from([codec.WRITER, codec.WRITER_SEQ, codec.BASED_ON, codec.CRC32, codec.CONTENT_TYPE]), header_values
@@ -245,7 +245,7 @@ def test_the_examples_are_of_every_event() -> None:
 @pytest.mark.parametrize(("place", "event"), EXAMPLES, ids=lambda part: type(part).__name__)
 def test_each_event_comes_back_with_all_that_it_says(place: str, event: types.Event, encode: Any) -> None:
     assert decode("f", message(f"kv.f.{place}", encode([event]))).events == [event]
-    for other in ROOMS:
+    for other in TOPICS:
         if other.split(".")[0] != place.split(".", maxsplit=1)[0]:
             with pytest.raises(BadCommit):
                 decode("f", message(f"kv.f.{other}", encode([event])))

@@ -52,9 +52,9 @@ def test_equal_prefixes_have_equal_hashes_and_nothing_else_has(left: list[int], 
 @given(token_lists.filter(lambda tokens: len(tokens) >= 9), sizes, st.data())
 def test_a_chain_can_be_continued_from_its_last_hash(tokens: list[int], size: int, data: st.DataObject) -> None:
     cut = data.draw(st.integers(1, len(tokens) // size)) * size
-    head = block_hashes(tokens[:cut], size, adapter="a")
+    head = block_hashes(tokens[:cut], size, lora="a")
     tail = block_hashes(tokens[cut:], size, parent=unpack_hashes(head)[-1])
-    assert head + tail == block_hashes(tokens, size, adapter="a")
+    assert head + tail == block_hashes(tokens, size, lora="a")
 
 
 def test_adapter_salt_block_size_and_image_separate_chains() -> None:
@@ -62,10 +62,10 @@ def test_adapter_salt_block_size_and_image_separate_chains() -> None:
     chains = [
         block_hashes(tokens, 8),
         block_hashes(tokens, 16),
-        block_hashes(tokens, 8, adapter="lora"),
+        block_hashes(tokens, 8, lora="lora"),
         block_hashes(tokens, 8, salt="lora"),
-        block_hashes(tokens, 8, adapter="lo", salt="ra"),
-        block_hashes(tokens, 8, adapter="lora", salt="x"),
+        block_hashes(tokens, 8, lora="lo", salt="ra"),
+        block_hashes(tokens, 8, lora="lora", salt="x"),
         block_hashes(tokens, 8, keys={0: b"image"}),
     ]
     hashes = [value for chain in chains for value in unpack_hashes(chain)]

@@ -24,8 +24,8 @@ def test_a_token_is_one_plain_word(name: str) -> None:
 
 
 @given(printable, st.sampled_from(["node", "cache", "session", "access"]))
-def test_a_subject_leads_back_to_its_room_and_name(name: str, room: str) -> None:
-    assert place_of("f", subject("f", room, name)) == Place(room, name)  # type: ignore[arg-type]
+def test_a_subject_leads_back_to_its_topic_and_name(name: str, topic: str) -> None:
+    assert place_of("f", subject("f", topic, name)) == Place(topic, name)  # type: ignore[arg-type]
 
 
 @given(st.text(max_size=40))

@@ -215,7 +215,7 @@ async def test_dropped_decisions_are_counted_and_said(fleet: Fleet, server: Serv
             with capture_logs() as said:
                 for number in range(20):
                     router.route(messages.RouteRequest(model="sim", tokens=[1], request=f"r{number}"))
-                router.settle()
+                router.record_pending()
             metrics = await http.metrics()
         finally:
             os.kill(server.pid, signal.SIGCONT)

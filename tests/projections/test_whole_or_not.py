@@ -70,9 +70,9 @@ FIELDS: dict[type[types.Event], dict[str, st.SearchStrategy[Any]]] = {
     types.PolicyChanged: {"policy": st.sampled_from(["ttft", "cascade"])},
     types.FormatRaised: {"format": st.integers(2, NEWEST)},
 }  # fmt: skip
-ROOMS = {
-    room: st.one_of(*(st.builds(kind, **FIELDS[kind]) for kind in get_args(union)))
-    for room, union in codec._UNIONS.items()
+TOPICS = {
+    topic: st.one_of(*(st.builds(kind, **FIELDS[kind]) for kind in get_args(union)))
+    for topic, union in codec._UNIONS.items()
 }
 
 
@@ -116,35 +116,35 @@ class SkipMachine(RuleBasedStateMachine):
         assert digest(self.state) == digest(before)
 
     @rule(
-        data=st.data(), room=st.sampled_from(list(ROOMS)), name=nodes, many=st.integers(1, 4),
+        data=st.data(), topic=st.sampled_from(list(TOPICS)), name=nodes, many=st.integers(1, 4),
         counter=st.sampled_from([0, 0, 0, 1, -1]), behind=st.sampled_from([None, None, 0, 1, 4]),
         mangled=st.sampled_from([*[False] * 9, True]),
     )  # fmt: skip
     def write(
-        self, data: st.DataObject, room: Any, name: str, many: int, counter: int, behind: int | None, mangled: bool
+        self, data: st.DataObject, topic: Any, name: str, many: int, counter: int, behind: int | None, mangled: bool
     ) -> None:
-        events = data.draw(st.lists(ROOMS[room], min_size=1, max_size=many))
-        if room in {"node", "cache"}:
+        events = data.draw(st.lists(TOPICS[topic], min_size=1, max_size=many))
+        if topic in {"node", "cache"}:
             # Mostly they speak for the node of their subject, as of the life that it has.
             known = self.state.nodes.get(name)
-            life = {"epoch": known.epoch} if known is not None and room == "cache" and data.draw(st.booleans()) else {}
+            life = {"epoch": known.epoch} if known is not None and topic == "cache" and data.draw(st.booleans()) else {}
             events = [replace(event, node=name, **life) for event in events]
-        elif room == "session":
+        elif topic == "session":
             events = [replace(event, model="m") for event in events]
         self.number += max(0, counter)
         number = 0 if not counter else max(0, self.number + min(0, counter))
         body = codec.encode(events)
         based_on = None if behind is None else max(0, self.state.sequence - behind)
         headers = headers_of(body, writer="w" if number else "", counter=number, based_on=based_on, crc=True)
-        self.deliver(subject("f", room, "w" if room == "access" else "m" if room == "session" else name),
+        self.deliver(subject("f", topic, "w" if topic == "access" else "m" if topic == "session" else name),
                      body[:-1] if mangled else body, headers)  # fmt: skip
 
-    @rule(data=st.data(), room=st.sampled_from(list(ROOMS)), other=st.sampled_from(list(ROOMS)), name=nodes)
-    def write_elsewhere(self, data: st.DataObject, room: Any, other: Any, name: str) -> None:
-        """Events of two rooms in one commit."""
-        assume(room != other)
-        events = data.draw(st.permutations([data.draw(ROOMS[room]), data.draw(ROOMS[other])]))
-        self.deliver(subject("f", room, name), codec.encode(events), {})
+    @rule(data=st.data(), topic=st.sampled_from(list(TOPICS)), other=st.sampled_from(list(TOPICS)), name=nodes)
+    def write_elsewhere(self, data: st.DataObject, topic: Any, other: Any, name: str) -> None:
+        """Events of two topics in one commit."""
+        assume(topic != other)
+        events = data.draw(st.permutations([data.draw(TOPICS[topic]), data.draw(TOPICS[other])]))
+        self.deliver(subject("f", topic, name), codec.encode(events), {})
 
     @rule(
         steps=st.lists(st.integers(-1, 2), min_size=1, max_size=3), at=st.integers(0, 3), policy=st.sampled_from("xyz")

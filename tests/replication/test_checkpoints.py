@@ -46,7 +46,7 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "SETTLE_SECONDS", 0.05)
+    monkeypatch.setattr(checkpoints, "WAIT_SECONDS", 0.05)
 
 
 def test_spacing_grows_with_the_state_and_wide_ones_are_among_the_narrow() -> None:
@@ -161,8 +161,8 @@ async def test_strangers_on_the_checkpoint_subject_cost_little_and_change_nothin
         await fleet.client.publish("kv.default.checkpoint.x", msgspec.msgpack.encode(told))
     await write_commits(fleet.client, 1000)
     await until(lambda: 1000 in own.own)
-    await until(lambda: len(own._heard.get(1000, ())) == 2)
-    assert len(own._heard) <= 2 * KEPT
+    await until(lambda: len(own._received.get(1000, ())) == 2)
+    assert len(own._received) <= 2 * KEPT
     # One liar is outvoted.
     assert not own.differs
 
@@ -172,9 +172,9 @@ def test_only_a_few_are_remembered() -> None:
     for number in range(1, 3 * KEPT):
         mine.note(number * 1000, "d" * 32)
         for writer in range(2 * checkpoints.WRITERS_LIMIT if number == 5 else 3):
-            mine.hear(Checkpoint(str(writer), number * 1000, "d" * 32))
+            mine.receive(Checkpoint(str(writer), number * 1000, "d" * 32))
     assert sorted(mine.own) == [number * 1000 for number in range(2 * KEPT, 3 * KEPT)]
-    assert max(map(len, mine._heard.values())) <= checkpoints.WRITERS_LIMIT
+    assert max(map(len, mine._received.values())) <= checkpoints.WRITERS_LIMIT
 
 
 async def test_a_digest_on_demand_is_of_one_moment_and_made_once(fleet: Fleet) -> None:

@@ -166,7 +166,7 @@ async def test_readings_take_turns_and_who_waits_learns_that_it_goes_on(
     async def find(node: str) -> None:
         found[node] = await remembered(fleet.client, f"{WHERE[:-1]}{node}", node)
 
-    async with coordinator.names._turn, anyio.create_task_group() as group:
+    async with coordinator.names._lock, anyio.create_task_group() as group:
         for node in ("a", "b"):
             group.start_soon(find, node)
         await until(lambda: coordinator.tally.answers["piece", OK] > 10 and len(coordinator.names._readings) == 2)
@@ -175,9 +175,9 @@ async def test_readings_take_turns_and_who_waits_learns_that_it_goes_on(
             await remembered(fleet.client, f"{WHERE[:-1]}c", "c")
         assert (caught.value.status, caught.value.code) == (503, "busy")
         assert found == {}
-        coordinator.names._turn.release()
+        coordinator.names._lock.release()
         await until(lambda: len(found) == 2)
-        await coordinator.names._turn.acquire()
+        await coordinator.names._lock.acquire()
     assert all(known is not None and len(known.names()["gpu"]) == 10 for known in found.values())
     await until(lambda: not coordinator.names._readings)
 
@@ -187,7 +187,7 @@ async def test_a_reading_that_nobody_asks_for_is_given_up(fleet: Fleet, monkeypa
     monkeypatch.setattr(names, "GONE_SECONDS", 0.3)
     coordinator = await fleet.coordinator()
     await stored(fleet.client, fleet.name, 10)
-    async with coordinator.names._turn:
+    async with coordinator.names._lock:
         first = await ask(fleet.client, WHERE, messages.NodeRequest(node="a"), messages.Piece)
         assert (first.size, first.data, len(coordinator.names._readings)) == (0, b"", 1)
         # A node that asks again gives up what it asked for before.

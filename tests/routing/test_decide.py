@@ -193,7 +193,7 @@ def test_predictions_end_with_their_node_and_with_time() -> None:
     burst(given_, 1, predict=True)
     assert given_.decide("x").match == 32
     for _ in range(2):
-        given_.overlay.turn(NOW + int(2.1 * PREDICTION_SECONDS * 1e9))
+        given_.overlay.expire(NOW + int(2.1 * PREDICTION_SECONDS * 1e9))
     assert given_.decide("x").match == 0
 
 

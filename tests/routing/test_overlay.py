@@ -98,7 +98,7 @@ def test_predictions_go_with_their_node_and_no_others() -> None:
     overlay = Overlay()
     for ordinal, node in enumerate("ab"):
         overlay.decided(routed(f"q{node}", node), ordinal, 16, START, predict="m")
-    overlay.turn(at(PREDICTION_SECONDS))
+    overlay.expire(at(PREDICTION_SECONDS))
     overlay.decided(routed("qa", "a"), 0, 16, at(PREDICTION_SECONDS), predict="n")
     overlay.node_changed("a")
     assert (soon(overlay, 0), soon(overlay, 1), soon(overlay, 0, "n")) == (0, 8, 0)
@@ -108,7 +108,7 @@ def test_predictions_go_with_their_node_and_no_others() -> None:
 @pytest.mark.parametrize("first", [0, 0.1, PREDICTION_SECONDS / 2, PREDICTION_SECONDS - 0.1])
 def test_a_prediction_lives_between_one_and_two_periods_of_traffic(first: float) -> None:
     overlay = Overlay()
-    overlay.turn(START)
+    overlay.expire(START)
     overlay.predict("m", "a", 0, pack_hashes(CHAIN), at(first))
     lived = 0.0
     while soon(overlay):
@@ -123,7 +123,7 @@ def test_a_prediction_that_is_hit_again_and_again_is_not_kept_alive_by_its_own_h
     overlay = Overlay()
     overlay.decided(routed("first"), 0, 16, START, predict="m")
     for second in range(1, int(2 * PREDICTION_SECONDS) + 1):
-        overlay.turn(at(second))
+        overlay.expire(at(second))
         if not soon(overlay):
             break
         overlay.decided(routed("q", match=soon(overlay)), 0, 16, at(second), predict="m")
@@ -136,10 +136,10 @@ def test_what_another_router_predicted_in_the_period_before_goes_with_that_perio
     period = int(PREDICTION_SECONDS)
     begin = START // SECOND // period * period + period - START // SECOND
     overlay = Overlay()
-    overlay.turn(at(begin))
+    overlay.expire(at(begin))
     overlay.predict("m", "a", 0, pack_hashes(CHAIN), at(begin - 1))
     assert soon(overlay) == 8
-    overlay.turn(at(begin + period))
+    overlay.expire(at(begin + period))
     assert soon(overlay) == 0
     overlay.predict("m", "a", 0, pack_hashes(CHAIN), at(begin - 1))
     assert soon(overlay) == 0
@@ -148,7 +148,7 @@ def test_what_another_router_predicted_in_the_period_before_goes_with_that_perio
 def test_after_a_long_silence_all_predictions_are_too_old() -> None:
     overlay = Overlay()
     overlay.predict("m", "a", 0, pack_hashes(CHAIN), START)
-    overlay.turn(at(2 * PREDICTION_SECONDS))
+    overlay.expire(at(2 * PREDICTION_SECONDS))
     assert soon(overlay) == 0
 
 
@@ -162,12 +162,12 @@ def test_of_a_prefix_in_use_the_young_generation_is_asked_alone() -> None:
 
 def test_a_decision_that_never_reached_the_log_stops_counting() -> None:
     overlay = Overlay()
-    overlay.turn(START)
+    overlay.expire(START)
     overlay.decided(routed("old"), 0, 16, START)
     overlay.decided(routed("new"), 0, 16, at(PENDING_SECONDS - 1))
-    overlay.turn(at(PENDING_SECONDS))
+    overlay.expire(at(PENDING_SECONDS))
     assert set(overlay.pending) == {"old", "new"}
-    overlay.turn(at(PENDING_SECONDS + PREDICTION_SECONDS))
+    overlay.expire(at(PENDING_SECONDS + PREDICTION_SECONDS))
     assert set(overlay.pending) == {"new"}
     assert list(overlay.active) == [1]
 

@@ -64,7 +64,7 @@ class Routed(Given):
     def wait(self, periods: int) -> None:
         """Time passes for the router."""
         self.now += int(periods * PREDICTION_SECONDS) * SECOND
-        self.overlay.turn(self.now)
+        self.overlay.expire(self.now)
 
 
 def test_what_was_predicted_stored_and_evicted_again_is_not_promised() -> None:

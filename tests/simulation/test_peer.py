@@ -45,10 +45,10 @@ class Desk:
         self.peer = PeerDesk(self.given.state, "r")
         self.count = 0
 
-    def put(self, room: str, name: str, event: types.Event) -> None:
-        assert self.given.put(room, name, event) is None  # type: ignore[arg-type]
+    def put(self, topic: str, name: str, event: types.Event) -> None:
+        assert self.given.put(topic, name, event) is None  # type: ignore[arg-type]
         message = self.given.messages[-1]
-        place = place_of("f", subject("f", room, name))  # type: ignore[arg-type]
+        place = place_of("f", subject("f", topic, name))  # type: ignore[arg-type]
         assert place is not None
         self.peer.observe(Commit(place, [event], "", 0, None), message.time, message.time)
 
@@ -75,7 +75,7 @@ class Desk:
 
     def routes(self, query: Query) -> str:
         decision = self.peer.decide(query, self.given.now)
-        routed, assigned = self.peer.settle(query, decision, self.given.now, self.given.state.sequence)
+        routed, assigned = self.peer.count_in(query, decision, self.given.now, self.given.state.sequence)
         assert (routed.node, routed.policy, assigned) == (decision.node.name, "dynamo", None)
         return routed.node
 

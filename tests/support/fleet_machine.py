@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvplane.events import codec, types
 from kvplane.events.codec import Message
 from kvplane.events.hashing import pack_hashes
-from kvplane.events.subjects import Room, subject
+from kvplane.events.subjects import Topic, subject
 from kvplane.projections.digest import digest
 from kvplane.projections.fleet import FleetState
 from tests.support.fold_given import SECOND, headers_of, registered, replayed
@@ -80,15 +80,15 @@ class FleetMachine(RuleBasedStateMachine):
         self.messages.append(message)
         return message
 
-    def put(self, room: Room, name: str, events: Sequence[types.Event], *, pause: int = 1, retry: str | None = None,
+    def put(self, topic: Topic, name: str, events: Sequence[types.Event], *, pause: int = 1, retry: str | None = None,
             based: int | None = None) -> None:  # fmt: skip
         self.number += retry == "next"
         number = {"next": self.number, "same": self.number, "older": self.number - 2}.get(retry or "", 0)
         based_on = None if based is None else max(0, len(self.messages) - based)
         body = codec.encode(events)
         headers = headers_of(body, writer="w" if number > 0 else "", counter=max(0, number), based_on=based_on)
-        message = self.append(subject("f", room, name), body, headers, pause)
-        expected = self.reference.deliver(message.time, (room, name), events, headers)
+        message = self.append(subject("f", topic, name), body, headers, pause)
+        expected = self.reference.deliver(message.time, (topic, name), events, headers)
         assert self.state.apply(message).skipped == expected
 
     def epoch(self, name: str, behind: int) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from kvplane.events import codec, types
 from kvplane.events.codec import Message
 from kvplane.events.hashing import pack_hashes
-from kvplane.events.subjects import Room, subject
+from kvplane.events.subjects import Topic, subject
 from kvplane.projections.fleet import Applied, FleetState
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Given:
 
     def put(
         self,
-        room: Room,
+        topic: Topic,
         name: str,
         *events: types.Event,
         writer: str = "",
@@ -98,7 +98,7 @@ class Given:
         """A commit; the reason why it was skipped, none when it was applied."""
         body = codec.encode(events)
         headers = headers_of(body, writer=writer, counter=counter, based_on=based_on, crc=True)
-        return self.raw(subject("f", room, name), body, headers, after=after).skipped
+        return self.raw(subject("f", topic, name), body, headers, after=after).skipped
 
     def node(self, event: types.NodeRegistered) -> int:
         """A node registers; its epoch."""

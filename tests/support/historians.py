@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from nats.aio.client import Client
 
     from kvplane.events.codec import Message
-    from kvplane.events.subjects import Room
+    from kvplane.events.subjects import Topic
 
 NAME = "default"
 FAR = 4_000_000_000_000_000
@@ -139,8 +139,8 @@ class Scribe:
             max(0, self.sequence - 3), candidates, 1, 1_700_000_000_000_000 + self.sequence, ["node-9"],
         )  # fmt: skip
 
-    async def _put(self, room: Room, name: str, events: Sequence[types.Event]) -> None:
-        place = subject(NAME, room, name)
+    async def _put(self, topic: Topic, name: str, events: Sequence[types.Event]) -> None:
+        place = subject(NAME, topic, name)
         counter = self._counters[place] = self._counters.get(place, 0) + (self._rng.random() > 0.02)
         body = codec.encode(events)
         headers = {codec.WRITER: name or "scribe", codec.WRITER_SEQ: str(counter), codec.CRC32: codec.checksum(body)}

@@ -12,12 +12,10 @@ from xxhash import xxh3_64_intdigest
 EventMap = dict[str, Any]
 
 
-def naive_hashes(
-    tokens: list[int], size: int, adapter: str = "", salt: str = "", parent: int | None = None
-) -> list[int]:
+def naive_hashes(tokens: list[int], size: int, lora: str = "", salt: str = "", parent: int | None = None) -> list[int]:
     """Hashes of the full blocks, each computed alone."""
     hashes: list[int] = []
-    seed = xxh3_64_intdigest(adapter.encode() + b"\0" + salt.encode(), 1337) if adapter or salt else 1337
+    seed = xxh3_64_intdigest(lora.encode() + b"\0" + salt.encode(), 1337) if lora or salt else 1337
     for at in range(0, len(tokens) - size + 1, size):
         body = struct.pack(f"<{size}I", *tokens[at : at + size])
         before = hashes[-1] if hashes else parent
@@ -55,7 +53,7 @@ class NaiveEngine:
         number = xxh3_64_intdigest(parts, 7)
         return number.to_bytes(8, "big") * 4 if self.names == "bytes" else number
 
-    def request(self, tokens: list[int], adapter: str = "", salt: str = "", *, twice: bool = False) -> int:
+    def request(self, tokens: list[int], lora: str = "", salt: str = "", *, twice: bool = False) -> int:
         """Cache a prompt; return how many of its tokens need not be computed.
 
         `twice`: as if it had come together with an identical one, so that nothing is reused.
@@ -65,11 +63,9 @@ class NaiveEngine:
         for at in range(full):
             parent = names[-1] if names else None
             names.append(
-                self.name(
-                    parent, tokens[at * self.size : (at + 1) * self.size], f"{adapter}/{salt}" if not at else adapter
-                )
+                self.name(parent, tokens[at * self.size : (at + 1) * self.size], f"{lora}/{salt}" if not at else lora)
             )
-        blocks = naive_hashes(tokens, self.size, adapter, salt)
+        blocks = naive_hashes(tokens, self.size, lora, salt)
         known = {name for name, _ in self.blocks}
         hit = 0
         while not twice and hit < full and names[hit] in known:
@@ -88,13 +84,13 @@ class NaiveEngine:
             return found
         stored = names[hit : hit + fresh]
         self.blocks += zip(stored, blocks[hit : hit + fresh], strict=True)
-        keys: list[Any] = [[adapter] if adapter else None for _ in stored]
+        keys: list[Any] = [[lora] if lora else None for _ in stored]
         if salt and not hit:
             keys[0] = [*(keys[0] or []), salt]
         self.queue.append({
             "type": "BlockStored", "block_hashes": stored, "parent_block_hash": names[hit - 1] if hit else None,
             "token_ids": tokens[hit * self.size : (hit + fresh) * self.size], "block_size": self.size,
-            "lora_id": 1 if adapter else None, "medium": "GPU", "lora_name": adapter or None, "extra_keys": keys,
+            "lora_id": 1 if lora else None, "medium": "GPU", "lora_name": lora or None, "extra_keys": keys,
         })  # fmt: skip
         return found
 
@@ -132,7 +128,7 @@ def encoded(events: list[EventMap], dialect: str, clock: float) -> bytes:
             order = {"BlockStored": STORED, "BlockRemoved": REMOVED}.get(event["type"], ("type",))
             told.append([event.get(field) for field in order])
         if dialect == "sglang":
-            # No adapter's name and no extra keys; what ends an array is left out when it is nothing.
+            # No LoRA's name and no extra keys; what ends an array is left out when it is nothing.
             told = [event[:7] if event[0] == "BlockStored" else event for event in told]
     if dialect == "map_batch":
         return msgspec.msgpack.encode({"ts": clock, "events": told, "data_parallel_rank": 0, "news": [1]})

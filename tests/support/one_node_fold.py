@@ -27,9 +27,9 @@ class Folded:
         registered = NodeRegistered(self.node, "here", ["m"], self.block_size, {"gpu": 1000})
         return self.commit("node", [registered])
 
-    def commit(self, room: str, events: Sequence[Event]) -> int:
+    def commit(self, topic: str, events: Sequence[Event]) -> int:
         sequence = self.state.sequence + 1
-        message = codec.Message(sequence, f"kv.default.{room}.{self.node}", sequence, None, codec.encode(events))
+        message = codec.Message(sequence, f"kv.default.{topic}.{self.node}", sequence, None, codec.encode(events))
         assert self.state.apply(message).skipped is None
         return sequence
 

@@ -13,7 +13,7 @@ from kvplane.projections.load import MEASURED_DECAY, TRUSTED_ALIKE_SECONDS, TRUS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kvplane.events.subjects import Room
+    from kvplane.events.subjects import Topic
 
 SECOND = 10**9
 LIMIT = 900
@@ -70,7 +70,9 @@ class Reference:
         """Prompts not known to be computed: node, request, uncached tokens, the block whose storing would tell."""
         self.measured = (0.0, 0.0)
 
-    def deliver(self, time: int, where: tuple[Room, str], events: Sequence[Any], headers: dict[str, str]) -> str | None:
+    def deliver(
+        self, time: int, where: tuple[Topic, str], events: Sequence[Any], headers: dict[str, str]
+    ) -> str | None:
         self.pass_time(time)
         reason = self.judge(where, events, headers)
         self.count(reason)
@@ -108,18 +110,18 @@ class Reference:
         self.stamp += 1
         return self.stamp
 
-    def judge(self, where: tuple[Room, str], events: Sequence[Any], headers: dict[str, str]) -> str | None:
-        room, name = where
+    def judge(self, where: tuple[Topic, str], events: Sequence[Any], headers: dict[str, str]) -> str | None:
+        topic, name = where
         writer, number = headers.get(codec.WRITER, ""), int(headers.get(codec.WRITER_SEQ, 0))
         if writer and number:
-            key = (subject("f", room, name), writer)
+            key = (subject("f", topic, name), writer)
             seen = self.counters.get(key, 0)
             self.counters[key] = max(seen, number)
             if number <= seen:
                 return "duplicate"
         based_on = headers.get(codec.BASED_ON)
         node = self.nodes.get(name)
-        if room == "cache":
+        if topic == "cache":
             if node is None:
                 return "unknown_node"
             for event in events:
@@ -135,7 +137,7 @@ class Reference:
             if node.managed and based_on is not None and int(based_on) < node.changed:
                 return "stale"
             return self.cache(name, node, events)
-        if room == "node":
+        if topic == "node":
             changed = node.changed if node else self.buried.get(name, 0)
             if based_on is not None and int(based_on) < changed:
                 return "stale"

@@ -50,12 +50,12 @@ async def test_who_completes_prompts_and_tells_nothing_is_named(fleet: Fleet) ->
     await completed("told", 64)
     await completed("managed", 64)
     await completed("quiet", 17)
-    await until(lambda: coordinator.untold.silent("quiet", time.monotonic()))
+    await until(lambda: coordinator.unreported.silent("quiet", time.monotonic()))
     assert await unheard(fleet) == ["quiet"]
     # Another coordinator reads the same of the log.
     second = await fleet.coordinator()
-    await until(lambda: second.untold.silent("quiet", time.monotonic()))
+    await until(lambda: second.unreported.silent("quiet", time.monotonic()))
     assert await unheard(fleet) == ["quiet"]
     await tells("quiet")
-    await until(lambda: not (second.untold.silent("quiet", inf) or coordinator.untold.silent("quiet", inf)))
+    await until(lambda: not (second.unreported.silent("quiet", inf) or coordinator.unreported.silent("quiet", inf)))
     assert await unheard(fleet) == []

@@ -1,6 +1,6 @@
-"""Nodes that completed prompts and told nothing of their caches, by what the log says. Pure; time comes with each call.
+"""Nodes that completed prompts and reported nothing of their caches, as the log shows it. Pure; time comes with each call.
 
-Who has computed more new tokens of one prompt than a block holds has filled a block, and must tell of it.
+Who has computed more new tokens of one prompt than a block holds has filled a block, and must report it.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from kvplane.projections.fleet import FleetState
 
 PATIENCE_SECONDS = 5.0
-"""How long what a node tells may come after a completion."""
+"""How long after a completion a report of its blocks may come."""
 
 
-class Untold:
+class Unreported:
     """Which nodes keep silent about their caches. Times are seconds of one monotonic clock."""
 
     def __init__(self) -> None:
         self._quiet: set[str] | None = None
-        """Nodes that own their caches and have told nothing in this life; none before the first commit was seen."""
+        """Nodes that own their caches and have reported nothing in this life; none before the first commit was seen."""
         self._since: dict[str, float] = {}
         """When the first completion was read after which they should have."""
 
@@ -31,30 +31,30 @@ class Untold:
         if self._quiet is None:
             nodes = state.nodes.values()
             self._quiet = {node.name for node in nodes if not node.managed and not state.caches.held(node)}
-        room = commit.place.room
-        if room == "node":
+        topic = commit.place.topic
+        if topic == "node":
             for event in commit.events:
                 if isinstance(event, NodeRegistered) and event.cache_mode == "reported":
                     self._since.pop(event.node, None)
                     self._quiet.add(event.node)
                 elif isinstance(event, NodeRegistered | NodeRemoved):
-                    self._told(event.node)
+                    self._reported(event.node)
         elif not self._quiet:
             return
-        elif room == "cache":
-            self._told(commit.place.name)
-        elif room == "access":
+        elif topic == "cache":
+            self._reported(commit.place.name)
+        elif topic == "access":
             for event in commit.events:
                 if isinstance(event, RequestCompleted) and event.node in self._quiet:
                     size = state.nodes[event.node].registered.block_size if event.node in state.nodes else 0
                     if size and event.prompt_tokens - event.cached_tokens > size:
                         self._since.setdefault(event.node, now)
 
-    def _told(self, node: str) -> None:
+    def _reported(self, node: str) -> None:
         self._since.pop(node, None)
         if self._quiet:
             self._quiet.discard(node)
 
     def silent(self, node: str, now: float) -> bool:
-        """Whether a node should have told something and has not."""
+        """Whether a node should have reported something and has not."""
         return node in self._since and now - self._since[node] >= PATIENCE_SECONDS
