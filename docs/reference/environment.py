@@ -30,7 +30,7 @@ Made from the code with `python -m docs.reference.environment > docs/environment
 |---|---|---|---|
 """
 EVERY = 12
-"""An option of so many commands is said to be one of all that connect."""
+"""An option of at least so many commands is listed as one of all commands that connect."""
 
 
 class Option(NamedTuple):

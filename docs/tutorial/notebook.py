@@ -85,8 +85,8 @@ def shown(value: object) -> str:
         case float():
             return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
         case datetime():
-            said = value.isoformat(sep=" ", timespec="milliseconds")
-            return said.removesuffix(".000")
+            text = value.isoformat(sep=" ", timespec="milliseconds")
+            return text.removesuffix(".000")
         case list():
             return ", ".join(shown(part) for part in value)
     return str(plain(value))

@@ -1,4 +1,4 @@
-"""The tutorial's questions, asked of its history; what is said of an answer is made of its rows."""
+"""The tutorial's questions, asked of its history; the text about an answer is made of its rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each role may publish and subscribe to: the whole table. Who may ask which endpoint is said in `protocol.endpoints`.
+"""What each role may publish and subscribe to: the whole table. Who may ask which endpoint is in `protocol.endpoints`.
 
 Everything that is not listed is refused. `{f}` is the fleet, `{log}` its stream, `{box}` the bucket of its snapshots and
 `{snapshots}` the bucket's stream, `{name}` the name of a node as a subject token, `{access}` its token in the topic `access`.
@@ -88,7 +88,7 @@ PUBLISH: dict[Role, tuple[str, ...]] = {
 
 
 def _listed(service: str) -> tuple[str, ...]:
-    """Where a micro service hears that services are listed."""
+    """Where a micro service gets the request to list services."""
     verbs = ("PING", "INFO", "STATS")
     return tuple(f"$SRV.{verb}{what}" for verb in verbs for what in ("", f".{service}", f".{service}.*"))
 

@@ -72,7 +72,7 @@ def build(*, summaries: bool = False) -> App:
         name="kvplane",
         help="Control plane of a fleet of LLM inference servers.\n\n"
         "Start with `kvplane demo` to see it work, or `kvplane up --simulate 4` for a fleet to play with. Where the fleet "
-        "is can be said in the environment, too: `--server` is `KVPLANE_SERVER`, `--fleet` is `KVPLANE_FLEET`.",
+        "is can be set in the environment, too: `--server` is `KVPLANE_SERVER`, `--fleet` is `KVPLANE_FLEET`.",
         version=_version,
         default_parameter=Parameter(negative_iterable=()),
     )

@@ -142,7 +142,7 @@ def register(
         node=name, address=address, models=list(model), block_size=block_size,
         capacity_blocks={"gpu": capacity_blocks}, cache_mode=cache_mode, max_active=max_active, replace=replace,
     )  # fmt: skip
-    _tell(question(common, "coordinator.node.register", request), json=json)
+    _print_answer(question(common, "coordinator.node.register", request), json=json)
 
 
 @node.command
@@ -158,7 +158,9 @@ def cordon(name: str, *, reason: str = "", json: Json = False, common: Common = 
     json
         Print JSON.
     """
-    _tell(question(common, "coordinator.node.cordon", messages.NodeRequest(node=name, reason=reason)), json=json)
+    _print_answer(
+        question(common, "coordinator.node.cordon", messages.NodeRequest(node=name, reason=reason)), json=json
+    )
 
 
 @node.command
@@ -172,7 +174,7 @@ def uncordon(name: str, *, json: Json = False, common: Common = COMMON) -> None:
     json
         Print JSON.
     """
-    _tell(question(common, "coordinator.node.uncordon", messages.NodeRequest(node=name)), json=json)
+    _print_answer(question(common, "coordinator.node.uncordon", messages.NodeRequest(node=name)), json=json)
 
 
 @node.command
@@ -188,7 +190,9 @@ def remove(name: str, *, reason: str = "", json: Json = False, common: Common = 
     json
         Print JSON.
     """
-    _tell(question(common, "coordinator.node.remove", messages.NodeRequest(node=name, reason=reason)), json=json)
+    _print_answer(
+        question(common, "coordinator.node.remove", messages.NodeRequest(node=name, reason=reason)), json=json
+    )
 
 
 @policy.command(name="list")
@@ -236,7 +240,7 @@ def set_policy(name: str, *parameter: str, json: Json = False, common: Common = 
     """
     choice = parse(name, *parameter)
     request = messages.PolicyRequest(policy=choice.policy, parameters=choice.parameters)
-    _tell(question(common, "coordinator.policy.set", request), json=json)
+    _print_answer(question(common, "coordinator.policy.set", request), json=json)
 
 
 def route(
@@ -306,10 +310,10 @@ def route(
         rows.append(("degraded", "the log is away; this decision waits to be recorded"))
     show.pairs(rows)
     if record:
-        said = f"recorded: it counts as load until it is completed, or for {LEASE_SECONDS:g} s"
+        note = f"recorded: it counts as load until it is completed, or for {LEASE_SECONDS:g} s"
     else:
-        said = "a dry run: nothing was recorded, and no load is counted; --record does both"
-    show.say(said, error=True)
+        note = "a dry run: nothing was recorded, and no load is counted; --record does both"
+    show.say(note, error=True)
 
 
 def _numbers(text: str | None) -> list[int] | None:
@@ -330,7 +334,7 @@ def _hashes(text: str | None) -> bytes | None:
         raise BadRequest(str(error)) from None
 
 
-def _tell(answer: dict[str, Any], *, json: bool) -> None:
+def _print_answer(answer: dict[str, Any], *, json: bool) -> None:
     if json:
         show_json(answer)
     elif answer.get("changed") is False:

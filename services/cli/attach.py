@@ -108,9 +108,9 @@ async def _run(kind: Kind, attached: Attached, common: Common) -> None:
     from kvplane.services.observability.web import check_address, observing  # noqa: PLC0415
 
     check_address(attached.http)
-    said = asdict(attached)
-    url, http = said.pop("engine"), said.pop("http")
-    wanted = Attachment(**said, one_login=common.credentials is not None)
+    options = asdict(attached)
+    url, http = options.pop("engine"), options.pop("http")
+    wanted = Attachment(**options, one_login=common.credentials is not None)
     async with Engine(kind, url) as engine, common.connected("kvplane-attach") as client:
         service = Adapters(client, common.fleet, engine, wanted)
         async with observing(http, service):

@@ -98,7 +98,7 @@ def run_until_signal(function: Callable[..., Awaitable[object]], *arguments: Any
             async def stop() -> None:
                 with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
                     async for _ in signals:
-                        # Whoever was told to leave leaves: what it hangs on is written to standard error then.
+                        # A service that was asked to leave leaves: what it waits for is written to standard error.
                         faulthandler.dump_traceback_later(STOP_SECONDS, exit=True)
                         group.cancel_scope.cancel()
                         return

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 ATTEMPTS = 3
 WAIT_SECONDS = 1.0
-"""After so long without a word of the engine it is said whom the command waits for."""
+"""Seconds without a word of the engine after which the command prints whom it waits for."""
 
 
 def complete(
@@ -98,7 +98,7 @@ def complete(
     if json:
         show_json(completion)
     else:
-        _tell(completion)
+        _print_summary(completion)
 
 
 async def _complete(
@@ -130,12 +130,12 @@ class _Shown:
         from kvplane.services.dataplane.openai import text  # noqa: PLC0415 - as above
 
         self._begun = True
-        for index, said in text(chunk).items():
+        for index, added in text(chunk).items():
             if index == 0 and not self._quiet:
                 # An engine's words are not for the terminal to obey; in a pipe they stay as they are.
-                sys.stdout.write(printable(said, lines=True) if show.on_terminal() else said)
+                sys.stdout.write(printable(added, lines=True) if show.on_terminal() else added)
                 sys.stdout.flush()
-                self._last = said
+                self._last = added
 
     async def say_whom_it_waits_for(self, completer: Completer) -> None:
         """Say it once, if nothing has come by then."""
@@ -148,13 +148,13 @@ class _Shown:
             sys.stdout.write("\n")
 
 
-def _tell(completion: Completion) -> None:
+def _print_summary(completion: Completion) -> None:
     decision, usage = completion.decision, completion.usage
     cached = "unknown" if usage.cached_tokens is None else f"{usage.cached_tokens:,}"
     lines = [f"{attempt.node}: {attempt.reason}" for attempt in completion.failed]
     lines.append(
         f"node {decision.node}: {cached} of {usage.prompt_tokens:,} prompt tokens cached, "
-        f"{decision.matched_tokens:,} foretold; {usage.output_tokens:,} tokens in {seconds(completion.duration)}, "
+        f"{decision.matched_tokens:,} predicted; {usage.output_tokens:,} tokens in {seconds(completion.duration)}, "
         f"the first after {seconds(completion.ttft)}"
     )
     if not completion.recorded:

@@ -23,8 +23,8 @@ def copies(count: int, /, *, common: Common = COMMON) -> None:
     if count not in {1, 3, 5}:
         raise BadRequest(f"copies are {count}; 1, 3 or 5 can be kept")
     done = run_async(_set, count, common)
-    said = "all are current" if done else "some are not current yet; `kvplane doctor` says which"
-    show.say(f"{count} of the log and of its snapshots; {said}")
+    state = "all are current" if done else "some are not current yet; `kvplane doctor` says which"
+    show.say(f"{count} of the log and of its snapshots; {state}")
 
 
 async def _set(count: int, common: Common) -> bool:

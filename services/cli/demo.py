@@ -27,7 +27,7 @@ def demo(*, trace: Path | None = None, limit: int = 2000, keep: Path | None = No
     keep
         Keep the log and the processes' logs in this folder.
     json
-        Print the result as JSON on standard output; the steps are still told on standard error.
+        Print the result as JSON on standard output; the steps are still printed on standard error.
     """
     # Connections are lost on purpose here: the steps say what matters.
     logs.configure("error")
@@ -38,8 +38,8 @@ def demo(*, trace: Path | None = None, limit: int = 2000, keep: Path | None = No
     show.say("", error=True)
     show.pairs(run.figures(), error=True)
     failed = [step.step for step in result.steps if not step.held]
-    said = Styled(f"{len(failed)} steps failed: {', '.join(failed)}", "bold red")
-    show.say(said if failed else Styled(EVERY_STEP_HELD, "green"), error=True)
+    message = Styled(f"{len(failed)} steps failed: {', '.join(failed)}", "bold red")
+    show.say(message if failed else Styled(EVERY_STEP_HELD, "green"), error=True)
     if json:
         show_json(to_builtins(result))
     return 0 if result.held else 1

@@ -42,7 +42,7 @@ def doctor(*, monitor: Monitor = (), json: Json = False, common: Common = COMMON
         show.table(
             [Column("state"), Column("of"), Column("what is seen", prose=True)],
             [
-                [Styled(finding.level, _COLOURS[finding.level]), Styled(finding.what, "bold"), finding.said]
+                [Styled(finding.level, _COLOURS[finding.level]), Styled(finding.what, "bold"), finding.message]
                 for finding in findings
             ],
         )

@@ -54,7 +54,7 @@ def raise_format(
     Parameters
     ----------
     number
-        The format; the newest that the coordinator knows unless it is said.
+        The format; default is the newest that the coordinator knows.
     force
         Raise it although some that answer don't know it. They will stop.
     json

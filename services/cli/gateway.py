@@ -55,11 +55,11 @@ def gateway(
     run_until_signal(_gateway, bound(host, port), access_log, http, common)
 
 
-def listening(said: str, option: str = "--listen") -> tuple[str, int]:
+def listening(address: str, option: str = "--listen") -> tuple[str, int]:
     """Host and port of HOST:PORT. Raises `BadRequest`."""
-    host, colon, port = said.rpartition(":")
+    host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit() or int(port) > 65535:
-        raise BadRequest(f"{option} is {said[:80]!r}; it must be HOST:PORT, such as {LISTEN}")
+        raise BadRequest(f"{option} is {address[:80]!r}; it must be HOST:PORT, such as {LISTEN}")
     return host.strip("[]"), int(port)
 
 

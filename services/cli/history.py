@@ -103,18 +103,18 @@ def status(*, json: Json = False, common: Common = COMMON) -> None:
     if json:
         show_json(answer)
         return
-    told = msgspec.convert(answer, HistoryStatus)
-    behind = told.log - told.stored
-    days = " to ".join(dict.fromkeys(told.archive_days))
-    state: Cell = "healthy" if told.healthy else Styled(f"not stored: {told.failure or 'log away'}", "red")
+    reported = msgspec.convert(answer, HistoryStatus)
+    behind = reported.log - reported.stored
+    days = " to ".join(dict.fromkeys(reported.archive_days))
+    state: Cell = "healthy" if reported.healthy else Styled(f"not stored: {reported.failure or 'log away'}", "red")
     show.pairs(
         [
-            ("fleet", told.fleet),
+            ("fleet", reported.fleet),
             ("state", state),
-            ("stored", f"up to sequence {told.stored:,}" + (f", {behind:,} behind the log" if behind else "")),
-            ("live", f"{told.live_bytes / 1e6:,.1f} MB, from sequence {told.archived + 1:,}"),
-            ("archive", f"{told.archive_bytes / 1e6:,.1f} MB in {told.archive_files} files {days}"),
-            ("snapshots", ", ".join(f"{sequence:,}" for sequence in told.snapshots[-3:]) or "none"),
+            ("stored", f"up to sequence {reported.stored:,}" + (f", {behind:,} behind the log" if behind else "")),
+            ("live", f"{reported.live_bytes / 1e6:,.1f} MB, from sequence {reported.archived + 1:,}"),
+            ("archive", f"{reported.archive_bytes / 1e6:,.1f} MB in {reported.archive_files} files {days}"),
+            ("snapshots", ", ".join(f"{sequence:,}" for sequence in reported.snapshots[-3:]) or "none"),
         ]
     )  # fmt: skip
 

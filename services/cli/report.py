@@ -18,7 +18,7 @@ from kvplane.services.cli.progress import progress_bar
 from kvplane.services.cli.show import Column, Styled
 from kvplane.services.history import client as historian
 from kvplane.services.history.plain import exact
-from kvplane.services.history.report import Range, clock, collect, extent, headline, said
+from kvplane.services.history.report import Range, clock, collect, extent, headline, readable
 from kvplane.services.history.when import when
 from kvplane.services.protocol.errors import BadRequest
 from kvplane.services.simulation.pages import page
@@ -182,7 +182,7 @@ def _table(section: Section, *, one_day: bool) -> None:
         ],
         [
             [
-                said(column, value)[11 if cut and isinstance(value, datetime) else 0 :]
+                readable(column, value)[11 if cut and isinstance(value, datetime) else 0 :]
                 for column, value in zip(section.columns, row, strict=True)
             ]
             for row in section.rows

@@ -87,8 +87,8 @@ def say(*parts: Cell, error: bool = False, wrap: bool = True) -> None:
     """Print a sentence; on a terminal, broken between words unless `wrap` is off."""
     stream = _stream(error=error)
     width = _width(stream)
-    said = [_printable(part) for part in parts]
-    for line in [said] if width is None or not wrap else _flowed(said, width):
+    texts = [_printable(part) for part in parts]
+    for line in [texts] if width is None or not wrap else _flowed(texts, width):
         _write(line, stream)
 
 
@@ -137,8 +137,8 @@ def lines(made: Table, width: int) -> Iterator[Line]:
         yield from ([Styled(line, "dim")] for line in _wrapped(printable(made.note), width))
     left = [printable(column.name) for place, column in enumerate(columns) if place not in shown]
     if left:
-        said = f"Left out, for want of room: {', '.join(left)}. {made.elsewhere}."
-        yield from ([Styled(line, "dim")] for line in _wrapped(said, width))
+        note = f"Left out, for want of room: {', '.join(left)}. {made.elsewhere}."
+        yield from ([Styled(line, "dim")] for line in _wrapped(note, width))
 
 
 def fitting(columns: Sequence[Column], rows: Sequence[Sequence[Styled]], width: int) -> dict[int, int] | None:
@@ -202,12 +202,12 @@ def _vertical(columns: Sequence[Column], rows: Sequence[Sequence[Styled]], width
 def _pairs(rows: Sequence[tuple[str, Cell]], width: int, prose: Sequence[bool] | None = None) -> Iterator[Line]:
     wide = max((cells(name) for name, _ in rows), default=0)
     for place, (name, value) in enumerate(rows):
-        said = _printable(value)
+        shown = _printable(value)
         room = max(LEAST_PROSE, width - wide - GAP)
-        parts = _wrapped(said.text, room) if prose is None or prose[place] else [said.text]
+        parts = _wrapped(shown.text, room) if prose is None or prose[place] else [shown.text]
         for at, part in enumerate(parts):
             label = "" if at else printable(name)
-            yield [Styled(label, "bold"), Styled(" " * (wide - cells(label) + GAP), ""), Styled(part, said.style)]
+            yield [Styled(label, "bold"), Styled(" " * (wide - cells(label) + GAP), ""), Styled(part, shown.style)]
 
 
 def _flowed(parts: Sequence[Styled], width: int) -> Iterator[Line]:

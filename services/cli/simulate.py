@@ -41,7 +41,7 @@ def simulate(
     policy: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = DEFAULT_POLICIES,
     hardware: str | None = None,
     capacity: int | None = None,
-    speed: float = 1.0,
+    speedup: float = 1.0,
     seed: int = 0,
     limit: int | None = None,
     block_size: int | None = None,
@@ -75,8 +75,8 @@ def simulate(
         70B in FP4 on one B200.
     capacity
         Blocks that a node can hold; default is what the GPU of --hardware has room for, and 3 million tokens without.
-    speed
-        How much faster than recorded requests arrive.
+    speedup
+        How many times faster than recorded the requests arrive.
     seed
         Decides ties, and generates the workload.
     limit
@@ -104,7 +104,7 @@ def simulate(
     """
     for value, name, least, most in (
         (nodes, "nodes", 1, MOST_NODES), (routers, "routers", 1, MOST_NODES), (max_active, "max-active", 0, MOST),
-        (capacity, "capacity", 1, MOST), (processes, "processes", 1, MOST), (speed, "speed", 1e-6, 1e6),
+        (capacity, "capacity", 1, MOST), (processes, "processes", 1, MOST), (speedup, "speedup", 1e-6, 1e6),
         (delay, "delay", 0, 1e4),
     ):  # fmt: skip
         within(value, name, least, most)
@@ -117,7 +117,7 @@ def simulate(
             Asked(
                 trace=trace, policy=policy, fail=fail, join=join, hardware=hardware, capacity=capacity,
                 block_size=block_size, limit=limit, rate=rate, processes=processes, keep=plot is not None,
-                nodes=nodes, speed=speed, seed=seed, delay=delay, routers=routers, most_active=max_active,
+                nodes=nodes, speedup=speedup, seed=seed, delay=delay, routers=routers, most_active=max_active,
             ),
             progress,
         )  # fmt: skip
@@ -154,7 +154,7 @@ def _draw(path: Path, found: Simulated) -> None:
     from kvplane.services.simulation.plot import draw  # noqa: PLC0415 - slow to load, and seldom asked for
 
     settings = found.settings
-    title = f"{found.name}: {len(found.trace.work)} requests at speed {settings.speed:g} on {settings.nodes} nodes"
+    title = f"{found.name}: {len(found.trace.work)} requests at speedup {settings.speedup:g} on {settings.nodes} nodes"
     shown = [(row.policy, outcome) for row, outcome in found.made if outcome is not None and not row.failed]
     try:
         draw(path, title, shown)
@@ -164,7 +164,7 @@ def _draw(path: Path, found: Simulated) -> None:
 
 def _show(found: Simulated, summaries: Sequence[Summary]) -> None:
     settings, work = found.settings, found.trace.work
-    span = max(request.arrival for request in work) / settings.speed
+    span = max(request.arrival for request in work) / settings.speedup
     tokens = sum(request.tokens for request in work)
     show.aside(
         f"{len(work):,} requests, {tokens / len(work):,.0f} tokens each, in {span:,.0f} s; ideal hit rate {found.ideal:.1%}"

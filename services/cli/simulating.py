@@ -44,7 +44,7 @@ class Asked(Struct, frozen=True, kw_only=True):
     fail: tuple[str, ...]
     join: tuple[str, ...]
     nodes: int
-    speed: float
+    speedup: float
     seed: int
     delay: float
     routers: int
@@ -78,7 +78,7 @@ def simulated(asked: Asked, progress: Progress) -> Simulated:
     made_of = hardware_of(asked.hardware) if asked.hardware is not None else Hardware()
     choices = [parse_choice(text) for text in dict.fromkeys(asked.policy)]
     base = Settings(
-        nodes=asked.nodes, speed=asked.speed, seed=asked.seed, delay=asked.delay, routers=asked.routers,
+        nodes=asked.nodes, speedup=asked.speedup, seed=asked.seed, delay=asked.delay, routers=asked.routers,
         most_active=asked.most_active, hardware=made_of,
         changes=(*changes(asked.fail, "fail", joins=False), *changes(asked.join, "join", joins=True)),
     )  # fmt: skip
@@ -89,9 +89,9 @@ def simulated(asked: Asked, progress: Progress) -> Simulated:
         progress=lambda done, total: progress.update(task, completed=done, total=total or None),
     )  # fmt: skip
     work, size = trace.work, trace.block_size
-    span = max(request.arrival for request in work) / base.speed
+    span = max(request.arrival for request in work) / base.speedup
     if not span <= MOST_SECONDS:
-        raise BadRequest(f"the last request is sent after {span:g} s; the limit is {MOST_SECONDS:g}, see --speed")
+        raise BadRequest(f"the last request is sent after {span:g} s; the limit is {MOST_SECONDS:g}, see --speedup")
     capacity = asked.capacity if asked.capacity is not None else max(1, made_of.cache_tokens // size)
     base = msgspec.structs.replace(base, capacity=capacity, block_size=size)
     runs = [
@@ -158,7 +158,7 @@ def requests(
         made = generate(trace, limit or GENERATED_REQUESTS, seed=seed, rate=rate)
         return Trace([work_of(line, GENERATED_BLOCK_SIZE) for line in made], GENERATED_BLOCK_SIZE, "trace")
     if rate is not None:
-        raise BadRequest("--rate is for generated workloads; a trace has its own times, see --speed")
+        raise BadRequest("--rate is for generated workloads; a trace has its own times, see --speedup")
     within(block_size, "block-size", 1, MOST_BLOCK_SIZE)
     try:
         found = read_trace(Path(trace), block_size=block_size, limit=limit, progress=progress)

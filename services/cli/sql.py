@@ -253,18 +253,18 @@ def _values(page: pa.Table) -> Iterator[list[Any]]:
 
 def text(value: Any, *, most: int = sys.maxsize) -> str:  # noqa: ANN401 - any value of a result
     """A value of a result, in full; of a list at the most so many elements, and how many more there are."""
-    said = plain(value)
-    match said:
+    data = plain(value)
+    match data:
         case None:
             return "-"
         case bool():
-            return "true" if said else "false"
+            return "true" if data else "false"
         case str():
-            return said
+            return data
         case list():
-            more = f" and {len(said) - most:,} more" if len(said) > most else ""
-            return ", ".join(_part(part) for part in said[:most]) + more or "[]"
-    return _part(said)
+            more = f" and {len(data) - most:,} more" if len(data) > most else ""
+            return ", ".join(_part(part) for part in data[:most]) + more or "[]"
+    return _part(data)
 
 
 def _part(value: Any) -> str:  # noqa: ANN401 - any part of a value

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from kvplane.services.observability.collect import Service
 
 UP_HTTP = "127.0.0.1:9464"
-"""Where `up` serves metrics and health if it is not told; the historian, a process of its own, on the next port."""
+"""Where `up` serves metrics and health without `--http`; the historian, a process of its own, on the next port."""
 RESTART_SECONDS = 5.0
 LONGEST_SECONDS = 60.0
 """Pause before a historian that ended is run again; doubled while it ends within a minute."""
@@ -260,8 +260,8 @@ def _say(
     for line in tries:
         show.say(f"  {line}", error=True, wrap=False)
     if talking:
-        said = f"{talking} people talk to the nodes at a time, and after some seconds there is something to see:"
-        show.say(said, error=True, wrap=False)
+        message = f"{talking} people talk to the nodes at a time, and after some seconds there is something to see:"
+        show.say(message, error=True, wrap=False)
         shown = ["report", "sql 'FROM hit_rate_by_node'", "explain REQUEST"] if history else ["node list"]
         for command in shown:
             hint = "    # one of those that `events tail` shows" if command.startswith("explain") else ""

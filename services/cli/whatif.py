@@ -186,8 +186,8 @@ def _show(results: Sequence[Result], run: str, begin: int, end: int) -> None:
     )  # fmt: skip
     say_failures(results)
     off = bias(results)
-    said = ", ".join(f"{name} {value:.2f}x" for name, value in off.items() if value is not None)
-    show.aside(f"Bias: simulating what was recorded gives, of what really happened, {said}.")
+    ratios = ", ".join(f"{name} {value:.2f}x" for name, value in off.items() if value is not None)
+    show.aside(f"Bias: simulating what was recorded gives, of what really happened, {ratios}.")
     show.aside("Compare policies with the simulated recording.")
     if run:
         show.aside(f"Kept as run {run} in the tables whatif_runs and whatif_requests.")

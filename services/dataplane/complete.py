@@ -1,6 +1,6 @@
 """Sending a request where the router says, and telling the log what came of it.
 
-The engine's own `usage` and the time to its first token go into `RequestCompleted`, beside what the decision had foretold.
+The engine's own `usage` and the time to its first token go into `RequestCompleted`, beside what the decision had predicted.
 An engine that can't be reached, or breaks down before its first token, is left out and the router asked again; each attempt
 is a decision of its own, and ends with a completion of its own.
 """
@@ -46,7 +46,7 @@ LOOK_SECONDS = 1.5
 RECORD_SECONDS = 2.0
 COMPLAINT_BYTES = 1 << 16
 CHARACTERS_A_TOKEN = 4
-"""Guessed of a prompt whose tokens the engine can't tell."""
+"""Guessed of a prompt whose tokens the engine can't give."""
 _BUSY = {404, 408, 425, 429}
 """Statuses of an engine that another one need not share: it is full, or is not what it was."""
 
@@ -95,7 +95,7 @@ class Completer:
         self.waits_for = ""
         """Whose answer is waited for, of the request that was sent last; for people who wonder."""
         self.telling: set[str] = set()
-        """Nodes that have told what was cached; some engines say nothing of it when it is nothing."""
+        """Nodes that have reported cached tokens; some engines leave the field out when there are none."""
         self._warned: set[tuple[str, str]] = set()
 
     async def __aenter__(self) -> Self:
@@ -173,7 +173,7 @@ class Completer:
         return msgspec.structs.replace(asked, hashes=b"", tokens_count=count)
 
     async def _tokens(self, body: Body, asked: messages.RouteRequest) -> tuple[list[int] | None, messages.RouteRequest]:
-        """Token ids by an engine of the model, or none when it won't tell; the request leaves out those that are down."""
+        """Token ids by an engine of the model, or none when it gives none; the request leaves out those that are down."""
         failed: list[Attempt] = []
         while True:
             # Any of the least loaded; this is no decision about the request.
@@ -190,8 +190,8 @@ class Completer:
                     reason = f"/tokenize answers {answer.status}"
                     if answer.status < 500 and answer.status not in _BUSY - {404}:
                         # What is wrong with the request, the engine says when it gets it.
-                        said = openai.complaint(await answer.content.read(COMPLAINT_BYTES))
-                        hint = f"{reason} ({said}): routed by load and session, not by cache"
+                        complaint = openai.complaint(await answer.content.read(COMPLAINT_BYTES))
+                        hint = f"{reason} ({complaint}): routed by load and session, not by cache"
                         self._warn("tokens_not_known", body["model"], hint)
                         return None, asked
             except EngineFailed as error:
@@ -209,13 +209,13 @@ class Completer:
             self._warned.add((event, name))
             _log.warning(event, name=name, hint=hint)
 
-    async def record(self, done: messages.CompleteRequest, *, told_cached: bool) -> bool:
+    async def record(self, done: messages.CompleteRequest, *, cached_known: bool) -> bool:
         """Hand a completion to a router; whether one took it."""
-        if not told_cached:
+        if not cached_known:
             self._warn(
                 "cached_tokens_not_told", done.node,
-                "start vLLM with --enable-prompt-tokens-details, SGLang with --enable-cache-report: until then what was "
-                "foretold can't be compared",
+                "start vLLM with --enable-prompt-tokens-details, SGLang with --enable-cache-report: until then "
+                "predictions can't be compared with what the engine found cached",
             )  # fmt: skip
         try:
             await ask(self.client, f"kv.{self.fleet}.complete", done, seconds=RECORD_SECONDS)
@@ -237,10 +237,10 @@ class _Delivery:
     ) -> None:
         self.completer, self.decision, self.traceparent, self.on_chunk = completer, decision, traceparent, on_chunk
         self.begun = False
-        """The engine has said something, which was handed on."""
+        """The engine has answered something, which was handed on."""
         self._usage = openai.Usage()
         self._chunks = openai.Chunks()
-        self._said: dict[int, str] = {}
+        self._texts: dict[int, str] = {}
         self._begin = time.perf_counter()
         self._end = 0.0
         self._ttft = 0.0
@@ -256,9 +256,9 @@ class _Delivery:
         finally:
             duration = (self._end or time.perf_counter()) - self._begin
             recorded = await self._record(status, duration)
-        said = [self._said.get(index, "") for index in range(max(self._said, default=0) + 1)]
+        texts = [self._texts.get(index, "") for index in range(max(self._texts, default=0) + 1)]
         return Completion(
-            decision=self.decision, text=said, usage=self._usage, ttft=self._ttft, duration=duration, recorded=recorded,
+            decision=self.decision, text=texts, usage=self._usage, ttft=self._ttft, duration=duration, recorded=recorded,
             failed=failed,
         )  # fmt: skip
 
@@ -268,17 +268,17 @@ class _Delivery:
             headers["traceparent"] = self.traceparent
         self.completer.waits_for = f"node {self.decision.node} at {url}"
         self._begin = time.perf_counter()
-        answer = await self._heard(self.completer.http.post(url, headers=headers, **_sent(body)))
+        answer = await self._from_engine(self.completer.http.post(url, headers=headers, **_sent(body)))
         # Closes the connection of an answer that has not ended, upon which engines give up the request.
         with closing(answer):
             if answer.status != 200:
-                complaint = openai.complaint(await self._heard(answer.content.read(COMPLAINT_BYTES)))
-                said = f"answers {answer.status}{f' at {url}' * (answer.status == 404)}: {complaint}"
+                complaint = openai.complaint(await self._from_engine(answer.content.read(COMPLAINT_BYTES)))
+                message = f"answers {answer.status}{f' at {url}' * (answer.status == 404)}: {complaint}"
                 if 400 <= answer.status < 500 and answer.status not in _BUSY:
-                    raise EngineRefused(answer.status, f"the engine of node {self.decision.node} {said}")
-                raise EngineFailed(said)
+                    raise EngineRefused(answer.status, f"the engine of node {self.decision.node} {message}")
+                raise EngineFailed(message)
             while not self._chunks.ended:
-                data = await self._heard(answer.content.readany())
+                data = await self._from_engine(answer.content.readany())
                 for chunk in self._chunks.feed(data):
                     self._take(chunk)
                 if not data and not self._chunks.ended:
@@ -290,12 +290,12 @@ class _Delivery:
             self._end = time.perf_counter()
             # Until its very end, so that the connection can be used again.
             with anyio.move_on_after(self.completer.end_seconds), suppress(EngineFailed):
-                await self._heard(answer.read())
+                await self._from_engine(answer.read())
 
-    async def _heard(self, said: Awaitable[T]) -> T:
+    async def _from_engine(self, answer: Awaitable[T]) -> T:
         """What comes from the engine. Raises `EngineFailed` when nothing does."""
         try:
-            return await said
+            return await answer
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             if self._ttft:
                 raise EngineFailed(f"broke off ({type(error).__name__})") from None
@@ -306,7 +306,7 @@ class _Delivery:
         if chunk.get("choices") and not self._ttft:
             self._ttft = time.perf_counter() - self._begin
         for index, text in openai.text(chunk).items():
-            self._said[index] = self._said.get(index, "") + text
+            self._texts[index] = self._texts.get(index, "") + text
         self._usage = openai.usage(chunk) or self._usage
         if self.on_chunk is not None:
             self.begun = True
@@ -316,20 +316,20 @@ class _Delivery:
         node, usage = self.decision.node, self._usage
         if usage.cached_tokens is None and status == "ok" and node in self.completer.telling:
             usage = self._usage = openai.Usage(usage.prompt_tokens, 0, usage.output_tokens)
-        told = usage.cached_tokens is not None
-        if told:
+        counted = usage.cached_tokens is not None
+        if counted:
             self.completer.telling.add(node)
         done = messages.CompleteRequest(
             request=self.decision.request, node=self.decision.node, status=status,
             # A prompt of which nobody knows how much was cached would count as one without any hit.
-            prompt_tokens=usage.prompt_tokens if told else 0, cached_tokens=usage.cached_tokens or 0,
+            prompt_tokens=usage.prompt_tokens if counted else 0, cached_tokens=usage.cached_tokens or 0,
             output_tokens=usage.output_tokens, ttft=self._ttft, duration=duration, traceparent=self.traceparent,
         )  # fmt: skip
         recorded = False
         # Also for a request that was given up: its load must not stay.
         with anyio.CancelScope(shield=True):
             recorded = await self.completer.record(
-                done, told_cached=told or status != "ok" or not self.decision.matched_tokens
+                done, cached_known=counted or status != "ok" or not self.decision.matched_tokens
             )
         return recorded  # noqa: RET504 - a scope may swallow, for all that types say
 
@@ -338,7 +338,7 @@ async def _reason(url: str, error: Exception) -> str:
     """Why an engine did not answer. One that takes long is not looked at: it is there."""
     if isinstance(error, aiohttp.ServerTimeoutError | TimeoutError):
         return type(error).__name__
-    return (await why(url, error, seconds=LOOK_SECONDS)).said
+    return (await why(url, error, seconds=LOOK_SECONDS)).reason
 
 
 def _sent(body: Body) -> dict[str, Any]:

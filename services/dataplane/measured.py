@@ -13,7 +13,7 @@ class Measured:
         self.requests: dict[str, int] = {}
         """By how they ended: `ok`, `cancelled`, `refused`, `failed`."""
         self.sources: dict[str, int] = {}
-        """By who told the prompt's tokens."""
+        """By where the prompt's tokens come from."""
         self.retries = 0
         self.prompt_tokens = 0
         self.cached_tokens = 0

@@ -37,7 +37,7 @@ class Usage(Struct, frozen=True):
 
     prompt_tokens: int = 0
     cached_tokens: int | None = None
-    """Of the prompt's, found cached; none where the engine does not tell."""
+    """Of the prompt's, found cached; none where the engine does not say."""
     output_tokens: int = 0
 
 
@@ -45,8 +45,8 @@ def _is_token(token: object) -> bool:
     return type(token) is int and 0 <= token <= _MOST_TOKEN
 
 
-def _count(told: object) -> int | None:
-    return told if type(told) is int and 0 <= told <= _MOST_COUNT else None
+def _count(value: object) -> int | None:
+    return value if type(value) is int and 0 <= value <= _MOST_COUNT else None
 
 
 def path(body: Body) -> str:
@@ -89,16 +89,16 @@ def question(body: Body) -> Body:
     return asked
 
 
-def answered(said: object) -> list[int]:
+def answered(answer: object) -> list[int]:
     """Token ids by the answer of `/tokenize`. Raises `EngineFailed`."""
-    found = said.get("tokens") if isinstance(said, dict) else None
+    found = answer.get("tokens") if isinstance(answer, dict) else None
     if not isinstance(found, list) or not all(map(_is_token, found)):
         raise EngineFailed("the engine's /tokenize answers no list of token ids")
     return found
 
 
 def kept(body: Body, given: list[int]) -> list[int] | None:
-    """Token ids of a prompt that the engine truncates as the request says; none when that can't be told.
+    """Token ids of a prompt that the engine truncates as the request says; none when that can't be known.
 
     vLLM's -1 is as many as the model takes.
     """
@@ -107,7 +107,7 @@ def kept(body: Body, given: list[int]) -> list[int] | None:
         return given
     if type(most) is not int or most < 1:
         return None
-    # Language models lose the beginning unless told otherwise.
+    # Language models lose the beginning unless the request says otherwise.
     return given[:most] if body.get("truncation_side") == "right" else given[-most:]
 
 
@@ -155,32 +155,32 @@ class Chunks:
         if len(self._rest) > MOST_LINE_BYTES:
             raise EngineFailed(f"the engine's answer has an event of more than {MOST_LINE_BYTES >> 20} MiB")
         for line in lines:
-            said = line[5:].strip()
-            if not said or not line.startswith(b"data:"):
+            payload = line[5:].strip()
+            if not payload or not line.startswith(b"data:"):
                 continue
             self.begun = True
-            if said == b"[DONE]":
+            if payload == b"[DONE]":
                 self.ended = True
                 continue
             try:
-                chunk = json.loads(said)
+                chunk = json.loads(payload)
             except (ValueError, RecursionError):
-                raise EngineFailed(f"the engine's answer is no stream of JSON: {said[:200]!r}") from None
+                raise EngineFailed(f"the engine's answer is no stream of JSON: {payload[:200]!r}") from None
             if not isinstance(chunk, dict):
-                raise EngineFailed(f"the engine's answer is no stream of JSON objects: {said[:200]!r}")
+                raise EngineFailed(f"the engine's answer is no stream of JSON objects: {payload[:200]!r}")
             if chunk.get("error") or chunk.get("object") == "error":
-                raise EngineFailed(f"the engine broke off: {complaint(said)}")
+                raise EngineFailed(f"the engine broke off: {complaint(payload)}")
             yield chunk
 
 
 def usage(chunk: Body) -> Usage | None:
     """The usage in a chunk, if there is one."""
-    told = chunk.get("usage")
-    if not isinstance(told, dict):
+    counts = chunk.get("usage")
+    if not isinstance(counts, dict):
         return None
-    details = told.get("prompt_tokens_details")
+    details = counts.get("prompt_tokens_details")
     cached = details.get("cached_tokens") if isinstance(details, dict) else None
-    return Usage(_count(told.get("prompt_tokens")) or 0, _count(cached), _count(told.get("completion_tokens")) or 0)
+    return Usage(_count(counts.get("prompt_tokens")) or 0, _count(cached), _count(counts.get("completion_tokens")) or 0)
 
 
 def text(chunk: Body) -> dict[int, str]:
@@ -192,20 +192,20 @@ def text(chunk: Body) -> dict[int, str]:
         if type(index) is not int or not 0 <= index < _MOST_CHOICES:
             continue
         delta = choice.get("delta")
-        said = delta.get("content") if isinstance(delta, dict) else choice.get("text")
-        if said:
-            added[index] = added.get(index, "") + str(said)
+        piece = delta.get("content") if isinstance(delta, dict) else choice.get("text")
+        if piece:
+            added[index] = added.get(index, "") + str(piece)
     return added
 
 
-def complaint(said: bytes) -> str:
+def complaint(body: bytes) -> str:
     """The sentence in an engine's answer that is an error: vLLM's and OpenAI's `error.message`, SGLang's `message`."""
     try:
-        told: Any = json.loads(said)
+        found: Any = json.loads(body)
     except (ValueError, RecursionError):
-        return said[:500].decode(errors="replace") or "no reason given"
+        return body[:500].decode(errors="replace") or "no reason given"
     for name in ("error", "message", "detail"):
-        if isinstance(told, dict) and told.get(name):
-            told = told[name]
+        if isinstance(found, dict) and found.get(name):
+            found = found[name]
     # A lone surrogate would be refused wherever the sentence goes.
-    return str(told)[:500].encode(errors="replace").decode()
+    return str(found)[:500].encode(errors="replace").decode()

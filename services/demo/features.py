@@ -111,13 +111,13 @@ async def session_affinity(stage: Stage) -> str:
     check(first.session == "new", f"the session was {first.session} at first")
     check(second.session == "kept" and second.node == first.node, f"the session was {second.session} on {second.node}")
     after = stage.state.sequence
-    await stage.tell("node.cordon", messages.NodeRequest(node=first.node, reason="demonstration"))
+    await stage.command("node.cordon", messages.NodeRequest(node=first.node, reason="demonstration"))
     third = first
     with anyio.move_on_after(5):
         while third.session != "moved":
             # Each router learns of the cordon from the log, a moment later.
             third, _ = await stage.traffic.send(_prompt(stage, 4, session=session))
-    await stage.tell("node.uncordon", messages.NodeRequest(node=first.node))
+    await stage.command("node.uncordon", messages.NodeRequest(node=first.node))
     check(third.session == "moved" and third.node != first.node, f"after the cordon the session was {third.session}")
     at, event = await stage.seen(types.SessionAssigned, lambda e: e.node == third.node, after=after)
     return f"kept on {first.node}, then moved at {at}: {brief(event)}"
@@ -128,8 +128,8 @@ async def capacity_tracking(stage: Stage) -> str:
     await stage.register("place-1", "placement", capacity=8)
     await stage.register("place-2", "placement", capacity=8)
     admit = messages.AdmitRequest(model="placement", hashes=pack_hashes([1, 2, 3]), node="place-1")
-    await stage.tell("cache.admit", admit)
-    listing = await stage.tell("node.list", messages.ListRequest(model="placement"))
+    await stage.command("cache.admit", admit)
+    listing = await stage.command("node.list", messages.ListRequest(model="placement"))
     held = {row["node"]: row["held_blocks"]["gpu"] for row in listing["nodes"]}
     check(held == {"place-1": 3, "place-2": 0}, f"the nodes hold {held}")
     return "place-1 holds 3 of 8 blocks, place-2 none"
@@ -137,7 +137,7 @@ async def capacity_tracking(stage: Stage) -> str:
 
 async def least_loaded_placement(stage: Stage) -> str:
     """Without a node named, blocks go to the least-loaded node that has room."""
-    answer = await stage.tell("cache.admit", messages.AdmitRequest(model="placement", hashes=pack_hashes([11, 12])))
+    answer = await stage.command("cache.admit", messages.AdmitRequest(model="placement", hashes=pack_hashes([11, 12])))
     check(answer["node"] == "place-2", f"the blocks went to {answer['node']}")
     return "2 blocks went to place-2, which held none"
 
@@ -145,16 +145,16 @@ async def least_loaded_placement(stage: Stage) -> str:
 async def best_fit_placement(stage: Stage) -> str:
     """The alternative: the node on which the least room is left over."""
     request = messages.AdmitRequest(model="placement", hashes=pack_hashes([21, 22, 23, 24]), strategy="best_fit")
-    answer = await stage.tell("cache.admit", request)
+    answer = await stage.command("cache.admit", request)
     check(answer["node"] == "place-1", f"the blocks went to {answer['node']}")
     return "4 blocks went to place-1, with 5 free, rather than to place-2, with 6"
 
 
 async def lru_eviction(stage: Stage) -> str:
     """A full node evicts what was used least recently."""
-    await stage.tell("cache.touch", messages.BlocksRequest(node="place-1", hashes=pack_hashes([1, 2, 3])))
+    await stage.command("cache.touch", messages.BlocksRequest(node="place-1", hashes=pack_hashes([1, 2, 3])))
     request = messages.AdmitRequest(model="placement", hashes=pack_hashes([31, 32, 33]), node="place-1")
-    answer = await stage.tell("cache.admit", request)
+    answer = await stage.command("cache.admit", request)
     evicted = unpack_hashes(answer["evicted"])
     check(evicted == (24, 23), f"{', '.join(map(format_hash, evicted))} were evicted")
     return "of the chain that was used least recently the two deepest blocks left, in the same event as the fill"
@@ -174,7 +174,7 @@ async def protected_blocks(stage: Stage) -> str:
     check(error.code == "no_room", f"the refusal was {error.code}: {error}")
     await stage.ask(f"kv.{name}.complete", messages.CompleteRequest(request=routed.request, node="place-1"))
     await stage.seen(types.RequestCompleted, lambda e: e.request == routed.request)
-    await stage.tell("cache.admit", big)
+    await stage.command("cache.admit", big)
     return f"refused while the request ran ({error}), placed when it was done"
 
 

@@ -121,8 +121,8 @@ async def another_policy(stage: Stage) -> str:
     figures = [
         replay.summarize(name, served, 0) for name, served in (("really", really), ("simulated", again), (OTHER, other))
     ]
-    said = ", ".join(f"{each.policy} {each.hit_rate:.1%}" for each in figures)
-    return f"{len(really):,} requests; tokens cached: {said}"
+    rates = ", ".join(f"{each.policy} {each.hit_rate:.1%}" for each in figures)
+    return f"{len(really):,} requests; tokens cached: {rates}"
 
 
 STEPS: list[tuple[str, Callable[[Stage], Awaitable[str]]]] = [

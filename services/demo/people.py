@@ -72,12 +72,12 @@ class People:
         rng = self._rng
         # Popularity falls as 1/rank.
         (system,) = rng.choices(self._systems, [1 / (rank + 1) for rank in range(SYSTEM_PROMPTS)])
-        said = list(system)
+        tokens = list(system)
         for _ in range(rng.randint(*TURNS)):
-            said += _text(rng, rng.randint(*QUESTION_TOKENS))
+            tokens += _text(rng, rng.randint(*QUESTION_TOKENS))
             answer = rng.randint(*ANSWER_TOKENS)
-            yield Work(block_hashes(said, self._block_size), len(said), answer, session)
-            said += _text(rng, answer)
+            yield Work(block_hashes(tokens, self._block_size), len(tokens), answer, session)
+            tokens += _text(rng, answer)
 
 
 def _text(rng: random.Random, length: int) -> list[int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
-from msgspec import Struct
+from msgspec import Struct, field
 from msgspec.structs import replace
 from rich.console import Console
 from rich.markup import escape
@@ -68,7 +68,7 @@ class StepResult(Struct):
 
     step: str
     held: bool
-    said: str
+    message: str = field(name="said")
 
 
 class Result(Struct):
@@ -154,15 +154,15 @@ class Demo:
     async def _step(self, name: str, step: Callable[[], Awaitable[str]]) -> bool:
         """Run a step and print what it says; whether it held."""
         try:
-            said, held = await step(), True
+            message, held = await step(), True
         except (KvplaneError, TimeoutError) as error:
-            said, held = str(error) or type(error).__name__, False
+            message, held = str(error) or type(error).__name__, False
         except BaseExceptionGroup as errors:
             known, others = errors.split(KvplaneError)
             if others is not None or known is None:
                 raise
-            said, held = "; ".join(sorted({str(error) for error in known.exceptions})), False
-        self.result.steps.append(StepResult(name, held, said))
+            message, held = "; ".join(sorted({str(error) for error in known.exceptions})), False
+        self.result.steps.append(StepResult(name, held, message))
         self.console.print(shown(self.result.steps[-1]))
         return held
 
@@ -201,7 +201,7 @@ class Demo:
                 "session_seconds": 0.5 / factor,
             },
         )
-        await stage.tell("policy.set", policy)
+        await stage.command("policy.set", policy)
         at, event = await stage.seen(types.PolicyChanged)
         await anyio.sleep(0.2)
         return f"{', '.join(NODES)} are registered; the policy fits their speed since {at}: {brief(event)}"
@@ -295,8 +295,8 @@ class Demo:
 
     def _count(self, stage: Stage, work: list[Work]) -> None:
         totals, result = stage.traffic.totals, self.result
-        for field in ("requests", "exact", "prefix", "miss", "retries", "failed", "hit_rate"):
-            setattr(result, field, getattr(totals, field))
+        for name in ("requests", "exact", "prefix", "miss", "retries", "failed", "hit_rate"):
+            setattr(result, name, getattr(totals, name))
         result.predicted_hit_rate = totals.predicted_tokens / totals.prompt_tokens if totals.prompt_tokens else 0.0
         result.round_robin_hit_rate = round_robin_hit_rate(
             work, nodes=len(NODES), capacity_blocks=self.scale.capacity_blocks, block_size=self.scale.block_size
@@ -304,9 +304,9 @@ class Demo:
 
     async def _compare(self) -> str:
         result = self.result
-        said = f"{result.hit_rate:.1%} of the prompt tokens were cached, {result.round_robin_hit_rate:.1%} with round-robin"
-        check(result.hit_rate > result.round_robin_hit_rate, said)
-        return said
+        message = f"{result.hit_rate:.1%} of the prompt tokens were cached, {result.round_robin_hit_rate:.1%} with round-robin"
+        check(result.hit_rate > result.round_robin_hit_rate, message)
+        return message
 
     def figures(self) -> list[tuple[str, str]]:
         """The result as pairs of a name and a value."""
@@ -333,7 +333,7 @@ def shown(step: StepResult) -> Table:
     mark = "[green]held[/]" if step.held else "[bold red]FAILED[/]"
     line.add_column(width=6)
     line.add_column()
-    line.add_row(mark, f"[bold]{escape(step.step)}[/]: {escape(printable(step.said, lines=True))}")
+    line.add_row(mark, f"[bold]{escape(step.step)}[/]: {escape(printable(step.message, lines=True))}")
     return line
 
 

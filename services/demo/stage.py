@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 class Stage:
-    """The fleet on show. `events` is all that its log said so far, with sequences."""
+    """The fleet on show. `events` are all events of its log so far, with sequences."""
 
     def __init__(self, client: Client, fleet: Fleet, traffic: Traffic, block_size: int) -> None:
         self.client = client
@@ -86,7 +86,7 @@ class Stage:
         """Ask any endpoint."""
         return await ask(self.client, subject, request, form)
 
-    async def tell(self, endpoint: str, request: msgspec.Struct) -> dict[str, Any]:
+    async def command(self, endpoint: str, request: msgspec.Struct) -> dict[str, Any]:
         """Ask the coordinator."""
         answer: dict[str, Any] = await ask(self.client, f"kv.{self.fleet.name}.coordinator.{endpoint}", request)
         return answer
@@ -94,7 +94,7 @@ class Stage:
     async def refused(self, endpoint: str, request: msgspec.Struct) -> Refused:
         """Ask the coordinator for what it must refuse."""
         try:
-            await self.tell(endpoint, request)
+            await self.command(endpoint, request)
         except Refused as error:
             return error
         raise StepFailed(f"{endpoint} should have been refused")
@@ -105,7 +105,7 @@ class Stage:
             node=node, address=f"nowhere.{node}", models=[model], block_size=self.block_size,
             capacity_blocks={"gpu": capacity}, cache_mode=mode, max_active=most,
         )  # fmt: skip
-        epoch: int = (await self.tell("node.register", request))["epoch"]
+        epoch: int = (await self.command("node.register", request))["epoch"]
         return epoch
 
     async def statuses(self) -> list[ReplicaStatus]:

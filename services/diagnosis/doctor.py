@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from msgspec import UNSET, Struct
+from msgspec import UNSET, Struct, field
 
 from kvplane.services.replication.checkpoints import odd
 from kvplane.services.replication.compaction import SNAPSHOT_COMMITS
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 LAG_COMMITS = 1000
 SKEW_SECONDS = 1.0
 SILENT_SECONDS = 4.0
-"""Servers hear of each other's copies every second; that one is offline they say much later."""
+"""Servers get news of each other's copies every second; that one is offline they report much later."""
 SKIPPED_SECONDS = 24 * 3600.0
 """What was skipped longer ago is no warning any more."""
 FULL = 0.8
@@ -34,7 +34,7 @@ class Finding(Struct, frozen=True):
 
     level: Level
     what: str
-    said: str
+    message: str = field(name="said")
 
 
 def judge(found: Examined) -> list[Finding]:
@@ -55,11 +55,11 @@ def judge(found: Examined) -> list[Finding]:
 def _servers(servers: list[Plain]) -> Iterator[Finding]:
     """Whether acknowledged means on disk."""
     if not servers:
-        said = (
+        message = (
             "whether servers force what they acknowledge to the disk can't be seen by a client, and the one who runs them "
             "(`kvplane up`) does not answer; --monitor URL asks them"
         )
-        yield Finding("unseen", "durability", said)
+        yield Finding("unseen", "durability", message)
     for server in servers:
         if "error" in server:
             yield Finding("problem", "durability", f"{server['url']} does not answer: {server['error']}")
@@ -67,8 +67,10 @@ def _servers(servers: list[Plain]) -> Iterator[Finding]:
             yield Finding("warning", "durability", f"server {server['name']} has no JetStream")
         elif not server["config"].get("sync_always"):
             seconds = server["config"].get("sync_interval", 0) / 1e9
-            said = f"server {server['name']} loses what it acknowledged in the last {seconds:g} s when the power fails"
-            yield Finding("problem", "durability", f"{said}; set sync_interval: always")
+            message = (
+                f"server {server['name']} loses what it acknowledged in the last {seconds:g} s when the power fails"
+            )
+            yield Finding("problem", "durability", f"{message}; set sync_interval: always")
         else:
             yield Finding("ok", "durability", f"server {server['name']} forces what it acknowledges to the disk")
 
@@ -83,16 +85,16 @@ def _copies(found: Examined, log: Plain) -> Iterator[Finding]:
     for copy in others:
         silent = copy.get("active", 0) / 1e9
         if copy.get("offline") or silent > SILENT_SECONDS:
-            said = f"server {copy['name']} has a copy of the log, and was last heard {silent:.0f} s ago; is it up?"
-            yield Finding("problem", "copies", said)
+            message = f"server {copy['name']} has a copy of the log, and was last heard {silent:.0f} s ago; is it up?"
+            yield Finding("problem", "copies", message)
         elif not copy.get("current"):
             yield Finding("warning", "copies", f"the copy on server {copy['name']} is behind by {copy.get('lag', 0):,}")
         else:
             current += 1
     copies = config["num_replicas"]
     if copies == 1 and cluster.get("name"):
-        said = f"one, though cluster {cluster['name']} has several servers; when that server is lost, so is the log"
-        yield Finding("warning", "copies", f"{said}. `kvplane copies 3` makes it three")
+        message = f"one, though cluster {cluster['name']} has several servers; when that server is lost, so is the log"
+        yield Finding("warning", "copies", f"{message}. `kvplane copies 3` makes it three")
     stream = found.snapshots_stream
     if stream is not None and stream["config"]["num_replicas"] < copies:
         yield Finding("warning", "copies", f"snapshots have {stream['config']['num_replicas']}, the log has {copies}")
@@ -115,15 +117,21 @@ def _room(found: Examined, log: Plain) -> Iterator[Finding]:
     ]  # fmt: skip
     for server in found.servers:
         if server.get("full"):
-            said = f"the disk of server {server['name']} is full, and nothing is acknowledged; make room, it goes on by itself"
-            yield Finding("problem", "room", said)
+            message = (
+                f"the disk of server {server['name']} is full, and nothing is acknowledged; free some space, "
+                "and it goes on by itself"
+            )
+            yield Finding("problem", "room", message)
         elif server.get("disk_free", LEAST_FREE) < LEAST_FREE:
-            said = f"the disk of server {server['name']} has {server['disk_free'] / 1e6:,.0f} MB left; make room soon"
-            yield Finding("warning", "room", said)
+            message = f"the disk of server {server['name']} has {server['disk_free'] / 1e6:,.0f} MB left; free some space soon"
+            yield Finding("warning", "room", message)
     near = [(what, used, limit) for what, used, limit in limits if limit > 0 and used > FULL * limit]
     for what, used, limit in near:
-        said = f"{used / limit:.0%} of {what} is used; `kvplane compact` purges the log below the snapshots, or raise the limit"
-        yield Finding("problem" if used >= 0.95 * limit else "warning", "room", said)
+        message = (
+            f"{used / limit:.0%} of {what} is used; `kvplane compact` purges the log below the snapshots, or raise "
+            "the limit"
+        )
+        yield Finding("problem" if used >= 0.95 * limit else "warning", "room", message)
     if not near:
         known = sum(limit > 0 for _, _, limit in limits)
         level: Level = "ok" if known else "unseen"
@@ -175,8 +183,8 @@ def _replicas(found: Examined, last: int) -> Iterator[Finding]:
         if status.unrecorded:
             yield Finding("problem", who, f"{status.unrecorded:,} decisions were dropped while the log was away")
         if status.policy_failures:
-            said = f"the policy failed {status.policy_failures:,} times: {status.policy_failure}"
-            yield Finding("problem", who, said)
+            message = f"the policy failed {status.policy_failures:,} times: {status.policy_failure}"
+            yield Finding("problem", who, message)
     for coordinator in found.coordinators:
         if not coordinator.healthy:
             yield Finding("problem", coordinator.writer, "it does not hear from the log; can it reach the servers?")
@@ -189,26 +197,26 @@ def _versions(found: Examined) -> Iterator[Finding]:
     for history in found.histories:
         by_version.setdefault(history.version, []).append("a historian")
     if len(by_version) > 1:
-        said = "; ".join(
+        message = "; ".join(
             f"{version}: {', '.join(sorted(services)[:5])}" for version, services in sorted(by_version.items())
         )
-        yield Finding("warning", "versions", f"services are of several, end the upgrade: {said}")
+        yield Finding("warning", "versions", f"services are of several, end the upgrade: {message}")
 
 
 def _digests(found: Examined) -> Iterator[Finding]:
     """Compare at checkpoints, and at the sequences that replicas were at when they were asked."""
-    told: dict[int, dict[str, str]] = {}
+    reported: dict[int, dict[str, str]] = {}
     for status in found.replicas:
         known = {int(sequence): digest for sequence, digest in status.checkpoints.items()}
         if status.digest is not UNSET:
             known[status.sequence] = status.digest
         for sequence, digest in known.items():
-            told.setdefault(sequence, {})[status.writer] = digest
-    forked = [(sequence, others) for sequence, digests in sorted(told.items()) if (others := odd(digests))]
+            reported.setdefault(sequence, {})[status.writer] = digest
+    forked = [(sequence, others) for sequence, digests in sorted(reported.items()) if (others := odd(digests))]
     remedy = "Restart them; if they differ again, report it with the log"
     if forked:
         sequence, others = forked[-1]
-        every = len(others) == len(told[sequence])
+        every = len(others) == len(reported[sequence])
         who = (
             f"{', '.join(sorted(others))} differ, and nobody has a majority" if every else f"{', '.join(others)} differ"
         )
@@ -216,9 +224,9 @@ def _digests(found: Examined) -> Iterator[Finding]:
         return
     claims = [status for status in found.replicas if status.differs]
     for status in claims:
-        said = f"{status.writer} found itself to differ at checkpoint {status.differs:,}. {remedy}"
-        yield Finding("problem", "digests", said)
-    common = [sequence for sequence, digests in told.items() if len(digests) == len(found.replicas)]
+        message = f"{status.writer} found itself to differ at checkpoint {status.differs:,}. {remedy}"
+        yield Finding("problem", "digests", message)
+    common = [sequence for sequence, digests in reported.items() if len(digests) == len(found.replicas)]
     if claims or not found.replicas:
         return
     if not common:
@@ -242,11 +250,11 @@ def _skipped(found: Examined) -> Iterator[Finding]:
         (old if found.now - last > SKIPPED_SECONDS else recent)[reason] = count
     hint = "; `kvplane sql 'SELECT * FROM skipped_commits'` says whose"
     if recent:
-        said = ", ".join(f"{count:,} {reason}" for reason, count in recent.items())
-        yield Finding("problem" if "defect" in recent else "warning", "skipped commits", said + hint)
+        message = ", ".join(f"{count:,} {reason}" for reason, count in recent.items())
+        yield Finding("problem" if "defect" in recent else "warning", "skipped commits", message + hint)
     elif old:
-        said = ", ".join(f"{count:,} {reason}" for reason, count in old.items())
-        yield Finding("ok", "skipped commits", f"{said}, none in the last {SKIPPED_SECONDS / 3600:g} h{hint}")
+        message = ", ".join(f"{count:,} {reason}" for reason, count in old.items())
+        yield Finding("ok", "skipped commits", f"{message}, none in the last {SKIPPED_SECONDS / 3600:g} h{hint}")
 
 
 def _nodes(found: Examined) -> Iterator[Finding]:
@@ -258,11 +266,11 @@ def _nodes(found: Examined) -> Iterator[Finding]:
     yield Finding("ok" if up else "problem", "nodes", f"{up} of {len(found.nodes)} take requests")
     unheard = [row["node"] for row in found.nodes if row.get("unheard")]
     if unheard:
-        said = (
+        message = (
             f"nothing is heard of the cache of {', '.join(unheard[:5])}, which serves: start vLLM or SGLang with "
             "--kv-events-config, as `kvplane attach vllm --help` shows, or give attach --events where it publishes"
         )
-        yield Finding("problem", "nodes", said)
+        yield Finding("problem", "nodes", message)
     if lost:
         yield Finding("warning", "nodes", f"lost: {', '.join(lost[:5])}")
 
@@ -271,8 +279,10 @@ def _histories(found: Examined, last: int) -> Iterator[Finding]:
     if not found.histories:
         yield Finding("warning", "history", "no historian answers; `kvplane historian` keeps one")
     if len(found.histories) > 1:
-        said = f"{len(found.histories)} historians answer, each with a history of its own: questions go to any of them"
-        yield Finding("warning", "history", said)
+        message = (
+            f"{len(found.histories)} historians answer, each with a history of its own: questions go to any of them"
+        )
+        yield Finding("warning", "history", message)
     for history in found.histories:
         if not history.healthy:
             yield Finding("problem", "history", history.failure or "the historian does not hear from the log")
@@ -284,7 +294,7 @@ def _histories(found: Examined, last: int) -> Iterator[Finding]:
 def _snapshots(found: Examined, last: int) -> Iterator[Finding]:
     newest = found.snapshots[0] if found.snapshots else 0
     if last - newest > 2 * SNAPSHOT_COMMITS:
-        said = f"the newest is {last - newest:,} commits old; do coordinators run, and is there room on the servers' disks?"
-        yield Finding("warning", "snapshots", said)
+        message = f"the newest is {last - newest:,} commits old; do coordinators run, and is there room on the servers' disks?"
+        yield Finding("warning", "snapshots", message)
     else:
         yield Finding("ok", "snapshots", f"{len(found.snapshots)}, {last - newest:,} commits since")

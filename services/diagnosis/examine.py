@@ -142,17 +142,17 @@ async def _server(url: str) -> Plain:
         timeout = aiohttp.ClientTimeout(total=MONITOR_SECONDS)
         async with aiohttp.ClientSession(timeout=timeout) as session, session.get(f"{url.rstrip('/')}/varz") as answer:
             answer.raise_for_status()
-            said: Plain = msgspec.json.decode(await answer.read())
-            return {"url": url, "name": said["server_name"], "version": said["version"], **said.get("jetstream", {})}
+            varz: Plain = msgspec.json.decode(await answer.read())
+            return {"url": url, "name": varz["server_name"], "version": varz["version"], **varz.get("jetstream", {})}
     except aiohttp.ClientResponseError as error:
         if error.status >= 400:
             return {
                 "url": url,
                 "error": f"{url.rstrip('/')}/varz answers {error.status}; --monitor is a server's http_port",
             }
-        return {"url": url, "error": (await why(url, error)).said}
+        return {"url": url, "error": (await why(url, error)).reason}
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
-        return {"url": url, "error": (await why(url, error)).said}
+        return {"url": url, "error": (await why(url, error)).reason}
     except (ValueError, KeyError):
         return {
             "url": url,
@@ -162,13 +162,13 @@ async def _server(url: str) -> Plain:
 
 def _embedded(coordinators: list[CoordinatorStatus], known: set[str | None]) -> list[Plain]:
     """Servers of `kvplane up`, as the process that runs each of them says."""
-    said = {status.server.name: status.server for status in coordinators if status.server is not None}
+    reported = {status.server.name: status.server for status in coordinators if status.server is not None}
     return [
         {
             "url": server.url, "name": name, "disk_free": server.disk_free, "full": server.full,
             "config": {"sync_always": server.sync_always, "max_storage": server.max_storage},
         }
-        for name, server in said.items() if name not in known
+        for name, server in reported.items() if name not in known
     ]  # fmt: skip
 
 

@@ -89,12 +89,12 @@ class Keeper:
         return self.server.log.stat().st_size
 
     def _could_not_write(self) -> bool:
-        """Whether the server said so since it was looked last, or can't even say it."""
+        """Whether the server's output since the last look says so, or the disk is too full for any output."""
         with self.server.log.open("rb") as log:
             log.seek(self._read)
-            said = log.read()
-        self._read += len(said)
-        return any(words in said for words in _NO_ROOM) or self._free() == 0
+            output = log.read()
+        self._read += len(output)
+        return any(words in output for words in _NO_ROOM) or self._free() == 0
 
     def _free(self) -> int:
         return shutil.disk_usage(self.server.log.parent).free

@@ -49,7 +49,7 @@ async def free_of_servers(data: Path, config: Path, instead: str) -> int:
 
     Raises `FolderTaken` when a server runs there that no owner of the folder started, and `OSError`.
     """
-    told = killed = False
+    terminated = killed = False
     begin = anyio.current_time()
     while True:
         try:
@@ -61,14 +61,14 @@ async def free_of_servers(data: Path, config: Path, instead: str) -> int:
             if orphan is None:
                 return descriptor
             os.close(descriptor)
-            if locks and not told:
+            if locks and not terminated:
                 # It was started by hand, or by a kvplane that knew no locks and may be alive.
                 raise FolderTaken(
                     f"folder {data} is in use by nats-server, process {orphan}: stop it first; or {instead}"
                 )
         waited = anyio.current_time() - begin
-        if orphan is not None and not told:
-            told = True
+        if orphan is not None and not terminated:
+            terminated = True
             _log.warning("orphan_ended", pid=orphan, data=str(data), why="the process that started it was killed")
             _signal(orphan, signal.SIGTERM)
         elif orphan is not None and not killed and waited > PATIENCE_SECONDS:

@@ -241,7 +241,7 @@ class Engine:
             status, text = await self._get("/v1/models")
         except EngineUnfit as error:
             found_out: Unanswered = await why(self.url, error.__cause__ or error)
-            raise EngineUnfit(f"{self.url}/v1/models does not answer: {found_out.said}; {_GIVE}") from None
+            raise EngineUnfit(f"{self.url}/v1/models does not answer: {found_out.reason}; {_GIVE}") from None
         try:
             parents = {model["id"]: model.get("parent") for model in json.loads(text)["data"]}
         except (ValueError, KeyError, TypeError, AttributeError):

@@ -1,4 +1,4 @@
-"""What a gateway tells of its requests: a line of JSON each, and figures for metrics."""
+"""What a gateway records of its requests: a line of JSON each, and figures for metrics."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import IO, TYPE_CHECKING
 import msgspec
 
 if TYPE_CHECKING:
-    from kvplane.services.gateway.forward import Told
+    from kvplane.services.gateway.forward import Outcome
     from kvplane.services.http.server import Exchange
 
 
@@ -20,7 +20,7 @@ class AccessLog:
         self.stream = stream
 
     def write(
-        self, exchange: Exchange, request: str, model: str, told: Told | None, traceparent: str, seconds: float
+        self, exchange: Exchange, request: str, model: str, outcome: Outcome | None, traceparent: str, seconds: float
     ) -> None:
         """Write a request's line. Times in seconds."""
         if self.stream is None:
@@ -29,11 +29,12 @@ class AccessLog:
             "time": time.time(), "request": request, "peer": exchange.peer, "path": exchange.request.path.decode("latin-1"),
             "model": model, "status": exchange.status or 499, "seconds": round(seconds, 6),
         }  # fmt: skip
-        if told is not None:
+        if outcome is not None:
             line |= {
-                "node": told.node, "ending": told.ending, "matched_blocks": told.match, "blocks": told.blocks,
-                "prompt_tokens": told.usage.prompt, "cached_tokens": told.usage.cached, "output_tokens": told.usage.output,
-                "ttft": round(told.ttft, 6), "attempts": told.attempts,
+                "node": outcome.node, "ending": outcome.ending, "matched_blocks": outcome.match, "blocks": outcome.blocks,
+                "prompt_tokens": outcome.usage.prompt, "cached_tokens": outcome.usage.cached,
+                "output_tokens": outcome.usage.output,
+                "ttft": round(outcome.ttft, 6), "attempts": outcome.attempts,
             }  # fmt: skip
         if traceparent:
             line["traceparent"] = traceparent

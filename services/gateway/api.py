@@ -109,7 +109,7 @@ def token_ids(asked: Asked) -> list[int] | None:
 
 
 def kept(fields: Fields, ids: list[int]) -> list[int] | None:
-    """The ids that the engine keeps of a prompt that it truncates as the request says; none when that can't be told.
+    """The ids that the engine keeps of a prompt that it truncates as the request says; none when that can't be known.
 
     vLLM's -1 is as many as the model takes.
     """
@@ -118,7 +118,7 @@ def kept(fields: Fields, ids: list[int]) -> list[int] | None:
         return ids
     if type(most) is not int or most < 1:
         return None
-    # Language models lose the beginning unless told otherwise.
+    # Language models lose the beginning unless the request says otherwise.
     return ids[:most] if fields.truncation_side == "right" else ids[-most:]
 
 
@@ -135,5 +135,5 @@ def length(asked: Asked) -> int:
 
 def shown(decision: RouteAnswer) -> bytes:
     """A decision for a header: JSON in ASCII."""
-    said = msgspec.to_builtins(decision)
-    return json.dumps(said, separators=(",", ":")).encode()
+    fields = msgspec.to_builtins(decision)
+    return json.dumps(fields, separators=(",", ":")).encode()

@@ -49,7 +49,7 @@ _ALONE = (b"keep-alive", b"close")
 _log = structlog.get_logger("kvplane.gateway")
 
 
-class Told(NamedTuple):
+class Outcome(NamedTuple):
     """What became of a request; for the access log and the metrics. Times in seconds."""
 
     node: str
@@ -66,7 +66,7 @@ class Told(NamedTuple):
 
 
 class Way:
-    """One request on its way. `route` decides and `record` tells the log."""
+    """One request on its way. `route` decides and `record` writes to the log."""
 
     def __init__(
         self, exchange: Exchange, asked: Asked, question: RouteRequest, *, pool: Pool,
@@ -147,8 +147,8 @@ class Way:
             call = await self._pool.send(where, head, self.asked.body, patience=FIRST_BYTE_SECONDS)
             self._record_pending()
             if call.status >= 500 or call.status in _BUSY:
-                said = (await call.read(1 << 16))[:300].decode("utf-8", "replace")
-                raise EngineFailed(f"it answers {call.status}: {said}")  # noqa: TRY301 - recorded below
+                body = (await call.read(1 << 16))[:300].decode("utf-8", "replace")
+                raise EngineFailed(f"it answers {call.status}: {body}")  # noqa: TRY301 - recorded below
             await self._answer(call, decision)
             status = "ok" if call.status < 400 else f"refused: {call.status}"
         except EngineFailed as error:
@@ -220,12 +220,12 @@ class Way:
     def _complete(self, decision: RouteAnswer, status: str) -> None:
         usage, now = self._usage, time.perf_counter()
         self.ttft = self._first - self._begin if self._first else 0.0
-        told = usage.cached >= 0
+        counted = usage.cached >= 0
         self._record(
             CompleteRequest(
                 request=decision.request, node=decision.node, status=status,
                 # A prompt of which nobody knows how much was cached would count as one without any hit.
-                prompt_tokens=max(0, usage.prompt) if told else 0, cached_tokens=max(0, usage.cached),
+                prompt_tokens=max(0, usage.prompt) if counted else 0, cached_tokens=max(0, usage.cached),
                 output_tokens=max(0, usage.output), ttft=self.ttft, duration=now - self._begin,
                 traceparent=self.question.traceparent,
             )
@@ -234,10 +234,10 @@ class Way:
     def _between(self) -> float:
         return (time.perf_counter() - self._first) / (self._pieces - 1) if self._pieces > 1 else 0.0
 
-    def told(self, status: int) -> Told:
+    def outcome(self, status: int) -> Outcome:
         """What became of it."""
         decision = self.decision
-        return Told(
+        return Outcome(
             decision.node if decision else "", status, self.ending, decision.matched_blocks if decision else 0,
             decision.blocks if decision else 0, self._usage, self.ttft, self._between(),
             time.perf_counter() - self._begin if self._begin else 0.0, self.tries,

@@ -2,7 +2,7 @@
 
 Token ids that the client gives are taken as they are. Anything else is asked of an engine of the model, which applies
 its own template: `POST {path}/render` with the unchanged body where there is such an endpoint (vLLM), else `/tokenize`,
-which leaves out what it does not know. What no engine tells is routed by load and session.
+which leaves out what it does not know. A prompt whose tokens no engine gives is routed by load and session.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TOKENS_BYTES = 64 << 20
 FORGET_SECONDS = 60.0
 """So long an engine that has no such endpoint is not asked for it again."""
 BYTES_A_TOKEN = 4
-"""Guessed of a prompt whose tokens nobody tells."""
+"""Guessed of a prompt whose tokens nobody gives."""
 
 _log = structlog.get_logger("kvplane.gateway")
 
@@ -45,7 +45,7 @@ _rendered_list = msgspec.json.Decoder(list[_Rendered]).decode
 
 
 class Prompt(NamedTuple):
-    """A prompt's tokens, or only how many they are about; and who told: `client`, `render`, `tokenize` or `none`."""
+    """A prompt's tokens, or only about how many they are; and their source: `client`, `render`, `tokenize` or `none`."""
 
     ids: list[int] | None
     tokens: int
@@ -68,7 +68,7 @@ def request_head(where: Origin, path: str, size: int, headers: bytes = b"") -> b
 
 
 class Prompts:
-    """Gets prompts. `clock` tells seconds."""
+    """Gets prompts. `clock` gives seconds."""
 
     def __init__(self, pool: Pool, clock: Callable[[], float]) -> None:
         self._pool = pool
@@ -97,11 +97,11 @@ class Prompts:
             if found is None:
                 break
             return Prompt(found[0], len(found[0]), found[1])
-        self._warn(asked.model, "no engine tells its prompts' tokens: routed by load and session, not by cache")
+        self._warn(asked.model, "no engine gives its prompts' tokens: routed by load and session, not by cache")
         return Prompt(None, guess, "none")
 
     async def _ask(self, engine: Anyone, asked: Asked, credentials: bytes) -> tuple[list[int], str] | None:
-        """Token ids by one engine, and which endpoint told; none when it won't. Raises `EngineFailed`."""
+        """Token ids by one engine, and which endpoint gave them; none when it won't. Raises `EngineFailed`."""
         if self._may(engine.node, "render"):
             status, answer = await self._post(engine, asked.path + "/render", asked.body, credentials)
             if status == 200:
@@ -158,12 +158,12 @@ def _ids(answer: bytes) -> list[int] | None:
     try:
         if answer.lstrip().startswith(b"["):
             several = _rendered_list(answer)
-            told: Any = several[0] if len(several) == 1 else _Rendered()
+            rendered: Any = several[0] if len(several) == 1 else _Rendered()
         else:
-            told = _rendered(answer)
+            rendered = _rendered(answer)
     except msgspec.MsgspecError:
         return None
-    ids = told.token_ids or told.prompt_token_ids or told.tokens
+    ids = rendered.token_ids or rendered.prompt_token_ids or rendered.tokens
     if not ids or min(ids) < 0 or max(ids) >= 1 << 32:
         return None
     return list(ids)

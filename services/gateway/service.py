@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from nats.aio.client import Client
 
     from kvplane.events.codec import Commit
-    from kvplane.services.gateway.forward import Told
+    from kvplane.services.gateway.forward import Outcome
     from kvplane.services.http.server import Exchange
     from kvplane.services.rpc.readiness import Readiness
 
@@ -134,8 +134,8 @@ class Gateway:
         begin = time.perf_counter()
         given = request.header(b"x-request-id").decode("latin-1")
         name = given if _usable(given) else uuid4().hex
-        said = request.header(b"traceparent")
-        traceparent = parse(said.decode("latin-1")) if said else ""
+        header = request.header(b"traceparent")
+        traceparent = parse(header.decode("latin-1")) if header else ""
         passage = _Passage(name, traceparent)
         try:
             timeout = request.header(b"x-request-timeout")
@@ -155,10 +155,10 @@ class Gateway:
             self._refuse(exchange, path, error, name)
         finally:
             seconds = time.perf_counter() - begin
-            told = passage.way.told(exchange.status) if passage.way is not None else None
-            self._measure(told, passage.source, seconds)
+            outcome = passage.way.outcome(exchange.status) if passage.way is not None else None
+            self._measure(outcome, passage.source, seconds)
             if self.access.stream is not None:
-                self.access.write(exchange, name, passage.model, told, traceparent, seconds)
+                self.access.write(exchange, name, passage.model, outcome, traceparent, seconds)
 
     async def _go(self, exchange: Exchange, path: str, passage: _Passage) -> None:
         request = exchange.request
@@ -179,12 +179,14 @@ class Gateway:
         )  # fmt: skip
         await way.run()
 
-    def _measure(self, told: Told | None, source: str, seconds: float) -> None:
-        ending = told.ending.partition(":")[0] if told is not None else "refused"
+    def _measure(self, outcome: Outcome | None, source: str, seconds: float) -> None:
+        ending = outcome.ending.partition(":")[0] if outcome is not None else "refused"
         self.measured.ended(ending, source, seconds)
-        if told is not None and told.node:
-            usage = told.usage
-            self.measured.answered(usage.prompt, usage.cached, usage.output, told.ttft, told.between, told.attempts)
+        if outcome is not None and outcome.node:
+            usage = outcome.usage
+            self.measured.answered(
+                usage.prompt, usage.cached, usage.output, outcome.ttft, outcome.between, outcome.attempts
+            )
 
     def _left_out(self) -> list[str]:
         return self.breaker.left_out(time.monotonic()) if self.breaker.known else []
@@ -314,13 +316,13 @@ def _usable(name: str) -> bool:
     return bool(name) and len(name) <= _LONGEST_NAME and name.isascii() and name.isprintable()
 
 
-def _deadline(said: bytes) -> float:
+def _deadline(header: bytes) -> float:
     try:
-        seconds = float(said)
+        seconds = float(header)
     except ValueError:
         seconds = -1.0
     if not 0 < seconds < 1e6:
-        raise BadRequest(f"x-request-timeout is {said[:40]!r}; it must be seconds, more than 0")
+        raise BadRequest(f"x-request-timeout is {header[:40]!r}; it must be seconds, more than 0")
     return seconds
 
 

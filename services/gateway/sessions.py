@@ -74,11 +74,11 @@ def _of_user(given: object) -> str:
     if found is not None:
         return found.group(1)
     try:
-        told = msgspec.json.decode(given)
+        decoded = msgspec.json.decode(given)
     except msgspec.MsgspecError:
         return ""
-    said = told.get("session_id") if isinstance(told, dict) else None
-    return said if isinstance(said, str) else ""
+    session = decoded.get("session_id") if isinstance(decoded, dict) else None
+    return session if isinstance(session, str) else ""
 
 
 def _begun(fields: Fields) -> str:

@@ -20,35 +20,35 @@ ANSWER_BYTES = 64 << 20
 
 
 class Usage(NamedTuple):
-    """Tokens of a request as its engine counted them; -1 where it does not tell."""
+    """Tokens of a request as its engine counted them; -1 where it does not say."""
 
     prompt: int = -1
     cached: int = -1
     output: int = -1
 
 
-def _count(told: object) -> int:
-    return told if type(told) is int and 0 <= told <= _MOST else -1
+def _count(value: object) -> int:
+    return value if type(value) is int and 0 <= value <= _MOST else -1
 
 
-def usage(told: object) -> Usage | None:
+def usage(counts: object) -> Usage | None:
     """Usage in the words of OpenAI's completions or responses, or of Anthropic's messages; none without one."""
-    if not isinstance(told, dict):
+    if not isinstance(counts, dict):
         return None
-    prompt = _count(told.get("prompt_tokens", told.get("input_tokens")))
-    output = _count(told.get("completion_tokens", told.get("output_tokens")))
-    details = told.get("prompt_tokens_details", told.get("input_tokens_details"))
+    prompt = _count(counts.get("prompt_tokens", counts.get("input_tokens")))
+    output = _count(counts.get("completion_tokens", counts.get("output_tokens")))
+    details = counts.get("prompt_tokens_details", counts.get("input_tokens_details"))
     cached = _count(details.get("cached_tokens")) if isinstance(details, dict) else -1
-    read = _count(told.get("cache_read_input_tokens"))
+    read = _count(counts.get("cache_read_input_tokens"))
     if cached < 0 <= read:
         # Anthropic counts what was read from the cache apart from the rest of the input.
         cached = read
-        prompt = prompt + read + max(0, _count(told.get("cache_creation_input_tokens"))) if prompt >= 0 else -1
+        prompt = prompt + read + max(0, _count(counts.get("cache_creation_input_tokens"))) if prompt >= 0 else -1
     return Usage(prompt, cached, output)
 
 
 def merged(before: Usage, found: Usage) -> Usage:
-    """What is known after a further word: Anthropic's streams tell input first and output last."""
+    """What is known after a further event: Anthropic's streams have input first and output last."""
     return Usage(*(new if new >= 0 else old for old, new in zip(before, found, strict=True)))
 
 
@@ -63,8 +63,8 @@ _decode = msgspec.json.Decoder(_Chunk).decode
 
 
 def _in_chunk(chunk: _Chunk) -> Usage | None:
-    for told in (chunk, chunk.message, chunk.response):
-        found = usage(told.usage if isinstance(told, _Chunk) else told.get("usage") if isinstance(told, dict) else None)
+    for part in (chunk, chunk.message, chunk.response):
+        found = usage(part.usage if isinstance(part, _Chunk) else part.get("usage") if isinstance(part, dict) else None)
         if found is not None:
             return found
     return None

@@ -96,13 +96,13 @@ class Kept:
         self._change()
 
     def _fails(self, error: KvplaneError) -> None:
-        said = str(error)
-        if str(self.folder) not in said:
-            said = f"{said} (--history {self.folder})"
-        if said != self.failure:
-            _log.error("historian_cannot_work", error=said, code=error.code, tries_again_every=AGAIN_SECONDS)
+        message = str(error)
+        if str(self.folder) not in message:
+            message = f"{message} (--history {self.folder})"
+        if message != self.failure:
+            _log.error("historian_cannot_work", error=message, code=error.code, tries_again_every=AGAIN_SECONDS)
         self.working, self.tally = None, self._tally
-        self.failure, self.code = said, error.code
+        self.failure, self.code = message, error.code
         self._change()
 
     def _change(self) -> None:

@@ -151,7 +151,7 @@ class Queries:
         self._places.release()
 
     def fault(self, error: BaseException, reason: str = "", seconds: float = 0) -> ServiceFault:
-        """What to tell about an error of DuckDB, or of Arrow that carries one. `reason`: why it was interrupted."""
+        """The error to raise for an error of DuckDB, or of Arrow that carries one. `reason`: why it was interrupted."""
         text = str(error)
         kind, _, rest = text.partition(" Error: ")
         if isinstance(error, duckdb.FatalException) or kind == "FATAL" or "database has been invalidated" in text:

@@ -342,7 +342,7 @@ _SHARES = {"hit rate", "matched", "right"}
 _NAMES = {"sequence", "last sequence"}
 
 
-def said(column: str, value: Any) -> str:  # noqa: ANN401 - any value of a row
+def readable(column: str, value: Any) -> str:  # noqa: ANN401 - any value of a row
     """A value as people read it."""
     match value:
         case None:
@@ -358,7 +358,7 @@ def said(column: str, value: Any) -> str:  # noqa: ANN401 - any value of a row
         case datetime():
             return clock(value)
         case list():
-            return ", ".join(said(column, part) for part in value)
+            return ", ".join(readable(column, part) for part in value)
     return printable(str(value))
 
 
@@ -380,5 +380,5 @@ def headline(report: Report) -> list[tuple[str, str]]:
         ("nodes", nodes or "none"),
         ("requests", f"{seen.decisions:,} routed, {seen.completions:,} completed{failed}"),
         ("sessions", f"{seen.sessions:,}"),
-        ("hit rate", said("hit rate", seen.hit_rate)),
+        ("hit rate", readable("hit rate", seen.hit_rate)),
     ]

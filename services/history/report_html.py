@@ -7,7 +7,7 @@ from datetime import datetime
 from html import escape
 from typing import TYPE_CHECKING
 
-from kvplane.services.history.report import headline, said
+from kvplane.services.history.report import headline, readable
 from kvplane.services.history.report_plot import DARK, LIGHT, svg
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 def page(report: Report, made: datetime) -> str:
     """The file's text. `made` is when, in UTC."""
-    title = f"Fleet {said('', report.fleet)}"
+    title = f"Fleet {readable('', report.fleet)}"
     cards = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in headline(report))
     charts = "".join(_chart(report, chart) for chart in report.charts)
     lost = ", a dashed line is a lost node" if report.lost else ""
@@ -60,7 +60,8 @@ def page(report: Report, made: datetime) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n<body><main><h1>{escape(title)}</h1>\n"
         f'<dl>{cards}</dl>\n<div class="charts">{charts}</div>\n{tables}\n'
-        f"<footer>Made by kvplane report on {escape(said('', made))} UTC. Times are UTC{lost}.</footer></main></body></html>\n"
+        f"<footer>Made by kvplane report on {escape(readable('', made))} UTC. Times are UTC{lost}.</footer></main>"
+        "</body></html>\n"
     )
 
 
@@ -85,7 +86,7 @@ def _section(section: Section) -> str:
     body = "".join(
         "<tr>"
         + "".join(
-            f"<td{kind}>{escape(said(column, value))}</td>"
+            f"<td{kind}>{escape(readable(column, value))}</td>"
             for kind, column, value in zip(kinds, section.columns, row, strict=True)
         )
         + "</tr>"

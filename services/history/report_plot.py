@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kvplane.services.history.report import OTHERS, said
+from kvplane.services.history.report import OTHERS, readable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,8 +58,8 @@ def png(report: Report) -> bytes:
         figure = Figure(figsize=(12, 3.1 * len(charts) + 0.5), layout="constrained", facecolor=LIGHT.back)
         seen = report.overview
         figure.suptitle(
-            f"fleet {said('', report.fleet)}: {said('', seen.first)} to {said('', seen.last)} UTC", color=LIGHT.text,
-            fontsize=12, ha="left", x=0.01,
+            f"fleet {readable('', report.fleet)}: {readable('', seen.first)} to {readable('', seen.last)} UTC",
+            color=LIGHT.text, fontsize=12, ha="left", x=0.01,
         )  # fmt: skip
         for axes, chart in zip(figure.subplots(len(charts), 1, squeeze=False)[:, 0], charts, strict=True):
             _draw(axes, report, chart, LIGHT)
@@ -142,7 +142,7 @@ def _lines(chart: Chart) -> list[_Line]:
 
 
 def _short(name: str) -> str:
-    name = said("", name)
+    name = readable("", name)
     return name if len(name) <= _NAME_CHARACTERS else name[: _NAME_CHARACTERS - 1] + "…"
 
 

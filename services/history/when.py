@@ -21,22 +21,22 @@ def when(text: str, now: datetime) -> int | datetime:
 
     A day means its beginning in UTC. `now` has a zone; what is relative counts from it.
     """
-    said = text.strip()
-    if _SEQUENCE.fullmatch(said) and int(said.replace(",", "")) < 1 << 64:
-        return int(said.replace(",", ""))
+    given = text.strip()
+    if _SEQUENCE.fullmatch(given) and int(given.replace(",", "")) < 1 << 64:
+        return int(given.replace(",", ""))
     clock = now.astimezone(UTC).replace(tzinfo=None)
-    word = said.lower()
+    word = given.lower()
     if word == "now":
         return clock
     if word in _DAYS:
         return datetime.combine(clock.date() - timedelta(days=_DAYS[word]), time())
     try:
-        if said.isdigit():
-            raise ValueError(said)  # noqa: TRY301 - of digits alone, `fromisoformat` makes a time
+        if given.isdigit():
+            raise ValueError(given)  # noqa: TRY301 - of digits alone, `fromisoformat` makes a time
         if _AGO.fullmatch(word):
             parts = re.findall(_PART, word)
             return clock - sum((timedelta(**{_UNITS[unit]: float(count)}) for count, unit in parts), timedelta())
-        found = datetime.fromisoformat(re.sub(r"\s*UTC$", "+00:00", said))
+        found = datetime.fromisoformat(re.sub(r"\s*UTC$", "+00:00", given))
         return found if found.tzinfo is None else found.astimezone(UTC).replace(tzinfo=None)
     except (ValueError, OverflowError):
         raise BadRequest(f"{text[:60]!r} is no moment; write {FORMS}") from None

@@ -73,7 +73,7 @@ class Call(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self._failed: EngineFailed | None = None
         self._fresh = True
-        self._heard = False
+        self._received = False
         self._silent_too_long = False
         self._silent: asyncio.TimerHandle | None = None
         self._patience = 0.0
@@ -110,7 +110,7 @@ class Call(asyncio.Protocol):
             # Nobody asked for it.
             self._transport.abort()
             return
-        self._heard = True
+        self._received = True
         self._last = self._pool.clock()
         try:
             reader.feed(data)
@@ -121,14 +121,14 @@ class Call(asyncio.Protocol):
     @property
     def stale(self) -> bool:
         """Whether the engine closed a connection that had carried another request, without a word on this one."""
-        return not self._fresh and not self._heard and not self._silent_too_long
+        return not self._fresh and not self._received and not self._silent_too_long
 
     def send(self, head: bytes, body: bytes, patience: float) -> None:
         """Send a request; its answer must not be silent for longer than `patience` seconds."""
         self._reader = AnswerReader(self._on_head, self._on_data, self._on_end)
         self.headed = self.ended = False
         self._failed = None
-        self._heard = False
+        self._received = False
         self._held = []
         self._sink = None
         self._patience = patience

@@ -212,7 +212,7 @@ class _Connection(asyncio.Protocol):
             exchange.task.cancel()
 
     def eof_received(self) -> bool:
-        # One that has said all and still reads can't be told from one that left, and engines are busy: it counts as gone.
+        # A client that sent all and still reads looks like one that left, and engines are busy: it counts as gone.
         return False
 
     def data_received(self, data: bytes) -> None:

@@ -21,12 +21,17 @@ _log = structlog.get_logger("kvplane.leaving")
 
 
 async def leave(client: Client, fleet: str, node: str, epoch: int, reason: str) -> bool:
-    """Tell a coordinator that a node leaves, if it is still in this life; whether one was told. Raises nothing."""
+    """Tell a coordinator that a node leaves, if it is still in this life; whether one has taken it. Raises nothing."""
     request = LeaveRequest(node=node, epoch=epoch, reason=reason)
     try:
         await ask(client, f"kv.{fleet}.coordinator.node.leave.{token(node)}", request, seconds=LEAVE_SECONDS)
     except KvplaneError as error:
-        _log.warning("leave_not_told", node=node, error=str(error), then="its silence tells it, some seconds later")
+        _log.warning(
+            "leave_not_told",
+            node=node,
+            error=str(error),
+            then="coordinators find it lost by its silence, some seconds later",
+        )
         return False
     _log.info("node_left", node=node, epoch=epoch)
     return True

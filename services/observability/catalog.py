@@ -116,7 +116,7 @@ GATEWAY = Group("Gateway, beside what its router has", (
     _of("kvplane_gateway_ttft_seconds", "histogram", "", "from sending a request to an engine to the first byte of its answer"),
     _of("kvplane_gateway_between_seconds", "histogram", "", "mean time between the pieces of a stream"),
     _of("kvplane_gateway_tokens_total", "counter", "kind", "tokens that engines counted: `prompt`, `cached` of them, `output`"),
-    _of("kvplane_gateway_prompts_total", "counter", "source", "prompts by who told their tokens: `client`, `render`, "
+    _of("kvplane_gateway_prompts_total", "counter", "source", "prompts by where their tokens come from: `client`, `render`, "
             "`tokenize`, `none`", "`none` rises: those are routed without the cache"),
     _of("kvplane_gateway_retries_total", "counter", "", "tries after the first", "a steady rise: see the log for the node"),
     _of("kvplane_gateway_nodes_left_out_total", "counter", "", "times that a node was left out since requests failed there",

@@ -56,7 +56,7 @@ class Lifeline:
     @property
     def deaf(self) -> bool:
         """Whether the client says that it is connected, and nobody reads what the server sends."""
-        reading = self.client._reading_task  # noqa: SLF001 - nothing public tells
+        reading = self.client._reading_task  # noqa: SLF001 - nothing public has it
         return bool(self.client.is_connected and reading is not None and reading.done())
 
     async def run(self) -> None:

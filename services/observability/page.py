@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 _BEGIN = f"""\
 # Metrics and health
 
-Every service answers HTTP when it is told where: `kvplane router --http 0.0.0.0:9464`, or `KVPLANE_HTTP`. `kvplane up` does so
+Every service answers HTTP if given an address: `kvplane router --http 0.0.0.0:9464`, or `KVPLANE_HTTP`. `kvplane up` does so
 at `127.0.0.1:9464` by itself, and its historian at the port after it.
 
 | path | answers |

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kvplane.services.observability.collect import Service
 
 LOOK_SECONDS = 1.0
-TELL_SECONDS = 10.0
+REPEAT_SECONDS = 10.0
 """How often a service that is not ready says why."""
 
 _log = structlog.get_logger("kvplane.http")
@@ -43,29 +43,29 @@ async def observing(http: str | None, *services: Service) -> AsyncIterator[None]
             group.start_soon(one.lifeline.run)
             if one.service.role in FOLLOWING:
                 group.start_soon(one.lifeline.watch_log, one.service.fleet)
-        group.start_soon(_tell, services)
+        group.start_soon(_log_readiness, services)
         yield
         group.cancel_scope.cancel()
 
 
-async def _tell(services: Sequence[Service]) -> None:
+async def _log_readiness(services: Sequence[Service]) -> None:
     """Log when services become ready or are no more, and now and then why they are not."""
-    said: dict[str, float] = {}
+    logged: dict[str, float] = {}
     begun: set[str] = set()
     while True:
         # Not at once: most are ready within a second.
         await anyio.sleep(LOOK_SECONDS)
         for service in services:
             reason, facts = service.readiness()
-            if reason and anyio.current_time() - said.get(service.role, -TELL_SECONDS) >= TELL_SECONDS:
-                said[service.role] = anyio.current_time()
+            if reason and anyio.current_time() - logged.get(service.role, -REPEAT_SECONDS) >= REPEAT_SECONDS:
+                logged[service.role] = anyio.current_time()
                 # That one which begins is not ready yet is no news.
                 say = _log.warning if service.role in begun else _log.info
                 say("not_ready", service=service.role, reason=reason)
-            elif not reason and (service.role in said or service.role not in begun):
+            elif not reason and (service.role in logged or service.role not in begun):
                 say = _log.warning if service.role in begun else _log.info
                 say("ready", service=service.role, **facts)
-                said.pop(service.role, None)
+                logged.pop(service.role, None)
                 begun.add(service.role)
 
 

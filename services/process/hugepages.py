@@ -32,10 +32,10 @@ def from_the_start() -> None:
         return
     environment = {**os.environ, "GLIBC_TUNABLES": f"{tunables}:{TUNABLE}=1".removeprefix(":")}
     # Ctrl-C waits until the interpreter is up again: `kvplane.__main__` lets it through.
-    heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     with suppress(OSError):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)  # noqa: S606 - this program
-    signal.pthread_sigmask(signal.SIG_SETMASK, heard)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _on_request() -> bool:

@@ -203,8 +203,8 @@ class Owner:
             age = self._age()
             if age < FRESH_SECONDS:
                 left = FRESH_SECONDS - age
-                said = f"it renewed its record {max(0.0, age):.0f} s ago; if it is gone, try again in {left:.0f} s"
-                raise self._taken(holder, said)
+                reason = f"it renewed its record {max(0.0, age):.0f} s ago; if it is gone, try again in {left:.0f} s"
+                raise self._taken(holder, reason)
 
     def _age(self) -> float:
         """Seconds since the record was renewed. Both times are of the file system's clock; hosts may have others."""

@@ -42,17 +42,17 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def _unheard() -> Iterator[None]:
-    """A terminal's Ctrl-C is for this process; those that are started in the block inherit that they don't hear of it."""
-    heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _without_interrupts() -> Iterator[None]:
+    """A terminal's Ctrl-C is for this process; those that are started in the block inherit that SIGINT is blocked."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _submit(executor: ProcessPoolExecutor, *call: Any) -> Future[Any]:  # noqa: ANN401 - passed through
-    with _unheard():
+    with _without_interrupts():
         return executor.submit(*call)
 
 
@@ -63,7 +63,7 @@ async def beside(function: Callable[..., object], *arguments: object, patience: 
     when this process is killed.
     """
     process = CONTEXT.Process(target=_called, args=(function, *arguments))
-    with _unheard():
+    with _without_interrupts():
         process.start()
     try:
         await anyio.to_thread.run_sync(process.join, abandon_on_cancel=True)

@@ -50,9 +50,9 @@ class NodeRow(Struct, frozen=True, kw_only=True):
     max_active: int
     sessions: int
     waiting: int | None
-    """Requests that wait there, as its last heartbeat said."""
+    """Requests that wait there, by its last heartbeat."""
     unheard: bool
-    """It serves, and nothing was heard of its cache."""
+    """It serves, and no event about its cache has come."""
 
 
 class NodesAnswer(Struct, frozen=True, kw_only=True):

@@ -44,8 +44,8 @@ An error has the header `Nats-Service-Error-Code` and the body `{"code", "error"
 role `admin` may ask everything."""
 
 
-class Told(NamedTuple):
-    """A subject on which things are told and nobody answers."""
+class Published(NamedTuple):
+    """A subject that services publish on and that nobody answers."""
 
     name: str
     subject: str
@@ -54,14 +54,15 @@ class Told(NamedTuple):
     stored: bool
 
 
-TOLD: tuple[Told, ...] = (
-    Told("node", "node.{node}", types.NodeEvent, "A node joins, leaves, is lost; one event a commit.", stored=True),
-    Told("cache", "cache.{node}", types.CacheEvent, "What a node holds; a placement is alone in its commit.", stored=True),
-    Told("session", "session.{model}", types.SessionEvent, "Which node a session belongs on.", stored=True),
-    Told("access", "access.{writer}", types.AccessEvent, "Requests that were routed, and how they ended.", stored=True),
-    Told("control", "control", types.ControlEvent, "The policy, and the log's format.", stored=True),
-    Told("pulse", "pulse.{node}", messages.Pulse, "A node's heartbeat, in MessagePack only.", stored=False),
-    Told("checkpoint", "checkpoint.{writer}", messages.Checkpoint, "A replica's digest, in MessagePack only.", stored=False),
+PUBLISHED: tuple[Published, ...] = (
+    Published("node", "node.{node}", types.NodeEvent, "A node joins, leaves, is lost; one event a commit.", stored=True),
+    Published("cache", "cache.{node}", types.CacheEvent, "What a node holds; a placement is alone in its commit.", stored=True),
+    Published("session", "session.{model}", types.SessionEvent, "Which node a session belongs on.", stored=True),
+    Published("access", "access.{writer}", types.AccessEvent, "Requests that were routed, and how they ended.", stored=True),
+    Published("control", "control", types.ControlEvent, "The policy, and the log's format.", stored=True),
+    Published("pulse", "pulse.{node}", messages.Pulse, "A node's heartbeat, in MessagePack only.", stored=False),
+    Published("checkpoint", "checkpoint.{writer}", messages.Checkpoint, "A replica's digest, in MessagePack only.",
+              stored=False),
 )  # fmt: skip
 
 
@@ -77,7 +78,7 @@ def _name(form: Any) -> str:  # noqa: ANN401 - a type form
 def schemas() -> dict[str, JSON]:
     """JSON schemas of all that travels, by name."""
     forms = [form for spec in ENDPOINTS for form in (spec.request, spec.answer) if _name(form)]
-    forms += [kind for told in TOLD for kind in _kinds(told.form)]
+    forms += [kind for subject in PUBLISHED for kind in _kinds(subject.form)]
     _, components = msgspec.json.schema_components(dict.fromkeys(forms), ref_template=_REFERENCE)
     reference = {"$ref": _REFERENCE.format(name="Hash")}
     for schema in components.values():
@@ -86,10 +87,10 @@ def schemas() -> dict[str, JSON]:
             if "contentEncoding" in json.dumps(properties.get(field)):
                 packed = {"type": "array", "items": reference, "maxItems": types.HASHES_LIMIT}
                 nullable = "anyOf" in properties[field]
-                told = {key: value for key, value in properties[field].items() if key in {"default", "description"}}
-                if told.get("default") == "":
-                    told["default"] = []
-                properties[field] = {"anyOf": [packed, {"type": "null"}], **told} if nullable else {**packed, **told}
+                kept = {key: value for key, value in properties[field].items() if key in {"default", "description"}}
+                if kept.get("default") == "":
+                    kept["default"] = []
+                properties[field] = {"anyOf": [packed, {"type": "null"}], **kept} if nullable else {**packed, **kept}
         if "parent" in properties:
             properties["parent"] = {"anyOf": [reference, {"type": "null"}], "default": None}
     return {"Hash": _HASH, "Error": _ERROR, **dict(sorted(components.items()))}
@@ -129,17 +130,17 @@ def asyncapi() -> JSON:
                 "messages": [{"$ref": f"#/channels/inbox/messages/{each}"} for each in (answer, "Error")],
             },
         }
-    for told in TOLD:
-        one = [{"$ref": _REFERENCE.format(name=kind.__name__)} for kind in _kinds(told.form)]
+    for each in PUBLISHED:
+        one = [{"$ref": _REFERENCE.format(name=kind.__name__)} for kind in _kinds(each.form)]
         commit = {"type": "array", "items": {"oneOf": one}, "minItems": 1, "maxItems": types.EVENTS_LIMIT}
-        channels[told.name] = _channel(
-            told.subject, told.says, {"told": {"payload": commit if told.stored else one[0]}}
+        channels[each.name] = _channel(
+            each.subject, each.says, {"message": {"payload": commit if each.stored else one[0]}}
         )
-        operations[told.name] = {
+        operations[each.name] = {
             "action": "receive",
-            "title": told.says,
-            "channel": {"$ref": f"#/channels/{told.name}"},
-            "messages": [{"$ref": f"#/channels/{told.name}/messages/told"}],
+            "title": each.says,
+            "channel": {"$ref": f"#/channels/{each.name}"},
+            "messages": [{"$ref": f"#/channels/{each.name}/messages/message"}],
         }
     channels["inbox"] = {
         "address": None, "description": "The reply subject that the one who asks has chosen.", "messages": answers,
@@ -204,9 +205,9 @@ def markdown() -> str:
     ]
     parts += ["## The log", "", "Each message is a commit: a list of events. See [architecture](architecture.md).", ""]
     parts += ["| subject | | events |", "|---|---|---|"]
-    parts += [_told(told) for told in TOLD if told.stored]
-    parts += ["", "## Told and not stored", "", "| subject | | form |", "|---|---|---|"]
-    parts += [_told(told) for told in TOLD if not told.stored]
+    parts += [_published(each) for each in PUBLISHED if each.stored]
+    parts += ["", "## Published, not stored", "", "| subject | | form |", "|---|---|---|"]
+    parts += [_published(each) for each in PUBLISHED if not each.stored]
     parts += ["", "## JSON schemas"]
     for name, schema in schemas().items():
         plain = json.dumps(schema, indent=1, ensure_ascii=False).replace("#/components/schemas/", "#")
@@ -225,9 +226,9 @@ def _row(spec: Spec) -> str:
     return f"| `kv.<fleet>.{_shown(spec.subject)}` | {spec.says} | {_link(_name(spec.request))} | {answer} | {who} | {again} |"
 
 
-def _told(told: Told) -> str:
-    kinds = ", ".join(_link(kind.__name__) for kind in _kinds(told.form))
-    return f"| `kv.<fleet>.{_shown(told.subject)}` | {told.says} | {kinds} |"
+def _published(each: Published) -> str:
+    kinds = ", ".join(_link(kind.__name__) for kind in _kinds(each.form))
+    return f"| `kv.<fleet>.{_shown(each.subject)}` | {each.says} | {kinds} |"
 
 
 def _shown(subject: str) -> str:

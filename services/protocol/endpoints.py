@@ -1,4 +1,4 @@
-"""Every endpoint of a fleet, said once: where it is asked, what is asked and answered, who answers and who may ask.
+"""Every endpoint of a fleet, in one place: where it is asked, what is asked and answered, who answers and who may ask.
 
 From this table follow what services serve (`rpc.server.serving`), what credentials allow (`auth.roles`), what a client asks
 again (`rpc.client`), and docs/subjects.md and docs/asyncapi.yaml (`protocol.document`).
@@ -38,7 +38,7 @@ class Spec(NamedTuple):
     traced: bool = False
     """Whether a traceparent goes with it."""
     unasked: bool = False
-    """Whether it may be told something by one who wants no answer."""
+    """Whether a request without a reply subject is accepted."""
 
     def pattern(self, fleet: str) -> str:
         """Subject with `*` for names."""

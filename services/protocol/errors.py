@@ -246,7 +246,7 @@ class AnswerTooLarge(ServiceFault):
 
 
 class BadBatch(KvplaneError):
-    """An engine's message that can't be understood: what it said about its cache is lost."""
+    """An engine's message that can't be understood: its news about its cache are lost."""
 
     code = "bad_batch"
 

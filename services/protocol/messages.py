@@ -250,7 +250,7 @@ class Pulse(Struct, frozen=True, kw_only=True, omit_defaults=True):
     waiting: int = 0
     used_blocks: int = 0
     unheard: bool = False
-    """Its engine serves, and tells nothing of its cache."""
+    """Its engine serves, and sends no events about its cache."""
 
 
 class Checkpoint(Struct, frozen=True):
@@ -391,11 +391,11 @@ def decode_request(body: bytes, form: type[T]) -> T:
     return request
 
 
-def _misfit(said: str, form: type[Struct]) -> str:
+def _misfit(error: str, form: type[Struct]) -> str:
     """Why a request is none of a form: an unknown field by its name, with the one that was probably meant."""
-    unknown = said.removeprefix(_UNKNOWN_FIELD)
-    if unknown == said:
-        return f"the request does not fit: {said}"
+    unknown = error.removeprefix(_UNKNOWN_FIELD)
+    if unknown == error:
+        return f"the request does not fit: {error}"
     from difflib import get_close_matches  # noqa: PLC0415 - only for mistakes
 
     known = form.__struct_fields__

@@ -15,7 +15,7 @@ class ReplicaStatus(Struct, frozen=True, kw_only=True):
     writer: str
     version: str = "unknown"
     clock: float = 0.0
-    """Its clock when it answered, in unix seconds; 0 is not told."""
+    """Its clock when it answered, in unix seconds; 0 is unknown."""
     ready: bool = True
     """Whether the log has been read to where its end was at the start."""
     healthy: bool = True

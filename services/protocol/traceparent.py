@@ -17,16 +17,16 @@ _LENGTH = 55
 _FORM = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 
 
-def parse(said: str) -> str:
+def parse(text: str) -> str:
     """A traceparent as it is carried on; empty when it is none, which is never an error.
 
     Of a version that is not known here, the fields of version 00 are taken, as the recommendation wants it.
     """
-    match = _FORM.match(said)
+    match = _FORM.match(text)
     if match is None:
         return ""
     version, trace, parent, flags = match.groups()
-    longer = len(said) > _LENGTH and (version == "00" or said[_LENGTH] != "-")
+    longer = len(text) > _LENGTH and (version == "00" or text[_LENGTH] != "-")
     if version == "ff" or longer or not int(trace, 16) or not int(parent, 16):
         return ""
     return f"00-{trace}-{parent}-{flags}"

@@ -66,7 +66,7 @@ class Endpoint(NamedTuple):
     traced: bool = False
     """Whether `answer` takes the request's traceparent as its second argument; its form has a field for it, too."""
     unasked: bool = False
-    """Whether it may be told something by one who wants no answer. What a server answers on its own wants none either."""
+    """Whether a request without a reply subject is accepted. What a server answers on its own has none either."""
 
 
 def serving(
@@ -155,12 +155,12 @@ def _code(error: Exception) -> str:
     return error.code if isinstance(error, KvplaneError) else "internal"
 
 
-def _traced(endpoint: Endpoint, tally: Tally, said: str, field: str) -> str:
+def _traced(endpoint: Endpoint, tally: Tally, header: str, field: str) -> str:
     """The traceparent that goes with a request: of its headers, else of its field."""
-    traceparent = parse(said) or parse(field)
-    if not traceparent and (said or field):
+    traceparent = parse(header) or parse(field)
+    if not traceparent and (header or field):
         tally.bad_traceparents += 1
-        _log.debug("bad_traceparent", endpoint=endpoint.name, said=(said or field)[:80])
+        _log.debug("bad_traceparent", endpoint=endpoint.name, received=(header or field)[:80])
     return traceparent
 
 
@@ -208,7 +208,7 @@ def _in_turn(endpoint: Endpoint, tally: Tally) -> Callable[[Request], Awaitable[
     afterwards = _Soon(after) if after is not None else None
 
     async def handle(request: Request) -> None:
-        if not _genuine(endpoint, request._msg):  # noqa: SLF001 - the reply subject is not told otherwise
+        if not _genuine(endpoint, request._msg):  # noqa: SLF001 - nothing public has the reply subject
             return
         begin = clock()
         traceparent = ""
@@ -217,9 +217,9 @@ def _in_turn(endpoint: Endpoint, tally: Tally) -> Callable[[Request], Awaitable[
             asked = decode_request(body, form)
             if traced:
                 headers = request.headers
-                said = in_headers(headers) if headers else ""
-                if said or asked.traceparent:  # type: ignore[attr-defined]
-                    traceparent = _traced(endpoint, tally, said, asked.traceparent)  # type: ignore[attr-defined]
+                header = in_headers(headers) if headers else ""
+                if header or asked.traceparent:  # type: ignore[attr-defined]
+                    traceparent = _traced(endpoint, tally, header, asked.traceparent)  # type: ignore[attr-defined]
                 with bound_contextvars(trace=traceparent) if traceparent else _NOTHING:
                     found = answer(asked, traceparent)
             else:
@@ -252,8 +252,8 @@ def _concurrent(endpoint: Endpoint, tally: Tally, group: TaskGroup) -> Callable[
             body = request.data
             asked = _owned(endpoint, request._msg, decode_request(body, form))  # noqa: SLF001 - as below
             if traced:
-                said = in_headers(request.headers or {})
-                traceparent = _traced(endpoint, tally, said, asked.traceparent)
+                header = in_headers(request.headers or {})
+                traceparent = _traced(endpoint, tally, header, asked.traceparent)
                 with bound_contextvars(trace=traceparent) if traceparent else _NOTHING:
                     result = await answer(asked, traceparent)
             else:
@@ -267,7 +267,7 @@ def _concurrent(endpoint: Endpoint, tally: Tally, group: TaskGroup) -> Callable[
             await _respond(request, reply, traceparent)
 
     async def handle(request: Request) -> None:
-        if _genuine(endpoint, request._msg):  # noqa: SLF001 - the reply subject is not told otherwise
+        if _genuine(endpoint, request._msg):  # noqa: SLF001 - nothing public has the reply subject
             group.start_soon(work, request)
 
     return handle

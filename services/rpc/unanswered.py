@@ -1,4 +1,4 @@
-"""Why an HTTP address did not answer as it should: told by the error if it says enough, else by a look at what is there."""
+"""Why an HTTP address did not answer as it should: from the error if it says enough, else from a look at what is there."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ LOOK_SECONDS = 3.0
 
 
 class Unanswered(NamedTuple):
-    """`said` is a sentence without a full stop; `final` is whether waiting is of no use."""
+    """`reason` is a sentence without a full stop; `final` is whether waiting is of no use."""
 
-    said: str
+    reason: str
     final: bool = False
 
 

@@ -43,21 +43,21 @@ class BlockSize:
     """What is known of a trace's block size, line by line. `given` is what the one who asks says it is."""
 
     def __init__(self, given: int | None = None) -> None:
-        self._said = None if given is None else Bound(given)
+        self._stated = None if given is None else Bound(given)
         self._least = Bound(1)
         self._most = Bound(MOST_BLOCK_SIZE)
 
-    def line(self, number: int, tokens: int, ids: int, said: int | None = None) -> None:
+    def line(self, number: int, tokens: int, ids: int, stated: int | None = None) -> None:
         """Take a line into account. Raises `BadTrace` with both figures when it contradicts what is known."""
-        if said is not None:
-            self._says(Bound(said, number))
+        if stated is not None:
+            self._take_stated(Bound(stated, number))
         least, most = allowed(tokens, ids)
         here = Bound(0, number, tokens, ids)
         if least > most:
             raise BadTrace(f"{here}, which no block size from 1 to {MOST_BLOCK_SIZE:,} gives")
-        if self._said is not None:
-            if not least <= self._said.size <= most:
-                raise BadTrace(f"{here}, which takes blocks of {_range(least, most)} tokens, but {self._said}")
+        if self._stated is not None:
+            if not least <= self._stated.size <= most:
+                raise BadTrace(f"{here}, which takes blocks of {_range(least, most)} tokens, but {self._stated}")
             return
         if least > self._most.size or most < self._least.size:
             other = self._most if least > self._most.size else self._least
@@ -71,25 +71,25 @@ class BlockSize:
         if most < self._most.size:
             self._most = Bound(most, number, tokens, ids)
 
-    def _says(self, said: Bound) -> None:
-        if self._said is None:
-            if not self._least.size <= said.size <= self._most.size:
-                other = self._least if said.size < self._least.size else self._most
+    def _take_stated(self, stated: Bound) -> None:
+        if self._stated is None:
+            if not self._least.size <= stated.size <= self._most.size:
+                other = self._least if stated.size < self._least.size else self._most
                 takes = _range(*allowed(other.tokens, other.ids))
-                raise BadTrace(f"{said}, but {other}, which takes blocks of {takes} tokens")
-            self._said = said
-        elif self._said.size != said.size:
-            raise BadTrace(f"{said}, but {self._said}")
+                raise BadTrace(f"{stated}, but {other}, which takes blocks of {takes} tokens")
+            self._stated = stated
+        elif self._stated.size != stated.size:
+            raise BadTrace(f"{stated}, but {self._stated}")
 
     @property
     def inferred(self) -> bool:
         """Whether nobody says the size."""
-        return self._said is None
+        return self._stated is None
 
     def size(self) -> int:
         """The block size. Raises `BadTrace` when the lines allow several sizes, of which none is the only usual one."""
-        if self._said is not None:
-            return self._said.size
+        if self._stated is not None:
+            return self._stated.size
         least, most = self._least.size, self._most.size
         if least == most:
             return least

@@ -70,7 +70,7 @@ def compare(
     runs: Sequence[tuple[Choice, Settings]], work: Sequence[Work], ideal: float, *, processes: int, keep: bool = False,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[tuple[Summary, Outcome | None]]:  # fmt: skip
-    """Make all runs over the same requests. `progress` is told the sum of requests that have arrived in them.
+    """Make all runs over the same requests. `progress` is called with the sum of requests that have arrived in them.
 
     `ideal` is the ideal hit rate. With `keep`, the outcomes are given as well. Results do not depend on the number of
     processes.

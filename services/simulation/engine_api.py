@@ -64,10 +64,10 @@ def rendered(chat: object, system: object = None, tools: object = None) -> str:
     parts = [f"<|tools|>{json.dumps(tools, sort_keys=True)}"] if tools else []
     parts += [f"<|system|>{text_of(system)}"] if system else []
     for message in chat:
-        said = text_of(message.get("content")) + (
+        content = text_of(message.get("content")) + (
             json.dumps(message["tool_calls"]) if message.get("tool_calls") else ""
         )
-        parts.append(f"<|{message.get('role', 'user')}|>{message.get('reasoning_content') or ''}{said}")
+        parts.append(f"<|{message.get('role', 'user')}|>{message.get('reasoning_content') or ''}{content}")
     return "".join(parts) + "<|assistant|>"
 
 
@@ -76,8 +76,8 @@ def prompt_tokens(body: Body) -> list[int]:
     if "messages" in body:
         return list(rendered(body["messages"], body.get("system"), body.get("tools")).encode())
     if "input" in body:
-        said = body["input"]
-        chat = [{"role": "user", "content": said}] if isinstance(said, str) else said
+        content = body["input"]
+        chat = [{"role": "user", "content": content}] if isinstance(content, str) else content
         return list(rendered(chat, body.get("instructions"), body.get("tools")).encode())
     prompt = body.get("prompt", "")
     if isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt):
@@ -103,7 +103,7 @@ class Node(Protocol):
         """Tokens a block."""
 
     async def run_request(
-        self, request: messages.ServeRequest, tell: Callable[[int], None] | None = None
+        self, request: messages.ServeRequest, on_token: Callable[[int], None] | None = None
     ) -> messages.ServeAnswer:
         """Run a request."""
 
@@ -177,8 +177,8 @@ class EngineApi:
         return {"token_ids": prompt_tokens(body)}
 
     def _embeddings(self, body: Body) -> object:
-        said = body.get("input", "")
-        texts = said if isinstance(said, list) and not all(type(each) is int for each in said) else [said]
+        given = body.get("input", "")
+        texts = given if isinstance(given, list) and not all(type(each) is int for each in given) else [given]
         data = [
             {"object": "embedding", "index": at, "embedding": [float(len(str(each)))] * 4}
             for at, each in enumerate(texts)
@@ -190,8 +190,8 @@ class EngineApi:
             "usage": {"prompt_tokens": 1, "total_tokens": 1},
         }
 
-    async def _run(self, exchange: Exchange, body: Body, tell: Callable[[str], None] | None) -> tuple[str, Body]:
-        """Run a request on the node; its text and its usage in OpenAI's words. `tell` gets each word."""
+    async def _run(self, exchange: Exchange, body: Body, on_word: Callable[[str], None] | None) -> tuple[str, Body]:
+        """Run a request on the node; its text and its usage in OpenAI's words. `on_word` gets each word."""
         tokens = prompt_tokens(body)
         most = (
             body.get("max_completion_tokens")
@@ -208,7 +208,7 @@ class EngineApi:
             tokens=len(tokens), output_tokens=most,
         )  # fmt: skip
         words = [WORDS[at % len(WORDS)] + " " for at in range(most)]
-        served = await self.node.run_request(request, None if tell is None else lambda at: tell(words[at]))
+        served = await self.node.run_request(request, None if on_word is None else lambda at: on_word(words[at]))
         usage = {
             "prompt_tokens": len(tokens), "completion_tokens": most, "total_tokens": len(tokens) + most,
             "prompt_tokens_details": {"cached_tokens": served.cached_tokens},
@@ -256,16 +256,16 @@ class EngineApi:
     ) -> None:
         begun = False
 
-        def tell(said: str) -> None:
+        def on_word(text: str) -> None:
             nonlocal begun
             if not begun:
                 begun = True
                 exchange.begin(200, _EVENTS)
                 if first is not None:
                     exchange.write(_event(first))
-            exchange.write(_event(word(said)))
+            exchange.write(_event(word(text)))
 
-        _, usage = await self._run(exchange, body, tell)
+        _, usage = await self._run(exchange, body, on_word)
         exchange.write(_event(last))
         if (body.get("stream_options") or {}).get("include_usage"):
             exchange.write(_event({**about, "object": kind, "choices": [], "usage": usage}))
@@ -279,7 +279,7 @@ class EngineApi:
         def send(kind: str, **fields: Any) -> None:  # noqa: ANN401 - fields of an event
             exchange.write(b"event: %b\n" % kind.encode() + _event({"type": kind, **fields}))
 
-        def tell(said: str) -> None:
+        def on_word(piece: str) -> None:
             nonlocal begun
             if not begun:
                 begun = True
@@ -290,10 +290,10 @@ class EngineApi:
                     message={**about, "content": [], "stop_reason": None, "stop_sequence": None, "usage": start},
                 )
                 send("content_block_start", index=0, content_block={"type": "text", "text": ""})
-            send("content_block_delta", index=0, delta={"type": "text_delta", "text": said})
+            send("content_block_delta", index=0, delta={"type": "text_delta", "text": piece})
 
         streams = bool(body.get("stream"))
-        text, usage = await self._run(exchange, body, tell if streams else None)
+        text, usage = await self._run(exchange, body, on_word if streams else None)
         cached = usage["prompt_tokens_details"]["cached_tokens"]
         counted = {
             "input_tokens": usage["prompt_tokens"] - cached, "cache_read_input_tokens": cached,

@@ -58,8 +58,8 @@ def page(report: Report, command: str) -> str:
         *_short(report), *_worst(report), *_overlay(report), *_burst(report), *_parameters(),
         "## Every cell", "",
     ]  # fmt: skip
-    for cell, speed in report.knees.items():
-        lines += [f"### {cell.name}, {cell.nodes} nodes, {cell.cache} cache (knee at speed {speed:.3f})", ""]
+    for cell, speedup in report.knees.items():
+        lines += [f"### {cell.name}, {cell.nodes} nodes, {cell.cache} cache (knee at speedup {speedup:.3f})", ""]
         head = ["load, policy", "mean", "p50", "p90", "p99", "hit rate", "of ideal", "imbalance", "rejected"]
         lines += table(
             head,

@@ -13,7 +13,7 @@ default, several routers don't know of each other's requests.
 
 Facts of it that this module is built around:
 
-- It hears of blocks as vLLM tells them, by ZeroMQ with a socket for each worker, and applies that at some later time. So
+- It gets blocks as vLLM's events, by ZeroMQ with a socket for each worker, and applies that at some later time. So
   before a decision every worker with news stores one more block, a *fence*, and the decision waits until the fences are
   found: a worker's events are applied in order.
 - It wants a block's tokens, not their hash. They are made up from the block's own (chained) hash, so that Dynamo's hashes
@@ -68,7 +68,7 @@ LEAST_BLOCK_SIZE = 3
 TIE_WEIGHT = 1e-9
 """Largest weight of a preference: costs are multiplied by 1 - weight, and differ by a token of less than 1e9, or not."""
 PATIENCE = 10.0
-"""Seconds of real time until it is concluded that Dynamo doesn't hear."""
+"""Seconds of real time until it is concluded that Dynamo gets no events."""
 FILES = 16
 """Open files that a worker takes, on both ends of its socket. When they run out Dynamo ends the process."""
 _MODEL = "kvplane"
@@ -160,7 +160,7 @@ class Selector:
         self._finish()
 
     def add(self, name: str, block_size: int) -> None:
-        """A worker begins, empty. Raises `BadRequest` for what can't be told to Dynamo."""
+        """A worker begins, empty. Raises `BadRequest` for what Dynamo has no form for."""
         if block_size < LEAST_BLOCK_SIZE:
             raise BadRequest(f"policy dynamo needs blocks of {LEAST_BLOCK_SIZE} tokens or more, not {block_size}")
         if self._workers and block_size != self._block_size:
@@ -339,7 +339,7 @@ class PeerDesk:
         now: int,
         applied: int,
     ) -> tuple[RequestRouted, SessionAssigned | None]:
-        """Book a decision; what the log must be told of it."""
+        """Book a decision; what must be written to the log about it."""
         node = decision.node.name
         # It comes again when its node failed.
         self._free(query.id)

@@ -60,13 +60,13 @@ class Job(Struct, frozen=True):
 
     cell: Cell
     policy: str
-    speed: float
+    speedup: float
     delay: float = 0.002
     routers: int = 1
 
 
 class Report(Struct):
-    """All runs of a report. `knees` are speeds; `peer` is empty where the peer's package is not installed."""
+    """All runs of a report. `knees` are speedups; `peer` is empty where the peer's package is not installed."""
 
     knees: dict[Cell, float]
     runs: dict[tuple[Cell, str, str], Summary]
@@ -95,7 +95,7 @@ def make(job: Job) -> Summary:
     work, size, ideal = load(job.cell.trace, job.cell.nodes * REQUESTS_A_NODE)
     settings = Settings(
         nodes=job.cell.nodes, capacity=CACHES[job.cell.cache] // size, block_size=size, policy=choice.policy,
-        parameters=choice.parameters, speed=job.speed, seed=SEED, delay=job.delay, routers=job.routers,
+        parameters=choice.parameters, speedup=job.speedup, seed=SEED, delay=job.delay, routers=job.routers,
     )  # fmt: skip
     summary = summarize(run(settings, work), job.policy, ideal)
     if summary.failed:
@@ -104,7 +104,7 @@ def make(job: Job) -> Summary:
 
 
 def knee(cell: Cell) -> float:
-    """The highest speed at which `ttft` keeps its p99 under `KNEE_SECONDS`."""
+    """The highest speedup at which `ttft` keeps its p99 under `KNEE_SECONDS`."""
 
     def holds(power: float) -> bool:
         return make(Job(cell, "ttft", 2.0**power)).p99 < KNEE_SECONDS
@@ -149,7 +149,7 @@ def cells(traces: Iterable[str]) -> list[Cell]:
 
 
 def total(traces: list[str], *, peer: bool, policies: Sequence[str] = ()) -> int:
-    """How many steps `produce` tells of."""
+    """How many steps `produce` reports."""
     each = len(NODES) * len(CACHES)
     return len(traces) * (
         each
@@ -163,7 +163,7 @@ def produce(
     traces: list[str], *, processes: int, peer: bool, policies: Sequence[str] = (),
     progress: Callable[[], None] = lambda: None,
 ) -> Report:  # fmt: skip
-    """Make a whole report; `policies` are judged beside the built-in ones, `progress` is told of each run.
+    """Make a whole report; `policies` are judged beside the built-in ones, `progress` is called after each run.
 
     Raises `BadTrace`, `BadRequest` for a policy that is none or without the peer, and `PolicyFailed`.
     """
@@ -171,7 +171,7 @@ def produce(
     for policy in policies:
         parse_choice(policy)
     for trace in traces:
-        # A trace that can't be read is to be told of before the work begins.
+        # A trace that can't be read is an error before the work begins.
         load(trace, 1)
     everywhere = cells(traces)
     with workers(processes) as submit:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PROGRESS_LINES = 256
-"""After so many lines the one who waits is told how far the reading is."""
+"""Lines after which progress is reported."""
 _GZIP = b"\x1f\x8b"
 
 
@@ -85,12 +85,12 @@ def read_trace(
 ) -> Trace:  # fmt: skip
     """Read a trace. `block_size` is to be given when the trace does not say it and its lines allow several.
 
-    `progress` is told how many bytes of the file are read, and of how many (0 when that isn't known). Raises `BadTrace` with
+    `progress` is called with the bytes read and the size of the file (0 when unknown). Raises `BadTrace` with
     the line that is wrong, or that contradicts the block size.
     """
     decoder = msgspec.json.Decoder(TraceRequest)
     known = BlockSize(block_size)
-    said = False
+    stated = False
     found = []
     try:
         with path.open("rb") as file:
@@ -109,7 +109,7 @@ def read_trace(
                         f"{path.name}, line {number}: {error}; a line must be a JSON object with timestamp, input_length, "
                         "output_length and hash_ids"
                     ) from None
-                said = said or request.block_size is not None
+                stated = stated or request.block_size is not None
                 try:
                     known.line(number, request.input_length, len(request.hash_ids), request.block_size)
                 except BadTrace as error:
@@ -124,7 +124,7 @@ def read_trace(
         size = known.size()
     except BadTrace as error:
         raise BadTrace(f"{path.name}: {error}") from None
-    source: Literal["option", "trace", "inferred"] = "trace" if said else "inferred" if known.inferred else "option"
+    source: Literal["option", "trace", "inferred"] = "trace" if stated else "inferred" if known.inferred else "option"
     return Trace([_full(work, size) for work in found], size, source)
 
 

@@ -65,8 +65,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     block_size: int = 512
     policy: str = "ttft"
     parameters: dict[str, float] = {}
-    speed: float = 1.0
-    """How much faster than recorded the requests arrive."""
+    speedup: float = 1.0
+    """How many times faster than recorded the requests arrive."""
     seed: int = 0
     """Decides ties, and which router gets which request."""
     delay: float = 0.002
@@ -156,7 +156,7 @@ class Router(Chooser):
         return super().weigh(roster, query, session, now)
 
     def computed(self, request: str, now: int) -> None:
-        """Nothing: this router passes on no answers, and hears of them from the log."""
+        """Nothing: this router passes on no answers, and learns of them from the log."""
 
     def observe(self, commit: Commit, time: int, now: int) -> None:
         """The fold has applied a commit."""
@@ -211,7 +211,7 @@ class World:
         self._changes = [(change.time, partial(self._change, change)) for change in settings.changes]
 
     def run(self, progress: Callable[[int], None] = lambda _: None) -> Outcome:
-        """Serve all requests. `progress` is told how many have arrived, now and then."""
+        """Serve all requests. `progress` is called with how many have arrived, now and then."""
         try:
             return self._run(progress)
         finally:
@@ -225,7 +225,7 @@ class World:
         settings = self.settings
         changes = deque(sorted(self._changes, key=lambda change: change[0]))
         for number, request in enumerate(self._work):
-            now = self.ready + request.arrival / settings.speed
+            now = self.ready + request.arrival / settings.speedup
             while changes and changes[0][0] <= now:
                 time, change = changes.popleft()
                 self._until(time)

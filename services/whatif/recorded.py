@@ -111,8 +111,8 @@ def recorded_from(
     speeds: dict[str, float] = {}
     for node in state.nodes.values():
         at = load.ordinal.get(node.name)
-        said = prefill_speed(node.registered.labels)
-        speeds[node.name] = (said if at is None else load.pace[at]) * load.ratio
+        speed = prefill_speed(node.registered.labels)
+        speeds[node.name] = (speed if at is None else load.pace[at]) * load.ratio
     for change in changes:
         if isinstance(change.event, types.NodeRegistered):
             speeds.setdefault(change.event.node, prefill_speed(change.event.labels) * load.ratio)

@@ -78,7 +78,7 @@ def simulate(
 ) -> list[Outcome]:  # fmt: skip
     """Run each policy in a process; none is the recorded one, which may come from `modules`.
 
-    `progress` is told the sum of requests that arrived.
+    `progress` is called with the sum of requests that arrived.
     """
     counts = CONTEXT.Array("q", len(choices))
     with workers(min(processes, len(choices)), _begin, recorded, counts) as submit:

@@ -114,7 +114,7 @@ def calls(url: str, request_id: str, auth: str) -> list[Call]:
         command(".tables")
         command(".columns decisions")
         patch.setattr(
-            demo_command, "run_async", lambda _: Result(steps=[StepResult("a", held=True, said="b")], held=True)
+            demo_command, "run_async", lambda _: Result(steps=[StepResult("a", held=True, message="b")], held=True)
         )
         _main(["demo"])
     return found

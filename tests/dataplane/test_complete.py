@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tests.support.fleet import Fleet
 
 
-async def test_conversations_find_what_was_foretold(fleet: Fleet) -> None:
+async def test_conversations_find_what_was_predicted(fleet: Fleet) -> None:
     async with scene(fleet) as on:
         told: dict[str, list[str]] = {name: ["you are short and helpful"] for name in ("one", "two")}
         nodes: dict[str, set[str]] = {name: set() for name in told}
@@ -43,7 +43,7 @@ async def test_conversations_find_what_was_foretold(fleet: Fleet) -> None:
                 assert "".join(text for chunk in heard for text in openai.text(chunk).values()) == done.text[0]
                 assert 0 < done.ttft <= done.duration
                 said += [done.text[0], f"and then {turn} {name}?"]
-        assert all(foretold == cached for foretold, cached in outcomes)
+        assert all(predicted == cached for predicted, cached in outcomes)
         assert sum(cached or 0 for _, cached in outcomes) > 300
         assert all(len(each) == 1 for each in nodes.values())
         await until(lambda: len(on.completed) == len(outcomes))

@@ -175,7 +175,7 @@ async def test_a_real_fleet_is_examined(fleet: Fleet, tmp_path: Path) -> None:
 async def test_a_log_without_anybody_and_no_log_at_all(client: Client) -> None:
     assert [finding.what for finding in judge(await examine(client, "nobody"))] == ["log", "durability"]
     findings: list[Finding] = judge(await examine(client, "nobody"))
-    assert "has no log yet" in findings[0].said
+    assert "has no log yet" in findings[0].message
 
 
 def test_the_command_says_no_with_its_exit_code() -> None:
@@ -202,7 +202,7 @@ def test_what_was_skipped_long_ago_is_no_warning(before: list[dict[str, float]],
     routers = [router(f"r{at}", skipped={"stale": 7}, skipped_before=known) for at, known in enumerate(before)]
     found = replace(WELL, routers=routers, coordinators=[], now=10 * DAY)
     (finding,) = [finding for finding in judge(found) if finding.what == "skipped commits"]
-    assert (finding.level, "7 stale" in finding.said) == (level, True)
+    assert (finding.level, "7 stale" in finding.message) == (level, True)
 
 
 def test_the_disk_under_up_is_seen() -> None:

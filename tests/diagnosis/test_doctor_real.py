@@ -111,7 +111,7 @@ async def test_a_copy_of_the_log_that_is_away(tmp_path: Path) -> None:
                     await anyio.sleep(0.2)
 
         async def findings() -> dict[str, str]:
-            return {f.level: f.said for f in judge(await examine(client, "default", monitors)) if f.what == "copies"}
+            return {f.level: f.message for f in judge(await examine(client, "default", monitors)) if f.what == "copies"}
 
         with anyio.fail_after(20):
             while await findings() != {"ok": "3 of the log, all current"}:
@@ -157,7 +157,7 @@ async def test_a_clock_that_is_wrong_and_a_version_that_is_another(
     # The one who asks may be the one that is wrong.
     monkeypatch.setattr(kvplane.services.diagnosis.examine, "time", Late)
     found = await examine(fleet.client, "default")
-    assert [finding.said.split(" the ")[0] for finding in judge(found) if finding.what == "clock"] == [
+    assert [finding.message.split(" the ")[0] for finding in judge(found) if finding.what == "clock"] == [
         "this machine is 30.0 s behind"
     ]
 

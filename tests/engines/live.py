@@ -158,7 +158,7 @@ class Live:
 
 
 class Row(NamedTuple):
-    """One phase: requests, those whose hit the router and the log foretold exactly, and tokens promised too many."""
+    """One phase: requests, those whose hit the router and the log predicted exactly, and tokens promised too many."""
 
     phase: str
     requests: int
@@ -235,7 +235,7 @@ class Run:
     def note(self, phase: str, rows: list[Row]) -> None:
         row = Row(phase, *(sum(column) for column in zip(*(each[1:] for each in rows), strict=True)))
         self.rows.append(row)
-        say(f"{row.phase:28} {row.requests:4} requests, {row.exact:4} foretold exactly, {row.above} tokens too many")
+        say(f"{row.phase:28} {row.requests:4} requests, {row.exact:4} predicted exactly, {row.above} tokens too many")
 
     async def talk(self, phase: str, turns: int, *, talks: int = 4, at_once: bool = False, **asked: Any) -> None:
         """Conversations that share a system prompt, one after the other or side by side."""

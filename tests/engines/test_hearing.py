@@ -106,7 +106,7 @@ async def test_a_node_whose_events_never_come_is_named_until_they_do(fleet: Flee
             await until(unheard, 20)
             assert service.readiness() == ("", {"nodes": 1, "unheard": ["a"]})
             problems = [
-                finding.said for finding in judge(await examine(fleet.client, fleet.name)) if finding.what == "nodes"
+                finding.message for finding in judge(await examine(fleet.client, fleet.name)) if finding.what == "nodes"
             ]
             assert any(said.startswith("nothing is heard of the cache of a, which serves") for said in problems)
             # Now it is heard where it was said to publish.

@@ -21,7 +21,7 @@ from kvplane.projections.history.rows import Rows, Waiting
 from kvplane.projections.history.store import Store
 from kvplane.services.cli import main
 from kvplane.services.history.historian import Historian
-from kvplane.services.history.report import BUCKETS, LINES, Range, collect, extent, headline, said, step
+from kvplane.services.history.report import BUCKETS, LINES, Range, collect, extent, headline, readable, step
 from kvplane.services.history.report_html import page
 from kvplane.services.history.report_plot import png
 from tests.support.fold_given import SECOND, START, Given, registered
@@ -201,8 +201,8 @@ async def test_a_page_needs_nothing_else_and_runs_nothing(asked: Asked) -> None:
 
 
 def test_what_is_not_printable_does_not_reach_a_terminal() -> None:
-    assert said("node", "a\x1b[31m") == "a\\x1b[31m"
-    assert [said("hit rate", 0.5), said("mean", 0.5), said("sequence", 12345), said("commits", 12345)] == [
+    assert readable("node", "a\x1b[31m") == "a\\x1b[31m"
+    assert [readable("hit rate", 0.5), readable("mean", 0.5), readable("sequence", 12345), readable("commits", 12345)] == [
         "50.0%", "0.5", "12345", "12,345",
     ]  # fmt: skip
 

@@ -82,8 +82,8 @@ def test_the_picture_needs_nothing_from_elsewhere_and_names_no_machine() -> None
 def test_a_picture_is_read_back_as_it_was_said(monkeypatch: pytest.MonkeyPatch, colour: bool) -> None:
     monkeypatch.setenv("NO_COLOR", "" if colour else "1")
     said = {name: f"{name} did [what] it should & <more>, " + "and at length " * 9 + "for 12 s" for name in STEPS}
-    result = Result(steps=[StepResult("start", held=True, said="logs in /tmp/x")])
-    result.steps += [StepResult(name, held=True, said=text) for name, text in said.items()]
+    result = Result(steps=[StepResult("start", held=True, message="logs in /tmp/x")])
+    result.steps += [StepResult(name, held=True, message=text) for name, text in said.items()]
     made = picture(result)
     assert steps(made) == said
     assert "/tmp" not in made

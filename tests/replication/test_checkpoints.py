@@ -94,7 +94,7 @@ async def test_replicas_note_the_same_digests_under_load(fleet: Fleet) -> None:
         found = await examine(fleet.client, "default")
     finding = next(finding for finding in judge(found) if finding.what == "digests")
     assert finding.level == "ok"
-    assert finding.said.startswith("4 replicas had the same state at sequence ")
+    assert finding.message.startswith("4 replicas had the same state at sequence ")
     zero, truth = FleetState("default"), {}
 
     def handle(message: Message) -> None:
@@ -135,7 +135,7 @@ async def test_a_replica_that_differs_says_so_is_named_and_takes_no_snapshots(fl
     assert {(entry["writer"], entry["log_level"]) for entry in loud} == {(victim.writer, "error")}
     assert [router.replica.checkpoints.differs for router in others] == [0, 0]
     findings = [finding for finding in judge(await examine(fleet.client, "default")) if finding.what == "digests"]
-    assert [(finding.level, finding.said.split(". ")[0]) for finding in findings] == [
+    assert [(finding.level, finding.message.split(". ")[0]) for finding in findings] == [
         ("problem", f"at sequence 1,000 {victim.writer} differ")
     ]
     assert await fleet.refused("coordinator.snapshot", messages.StatusRequest()) == "conflict"

@@ -115,7 +115,7 @@ def test_options_reach_the_simulated_fleet(run: Callable[..., Done]) -> None:
     options = [
         "--capacity",
         "500",
-        "--speed",
+        "--speedup",
         "2",
         "--seed",
         "7",
@@ -127,7 +127,15 @@ def test_options_reach_the_simulated_fleet(run: Callable[..., Done]) -> None:
         "9",
     ]
     found = figures(run, *SMALL, "--rate", "20", "--policy", "ttft", *options)["settings"]
-    expected = {"capacity": 500, "speed": 2, "seed": 7, "delay": 0.1, "routers": 2, "most_active": 9, "block_size": 64}
+    expected = {
+        "capacity": 500,
+        "speedup": 2,
+        "seed": 7,
+        "delay": 0.1,
+        "routers": 2,
+        "most_active": 9,
+        "block_size": 64,
+    }
     assert {name: found[name] for name in expected} == expected
 
 
@@ -139,9 +147,9 @@ def test_times_of_the_day_are_times_from_the_first_request(run: Callable[..., Do
 
 
 def test_requests_that_no_node_can_hold_are_counted(run: Callable[..., Done]) -> None:
-    (line,) = figures(run, "trace.jsonl", "--policy", "blocks", "--max-active", "1", "--nodes", "1", "--speed", "1000")[
-        "policies"
-    ]
+    (line,) = figures(
+        run, "trace.jsonl", "--policy", "blocks", "--max-active", "1", "--nodes", "1", "--speedup", "1000"
+    )["policies"]
     assert line["rejected"] > 0
     assert line["requests"] + line["rejected"] == 40
 
@@ -317,13 +325,13 @@ BAD = [
     (["agent", "--capacity", "0"], "--capacity is 0"),
     (["agent", "--capacity", "9" * 30], "--capacity is 1e+30"),
     (["agent", "--max-active", "-1"], "--max-active is -1"),
-    (["agent", "--speed", "0"], "--speed is 0"),
-    (["agent", "--speed", "inf"], "--speed is inf"),
+    (["agent", "--speedup", "0"], "--speedup is 0"),
+    (["agent", "--speedup", "inf"], "--speedup is inf"),
     (["agent", "--delay", "-1"], "--delay is -1"),
     (["agent", "--delay", "nan"], "--delay is nan"),
     (["agent", "--processes", "-1"], "--processes is -1"),
     (["agent", "--processes", "0"], "--processes is 0"),
-    (["late.jsonl"], "the last request is sent after 1e+12 s; the limit is 4e+09, see --speed"),
+    (["late.jsonl"], "the last request is sent after 1e+12 s; the limit is 4e+09, see --speedup"),
     (
         ["agent", "--fail", "node-9@5"],
         "--fail names 'node-9', which is not there at 5 s; the nodes are node-1 to node-8",

@@ -107,7 +107,7 @@ def test_in_the_end_the_log_says_what_the_engines_hold(
 
 @pytest.mark.parametrize("delay", DELAYS)
 def test_the_log_says_what_full_caches_hold_under_load(delay: float) -> None:
-    chosen = Settings(nodes=3, capacity=700, block_size=GENERATED_BLOCK_SIZE, delay=delay, routers=2, speed=2)
+    chosen = Settings(nodes=3, capacity=700, block_size=GENERATED_BLOCK_SIZE, delay=delay, routers=2, speedup=2)
     world = World(chosen, generated("multi-turn", 300, seed=3))
     outcome = finished(world)
     agrees(world)
@@ -252,5 +252,7 @@ def test_routers_share_the_requests() -> None:
 
 def test_requests_come_as_much_faster_as_was_asked() -> None:
     work = [prompt(float(number), number + 1) for number in range(5)]
-    arrivals = [served.arrival for served in World(Settings(block_size=SIZE, speed=10.0, delay=0.0), work).run().served]
+    arrivals = [
+        served.arrival for served in World(Settings(block_size=SIZE, speedup=10.0, delay=0.0), work).run().served
+    ]
     assert arrivals == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])

@@ -15,4 +15,4 @@ def wrong(found: Examined) -> set[tuple[str, str]]:
 
 
 def said(found: Examined, what: str) -> str:
-    return next(finding.said for finding in judge(found) if finding.what == what and finding.level != "ok")
+    return next(finding.message for finding in judge(found) if finding.what == what and finding.level != "ok")
