@@ -93,7 +93,7 @@ def row(
 
 
 def pin(core: int | None = None) -> None:
-    """Keep this process on one core: the last that it may use, unless told. Without the system call it stays free."""
+    """Keep this process on one core: the last that it may use when none is named. Without the system call it stays free."""
     if sys.platform == "linux":
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0)) if core is None else core})
 
@@ -166,7 +166,7 @@ def obey(commands: dict[str, Callable[..., object]], hello: object) -> None:
         print(json.dumps(commands[command.pop("do")](**command)), flush=True)
 
 
-async def serve_until_told(hello: object) -> None:
+async def serve_until_closed(hello: object) -> None:
     """Be a worker that serves over NATS: say so, and return when the one who started it is done or gone."""
     print(json.dumps(hello), flush=True)
     await anyio.to_thread.run_sync(sys.stdin.read, abandon_on_cancel=True)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import anyio
 import msgspec
 
-from benchmarks.common import Limit, Row, Worker, obey, pin, quiet, resident_bytes, row, serve_until_told
+from benchmarks.common import Limit, Row, Worker, obey, pin, quiet, resident_bytes, row, serve_until_closed
 from kvplane.events.hashing import block_hashes
 from kvplane.events.log.connection import connected
 from kvplane.services.embedded.server import embedded_server, free_port
@@ -120,7 +120,7 @@ def _check(track: Track, steps: Steps) -> None:
 
 
 def translate(names: str, sizes: list[int], blocks: int, full: int) -> dict[str, float]:
-    """Worker: blocks told a second of this core's time, from bytes to events; `full` of them are held before."""
+    """Worker: blocks stored and removed a second of this core's time, from bytes to events; `full` of them are held before."""
     encode = msgspec.msgpack.encode
     steps = Steps(names, full or blocks, sizes)
     track = _track(full or blocks)
@@ -136,8 +136,8 @@ def translate(names: str, sizes: list[int], blocks: int, full: int) -> dict[str,
         _apply(track, payload)
     seconds = time.process_time() - begin
     _check(track, steps)
-    told = steps.stored - stored, steps.removed - removed
-    return {"told": sum(told) / seconds, "stored": told[0] / seconds}
+    changed = steps.stored - stored, steps.removed - removed
+    return {"changed": sum(changed) / seconds, "stored": changed[0] / seconds}
 
 
 def memory(names: str, most: int) -> dict[str, Any]:
@@ -159,14 +159,14 @@ def memory(names: str, most: int) -> dict[str, Any]:
     return {"growing": found[:full], "turning": found[full:]}
 
 
-class Say(msgspec.Struct):
-    """What the engine is to say: so many batches that nobody hears, or the one that it has ready."""
+class Publish(msgspec.Struct):
+    """What the engine is to publish: so many batches that nobody receives, or the one that it has ready."""
 
-    unheard: int = 0
+    missed: int = 0
 
 
-class Said(msgspec.Struct):
-    """When the engine published (monotonic nanoseconds), what it held then, and the block hashes of what it says next."""
+class Published(msgspec.Struct):
+    """When the engine published (monotonic nanoseconds), what it held then, and the block hashes of the next batch."""
 
     at: int
     held: int
@@ -191,14 +191,14 @@ class Timed(msgspec.Struct):
 
 async def _ask(client: Client, to: str, question: object, form: type[T]) -> T:
     answer = await client.request(to, msgspec.msgpack.encode(question), timeout=_SECONDS)
-    told: T = msgspec.msgpack.decode(answer.data, type=form)
-    return told
+    decoded: T = msgspec.msgpack.decode(answer.data, type=form)
+    return decoded
 
 
 async def _serve(client: Client, to: str, form: type[Any], answer: Any) -> None:  # noqa: ANN401 - a coroutine function
     async def handle(message: Msg) -> None:
-        told = await answer(msgspec.msgpack.decode(message.data, type=form))
-        await message.respond(msgspec.msgpack.encode(told))
+        reply = await answer(msgspec.msgpack.decode(message.data, type=form))
+        await message.respond(msgspec.msgpack.encode(reply))
 
     await client.subscribe(to, cb=handle)
     await client.flush()
@@ -211,24 +211,24 @@ async def engine(url: str) -> None:
 
     waiting: list[dict[str, Any]] = []
 
-    async def say(what: Say) -> Said:
+    async def publish(what: Publish) -> Published:
         nonlocal waiting
-        for _ in range(what.unheard):
+        for _ in range(what.missed):
             fake.cache.queue += steps.step()
             fake.cache.step()
         fake.cache.queue += waiting
         at, held = time.monotonic_ns(), steps.held
         await fake.publish()
         waiting = steps.step(root=True)
-        return Said(at, held, block_hashes(waiting[-1]["token_ids"], BLOCK_TOKENS))
+        return Published(at, held, block_hashes(waiting[-1]["token_ids"], BLOCK_TOKENS))
 
     async with connected([url], "engine") as client, running(fake):
-        await _serve(client, PUBLISH, Say, say)
-        await serve_until_told({"url": fake.url})
+        await _serve(client, PUBLISH, Publish, publish)
+        await serve_until_closed({"url": fake.url})
 
 
 async def adapter(url: str, engine_url: str) -> None:
-    """Worker: replays, and attaches the engine as the node that it is told, one at a time."""
+    """Worker: replays, and attaches the engine as the node that a request names, one at a time."""
     async with (
         connected([url], "adapter") as client,
         Engine("vllm", engine_url) as http,
@@ -238,10 +238,10 @@ async def adapter(url: str, engine_url: str) -> None:
 
         async def ask_replay(_: str) -> Timed:
             began = time.monotonic_ns()
-            told, ended = await replay((await http.facts()).sources[0].replay, http.host, 0)
+            replayed, ended = await replay((await http.facts()).sources[0].replay, http.host, 0)
             if not ended:
                 raise RuntimeError("the replay did not end")
-            return Timed(began, time.monotonic_ns(), len(told))
+            return Timed(began, time.monotonic_ns(), len(replayed))
 
         async def run(node: str, *, task_status: anyio.abc.TaskStatus[Adapter]) -> None:
             facts = await http.facts()
@@ -264,12 +264,12 @@ async def adapter(url: str, engine_url: str) -> None:
 
         await _serve(client, REPLAYED, str, ask_replay)
         await _serve(client, ATTACH, str, attach)
-        await serve_until_told({"ready": True})
+        await serve_until_closed({"ready": True})
         group.cancel_scope.cancel()
 
 
 async def router(url: str) -> None:
-    """Worker: a router, which tells when something of a node can be seen."""
+    """Worker: a router, which answers when something of a node can be seen."""
     async with connected([url], "router") as client, anyio.create_task_group() as group:
         service = Router(client, FLEET)
         await group.start(service.run)
@@ -296,13 +296,13 @@ async def router(url: str) -> None:
 
         await client.subscribe(SEEN, cb=hear)
         await client.flush()
-        await serve_until_told({"ready": True})
+        await serve_until_closed({"ready": True})
         group.cancel_scope.cancel()
 
 
 async def delays(client: Client, node: str, following: bytes, count: int) -> list[float]:
     """Milliseconds from when the engine publishes a batch until a router finds its blocks, shortest first."""
-    said: dict[bytes, int] = {}
+    sent: dict[bytes, int] = {}
     seen: dict[bytes, int] = {}
 
     async def see(hashes: bytes) -> None:
@@ -313,9 +313,9 @@ async def delays(client: Client, node: str, following: bytes, count: int) -> lis
             hashes = following
             group.start_soon(see, hashes)
             await anyio.sleep(INTERVAL_SECONDS)
-            told = await _ask(client, PUBLISH, Say(), Said)
-            said[hashes], following = told.at, told.following
-    return sorted((seen[hashes] - at) / 1e6 for hashes, at in said.items())
+            published = await _ask(client, PUBLISH, Publish(), Published)
+            sent[hashes], following = published.at, published.following
+    return sorted((seen[hashes] - at) / 1e6 for hashes, at in sent.items())
 
 
 async def catching_up(*, quick: bool) -> list[Row]:
@@ -335,28 +335,28 @@ async def catching_up(*, quick: bool) -> list[Row]:
                 Worker("engines", arguments=["router", server.url]),
                 Worker("engines", arguments=["adapter", server.url, there.hello["url"]]),
             ):
-                said = await _ask(client, PUBLISH, Say(batches), Said)
+                published = await _ask(client, PUBLISH, Publish(batches), Published)
                 for turn in range(rounds):
                     took = await _ask(client, REPLAYED, "", Timed)
                     if took.batches != batches:
                         raise RuntimeError(f"{took.batches} batches of {batches}")
                     replays.append((took.ended - took.began) / 1e9)
                     took = await _ask(client, ATTACH, f"n{turn}", Timed)
-                    at = await _ask(client, SEEN, Wanted(f"n{turn}", held=said.held), int)
+                    at = await _ask(client, SEEN, Wanted(f"n{turn}", held=published.held), int)
                     attaches.append((at - took.began) / 1e9)
                     if turn:
                         # Its adapter has ended; that it is lost is no news.
                         gone = messages.NodeRequest(node=f"n{turn - 1}")
                         await ask(client, f"kv.{FLEET}.coordinator.node.remove", gone)
                 await anyio.sleep(2)
-                took_ms = await delays(client, f"n{rounds - 1}", said.following, 100 if quick else 500)
+                took_ms = await delays(client, f"n{rounds - 1}", published.following, 100 if quick else 500)
             group.cancel_scope.cancel()
     p99 = took_ms[len(took_ms) * 99 // 100]
     return [
         row(f"engine: replay of {batches:,} batches", statistics.median(replays), "s", limit=REPLAY, note="the sockets alone"),
         row(
             f"engine: attach, {batches:,} batches behind", statistics.median(attaches), "s", limit=REPLAY,
-            note=f"until a router sees all {said.held:,} blocks",
+            note=f"until a router sees all {published.held:,} blocks",
         ),
         row(
             "engine: batch until visible in a router, median", statistics.median(took_ms), "ms", limit=DELAY,
@@ -375,10 +375,10 @@ def run(*, quick: bool) -> list[Row]:
                 turns = [
                     worker.ask("translate", names=names, sizes=sizes, blocks=blocks, full=full) for _ in range(rounds)
                 ]
-                told, stored = (statistics.median(turn[what] for turn in turns) for what in ("told", "stored"))
+                changed, stored = (statistics.median(turn[what] for turn in turns) for what in ("changed", "stored"))
                 rows.append(
                     row(
-                        f"engine: {kind}, {title}", told, "blocks/s", limit=SPEED,
+                        f"engine: {kind}, {title}", changed, "blocks/s", limit=SPEED,
                         note=f"{stored:,.0f} stored and as many removed" if full else "stored",
                     )
                 )  # fmt: skip

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, cast
 
 import anyio
 
-from benchmarks.common import Limit, Row, Worker, pin, quiet, row, serve_until_told
+from benchmarks.common import Limit, Row, Worker, pin, quiet, row, serve_until_closed
 from kvplane.events.log.append import Appender, new_writer
 from kvplane.events.log.connection import connected
 from kvplane.events.log.stream import open_stream
@@ -157,7 +157,7 @@ def _refusal(_: Exception) -> bytes:
 async def _serve_engine() -> None:
     pin(1)
     async with Server(_engine, _refusal).listening(bound("127.0.0.1", 0)) as (_, port):
-        await serve_until_told({"port": port, "pid": os.getpid()})
+        await serve_until_closed({"port": port, "pid": os.getpid()})
 
 
 async def _serve_forward(upstream: int) -> None:
@@ -181,7 +181,7 @@ async def _serve_forward(upstream: int) -> None:
         call.release()
 
     async with Server(handle, _refusal).listening(bound("127.0.0.1", 0)) as (_, port):
-        await serve_until_told({"port": port, "pid": os.getpid()})
+        await serve_until_closed({"port": port, "pid": os.getpid()})
 
 
 async def _serve_gateway(url: str) -> None:
@@ -189,7 +189,7 @@ async def _serve_gateway(url: str) -> None:
     async with connected([url], "gateway") as nats, anyio.create_task_group() as group:
         gateway = Gateway(nats, FLEET, bound("127.0.0.1", 0))
         await group.start(gateway.run)
-        await serve_until_told({"port": gateway.address[1], "pid": os.getpid()})
+        await serve_until_closed({"port": gateway.address[1], "pid": os.getpid()})
         group.cancel_scope.cancel()
 
 

@@ -199,7 +199,7 @@ def large(folder: Path, routed: int, memberships: int) -> list[Row]:
         times[view.name] = statistics.median(taken)
     slowest = sorted(times, key=lambda name: -times[name])
     store.close()
-    said = ", ".join(f"{name} {times[name]:.2f}" for name in slowest[:4])
+    figures = ", ".join(f"{name} {times[name]:.2f}" for name in slowest[:4])
     return [
         row(
             f"history: a decision of {BLOCKS} blocks", decision_bytes, "B", limit=DECISION_BYTES,
@@ -209,7 +209,7 @@ def large(folder: Path, routed: int, memberships: int) -> list[Row]:
             "history: a membership", membership_bytes, "B", limit=MEMBERSHIP_BYTES,
             note=f"{memberships / 1e6:g} M memberships in events of 64 blocks",
         ),
-        row("history: slowest view", times[slowest[0]], "s", limit=VIEW, note=said),
+        row("history: slowest view", times[slowest[0]], "s", limit=VIEW, note=figures),
     ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ import anyio
 import msgspec
 from nats.micro import add_service
 
-from benchmarks.common import Limit, Row, Worker, quiet, row, serve_until_told
+from benchmarks.common import Limit, Row, Worker, quiet, row, serve_until_closed
 from benchmarks.decision import BLOCK_SIZE, holdings, requests
 from benchmarks.workload import CHAIN, NODES
 from kvplane.events.log.append import Appender, new_writer
@@ -197,7 +197,7 @@ async def echo(url: str) -> None:
         service = await add_service(client, name="echo", version="1.0.0")
         await service.add_endpoint(name="echo", subject=ECHO, handler=handle)
         await client.flush()
-        await serve_until_told({"ready": True})
+        await serve_until_closed({"ready": True})
 
 
 async def route(url: str) -> None:
@@ -206,7 +206,7 @@ async def route(url: str) -> None:
         router = Router(client, FLEET)
         await group.start(router.run)
         await client.flush()
-        await serve_until_told({"writer": router.writer})
+        await serve_until_closed({"writer": router.writer})
         group.cancel_scope.cancel()
 
 

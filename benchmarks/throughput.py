@@ -17,7 +17,7 @@ import anyio
 import anyio.lowlevel
 import msgspec
 
-from benchmarks.common import Limit, Row, Worker, quiet, row, serve_until_told
+from benchmarks.common import Limit, Row, Worker, quiet, row, serve_until_closed
 from benchmarks.service import FLEET, register
 from benchmarks.workload import CHAIN, chains, pieces
 from kvplane.events.log.append import Appender, new_writer
@@ -74,8 +74,8 @@ class Reached(msgspec.Struct):
 
 async def _ask(client: Client, to: str, question: object, form: type[T]) -> T:
     answer = await client.request(to, msgspec.msgpack.encode(question), timeout=_SECONDS)
-    told: T = msgspec.msgpack.decode(answer.data, type=form)
-    return told
+    decoded: T = msgspec.msgpack.decode(answer.data, type=form)
+    return decoded
 
 
 async def measure(*, quick: bool) -> list[Row]:
@@ -124,7 +124,7 @@ def run(*, quick: bool) -> list[Row]:
 
 
 async def adapter(url: str) -> None:
-    """Worker: appends what it is told to, for several nodes."""
+    """Worker: appends what requests name, for several nodes."""
     names = [f"n{node}" for node in range(NODES)]
     batches = [0] * NODES
     async with connected([url], "adapter") as client, anyio.create_task_group() as group:
@@ -160,7 +160,7 @@ async def adapter(url: str) -> None:
 
         await client.subscribe(ADAPTER, cb=handle)
         await client.flush()
-        await serve_until_told({"ready": True})
+        await serve_until_closed({"ready": True})
         group.cancel_scope.cancel()
 
 
@@ -178,7 +178,7 @@ async def follow(url: str) -> None:
 
         await client.subscribe(REACHED, cb=handle)
         await client.flush()
-        await serve_until_told({"ready": True})
+        await serve_until_closed({"ready": True})
         group.cancel_scope.cancel()
 
 
@@ -190,7 +190,7 @@ async def rebuild(url: str) -> None:
         await replay(client, FLEET, state.apply)
         seconds = time.perf_counter() - begin
         memberships = sum(index.memberships for index in state.caches.by_model.values())
-        await serve_until_told({"seconds": seconds, "memberships": memberships})
+        await serve_until_closed({"seconds": seconds, "memberships": memberships})
 
 
 def main() -> None:

@@ -49,9 +49,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 async def reloaded(server: Server) -> None:
-    said = server.log.read_text().count("Reloaded server configuration")
+    before = server.log.read_text().count("Reloaded server configuration")
     os.kill(server.pid, signal.SIGHUP)
-    await until(lambda: server.log.read_text().count("Reloaded server configuration") > said)
+    await until(lambda: server.log.read_text().count("Reloaded server configuration") > before)
 
 
 class Done(NamedTuple):
@@ -79,48 +79,48 @@ class Commands:
 
 
 @pytest.fixture
-def told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Commands:
+def kvplane(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Commands:
     return Commands(capsys, monkeypatch)
 
 
-def test_init_makes_what_is_missing_and_keeps_what_is_there(tmp_path: Path, told: Commands) -> None:
+def test_init_makes_what_is_missing_and_keeps_what_is_there(tmp_path: Path, kvplane: Commands) -> None:
     folder = tmp_path / "deep" / "auth"
-    first = told("auth", "init", str(folder))
+    first = kvplane("auth", "init", str(folder))
     assert first.returncode == 0, first.stderr
     assert "kvplane up --auth" in first.stderr
     for path in (folder, *folder.rglob("*")):
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
     before = contents(folder)
     # Those that connect have URLs in the environment; they are not names of servers.
-    assert told("auth", "init", str(folder), KVPLANE_SERVER="nats://127.0.0.1:4222").returncode == 0
+    assert kvplane("auth", "init", str(folder), KVPLANE_SERVER="nats://127.0.0.1:4222").returncode == 0
     assert contents(folder) == before
     (folder / "servers" / "server" / "server.key").unlink()
     (folder / "seeds" / "default" / "client.seed").unlink()
-    assert "made the certificate of server" in told("auth", "init", str(folder)).stderr
+    assert "made the certificate of server" in kvplane("auth", "init", str(folder)).stderr
     assert contents(folder).keys() == before.keys() - {"seeds/default/client.seed"}
-    assert told("auth", "init", str(folder), "--fleet", "other").returncode == 0
+    assert kvplane("auth", "init", str(folder), "--fleet", "other").returncode == 0
     assert {name for name in contents(folder) if name.startswith("seeds/other/")} == {
         f"seeds/other/{role}.seed" for role in ("admin", "coordinator", "router", "historian", "client")
     }
 
 
-def test_a_seed_is_made_once_and_again_only_when_told(tmp_path: Path, told: Commands) -> None:
+def test_a_seed_is_made_once_and_again_only_when_told(tmp_path: Path, kvplane: Commands) -> None:
     where = ["--auth", str(tmp_path)]
-    assert told("auth", "init", str(tmp_path)).returncode == 0
-    assert told("auth", "add", "node", "Qwen/node a*", *where).returncode == 0
+    assert kvplane("auth", "init", str(tmp_path)).returncode == 0
+    assert kvplane("auth", "add", "node", "Qwen/node a*", *where).returncode == 0
     (seed,) = (tmp_path / "seeds" / "default").glob("node-*")
     made = seed.read_text()
-    again = told("auth", "add", "node", "Qwen/node a*", *where)
+    again = kvplane("auth", "add", "node", "Qwen/node a*", *where)
     assert again.returncode == 1
     assert "--replace makes a new one" in again.stderr
     assert seed.read_text() == made
-    assert told("auth", "add", "node", "Qwen/node a*", *where, "--replace").returncode == 0
+    assert kvplane("auth", "add", "node", "Qwen/node a*", *where, "--replace").returncode == 0
     assert seed.read_text() != made
-    listed = told("auth", "list", *where)
+    listed = kvplane("auth", "list", *where)
     assert "node/Qwen/node a*" in listed.stdout
-    assert told("auth", "remove", "node", "Qwen/node a*", *where).returncode == 0
+    assert kvplane("auth", "remove", "node", "Qwen/node a*", *where).returncode == 0
     assert not seed.exists()
-    assert "node/" not in told("auth", "list", *where).stdout
+    assert "node/" not in kvplane("auth", "list", *where).stdout
 
 
 @pytest.mark.parametrize(
@@ -134,9 +134,11 @@ def test_a_seed_is_made_once_and_again_only_when_told(tmp_path: Path, told: Comm
         (["list", "--auth", "none"], "make them with `kvplane auth init none`"),
     ],
 )
-def test_nonsense_is_answered_with_a_sentence(tmp_path: Path, told: Commands, arguments: list[str], says: str) -> None:
+def test_nonsense_is_answered_with_a_sentence(
+    tmp_path: Path, kvplane: Commands, arguments: list[str], says: str
+) -> None:
     AuthFolder(tmp_path).save()
-    done = told("auth", *arguments, KVPLANE_AUTH=str(tmp_path))
+    done = kvplane("auth", *arguments, KVPLANE_AUTH=str(tmp_path))
     assert done.returncode == 1
     assert says in done.stderr
     assert "Traceback" not in done.stderr
@@ -253,11 +255,11 @@ def test_a_seed_that_others_can_read_is_warned_of_and_one_that_is_none_refused(
             trust(path)
 
 
-def test_certificates_can_be_renewed_and_their_end_is_told(tmp_path: Path, told: Commands) -> None:
+def test_certificates_can_be_renewed_and_their_end_is_told(tmp_path: Path, kvplane: Commands) -> None:
     held = folder_of(tmp_path)
     before = (held.server_folder("server") / "server.pem").read_bytes()
     assert timedelta(days=800) < held.ends()["server"] - datetime.now(UTC) < timedelta(days=826)
-    done = told("auth", "init", str(tmp_path), "--renew", "--also", "nats.example")
+    done = kvplane("auth", "init", str(tmp_path), "--renew", "--also", "nats.example")
     assert done.returncode == 0
     after = (held.server_folder("server") / "server.pem").read_bytes()
     assert after != before

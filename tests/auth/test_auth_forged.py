@@ -77,7 +77,7 @@ class Watched:
         return nodes, state.policy, list(state.sessions.items()), dict(state.load.running)
 
     def dropped(self) -> Counter[str]:
-        """Requests that services heard and did not take, by endpoint."""
+        """Requests that services received and did not take, by endpoint."""
         lines = [line for line in self.logged if line["event"] == "request_dropped"]
         return Counter(line["endpoint"].removeprefix(f"kv.{NAME}.") for line in lines)
 
@@ -220,7 +220,7 @@ async def test_a_consumer_that_is_aimed_at_a_service_or_a_stream_changes_nothing
     ends = await last_sequence(watched.admin)
     await until(lambda: watched.dropped() == Counter([*COMMANDS, "complete"] * ends))
     await listed(watched.admin, "$SRV.INFO", services=3)
-    # A server knows of no interest in a subject that is heard with a wildcard.
+    # A server knows of no interest in a subject that is subscribed to with a wildcard.
     assert watched.coordinator.bad_pulses == 0
     await watched.check_unmoved()
     # The other fleet's log takes what is delivered to it, and its fold takes nothing of that.
@@ -257,10 +257,10 @@ async def test_an_id_that_was_seen_does_not_suppress_what_it_was_for(watched: Wa
     node = await watched.fleet.stranger("node", "node-a")
     seen: list[Msg] = []
 
-    async def heard(message: Msg) -> None:
+    async def on_message(message: Msg) -> None:
         seen.append(message)
 
-    await node.client.subscribe(f"kv.{NAME}.node.node-a", cb=heard)
+    await node.client.subscribe(f"kv.{NAME}.node.node-a", cb=on_message)
     await node.settle()
     await ask(watched.admin, f"kv.{NAME}.coordinator.node.cordon", messages.NodeRequest(node="node-a"))
     await until(lambda: seen)

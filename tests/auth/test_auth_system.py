@@ -46,17 +46,17 @@ async def fleet(tmp_path: Path) -> AsyncIterator[Guarded]:
 def violations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What servers refused to any client of kvplane."""
     found: list[str] = []
-    told = LogClient._process_err
+    original = LogClient._process_err
 
     async def process(self: LogClient, message: str) -> None:
         found.append(f"{self.options['name']}: {message}")
-        await told(self, message)
+        await original(self, message)
 
     monkeypatch.setattr(LogClient, "_process_err", process)
     return found
 
 
-async def told(client: Client, endpoint: str, request: Any, form: Any = None) -> Any:
+async def ask_fleet(client: Client, endpoint: str, request: Any, form: Any = None) -> Any:
     return await ask(client, f"kv.{NAME}.{endpoint}", request, form, seconds=20)
 
 
@@ -76,30 +76,30 @@ async def test_a_whole_fleet_works_with_each_part_under_its_own_role(
         blocks = pack_hashes(range(number, number + 4))
         for model, node in (("sim", "node-a"), ("other", "node-b")):
             asked = messages.RouteRequest(model=model, hashes=blocks, session=f"s{number}")
-            answer = await told(client, "route", asked, messages.RouteAnswer)
+            answer = await ask_fleet(client, "route", asked, messages.RouteAnswer)
             assert answer.node == node
             serve = messages.ServeRequest(request=answer.request, hashes=blocks, tokens=65, output_tokens=1)
             await ask(client, answer.address, serve, messages.ServeAnswer)
-    await told(client, "complete", messages.CompleteRequest(request="none", node="node-a"))
+    await ask_fleet(client, "complete", messages.CompleteRequest(request="none", node="node-a"))
     await until(lambda: coordinator.state.sequence >= 20 and not any(coordinator.state.load.active))
     assert coordinator.state.skipped == {}
     assert {
         row["held_blocks"]["gpu"]
-        for row in (await told(client, "coordinator.node.list", messages.ListRequest()))["nodes"]
+        for row in (await ask_fleet(client, "coordinator.node.list", messages.ListRequest()))["nodes"]
     } == {11}
 
-    assert (await told(admin, "coordinator.node.cordon", messages.NodeRequest(node="node-b")))["changed"]
-    assert (await told(admin, "coordinator.policy.set", messages.PolicyRequest(policy="cascade")))[
+    assert (await ask_fleet(admin, "coordinator.node.cordon", messages.NodeRequest(node="node-b")))["changed"]
+    assert (await ask_fleet(admin, "coordinator.policy.set", messages.PolicyRequest(policy="cascade")))[
         "policy"
     ] == "cascade"
     decisions = await table(client, NAME, "SELECT request FROM decisions ORDER BY sequence, event")
-    explained = await told(client, "explain", messages.ExplainRequest(request=decisions["request"][0].as_py()))
+    explained = await ask_fleet(client, "explain", messages.ExplainRequest(request=decisions["request"][0].as_py()))
     assert explained["verdict"] == "agrees"
-    assert (await told(client, "history.state", messages.MomentRequest(at="4")))["sequence"] == 4
+    assert (await ask_fleet(client, "history.state", messages.MomentRequest(at="4")))["sequence"] == 4
 
-    taken = await told(admin, "coordinator.snapshot", messages.StatusRequest())
+    taken = await ask_fleet(admin, "coordinator.snapshot", messages.StatusRequest())
     assert await SnapshotStore(admin, NAME).sequences() == [taken["sequence"]]
-    purged = await told(admin, "coordinator.compact", messages.CompactRequest())
+    purged = await ask_fleet(admin, "coordinator.compact", messages.CompactRequest())
     assert purged["first"] == taken["sequence"] > 1
     late = await fleet.router()
     assert late.replica.began == taken["sequence"]
@@ -107,11 +107,11 @@ async def test_a_whole_fleet_works_with_each_part_under_its_own_role(
     await until(lambda: {router.state.sequence for router in (*routers, late)} == {sequence})
     assert len({digest(router.state) for router in (*routers, late)} | {digest(coordinator.state)}) == 1
 
-    readers = (await told(client, "coordinator.format.show", messages.StatusRequest()))["readers"]
+    readers = (await ask_fleet(client, "coordinator.format.show", messages.StatusRequest()))["readers"]
     assert sorted(reader["service"] for reader in readers) == [
         "kvplane-coordinator", "kvplane-historian", *["kvplane-router"] * 3
     ]  # fmt: skip
-    assert not (await told(admin, "coordinator.format.raise", messages.FormatRequest()))["changed"]
+    assert not (await ask_fleet(admin, "coordinator.format.raise", messages.FormatRequest()))["changed"]
     assert all(replica.checkpoints.own for replica in (coordinator.replica, routers[0].replica))
     assert coordinator.replica.checkpoints._received
 
@@ -132,13 +132,13 @@ async def test_under_flow_control_and_lost_races_nothing_is_refused(fleet: Guard
     request = messages.RegisterRequest(
         node="node-a", address="x", models=["m"], block_size=16, capacity_blocks={"gpu": 4000}, cache_mode="managed",
     )  # fmt: skip
-    await told(admin, "coordinator.node.register", request)
+    await ask_fleet(admin, "coordinator.node.register", request)
     async with anyio.create_task_group() as group:
         for number in range(100):
             admit = messages.AdmitRequest(
                 model="m", node="node-a", hashes=pack_hashes(range(number * 8, number * 8 + 8))
             )
-            group.start_soon(told, admin, "coordinator.cache.admit", admit)
+            group.start_soon(ask_fleet, admin, "coordinator.cache.admit", admit)
     assert sum(coordinator.races_lost for coordinator in coordinators) > 0
     appender = Appender(await fleet.connect("router"), NAME, new_writer("router"))
     for number in range(6):

@@ -33,7 +33,7 @@ TROUBLE_SECONDS = 15.0
 COMPARE_EVERY = 500
 """Sequences between two comparisons of all that both folds hold."""
 SHOWN = 20
-"""Most violations of one rule that are told one by one."""
+"""Most violations of one rule that are listed one by one."""
 
 GROUP_WRITERS = ("router-", "node-", "group-")
 """Writers that never give a commit up: their counters have no hole."""
@@ -108,12 +108,13 @@ class Checker:
         try:
             commit = codec.decode(self.fleet, message, self.state.format)
         except BadCommit as error:
-            said: str | None = error.code
+            found: str | None = error.code
         else:
-            said = self.naive.take(message, commit)
-        if said != skipped:
+            found = self.naive.take(message, commit)
+        if found != skipped:
             self.say(
-                "folds agree", f"{sequence} is {skipped or 'applied'} for the fold, {said or 'applied'} told naively"
+                "folds agree",
+                f"{sequence} is {skipped or 'applied'} for the fold, {found or 'applied'} for the naive one",
             )
         if skipped == "defect":
             self.say("no defect", f"the fold fails on {sequence} ({message.subject})")
@@ -178,18 +179,20 @@ class Checker:
             self.say("folds agree", f"nodes at {at}: {sorted(state.nodes)} and {sorted(naive.nodes)}")
             return
         for name, node in state.nodes.items():
-            told = naive.nodes[name]
-            if (node.epoch, node.lost is not None, node.cordoned) != (told.epoch, told.lost, told.cordoned):
+            expected = naive.nodes[name]
+            if (node.epoch, node.lost is not None, node.cordoned) != (expected.epoch, expected.lost, expected.cordoned):
                 self.say("folds agree", f"node {name!r} at {at}")
             held = set(state.caches.index(node.model).held(node.slots["gpu"])) if "gpu" in node.slots else set()
-            if held != told.tiers.get("gpu", set()):
-                self.say("folds agree", f"blocks of {name!r} at {at}: {len(held)} and {len(told.tiers.get('gpu', ()))}")
+            if held != expected.tiers.get("gpu", set()):
+                self.say(
+                    "folds agree", f"blocks of {name!r} at {at}: {len(held)} and {len(expected.tiers.get('gpu', ()))}"
+                )
             recency = state.recency.get(name)
-            if recency is not None and list(recency.order) != told.order:
+            if recency is not None and list(recency.order) != expected.order:
                 self.say("folds agree", f"order of blocks of {name!r} at {at}")
         sessions = {key: session.node for key, session in state.sessions.items()}
         if sessions != naive.sessions:
-            self.say("sessions", f"{len(sessions)} at {at}, told naively {len(naive.sessions)}, or on other nodes")
+            self.say("sessions", f"{len(sessions)} at {at}, {len(naive.sessions)} in the naive fold, or on other nodes")
 
     def judge(self, ledger: Ledger, *, whole: bool = True) -> list[Violation]:
         """All violations so far. With `whole` everything that was acknowledged must be there: the log was read to its end."""
@@ -232,8 +235,8 @@ class Checker:
             elif skipped is not None:
                 self.say("answers hold", f"{what} was skipped: {skipped}")
             elif getattr(event, "node", entry["node"]) != entry["node"] or any(
-                wanted != said
-                for wanted, said in (
+                wanted != recorded
+                for wanted, recorded in (
                     (entry.get("stored"), getattr(event, "stored", b"").hex()),
                     (entry.get("evicted"), getattr(event, "evicted", b"").hex()),
                     (entry.get("session"), getattr(event, "session", "")),
@@ -281,9 +284,9 @@ class Checker:
             writer, _, number = entry["request"].rpartition(".")
             by_router[writer].append((int(number, 16), entry))
             decision = self.decisions.get(entry["request"])
-            said = Decision(0, entry["node"], entry["model"], entry["applied"], tuple(entry["exclude"]))
-            self._chosen(entry["request"], said)
-            if decision is not None and (decision.node, decision.applied) != (said.node, said.applied):
+            answered = Decision(0, entry["node"], entry["model"], entry["applied"], tuple(entry["exclude"]))
+            self._chosen(entry["request"], answered)
+            if decision is not None and (decision.node, decision.applied) != (answered.node, answered.applied):
                 self.say(
                     "answers hold", f"request {entry['request']} was sent to {entry['node']!r}, recorded is {decision}"
                 )

@@ -58,9 +58,9 @@ class Life:
         self._read += len(whole) + 1 if whole else 0
         for line in whole.splitlines():
             with suppress(ValueError):
-                said = json.loads(line)
-                if said.get("event") in READY:
-                    self.ready, self.writer = True, said.get("writer", "")
+                entry = json.loads(line)
+                if entry.get("event") in READY:
+                    self.ready, self.writer = True, entry.get("writer", "")
         return self.ready
 
 

@@ -1,6 +1,6 @@
 """Writes what a run found into `docs/reliability.md`: `python -m tests.chaos.report build/chaos.json`.
 
-The page is prose with a part that is made; several reports are told one after the other.
+The page is prose with a part that is made; several reports follow one another.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ END = "<!-- end of what is made -->"
 
 def made(reports: list[dict[str, Any]]) -> str:
     """The made part."""
-    return "\n".join([BEGIN, "", *(line for report in reports for line in _told(report)), END])
+    return "\n".join([BEGIN, "", *(line for report in reports for line in _section(report)), END])
 
 
-def _told(report: dict[str, Any]) -> list[str]:
+def _section(report: dict[str, Any]) -> list[str]:
     servers = "one server" if report["servers"] == 1 else f"{report['servers']} servers"
     how = {"netns": "network namespaces", "proxy": "TCP proxies", "none": "nothing"}[report["cuts"]]
     options = f"--seed {report['seed']} --minutes {report['asked_minutes']:g} --round {report['round_seconds']:g}"

@@ -90,10 +90,10 @@ class Rest:
                         same = {*at.values(), history["stored"], end, checker.state.sequence}
                         if len(same) == 1 and len(at) >= len(self._world.services) - 3:
                             past = messages.MomentRequest(at=str(end))
-                            told: dict[str, Any] = await ask(
+                            past_state: dict[str, Any] = await ask(
                                 self._client, f"kv.{self._world.fleet}.history.state", past, seconds=60
                             )
-                            found["historian"] = told
+                            found["historian"] = past_state
                             break
                     except (ServiceFault, KvplaneError, NatsError, OSError) as error:
                         why = repr(error)
@@ -162,16 +162,16 @@ class Rest:
         if not life.ended:
             return
         self._scanned[service.name, life.number] = -1
-        for said in life.lines():
-            event = str(said.get("event", ""))
-            if said.get("level") == "error":
+        for entry in life.lines():
+            event = str(entry.get("event", ""))
+            if entry.get("level") == "error":
                 self.errors[event] = self.errors.get(event, 0) + 1
             if event == "events_not_recorded":
-                self._world.ledger.note("unrecorded", writer=life.writer, events=said["events"])
+                self._world.ledger.note("unrecorded", writer=life.writer, events=entry["events"])
         if life.ended == "by itself":
             if life.ready or not any(word in "\n".join(lines[-6:]) for word in UNABLE):
-                said_last = " / ".join(lines[-2:])[:400]
-                self._checker.say("no end by itself", f"{service.name}, life {life.number}: {said_last}")
+                last_lines = " / ".join(lines[-2:])[:400]
+                self._checker.say("no end by itself", f"{service.name}, life {life.number}: {last_lines}")
             else:
                 self.could_not_start += 1
         elif not life.ended.startswith(("killed", "stopped")) or "did not stop" in life.ended:

@@ -27,14 +27,14 @@ GROUND = Ground(("nats-1", "nats-2", "nats-3"), ("router-1", "router-2", "histor
 @pytest.mark.filterwarnings("ignore:unclosed <StreamWriter:ResourceWarning")
 @pytest.mark.parametrize("seed", SEEDS)
 async def test_nothing_promised_is_broken_by_chaos(tmp_path: Path, seed: int) -> None:
-    said: list[str] = []
+    output: list[str] = []
     settings = Settings(seed=seed, minutes=MINUTES, round_seconds=MINUTES * 60)
     try:
-        report = await Run(tmp_path, settings, said.append).go()
+        report = await Run(tmp_path, settings, output.append).go()
     except Exception as error:
-        error.add_note("\n".join([f"CHAOS_SEEDS={seed}", *said]))
+        error.add_note("\n".join([f"CHAOS_SEEDS={seed}", *output]))
         raise
-    assert report["violations"] == [], "\n".join(said)
+    assert report["violations"] == [], "\n".join(output)
     # Load got through and faults were played, or this attacked nothing.
     assert report["acknowledged"] > 50
     assert report["answers"] > 20

@@ -26,7 +26,7 @@ KILLED_AT = 50.0
 
 
 class Story:
-    """A log and the ledger that goes with it, told side by side."""
+    """A log and the ledger that goes with it, written side by side."""
 
     def __init__(self) -> None:
         self.given = Given()
@@ -94,7 +94,7 @@ class Story:
         self.ledger.note("flushed", writer="group-1", subject="kv.f.cache.g", events=events)
 
     def routed(
-        self, request: str, node: str, *, model: str = "m", applied: int = 0, recorded: bool = True, said: str = "",
+        self, request: str, node: str, *, model: str = "m", applied: int = 0, recorded: bool = True, answered: str = "",
         exclude: Sequence[str] = (), at: float = 0.0,
     ) -> None:  # fmt: skip
         applied = applied or self.last
@@ -103,7 +103,7 @@ class Story:
             event = types.RequestRouted(request, model, node, 0, 0, 9, applied=applied, exclude=list(exclude))
             self.put("access", writer, event, writer=writer)
         self.ledger.note(
-            "routed", request=request, node=said or node, model=model, applied=applied, degraded=False,
+            "routed", request=request, node=answered or node, model=model, applied=applied, degraded=False,
             exclude=list(exclude),
         )  # fmt: skip
         self.ledger.entries[-1]["at"] = at
@@ -190,7 +190,7 @@ def answer_about_another_session(story: Story) -> None:
 
 
 def answer_with_another_node(story: Story) -> None:
-    story.routed("router-1.4", "b", said="a")
+    story.routed("router-1.4", "b", answered="a")
 
 
 def sent_to_a_stranger(story: Story) -> None:

@@ -153,7 +153,7 @@ class World:
         await self.ready()
 
     async def ready(self, *names: str) -> None:
-        """Wait until services have said that they are ready, all of them unless told. Raises `TimeoutError`."""
+        """Wait until services have said that they are ready, all of them when none is named. Raises `TimeoutError`."""
 
         async def ready() -> bool:
             return all(self.services[name].up for name in names or self.services)

@@ -54,12 +54,12 @@ def test_nobody_reads(url: str, arguments: list[str]) -> None:
     process = started(*arguments, stdout=writing, url=url)
     os.close(writing)
     try:
-        _, said = process.communicate(timeout=30)
+        _, stderr = process.communicate(timeout=30)
     finally:
         process.kill()
     # The help is written by a library, which has a code of its own for it.
-    assert process.returncode in ({0, 1} if arguments in (["--help"], ["doctor"]) else {0}), said.decode()
-    assert not [word for word in CHATTER if word in said.decode()], said.decode()
+    assert process.returncode in ({0, 1} if arguments in (["--help"], ["doctor"]) else {0}), stderr.decode()
+    assert not [word for word in CHATTER if word in stderr.decode()], stderr.decode()
 
 
 def test_nobody_reads_any_more(url: str) -> None:
@@ -67,8 +67,8 @@ def test_nobody_reads_any_more(url: str) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == b"range\n"
     process.stdout.close()
-    _, said = process.communicate(timeout=30)
-    assert (process.returncode, said) == (0, b"")
+    _, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stderr) == (0, b"")
 
 
 def test_nobody_reads_the_error(url: str) -> None:
@@ -84,9 +84,9 @@ def test_a_full_disk_is_a_sentence(url: str) -> None:
     for arguments in (["node", "list"], ["sql", "SELECT * FROM range(100000)"], ["workload", "agent"]):
         with Path("/dev/full").open("wb") as full:
             process = started(*arguments, stdout=full.fileno(), url=url)
-            _, said = process.communicate(timeout=30)
+            _, stderr = process.communicate(timeout=30)
         assert process.returncode == 1
-        assert said.decode() == "kvplane: the output can't be written: No space left on device [output_failed]\n"
+        assert stderr.decode() == "kvplane: the output can't be written: No space left on device [output_failed]\n"
 
 
 def _handed_over(process: subprocess.Popen[bytes]) -> None:
@@ -120,12 +120,12 @@ def test_control_c_at_any_time(url: str, arguments: list[str]) -> None:
             time.sleep(delay)
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGINT)
-            _, said = process.communicate(timeout=30)
+            _, stderr = process.communicate(timeout=30)
         finally:
             process.kill()
         # Some had ended before; a service that ran ends in good order.
-        assert process.returncode in {0, 1, 130, -signal.SIGINT}, (delay, said.decode())
-        assert not [word for word in CHATTER if word in said.decode()], (delay, said.decode())
+        assert process.returncode in {0, 1, 130, -signal.SIGINT}, (delay, stderr.decode())
+        assert not [word for word in CHATTER if word in stderr.decode()], (delay, stderr.decode())
 
 
 IMPORTS = """

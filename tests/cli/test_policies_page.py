@@ -44,13 +44,13 @@ def left_running(command: str, folder: Path, url: str, port: int) -> Iterator[No
     )  # fmt: skip
     assert process.stderr is not None
     try:
-        said = []
+        lines = []
         for line in process.stderr:
-            said.append(line)
+            lines.append(line)
             if "Ctrl-C" in line:
                 break
         else:
-            pytest.fail("".join(said))
+            pytest.fail("".join(lines))
         yield
     finally:
         process.send_signal(signal.SIGINT)

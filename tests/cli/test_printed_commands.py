@@ -80,8 +80,8 @@ def reason(command: Printed) -> str:
         return OTHERS[command.words[0]]
     if command.form or not parses(command.words):
         return "shows a form"
-    said = " ".join(command.words[1:])
-    return next((why for pattern, why in NOT_RUN.items() if re.match(pattern, said)), "")
+    arguments = " ".join(command.words[1:])
+    return next((why for pattern, why in NOT_RUN.items() if re.match(pattern, arguments)), "")
 
 
 def parses(words: tuple[str, ...]) -> bool:
@@ -175,9 +175,9 @@ def _done(url: str, ground: Ground, command: Printed) -> str:
     """Run a command where the fleet is; what was wrong, or nothing."""
     words = ground.fit(command.words)
     ground.prepare(words)
-    said = " ".join(words[1:])
-    added = [option for pattern, options in ADDED.items() if re.match(pattern, said) for option in options]
-    expected = next((code for pattern, code in CODES.items() if re.match(pattern, said)), 0)
+    arguments = " ".join(words[1:])
+    added = [option for pattern, options in ADDED.items() if re.match(pattern, arguments) for option in options]
+    expected = next((code for pattern, code in CODES.items() if re.match(pattern, arguments)), 0)
     done = subprocess.run(
         [sys.executable, "-m", "kvplane", *words[1:], *added],
         cwd=ground.folder,
@@ -190,7 +190,7 @@ def _done(url: str, ground: Ground, command: Printed) -> str:
     )
     bad = done.returncode != expected or "Traceback" in done.stderr
     return (
-        f"exit code {done.returncode}: {said} {' '.join(added)}\n{done.stdout[-600:]}{done.stderr[-600:]}"
+        f"exit code {done.returncode}: {arguments} {' '.join(added)}\n{done.stdout[-600:]}{done.stderr[-600:]}"
         if bad
         else ""
     )

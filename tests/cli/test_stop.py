@@ -53,9 +53,9 @@ async def test_processes_of_a_simulation_end_with_it(tmp_path: Path, ending: sig
                 os.killpg(process.pid, ending)
             else:
                 process.send_signal(ending)
-            _, said = process.communicate(timeout=20)
+            _, stderr = process.communicate(timeout=20)
         finally:
             process.kill()
     assert process.returncode == (130 if ending == signal.SIGINT else -ending)
-    assert b"Traceback" not in said
+    assert b"Traceback" not in stderr
     await until(lambda: not alive(worker), 20)

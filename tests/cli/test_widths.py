@@ -185,8 +185,8 @@ def _check_table(call: Call, text: str, width: int) -> None:
     if vertical:
         for row in rows:
             for column, value in zip(columns, row, strict=True):
-                said = " ".join(f"{column.name} {value}".split())
-                assert said in (
+                cell = " ".join(f"{column.name} {value}".split())
+                assert cell in (
                     " ".join(text.split()) if column.prose else "\n".join(" ".join(line.split()) for line in shown)
                 )
         return
@@ -268,7 +268,7 @@ def in_terminal(width: int, *arguments: str, typed: bytes = b"", **environment: 
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
     if typed:
         os.write(terminal, typed)
-    said = b""
+    output = b""
     while True:
         try:
             part = os.read(terminal, 1 << 16)
@@ -276,9 +276,9 @@ def in_terminal(width: int, *arguments: str, typed: bytes = b"", **environment: 
             break
         if not part:
             break
-        said += part
+        output += part
     os.close(terminal)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said.decode().replace("\r\n", "\n")
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), output.decode().replace("\r\n", "\n")
 
 
 @pytest.mark.parametrize("width", [60, 80])

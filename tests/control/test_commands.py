@@ -248,7 +248,7 @@ def test_what_is_proposed_is_accepted_and_never_exceeds_capacity(
     ids=lambda fields: next(iter(fields)),
 )
 def test_a_registration_that_the_log_would_not_take_is_refused_before_it_is_written(fields: dict[str, Any]) -> None:
-    """Otherwise it is committed, skipped by every replica, committed again, and the caller told of a conflict."""
+    """Otherwise it is committed, skipped by every replica, committed again, and the caller gets a conflict."""
     with pytest.raises(BadRequest):
         commands.register(FleetState("f"), registration("a", **fields))
 

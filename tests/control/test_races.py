@@ -77,7 +77,7 @@ async def messages_of(client: Client) -> list[Message]:
     return found
 
 
-def told(written: list[Message], *kinds: type[types.Event]) -> list[types.Event]:
+def accepted(written: list[Message], *kinds: type[types.Event]) -> list[types.Event]:
     """Events of some kinds that a real fold accepted."""
     state, found = FleetState(NAME), []
     for message in written:
@@ -112,8 +112,8 @@ class Load:
         except Refused as error:
             self.refused[f"{error.code} of {len(request.hashes) // 8}"] += 1
         else:
-            said = (answer["node"], request.hashes, answer["evicted"])
-            self.accepted[request.request] = (answer["sequence"], said)
+            placement = (answer["node"], request.hashes, answer["evicted"])
+            self.accepted[request.request] = (answer["sequence"], placement)
 
     async def run(self, count: int) -> None:
         requests = iter([self.draw(number) for number in range(count)])
@@ -195,7 +195,7 @@ async def test_admissions_race_and_capacity_holds_at_every_sequence(fleet: Fleet
         )
         # The test attacks nothing unless they do race.
         assert sum(lost) > ADMISSIONS / 100
-        assert sum(event.evicted != b"" for event in told(written, types.BlocksPlaced)) > ADMISSIONS / 10  # type: ignore[attr-defined]
+        assert sum(event.evicted != b"" for event in accepted(written, types.BlocksPlaced)) > ADMISSIONS / 10  # type: ignore[attr-defined]
 
 
 async def pulse(client: Client, epochs: dict[str, int], silent: set[str], sent: Counter[str]) -> None:
@@ -224,7 +224,7 @@ async def concluded(client: Client, wanted: tuple[str, str]) -> bool:
 
 
 def conclusions(written: list[Message]) -> list[tuple[str, str]]:
-    return [(type(event).__name__, event.node) for event in told(written, types.NodeLost, types.NodeRecovered)]  # type: ignore[attr-defined]
+    return [(type(event).__name__, event.node) for event in accepted(written, types.NodeLost, types.NodeRecovered)]  # type: ignore[attr-defined]
 
 
 async def test_conclusions_are_made_once_also_by_those_who_slept(fleet: Fleet) -> None:
@@ -250,7 +250,7 @@ async def test_conclusions_are_made_once_also_by_those_who_slept(fleet: Fleet) -
         # Requests that a sleeper is sent are not answered: look at the log.
         await until(partial(concluded, client, ("NodeLost", "b")), 30, every=0.1)
         fleet.signal(sleeper, signal.SIGCONT)
-        # When it alone is awake and says that c is lost, it has judged all of them, with all that it heard late.
+        # When it alone is awake and says that c is lost, it has judged all of them, with all pulses that came late.
         for other in others:
             fleet.signal(other, signal.SIGSTOP)
         silent.add("c")

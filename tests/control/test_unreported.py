@@ -1,4 +1,4 @@
-"""Completions on the log of nodes that tell nothing of their caches."""
+"""Completions on the log of nodes that report nothing of their caches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.anyio
 
 
-async def unheard(fleet: Fleet) -> list[str]:
+async def unheard_nodes(fleet: Fleet) -> list[str]:
     nodes = (await fleet.ask("coordinator.node.list", messages.ListRequest()))["nodes"]
     return [row["node"] for row in nodes if row["unheard"]]
 
@@ -29,14 +29,14 @@ async def test_who_completes_prompts_and_tells_nothing_is_named(fleet: Fleet) ->
     coordinator = await fleet.coordinator()
     await fleet.router()
     epochs = {}
-    for node, mode in (("short", "reported"), ("quiet", "reported"), ("told", "reported"), ("managed", "managed")):
+    for node, mode in (("short", "reported"), ("quiet", "reported"), ("heard", "reported"), ("managed", "managed")):
         request = messages.RegisterRequest(
             node=node, address="x", models=["m"], block_size=16, capacity_blocks={"gpu": 4}, cache_mode=mode
         )
         epochs[node] = (await fleet.ask("coordinator.node.register", request))["epoch"]
     appender = Appender(fleet.client, fleet.name, "w")
 
-    async def tells(node: str) -> None:
+    async def report(node: str) -> None:
         stored = types.BlocksStored(node, epochs[node], 1, pack_hashes([7]))
         await appender.append(f"kv.{fleet.name}.cache.{node}", [stored])
 
@@ -44,18 +44,18 @@ async def test_who_completes_prompts_and_tells_nothing_is_named(fleet: Fleet) ->
         done = messages.CompleteRequest(request=f"{node}-1", node=node, prompt_tokens=prompt, cached_tokens=cached)
         await fleet.ask("complete", done)
 
-    await tells("told")
+    await report("heard")
     await completed("short", 16)
     await completed("short", 64, 48)
-    await completed("told", 64)
+    await completed("heard", 64)
     await completed("managed", 64)
     await completed("quiet", 17)
     await until(lambda: coordinator.unreported.silent("quiet", time.monotonic()))
-    assert await unheard(fleet) == ["quiet"]
+    assert await unheard_nodes(fleet) == ["quiet"]
     # Another coordinator reads the same of the log.
     second = await fleet.coordinator()
     await until(lambda: second.unreported.silent("quiet", time.monotonic()))
-    assert await unheard(fleet) == ["quiet"]
-    await tells("quiet")
+    assert await unheard_nodes(fleet) == ["quiet"]
+    await report("quiet")
     await until(lambda: not (second.unreported.silent("quiet", inf) or coordinator.unreported.silent("quiet", inf)))
-    assert await unheard(fleet) == []
+    assert await unheard_nodes(fleet) == []

@@ -27,22 +27,22 @@ if TYPE_CHECKING:
 
 async def test_conversations_find_what_was_predicted(fleet: Fleet) -> None:
     async with scene(fleet) as on:
-        told: dict[str, list[str]] = {name: ["you are short and helpful"] for name in ("one", "two")}
-        nodes: dict[str, set[str]] = {name: set() for name in told}
+        conversations: dict[str, list[str]] = {name: ["you are short and helpful"] for name in ("one", "two")}
+        nodes: dict[str, set[str]] = {name: set() for name in conversations}
         outcomes = []
         for turn in range(4):
-            for name, said in told.items():
-                heard: list[Body] = []
+            for name, contents in conversations.items():
+                chunks: list[Body] = []
                 done = await on.send(
-                    {"model": "m", "messages": chat(*said), "reasoning_effort": "low", "tools": [{"type": "function"}]},
-                    session=name, on_chunk=heard.append,
+                    {"model": "m", "messages": chat(*contents), "reasoning_effort": "low", "tools": [{"type": "function"}]},
+                    session=name, on_chunk=chunks.append,
                 )  # fmt: skip
                 outcomes.append((done.decision.matched_tokens, done.usage.cached_tokens))
                 nodes[name].add(done.decision.node)
                 assert done.text == ["one two three"]
-                assert "".join(text for chunk in heard for text in openai.text(chunk).values()) == done.text[0]
+                assert "".join(text for chunk in chunks for text in openai.text(chunk).values()) == done.text[0]
                 assert 0 < done.ttft <= done.duration
-                said += [done.text[0], f"and then {turn} {name}?"]
+                contents += [done.text[0], f"and then {turn} {name}?"]
         assert all(predicted == cached for predicted, cached in outcomes)
         assert sum(cached or 0 for _, cached in outcomes) > 300
         assert all(len(each) == 1 for each in nodes.values())
@@ -102,10 +102,10 @@ async def test_an_answer_that_breaks_off_is_begun_elsewhere_unless_it_was_heard(
         first = await on.complete(prompt=list(range(40)))
         for engine in on.engines.values():
             engine.api.breaks_after = 2
-        heard: list[Body] = []
+        chunks: list[Body] = []
         with pytest.raises(EngineFailed, match="broke off"):
-            await on.send({"model": "m", "prompt": list(range(40))}, on_chunk=heard.append)
-        assert len(heard) == 2
+            await on.send({"model": "m", "prompt": list(range(40))}, on_chunk=chunks.append)
+        assert len(chunks) == 2
         with pytest.raises(EngineFailed, match=r"\(.: broke off .*; .: broke off "):
             await on.complete(prompt=list(range(40)))
         on.engines[first.decision.node].api.breaks_after = None
@@ -163,8 +163,8 @@ async def test_a_caller_that_fails_is_not_taken_for_an_engine_that_does(fleet: F
 async def test_what_the_engine_does_not_tell_is_not_made_up(fleet: Fleet) -> None:
     logs.configure("warning")
     async with scene(fleet, "a") as on:
-        with capture_logs() as said:
-            on.engines["a"].api.tells_cached = False
+        with capture_logs() as logged:
+            on.engines["a"].api.reports_cached = False
             for _ in range(2):
                 done = await on.complete(prompt=[1] * 20)
             assert done.usage == openai.Usage(20, None, 3)
@@ -177,26 +177,26 @@ async def test_what_the_engine_does_not_tell_is_not_made_up(fleet: Fleet) -> Non
                 done = await on.complete(messages=chat("a story of some length, please, and a good one"))
             assert (done.decision.matched_blocks, done.decision.blocks) == (0, 0)
             assert done.decision.tokens > 10
-        heard = Counter(entry["event"] for entry in said)
-        assert (heard["cached_tokens_not_told"], heard["tokens_not_known"]) == (1, 1)
-        assert any("/tokenize answers 404" in entry.get("hint", "") for entry in said)
+        counts = Counter(entry["event"] for entry in logged)
+        assert (counts["cached_tokens_not_told"], counts["tokens_not_known"]) == (1, 1)
+        assert any("/tokenize answers 404" in entry.get("hint", "") for entry in logged)
 
 
 async def test_an_engine_that_says_nothing_of_no_hit_is_understood_once_it_had_one(fleet: Fleet) -> None:
     async with scene(fleet, "a") as on:
-        on.engines["a"].api.tells_nothing_cached = False
+        on.engines["a"].api.reports_zero_cached = False
         cached = [(await on.complete(prompt=[token] * 20)).usage.cached_tokens for token in (1, 1, 2, 2, 3)]
         assert cached == [None, 16, 0, 16, 0]
         await until(lambda: len(on.completed) == 5)
         assert [event.prompt_tokens for event in on.completed] == [0, 20, 20, 20, 20]
 
 
-@pytest.mark.parametrize("said", ["never", {}, [], {"tokens": [-1]}, {"tokens": [1 << 70]}, {"tokens": "abc"}])
-async def test_an_engine_that_can_not_tokenize_is_passed_over(fleet: Fleet, said: Any) -> None:
+@pytest.mark.parametrize("answer", ["never", {}, [], {"tokens": [-1]}, {"tokens": [1 << 70]}, {"tokens": "abc"}])
+async def test_an_engine_that_can_not_tokenize_is_passed_over(fleet: Fleet, answer: Any) -> None:
     async with scene(fleet) as on:
         on.completer.tokenize_seconds = 0.3
         for engine in on.engines.values():
-            engine.api.answers_tokens = said
+            engine.api.answers_tokens = answer
         with pytest.raises(EngineFailed, match=r"\(.: .*; .: "):
             await on.complete(prompt="a text")
         on.engines["a"].api.answers_tokens = None
@@ -212,7 +212,7 @@ async def test_whenever_a_request_is_given_up_it_leaves_no_load(fleet: Fleet) ->
 
 
 @pytest.mark.parametrize(
-    "said",
+    "chunk",
     [
         {"choices": "text"}, {"choices": {"index": 0}}, {"choices": [1]}, {"choices": None}, {"choices": [{"index": "a"}]},
         {"choices": [{"index": -1, "text": "x"}]}, {"choices": [{"index": 1 << 60, "text": "x"}]},
@@ -221,9 +221,9 @@ async def test_whenever_a_request_is_given_up_it_leaves_no_load(fleet: Fleet) ->
         {"usage": {"prompt_tokens_details": {"cached_tokens": []}}},
     ],
 )  # fmt: skip
-async def test_what_is_odd_in_an_answer_does_no_harm(fleet: Fleet, said: Any) -> None:
+async def test_what_is_odd_in_an_answer_does_no_harm(fleet: Fleet, chunk: Any) -> None:
     async with scene(fleet, "a") as on:
-        on.engines["a"].api.says = [said]
+        on.engines["a"].api.says = [chunk]
         done = await on.complete(prompt=[1] * 20)
         assert (done.text, done.usage.prompt_tokens, done.recorded) == (["one two three"], 20, True)
 
@@ -293,13 +293,17 @@ async def test_the_command(fleet: Fleet, tmp_path: Path) -> None:
             ended = await anyio.to_thread.run_sync(lambda: run("complete", *arguments, "--server", fleet.url))
             return ended.returncode, ended.stdout, " ".join(ended.stderr.split())
 
-        code, out, told = await command("m", "Tell me of the sea, at length", "--system", "Be brief.", "--session", "s")
+        code, out, stderr = await command(
+            "m", "Tell me of the sea, at length", "--system", "Be brief.", "--session", "s"
+        )
         assert (code, out) == (0, "one two three\n")
-        assert "node a: 0 of " in told
+        assert "node a: 0 of " in stderr
         on.engines["a"].api.breaks_after = 3
-        code, out, told = await command("m", "Tell me of the sea, at length", "--system", "Be brief.", "--session", "s")
+        code, out, stderr = await command(
+            "m", "Tell me of the sea, at length", "--system", "Be brief.", "--session", "s"
+        )
         assert (code, out) == (1, "one two \n")
-        assert "broke off" in told
+        assert "broke off" in stderr
         on.engines["a"].api.breaks_after = None
         file = tmp_path / "body.json"
         file.write_text(json.dumps({"prompt": list(range(40)), "max_tokens": 1, "n": 1}))
@@ -316,6 +320,6 @@ async def test_the_command(fleet: Fleet, tmp_path: Path) -> None:
             (("--body", str(file)), "names its model"),
             (("nobody", "Hello"), "no node serves model"),
         ):
-            code, out, told = await command(*arguments)
+            code, out, stderr = await command(*arguments)
             assert (code, out) == (1, ""), arguments
-            assert says in told
+            assert says in stderr

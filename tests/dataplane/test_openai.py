@@ -32,7 +32,7 @@ def test_a_stream_may_be_cut_anywhere(sent: list[Body], end: bytes, last: bytes,
 
 
 @pytest.mark.parametrize(
-    ("said", "why"),
+    ("stream", "why"),
     [
         (b"data: {", "no stream of JSON"), (b"data: [1]", "no stream of JSON objects"),
         (b'data: {"error": "full"}', "full"), (b"data: " + b"[" * 100_000, "no stream of JSON"),
@@ -40,10 +40,10 @@ def test_a_stream_may_be_cut_anywhere(sent: list[Body], end: bytes, last: bytes,
     ],
     ids=["cut", "list", "error", "deep", "long"],
 )  # fmt: skip
-def test_what_is_no_stream_of_chunks_is_named(said: bytes, why: str) -> None:
+def test_what_is_no_stream_of_chunks_is_named(stream: bytes, why: str) -> None:
     chunks = openai.Chunks()
     with pytest.raises(EngineFailed, match=why):
-        for part in (said, b""):
+        for part in (stream, b""):
             list(chunks.feed(part))
 
 
@@ -66,9 +66,9 @@ ODD_USAGE = JSON | st.fixed_dictionaries(
 
 @given(st.fixed_dictionaries({}, optional={"choices": JSON | st.lists(ODD_CHOICE, max_size=3), "usage": ODD_USAGE}))
 def test_odd_chunks_are_read_without_harm(chunk: Body) -> None:
-    for index, said in openai.text(chunk).items():
+    for index, text in openai.text(chunk).items():
         assert 0 <= index < 1 << 53
-        assert said
+        assert text
     usage = openai.usage(chunk)
     if usage is not None:
         for count in (usage.prompt_tokens, usage.cached_tokens or 0, usage.output_tokens):
@@ -117,7 +117,7 @@ def test_media_are_told_from_text(content: Any, media: bool, length: int) -> Non
 
 
 @pytest.mark.parametrize(
-    ("said", "means"),
+    ("body", "means"),
     [
         (b'{"error": {"message": "too long", "code": 400}}', "too long"),
         (b'{"object": "error", "message": "no such thing"}', "no such thing"),
@@ -126,8 +126,8 @@ def test_media_are_told_from_text(content: Any, media: bool, length: int) -> Non
         (b"", "no reason given"),
     ],
 )
-def test_complaints_of_engines_are_understood(said: bytes, means: str) -> None:
-    assert openai.complaint(said) == means
-    if b'"error"' in said:
+def test_complaints_of_engines_are_understood(body: bytes, means: str) -> None:
+    assert openai.complaint(body) == means
+    if b'"error"' in body:
         with pytest.raises(EngineFailed, match=means):
-            list(openai.Chunks().feed(b"data: " + said + b"\n"))
+            list(openai.Chunks().feed(b"data: " + body + b"\n"))

@@ -17,7 +17,7 @@ from kvplane.services.protocol import messages
 from kvplane.services.protocol.status import CoordinatorStatus, HistoryStatus, RouterStatus
 from kvplane.services.simulation.simnode import NodeConfig
 from tests.support.commands import run, up
-from tests.support.findings import said, wrong
+from tests.support.findings import sentence, wrong
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -138,10 +138,10 @@ def test_replicas_are_compared_at_checkpoints_wherever_they_are_now() -> None:
     assert wrong(routers) == set()
     b.checkpoints["2000"] = E
     assert wrong(routers) == {("problem", "digests")}
-    assert said(routers, "digests").startswith("at sequence 2,000 b differ.")
+    assert sentence(routers, "digests").startswith("at sequence 2,000 b differ.")
     # Of two, nobody knows which is right.
     pair = replace(WELL, routers=[a], coordinators=[coordinator("b", 2002, checkpoints=b.checkpoints)])
-    assert "a, b differ, and nobody has a majority" in said(pair, "digests")
+    assert "a, b differ, and nobody has a majority" in sentence(pair, "digests")
     # One that has none of them says nothing about the others.
     b.checkpoints.clear()
     b.checkpoints["3000"] = E

@@ -20,7 +20,7 @@ from kvplane.services.diagnosis.examine import examine
 from kvplane.services.embedded.server import configuration, server_binary
 from tests.support.commands import run
 from tests.support.eventful_fleet import live, write_commits
-from tests.support.findings import said, wrong
+from tests.support.findings import sentence, wrong
 from tests.support.ports import free_port
 from tests.support.waiting import until
 
@@ -74,7 +74,7 @@ async def test_a_server_that_is_not_durable_and_nearly_full(tmp_path: Path) -> N
         await open_stream(client.jetstream(), "default", create=True)
         found = await examine(client, "default", [monitor])
         assert ("problem", "durability") in wrong(found)
-        assert "server s0 loses what it acknowledged in the last 30 s" in said(found, "durability")
+        assert "server s0 loses what it acknowledged in the last 30 s" in sentence(found, "durability")
         assert ("warning", "room") not in wrong(found)
         body = b"x" * 10_000
         for _ in range(int(FULL * 100) + 6):
@@ -152,8 +152,8 @@ async def test_a_clock_that_is_wrong_and_a_version_that_is_another(
                 await anyio.sleep(0.1)
         process.kill()
     strange = next(status.writer for status in found.routers if status.version == "99.0.0")
-    assert said(found, "clock").startswith(f"{strange} is 60.0 s ahead of the log's server")
-    assert f"99.0.0: {strange}" in said(found, "versions")
+    assert sentence(found, "clock").startswith(f"{strange} is 60.0 s ahead of the log's server")
+    assert f"99.0.0: {strange}" in sentence(found, "versions")
     # The one who asks may be the one that is wrong.
     monkeypatch.setattr(kvplane.services.diagnosis.examine, "time", Late)
     found = await examine(fleet.client, "default")
@@ -191,11 +191,11 @@ async def test_a_log_with_a_hole_and_one_that_may_get_some(client: Client) -> No
     await js.add_stream(config)
     for _ in range(5):
         await js.publish("kv.default.control", b"x")
-    assert "messages may be deleted" in said(await examine(client, "default"), "log")
+    assert "messages may be deleted" in sentence(await examine(client, "default"), "log")
     await js.delete_msg("KV_default", 3)
     config.deny_delete = True
     await js.update_stream(config)
-    assert "has 1 deleted messages between 1 and 5" in said(await examine(client, "default"), "log")
+    assert "has 1 deleted messages between 1 and 5" in sentence(await examine(client, "default"), "log")
 
 
 async def test_a_log_with_a_limit_is_full_some_day(client: Client) -> None:

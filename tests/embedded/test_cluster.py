@@ -92,7 +92,7 @@ async def load(cluster: Cluster, ledger: Ledger) -> AsyncIterator[Client]:
             stop.set()
 
 
-def tell(what: str, ledger: Ledger) -> None:
+def print_figures(what: str, ledger: Ledger) -> None:
     stalls = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in sorted(ledger.stalls.items()))
     print(  # noqa: T201 - figures that are asked for
         f"\n{what}: {len(ledger.committed):,} commits, longest waits {stalls}; {len(ledger.routed):,} routes, "
@@ -107,7 +107,7 @@ async def test_all_servers_restart_one_by_one_and_no_request_fails(cluster: Clus
         for name in NAMES:
             await cluster.lame_duck(name)
             await cluster.start(name)
-    tell("rolling restart", ledger)
+    print_figures("rolling restart", ledger)
     assert ledger.failed == []
     async with connected(cluster.urls, "test") as client:
         await ledger.check(client, routers=2, coordinators=2)
@@ -122,7 +122,7 @@ async def test_the_leader_is_killed_then_another_and_routers_go_on(cluster: Clus
         await until(partial(_degraded, client, expected=False), WAIT_SECONDS)
         await cluster.kill(first)
         await until(partial(_more, ledger, len(ledger.committed) + 50), WAIT_SECONDS)
-        tell("leader killed", ledger)
+        print_figures("leader killed", ledger)
 
         second = cluster.running[0].name
         await cluster.kill(second)
@@ -137,7 +137,7 @@ async def test_the_leader_is_killed_then_another_and_routers_go_on(cluster: Clus
         await cluster.start(first, second)
         await until(partial(_more, ledger, acknowledged + 50), WAIT_SECONDS)
         await until(partial(_degraded, client, expected=False), WAIT_SECONDS)
-    tell("two of three killed", ledger)
+    print_figures("two of three killed", ledger)
     assert ledger.failed == []
     # A request that a router had when its server died is asked again after half a second.
     assert ledger.slowest < 1.0

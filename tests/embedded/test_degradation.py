@@ -68,7 +68,7 @@ async def test_a_full_disk_under_the_log_costs_no_answer_and_nothing_acknowledge
     monkeypatch.setattr(coordinator, "ANSWER_SECONDS", 1.0)
     logs.configure("warning")
     start = partial(start_server, small / "data", port=free_port())
-    with capture_logs() as said:
+    with capture_logs() as logged:
         async with (
             kept(start, look_seconds=0.1) as keeping,
             connected([keeping.server.url], "test") as client,
@@ -103,9 +103,9 @@ async def test_a_full_disk_under_the_log_costs_no_answer_and_nothing_acknowledge
                 await until(lambda: not router.degraded)
                 await fleet.ask("coordinator.node.uncordon", messages.NodeRequest(node="a"))
             assert await _routed(keeping.server.url, "default") == answered
-    events = [entry["event"] for entry in said]
+    events = [entry["event"] for entry in logged]
     assert [name for name in events if name in {"disk_full", "disk_has_room"}] == ["disk_full", "disk_has_room"]
-    away = next(entry for entry in said if entry["event"] == "log_is_away")
+    away = next(entry for entry in logged if entry["event"] == "log_is_away")
     assert "TimeoutError" in away["error"]
 
 

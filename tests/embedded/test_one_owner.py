@@ -182,12 +182,12 @@ async def test_who_lost_the_folder_ends(tmp_path: Path) -> None:
             assert time.monotonic() < begin + 20
         with up(tmp_path, "--bare", before=OTHER_HOST):
             first.send_signal(signal.SIGCONT)
-            said = (first.stderr or pytest.fail("no output")).read()
+            stderr = (first.stderr or pytest.fail("no output")).read()
             first.wait(20)
     assert first.returncode == 1
-    last = said.splitlines()[-1]
+    last = stderr.splitlines()[-1]
     assert "it took the folder while this process did not renew its record" in last
-    assert "Traceback" not in said
+    assert "Traceback" not in stderr
 
 
 def test_without_locks_the_record_is_enough_on_one_host(tmp_path: Path) -> None:

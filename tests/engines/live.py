@@ -175,7 +175,7 @@ class Run:
         self.live = {each.name: each for each in live}
         self.rows: list[Row] = []
         self.removed: Counter[str] = Counter()
-        """Blocks that each node told to be gone."""
+        """How many blocks each node reported as removed."""
         self.beyond: list[str] = []
         """Requests of which more was promised than what was evicted meanwhile."""
         self.random = random.Random(7)
@@ -240,13 +240,13 @@ class Run:
     async def talk(self, phase: str, turns: int, *, talks: int = 4, at_once: bool = False, **asked: Any) -> None:
         """Conversations that share a system prompt, one after the other or side by side."""
         system = self.prompt(100)
-        said = [list(system) for _ in range(talks)]
+        prompts = [list(system) for _ in range(talks)]
         rows: list[Row] = []
 
         async def turn(number: int) -> None:
-            tokens = [*said[number], *self.prompt(30)]
+            tokens = [*prompts[number], *self.prompt(30)]
             row, _, answer = await self.request(f"{phase}-{number}", prompt=tokens, **asked)
-            said[number] = [*tokens, *answer]
+            prompts[number] = [*tokens, *answer]
             rows.append(row)
 
         for _ in range(turns):
@@ -260,12 +260,12 @@ class Run:
 
     async def chat(self, phase: str, turns: int) -> None:
         """Messages, of which the engine makes tokens by the model's template."""
-        said = [{"role": "system", "content": "Answer in a few words, and only in those that you are sure of."}]
+        conversation = [{"role": "system", "content": "Answer in a few words, and only in those that you are sure of."}]
         rows = []
         for turn in range(turns):
-            said.append({"role": "user", "content": f"And what comes after {turn}?"})
-            row, done, _ = await self.request(phase, messages=said)
-            said.append({"role": "assistant", "content": done.text[0]})
+            conversation.append({"role": "user", "content": f"And what comes after {turn}?"})
+            row, done, _ = await self.request(phase, messages=conversation)
+            conversation.append({"role": "assistant", "content": done.text[0]})
             rows.append(row)
         self.note(phase, rows)
 

@@ -47,7 +47,7 @@ async def attached(fleet: Fleet, url: str, **wanted: Any) -> AsyncIterator[tuple
         group.cancel_scope.cancel()
 
 
-async def said(engine: FakeEngine, *prompts: int, lost: bool = False) -> None:
+async def publish(engine: FakeEngine, *prompts: int, lost: bool = False) -> None:
     for prompt in prompts:
         engine.cache.request([prompt] * 3 * engine.cache.size)
         await engine.publish(lost=lost)
@@ -73,19 +73,19 @@ async def test_what_is_counted_is_what_the_engine_said_and_the_log_has(fleet: Fl
         first, second = engine
         await ready(http)
         tracks = [adapter.track for adapter in service.adapters]
-        await said(first, 1, 2, 3, 4, 5)
+        await publish(first, 1, 2, 3, 4, 5)
         # One is lost, and asked for again when the next one comes.
-        await said(first, 6, lost=True)
-        await said(first, 7)
+        await publish(first, 6, lost=True)
+        await publish(first, 7)
         first.cache.queue += [{"type": "BlockPinned"}, {"type": "BlockPinned"}]
         orphan = {
             "type": "BlockStored", "block_hashes": [99], "parent_block_hash": 98, "token_ids": [1] * 4, "block_size": 4,
             "medium": "GPU",
         }  # fmt: skip
         first.cache.queue.append(orphan)
-        await said(first, 8)
+        await publish(first, 8)
         await first._pub.send_multipart([b"nothing", b"of the kind"])
-        await said(second, 50)
+        await publish(second, 50)
         second.cache.reset()
         await second.publish()
         await until(lambda: [track.position for track in tracks] == [first.cache.sequence - 1, 1])
@@ -129,9 +129,9 @@ async def test_gaps_and_what_is_told_anew_are_counted(fleet: Fleet) -> None:
     await fleet.coordinator()
     async with running(FakeEngine(buffer=2)) as engine, attached(fleet, engine.url) as (_, http):
         await ready(http)
-        await said(engine, 1)
-        await said(engine, 2, 3, 4, lost=True)
-        await said(engine, 5)
+        await publish(engine, 1)
+        await publish(engine, 2, 3, 4, lost=True)
+        await publish(engine, 5)
         with anyio.fail_after(20):
             while (await http.metrics())("kvplane_adapter_told_anew_total") != 1:
                 await anyio.sleep(0.05)
@@ -169,7 +169,7 @@ async def test_who_is_not_ready_says_why(fleet: Fleet, server: Server) -> None:
         assert service.adapters[0].member.registrations == 2
         os.kill(server.pid, signal.SIGSTOP)
         try:
-            await said(engine, 1)
+            await publish(engine, 1)
             await ready(http, "adapter: node a: the log is away")
             metrics = await http.metrics()
             assert (await http.state("/healthz"))[0] == 200
@@ -187,7 +187,7 @@ async def test_an_adapter_whose_read_loop_ended_is_mended_and_goes_on(fleet: Fle
         break_read_loop(service.client)
         await until(lambda: deaf(service.client))
         # What it says still arrives, and it never learns so.
-        await said(engine, 1, 2)
+        await publish(engine, 1, 2)
         with anyio.fail_after(30):
             while (await http.metrics())("kvplane_nats_read_loop_failures_total", service="adapter") != 1:
                 await anyio.sleep(0.05)
@@ -215,13 +215,13 @@ async def test_the_command_serves_http_and_an_engine_that_never_comes_ends_it(se
         nobody = f"nobody listens at {url.removeprefix('http://')} (connection refused)"
         await ready(Http(address), f"adapter: the engine at {url} is not well yet: {nobody}")
         assert process.stderr is not None
-        told = b"".join([part async for part in process.stderr])
+        stderr = b"".join([part async for part in process.stderr])
         assert await process.wait() == 1
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
-    assert f"no engine is well at {url} after 6 s".encode() in told
+    assert f"no engine is well at {url} after 6 s".encode() in stderr
 
 
 async def test_an_engine_that_can_not_be_attached_ends_the_service(fleet: Fleet) -> None:
@@ -245,7 +245,7 @@ async def test_an_engine_that_can_not_be_attached_ends_the_service(fleet: Fleet)
 )
 def test_addresses_that_clients_can_not_use_are_refused(options: list[str], says: str) -> None:
     done = run("attach", "vllm", "--node", "a", *options)
-    told = " ".join(done.stderr.split())
+    stderr = " ".join(done.stderr.split())
     assert done.returncode == 1
-    assert says in told
-    assert "secret" not in told
+    assert says in stderr
+    assert "secret" not in stderr

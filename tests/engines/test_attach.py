@@ -205,16 +205,16 @@ def _blocks(*prompts: int) -> list[int]:
     return [block for prompt in prompts for block in unpack_hashes(block_hashes([prompt] * 12, 4))]
 
 
-@pytest.mark.parametrize("unheard", [0, 2, 5])
-@pytest.mark.parametrize("tells_life", [True, False])
-async def test_an_engine_that_restarts_begins_a_new_epoch(fleet: Fleet, unheard: int, tells_life: bool) -> None:
+@pytest.mark.parametrize("missed", [0, 2, 5])
+@pytest.mark.parametrize("has_start_time", [True, False])
+async def test_an_engine_that_restarts_begins_a_new_epoch(fleet: Fleet, missed: int, has_start_time: bool) -> None:
     """Also when its new life has said as much as the old one, or more, before anyone listened."""
-    async with scene(fleet, tells_life=tells_life) as on:
+    async with scene(fleet, has_start_time=has_start_time) as on:
         await on.attach()
         await on.traffic(1, 2)
         await on.settled()
         epoch = on.epoch
-        await on.engine.restart(unheard=unheard)
+        await on.engine.restart(missed=missed)
         await until(lambda: on.epoch > epoch)
         await on.settled()
         await on.traffic(3)
@@ -227,7 +227,7 @@ async def test_an_engine_that_publishes_before_it_serves_is_no_node_yet(fleet: F
         await on.traffic(1, 2)
         await on.settled()
         epoch = on.epoch
-        await on.engine.restart(unheard=2, loading=True)
+        await on.engine.restart(missed=2, loading=True)
         await until(lambda: on.coordinator.state.nodes["a"].lost)
         assert on.epoch == epoch
         on.engine.loading = False
@@ -277,14 +277,14 @@ async def test_an_adapter_that_was_away_for_too_long_begins_anew(fleet: Fleet) -
         await until(lambda: on.held() == set(_blocks(3, 4)))
 
 
-@pytest.mark.parametrize("tells_life", [True, False])
-async def test_an_engine_that_restarted_while_the_adapter_was_away(fleet: Fleet, tells_life: bool) -> None:
+@pytest.mark.parametrize("has_start_time", [True, False])
+async def test_an_engine_that_restarted_while_the_adapter_was_away(fleet: Fleet, has_start_time: bool) -> None:
     """Its new life has said more than the old one; what the buffer still holds looks like a continuation."""
-    async with scene(fleet, tells_life=tells_life, buffer=3) as on:
+    async with scene(fleet, has_start_time=has_start_time, buffer=3) as on:
         await on.attach()
         await on.one_by_one(1, 2, 3, 4)
         await on.detach()
-        await on.engine.restart(unheard=5)
+        await on.engine.restart(missed=5)
         epoch = on.epoch
         await on.attach()
         await until(lambda: on.epoch > epoch)

@@ -31,11 +31,11 @@ REQUESTS = st.tuples(PROMPTS, st.sampled_from(["", "", "s"]), st.booleans())
 class Engines(RuleBasedStateMachine):
     @initialize(
         buffer=st.sampled_from([2, 5, 1000]), dialect=st.sampled_from(["maps", "arrays", "map_batch"]),
-        names=st.sampled_from(["int", "bytes", "same"]), tells_life=st.booleans(),
+        names=st.sampled_from(["int", "bytes", "same"]), has_start_time=st.booleans(),
     )  # fmt: skip
-    def begin(self, buffer: int, dialect: str, names: str, tells_life: bool) -> None:
+    def begin(self, buffer: int, dialect: str, names: str, has_start_time: bool) -> None:
         self.options: Any = {"buffer": buffer, "dialect": dialect, "names": names, "capacity": 5, "size": SIZE}
-        self.tells_life = tells_life
+        self.has_start_time = has_start_time
         self.engine = NaiveEngine(0, **self.options)
         self.connections = 1
         self.inbox: list[tuple[int, bytes]] = []
@@ -53,7 +53,7 @@ class Engines(RuleBasedStateMachine):
     def start_adapter(self) -> None:
         self.track = Track(Translator("a", SIZE, {"gpu": self.options["capacity"]}))
         self.inbox = []
-        self.heard = 0
+        self.connections_seen = 0
         epoch = self.folded.state.nodes["a"].epoch
         memory = Memory(epoch)
         for commit in self.log:
@@ -66,7 +66,7 @@ class Engines(RuleBasedStateMachine):
         self.register()
 
     def life_known(self) -> bool:
-        return self.tells_life and hasattr(self, "registered_life")
+        return self.has_start_time and hasattr(self, "registered_life")
 
     def register(self) -> None:
         self.folded.register()
@@ -79,19 +79,19 @@ class Engines(RuleBasedStateMachine):
         if self.behind or not events:
             return
         if self.away:
-            # More than can wait: the rest is told anew when the log is back.
+            # More than can wait: the rest is reported anew when the log is back.
             self.behind = True
             return
         self.folded.put(events)
         self.log.append(codec.Commit(None, events, "", 0, None))  # type: ignore[arg-type]
 
     def look(self, missing: bool = False) -> None:  # noqa: FBT002
-        connected = self.heard != self.connections
-        self.heard = self.connections
+        connected = self.connections_seen != self.connections
+        self.connections_seen = self.connections
         self.inbox = []
         same: bool | None = True
         if connected and hasattr(self, "registered_life"):
-            same = self.registered_life == self.engine.life if self.tells_life else None
+            same = self.registered_life == self.engine.life if self.has_start_time else None
         position = self.track.next is not None
         before = self.track.next or 0
         look = self.track.resync(self.engine.replay(self.track.ask_from), ended=True, same_life=same, missing=missing)
@@ -114,7 +114,7 @@ class Engines(RuleBasedStateMachine):
 
     def drain(self) -> None:
         while self.inbox:
-            if self.heard != self.connections:
+            if self.connections_seen != self.connections:
                 self.look()
                 continue
             number, payload = self.inbox.pop(0)
@@ -123,12 +123,12 @@ class Engines(RuleBasedStateMachine):
                 self.put(events)
             elif self.track.next is None or number > self.track.next:
                 self.look(missing=True)
-        if self.heard != self.connections:
+        if self.connections_seen != self.connections:
             self.look()
 
     @rule(asked=st.lists(REQUESTS, min_size=1, max_size=4), lost=st.sampled_from([False, False, True]))
     def traffic(self, asked: list[tuple[list[int], str, bool]], lost: bool) -> None:
-        """A batch a request, heard or not."""
+        """A batch a request, received or lost."""
         for prompt, salt, twice in asked:
             self.engine.request(prompt, salt=salt, twice=twice)
             self.publish(lost=lost)
@@ -147,9 +147,9 @@ class Engines(RuleBasedStateMachine):
             self.blind = self.holed = True
 
     def publish(self, *, lost: bool) -> None:
-        told = self.engine.step()
-        if told is not None and not lost:
-            self.inbox.append(told)
+        batch = self.engine.step()
+        if batch is not None and not lost:
+            self.inbox.append(batch)
 
     @rule()
     def hear(self) -> None:

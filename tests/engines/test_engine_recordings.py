@@ -99,7 +99,7 @@ def test_a_recording_folds_to_what_the_engine_holds(run: str) -> None:
     assert names > len(expected) or run == "run4_lora"
     counts = follower.translator.counts
     assert counts["lost_parent"] == counts["misfit"] == counts["ambiguous"] == 0
-    # In one run a request asked for reused blocks to be told again, unmarked: copies that never were.
+    # In one run a request made the engine report reused blocks again, unmarked: copies that never existed.
     assert (counts["trimmed"] > 0) is (run == "run1_int_sha256")
     assert counts["unknown_removed"] <= counts["trimmed"]
 

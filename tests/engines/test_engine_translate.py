@@ -119,7 +119,7 @@ def test_what_follows_an_unknown_parent_is_left_out() -> None:
     node.say(stored([2, 3], TOKENS[4:], 1))
     assert node.held() == set()
     assert node.counted() == {"lost_parent": 2}
-    # Once the chain is told from its root, what follows is known.
+    # Once the chain is reported from its root, what follows is known.
     node.say(stored([1], TOKENS[:4]))
     node.say(stored([2, 3], TOKENS[4:], 1))
     assert node.held() == set(BLOCKS)
@@ -167,7 +167,7 @@ def test_adapters_salts_and_images_make_other_chains() -> None:
     pictured = unpack_hashes(block_hashes(TOKENS[:8], 4, keys={1: key}))
     assert node.held() == {*expected, pictured[1]}
     assert len(node.held()) == 7
-    # A continuation names its parent, so the salt need not be told again.
+    # A continuation names its parent, so the salt need not come again.
     node.say(stored([23], TOKENS[8:], 22))
     assert naive_hashes(TOKENS, 4, "", "salt")[2] in node.held()
 
@@ -234,7 +234,7 @@ def test_copies_that_can_not_exist_are_taken_back() -> None:
     node.say(stored([1], TOKENS[:4]))
     for _ in range(10):
         node.say(stored([1], TOKENS[:4]))
-    # The block goes, and three others fill the cache: the nine copies that were told too often must not keep it.
+    # The block goes, and three others fill the cache: the nine copies that were reported and never existed must not keep it.
     node.say(removed(1), stored([5, 6, 7], list(range(12))))
     assert node.held() == set(naive_hashes(list(range(12)), 4))
 

@@ -1,4 +1,4 @@
-"""An engine that serves and tells nothing of its cache: everybody who could know says so, until something is heard."""
+"""An engine that serves and reports nothing of its cache: everybody who could know says so, until events come."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def test_what_was_served_is_read_from_the_metrics() -> None:
 
 def missing(*looks: tuple[float, Served | None, bool]) -> bool:
     hearing = Hearing("vllm", "a", 16, "tcp://*:5557")
-    for now, served, heard in looks:
-        hearing.look(served, now, received=heard)
+    for now, served, has_events in looks:
+        hearing.look(served, now, received=has_events)
     return hearing.missing
 
 
@@ -87,39 +87,39 @@ async def attached(fleet: Fleet, url: str, *, events: str) -> AsyncIterator[Adap
 async def test_a_node_whose_events_never_come_is_named_until_they_do(fleet: Fleet) -> None:
     await fleet.coordinator()
     engine = FakeEngine(replays=False)
-    heard_at = f"tcp://*:{free_port()}"
+    endpoint = f"tcp://*:{free_port()}"
     engine.more_metrics = page("vllm", 50, 0, 0, 2)
     logs.configure("warning")
 
-    async def unheard() -> bool:
+    async def has_no_events() -> bool:
         (row,) = (await fleet.ask("coordinator.node.list", messages.ListRequest()))["nodes"]
         return bool(row["unheard"])
 
-    async def heard() -> bool:
-        return not await unheard()
+    async def has_events() -> bool:
+        return not await has_no_events()
 
     with capture_logs() as lines:
-        async with running(engine), attached(fleet, engine.url, events=heard_at) as service:
+        async with running(engine), attached(fleet, engine.url, events=endpoint) as service:
             assert service.readiness() == ("", {"nodes": 1})
             await until(lambda: service.adapters[0].hearing._before)
             engine.more_metrics = page("vllm", 90, 0, 0, 3)
-            await until(unheard, 20)
+            await until(has_no_events, 20)
             assert service.readiness() == ("", {"nodes": 1, "unheard": ["a"]})
             problems = [
                 finding.message for finding in judge(await examine(fleet.client, fleet.name)) if finding.what == "nodes"
             ]
-            assert any(said.startswith("nothing is heard of the cache of a, which serves") for said in problems)
-            # Now it is heard where it was said to publish.
+            assert any(text.startswith("nothing is heard of the cache of a, which serves") for text in problems)
+            # Now it publishes where the adapter listens.
             service.adapters[0].published._socket.connect(f"tcp://127.0.0.1:{engine.ports[1]}")
             while not service.adapters[0].track.applied:
                 engine.cache.request([len(engine.cache.held())] * 3 * engine.cache.size)
                 await engine.publish()
                 await anyio.sleep(0.05)
-            await until(heard, 20)
+            await until(has_events, 20)
             assert service.readiness() == ("", {"nodes": 1})
-    (said,) = [line for line in lines if line["event"] == "no_events_heard"]
-    assert (said["node"], said["endpoint"], said["tokens"]) == ("a", heard_at, 40)
-    assert "start vLLM with --enable-prefix-caching --kv-events-config" in said["hint"]
+    (warning,) = [line for line in lines if line["event"] == "no_events_heard"]
+    assert (warning["node"], warning["endpoint"], warning["tokens"]) == ("a", endpoint, 40)
+    assert "start vLLM with --enable-prefix-caching --kv-events-config" in warning["hint"]
 
 
 @pytest.mark.parametrize("given", [True, False])
@@ -138,15 +138,15 @@ async def test_an_adapter_that_listens_where_the_engine_connects_says_so(
              *options]
         )  # fmt: skip
         try:
-            said = b""
+            stderr = b""
             with anyio.fail_after(40):
-                while b"node_registered" not in said:
+                while b"node_registered" not in stderr:
                     assert process.stderr is not None
-                    said += await process.stderr.receive()
+                    stderr += await process.stderr.receive()
         finally:
             process.kill()
             await process.aclose()
-    (line,) = [line for line in said.decode().splitlines() if "events_bound" in line]
+    (line,) = [line for line in stderr.decode().splitlines() if "events_bound" in line]
     assert engine.connect_to in line
     assert "the adapter listens there and the engine connects" in line
     assert ('"warning"' in line) is given

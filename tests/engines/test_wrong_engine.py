@@ -94,12 +94,12 @@ async def test_attach_ends_with_what_answered(server: Server, tmp_path: Path) ->
         begin = time.monotonic()
         async with attaching(server, f"http://127.0.0.1:{port}") as process:
             assert process.stderr is not None
-            said = b""
+            stderr = b""
             with anyio.fail_after(40):
                 async for part in process.stderr:
-                    said += part
+                    stderr += part
                 assert await process.wait() == 1
-    last = said.decode().splitlines()[-1]
+    last = stderr.decode().splitlines()[-1]
     assert last.startswith(f"kvplane: there is no engine: http://127.0.0.1:{port}/health answers 404")
     # It waited for ten minutes before.
     assert time.monotonic() - begin < 20
@@ -109,11 +109,11 @@ async def test_attach_says_whom_it_waits_for(server: Server) -> None:
     port = free_port()
     async with attaching(server, f"http://127.0.0.1:{port}") as process:
         assert process.stderr is not None
-        said = b""
+        stderr = b""
         with anyio.fail_after(20):
-            while b"engine_waited_for" not in said:
-                said += await process.stderr.receive()
-    assert f"nobody listens at 127.0.0.1:{port} (connection refused)".encode() in said
+            while b"engine_waited_for" not in stderr:
+                stderr += await process.stderr.receive()
+    assert f"nobody listens at 127.0.0.1:{port} (connection refused)".encode() in stderr
 
 
 @pytest.mark.parametrize(
@@ -142,11 +142,11 @@ async def test_a_completion_says_what_answered_instead_of_the_engine(
 
     if listener:
         async with listening(listener, tmp_path) as port:
-            said = await complete(port)
+            message = await complete(port)
     else:
         port = free_port()
-        said = await complete(port)
-    assert says.format(f"127.0.0.1:{port}") in said
+        message = await complete(port)
+    assert says.format(f"127.0.0.1:{port}") in message
 
 
 async def test_the_command_says_whom_a_completion_waits_for(fleet: Fleet, tmp_path: Path) -> None:
@@ -162,8 +162,8 @@ async def test_the_command_says_whom_a_completion_waits_for(fleet: Fleet, tmp_pa
         try:
             assert process.stderr is not None
             with anyio.fail_after(20):
-                said = await process.stderr.receive()
+                stderr = await process.stderr.receive()
         finally:
             process.kill()
             await process.aclose()
-    assert said.decode().startswith(f"waiting for node a at http://127.0.0.1:{port}/tokenize")
+    assert stderr.decode().startswith(f"waiting for node a at http://127.0.0.1:{port}/tokenize")

@@ -46,17 +46,17 @@ async def cut_leader(servers: Servers, net: Proxies) -> tuple[str, list[str]]:
     return old, others
 
 
-async def last_said(client: Client) -> int:
+async def last_reported_end(client: Client) -> int:
     """Where the log ends by a server that is about to notice that it is alone; the last thing it says, 0 for nothing."""
-    said = 0
+    end = 0
     with anyio.move_on_after(10):
         while True:
             try:
-                said = (await open_stream(client.jetstream(timeout=1), NAME)).last_seq
+                end = (await open_stream(client.jetstream(timeout=1), NAME)).last_seq
             except LogUnavailable:
                 break
             await anyio.sleep(0.2)
-    return said
+    return end
 
 
 async def behind_is_not_believed(servers: Servers, net: Proxies) -> bool:
@@ -70,7 +70,7 @@ async def behind_is_not_believed(servers: Servers, net: Proxies) -> bool:
         last = await appender.append(SUBJECT, [types.CacheCleared("a", 1, 2)], give_up=60)
         follower = Follower(here, NAME, lambda message: read.append(message.sequence), applied=last)
         group.start_soon(follower.run)
-        said = await last_said(here)
+        reported = await last_reported_end(here)
         await net.mend()
         following = await appender.append(SUBJECT, [types.CacheCleared("a", 1, 3)], give_up=60)
         with anyio.fail_after(40):
@@ -78,7 +78,7 @@ async def behind_is_not_believed(servers: Servers, net: Proxies) -> bool:
                 await anyio.sleep(0.1)
         assert read == [following]
         group.cancel_scope.cancel()
-    return said == last - 1
+    return reported == last - 1
 
 
 async def test_a_leader_that_was_cut_off_is_no_shorter_log(tmp_path: Path) -> None:

@@ -382,7 +382,7 @@ async def test_who_has_caught_up_is_healthy(client: Client) -> None:
 
 async def test_a_flush_covers_what_was_said_before_it(server: Server) -> None:
     """Otherwise a service could be ready before the server knows what it answers."""
-    said = bytearray()
+    sent = bytearray()
 
     async def relay(near: anyio.abc.SocketStream) -> None:
         async with (
@@ -397,7 +397,7 @@ async def test_a_flush_covers_what_was_said_before_it(server: Server) -> None:
 
             both.start_soon(back)
             async for data in near:
-                said.extend(data)
+                sent.extend(data)
                 await far.send(data)
             both.cancel_scope.cancel()
 
@@ -406,9 +406,9 @@ async def test_a_flush_covers_what_was_said_before_it(server: Server) -> None:
         port = listener.extra(anyio.abc.SocketAttribute.local_port)
         async with connected([f"nats://127.0.0.1:{port}"], "test") as client:
             for number in range(20):
-                before = said.count(b"PING")
+                before = sent.count(b"PING")
                 await client.subscribe(f"subject.{number}")
                 await client.flush()
-                assert said.count(b"PING") == before + 1
-                assert said.rindex(b"PING") > said.find(b"SUB subject.%d " % number) >= 0
+                assert sent.count(b"PING") == before + 1
+                assert sent.rindex(b"PING") > sent.find(b"SUB subject.%d " % number) >= 0
         group.cancel_scope.cancel()

@@ -71,28 +71,28 @@ async def test_what_can_never_work_ends_also_for_those_who_wait_for_ever(
 async def test_a_server_of_the_least_version_is_not_too_old(tmp_path: Path) -> None:
     # It says nothing after its greeting, so nobody gets further than that.
     async with listening("nats 2.10.0", tmp_path) as port:
-        said = await refused([f"nats://u:secret@127.0.0.1:{port}"], LogUnavailable, connect_seconds=1)
-    assert f"a NATS server 2.10.0 answers at 127.0.0.1:{port}, and the connection did not come about" in said
-    assert "secret" not in said
+        message = await refused([f"nats://u:secret@127.0.0.1:{port}"], LogUnavailable, connect_seconds=1)
+    assert f"a NATS server 2.10.0 answers at 127.0.0.1:{port}, and the connection did not come about" in message
+    assert "secret" not in message
 
 
 async def test_silence_and_absence_end_for_those_who_ask(tmp_path: Path) -> None:
     async with listening("silent", tmp_path) as port:
-        said = await refused([f"nats://127.0.0.1:{port}"], LogUnavailable, connect_seconds=1)
-        assert f"127.0.0.1:{port} takes connections and says nothing" in said
+        message = await refused([f"nats://127.0.0.1:{port}"], LogUnavailable, connect_seconds=1)
+        assert f"127.0.0.1:{port} takes connections and says nothing" in message
     port = free_port()
-    said = await refused([f"nats://127.0.0.1:{port}", "nats://no.such.invalid"], LogUnavailable, connect_seconds=1)
-    assert f"nobody listens at 127.0.0.1:{port} (connection refused)" in said
-    assert "no address is known for the name 'no.such.invalid'" in said
+    message = await refused([f"nats://127.0.0.1:{port}", "nats://no.such.invalid"], LogUnavailable, connect_seconds=1)
+    assert f"nobody listens at 127.0.0.1:{port} (connection refused)" in message
+    assert "no address is known for the name 'no.such.invalid'" in message
 
 
 @pytest.mark.parametrize(
     "url", ["http://u:secret@127.0.0.1:4222", "ws://u:secret@127.0.0.1:4222", "nats://127.0.0.1:99999", "nats://", ""]
 )
 async def test_what_is_no_address_is_said_without_its_login(url: str) -> None:
-    said = await refused([url], BadServer)
-    assert "write nats://HOST:PORT" in said
-    assert "secret" not in said
+    message = await refused([url], BadServer)
+    assert "write nats://HOST:PORT" in message
+    assert "secret" not in message
 
 
 async def test_other_ports_of_a_nats_server_are_not_for_clients(tmp_path: Path) -> None:
@@ -105,8 +105,8 @@ async def test_other_ports_of_a_nats_server_are_not_for_clients(tmp_path: Path) 
         async with connected([f"nats://127.0.0.1:{port}"], "x"):
             pass
         for other in (routes, leafs):
-            said = await refused([f"nats://127.0.0.1:{other}"], WrongServer)
-            assert "port, which is not for clients" in said
+            message = await refused([f"nats://127.0.0.1:{other}"], WrongServer)
+            assert "port, which is not for clients" in message
 
 
 async def test_a_server_that_speaks_tls_first_is_told_from_one_that_is_none(tmp_path: Path) -> None:
@@ -120,9 +120,9 @@ async def test_a_server_that_speaks_tls_first_is_told_from_one_that_is_none(tmp_
     files = f'cert_file: "{place / "server.pem"}", key_file: "{place / "server.key"}"'
     config.write_text(f"port: {port}\ntls {{ {files}, handshake_first: true }}\n")
     async with nats(config):
-        said = await refused([f"nats://127.0.0.1:{port}"], WrongServer, ca=held.ca)
-        assert f"a NATS server at 127.0.0.1:{port} speaks TLS from the first byte" in said
-        assert "has `handshake_first` on" in said
+        message = await refused([f"nats://127.0.0.1:{port}"], WrongServer, ca=held.ca)
+        assert f"a NATS server at 127.0.0.1:{port} speaks TLS from the first byte" in message
+        assert "has `handshake_first` on" in message
 
 
 async def test_who_may_wait_says_for_what_and_connects_when_it_comes(tmp_path: Path) -> None:
@@ -142,9 +142,9 @@ async def test_who_may_wait_says_for_what_and_connects_when_it_comes(tmp_path: P
             with anyio.fail_after(20):
                 await got_in.wait()
     await server.stop()
-    said = next(line for line in lines if line["event"] == "nats_waited_for")
-    assert said["reason"] == f"nobody listens at 127.0.0.1:{port} (connection refused)"
-    assert said["client"] == "patient"
+    entry = next(line for line in lines if line["event"] == "nats_waited_for")
+    assert entry["reason"] == f"nobody listens at 127.0.0.1:{port} (connection refused)"
+    assert entry["client"] == "patient"
 
 
 @pytest.mark.parametrize(
@@ -160,8 +160,8 @@ async def test_commands_and_services_end_with_the_sentence(tmp_path: Path, comma
             done = await anyio.run_process(arguments, check=False, cwd=tmp_path)
         took = time.monotonic() - begin
     assert done.returncode == 1
-    said = done.stderr.decode().splitlines()[-1]
-    assert said.startswith(f"kvplane: no NATS server is there: an HTTP server answers at 127.0.0.1:{port}")
-    assert said.endswith("[wrong_server]")
+    sentence = done.stderr.decode().splitlines()[-1]
+    assert sentence.startswith(f"kvplane: no NATS server is there: an HTTP server answers at 127.0.0.1:{port}")
+    assert sentence.endswith("[wrong_server]")
     # Most of it is the start of a process; before, it took 45 s.
     assert took < 15

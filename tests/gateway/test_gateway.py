@@ -74,18 +74,18 @@ async def on_simulated(fleet: Fleet, count: int = 2, **config: object) -> AsyncI
 async def test_the_openai_package_gets_what_it_asks_for(fleet: Fleet) -> None:
     async with on_simulated(fleet) as scene, made(base_url=f"{scene.url}/v1", api_key="x") as client:
         assert [model.id async for model in client.models.list()] == ["sim"]
-        said: list[dict[str, str]] = [{"role": "user", "content": "Tell me of caches. " * 100}]
+        conversation: list[dict[str, str]] = [{"role": "user", "content": "Tell me of caches. " * 100}]
         cached = []
         for _ in range(3):
-            done = await client.chat.completions.create(model="sim", messages=said, max_tokens=5)
+            done = await client.chat.completions.create(model="sim", messages=conversation, max_tokens=5)
             text = done.choices[0].message.content
             assert len(text.split()) == 5
             assert done.usage.completion_tokens == 5
             cached.append(done.usage.prompt_tokens_details.cached_tokens)
-            said += [{"role": "assistant", "content": text}, {"role": "user", "content": "And then?"}]
+            conversation += [{"role": "assistant", "content": text}, {"role": "user", "content": "And then?"}]
         assert cached[0] == 0 < cached[1] < cached[2]
         parts, usages = [], []
-        stream = await client.chat.completions.create(model="sim", messages=said, max_tokens=5, stream=True)
+        stream = await client.chat.completions.create(model="sim", messages=conversation, max_tokens=5, stream=True)
         async for part in stream:
             usages.append(part.usage)
             assert part.choices, "a chunk that only the gateway asked for"
@@ -103,9 +103,9 @@ async def test_the_openai_package_gets_what_it_asks_for(fleet: Fleet) -> None:
         vectors = await client.embeddings.create(model="sim", input=["a", "bcd"], encoding_format="float")
         assert [each.embedding[0] for each in vectors.data] == [1.0, 3.0]
         with pytest.raises(openai.NotFoundError, match="no node serves model 'other'"):
-            await client.chat.completions.create(model="other", messages=said)
+            await client.chat.completions.create(model="other", messages=conversation)
         with pytest.raises(openai.BadRequestError, match="max_tokens"):
-            await client.chat.completions.create(model="sim", messages=said, max_tokens=-1)
+            await client.chat.completions.create(model="sim", messages=conversation, max_tokens=-1)
         await scene.idle()
         routed, completed = await scene.recorded()
         assert [event.status for event in completed] == ["ok"] * 6 + ["refused: 400"]
@@ -138,9 +138,9 @@ async def test_a_conversation_stays_where_it_is_without_a_word(fleet: Fleet) -> 
         begun = [{"role": "user", "content": "hello " * 300}, {"role": "assistant", "content": "yes?"}]
         nodes = []
         for turn in range(4):
-            said = [*begun, *({"role": "user", "content": f"go on {at}"} for at in range(turn + 1))]
+            conversation = [*begun, *({"role": "user", "content": f"go on {at}"} for at in range(turn + 1))]
             answer = await scene.http.post(
-                "/v1/chat/completions", json={"model": "sim", "messages": said, "max_tokens": 2}
+                "/v1/chat/completions", json={"model": "sim", "messages": conversation, "max_tokens": 2}
             )
             nodes.append(answer.headers["x-kvplane-node"])
         assert len(set(nodes)) == 1
@@ -206,10 +206,10 @@ async def test_all_engines_fail(fleet: Fleet) -> None:
     async with on_engines(fleet, ScriptedEngine("a", failing), ScriptedEngine("b", failing)) as scene:
         answer = await scene.http.post("/v1/completions", json=PROMPT)
         assert answer.status_code == 502
-        said = answer.json()["error"]["message"]
-        assert "a: it answers 500" in said
-        assert "b: it answers 500" in said
-        assert "out of memory" in said
+        message = answer.json()["error"]["message"]
+        assert "a: it answers 500" in message
+        assert "b: it answers 500" in message
+        assert "out of memory" in message
 
 
 async def test_a_request_that_the_engine_refuses_is_tried_once(fleet: Fleet) -> None:
@@ -374,7 +374,7 @@ async def test_what_the_answer_says_of_the_decision(fleet: Fleet) -> None:
 
 async def test_bad_requests_are_told_what_is_wrong(fleet: Fleet) -> None:
     async with on_engines(fleet, ScriptedEngine("a", answers)) as scene:
-        for path, body, status, said in (
+        for path, body, status, sentence in (
             ("/v1/completions", b"{", 400, "not a JSON object"), ("/v1/completions", b"[]", 400, "not a JSON object"),
             ("/v1/completions", b'{"prompt": "a"}', 400, "names no model"),
             ("/v1/completions", b'{"model": 5}', 400, "names no model"),
@@ -384,7 +384,7 @@ async def test_bad_requests_are_told_what_is_wrong(fleet: Fleet) -> None:
         ):  # fmt: skip
             answer = await scene.http.post(path, content=body)
             assert answer.status_code == status, body[:20]
-            assert said in answer.json()["error"]["message"]
+            assert sentence in answer.json()["error"]["message"]
 
 
 async def test_a_decision_without_nats(fleet: Fleet) -> None:

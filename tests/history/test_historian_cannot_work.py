@@ -44,15 +44,15 @@ def replaced(folder: Path) -> None:
     shutil.rmtree(folder.parent / "jetstream")
 
 
-def answered(url: str, said: str) -> str:
+def answered(url: str, words: str) -> str:
     """Ask until the answer has these words; all of it."""
     deadline = time.monotonic() + 60
-    while said not in (done := run("sql", "SELECT 1 AS one", KVPLANE_SERVER=url)).stdout + done.stderr:
+    while words not in (done := run("sql", "SELECT 1 AS one", KVPLANE_SERVER=url)).stdout + done.stderr:
         assert time.monotonic() < deadline, done.stderr
     return done.stdout + done.stderr
 
 
-def told(process: subprocess.Popen[str]) -> list[dict[str, str]]:
+def logged(process: subprocess.Popen[str]) -> list[dict[str, str]]:
     """What it logged about a history that can't be kept, once it has ended; no traceback and nothing else."""
     process.terminate()
     assert process.stderr is not None
@@ -87,10 +87,10 @@ def test_it_says_why_until_the_history_is_mended(
             assert time.monotonic() < deadline
     damage(folder)
     with up(tmp_path, *OPTIONS) as (url, process):
-        said = answered(url, "is there, but can't work")
-        assert reason in said
-        assert str(folder) in said
-        assert f"[{code}]" in said
+        output = answered(url, "is there, but can't work")
+        assert reason in output
+        assert str(folder) in output
+        assert f"[{code}]" in output
         assert f"[{code}]" in run("explain", "x", KVPLANE_SERVER=url).stderr
         found = [f for f in json.loads(run("doctor", "--json", KVPLANE_SERVER=url).stdout) if f["what"] == "history"]
         assert [(f["level"], reason in f["said"]) for f in found] == [("problem", True)]
@@ -100,7 +100,7 @@ def test_it_says_why_until_the_history_is_mended(
             done = run("history", "rebuild", "--history", str(folder), KVPLANE_SERVER=url)
             assert done.returncode == 0, done.stderr
         answered(url, "one")
-        entries = [entry for entry in told(process) if entry["code"] != "folder_taken"]
+        entries = [entry for entry in logged(process) if entry["code"] != "folder_taken"]
         assert [(entry["code"], reason in entry["error"]) for entry in entries] == [(code, True)]
 
 
@@ -123,7 +123,7 @@ def test_a_folder_that_another_historian_has(tmp_path: Path) -> None:
             owner.wait()
             # What it has kept is of its own log.
             answered(url, "the log was replaced")
-            assert [entry["code"] for entry in told(process)] == ["folder_taken", "log_corrupt"]
+            assert [entry["code"] for entry in logged(process)] == ["folder_taken", "log_corrupt"]
 
 
 @pytest.mark.anyio

@@ -89,15 +89,15 @@ DAMAGES: list[tuple[Callable[[Path], object], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("damage", "said"), DAMAGES)
+@pytest.mark.parametrize(("damage", "message"), DAMAGES)
 @pytest.mark.parametrize("name", ["made", "a block of old locks"])
 def test_a_file_that_is_no_history_is_refused(
-    tmp_path: Path, made: Path, name: str, damage: Callable[[Path], object], said: str
+    tmp_path: Path, made: Path, name: str, damage: Callable[[Path], object], message: str
 ) -> None:
     folder = made.rename(tmp_path / name)
     damage(folder / FILE)
     before = (folder / FILE).read_bytes()
-    with pytest.raises(BadHistory, match=said):
+    with pytest.raises(BadHistory, match=message):
         Store(folder, NAME)
     assert (folder / FILE).read_bytes() == before
 
@@ -152,13 +152,13 @@ async def test_one_process_has_the_history(server: Server, client: Client, tmp_p
         spilled = folder / "spill" / "past-1"
         spilled.mkdir()
         options = ["--history", str(folder), "--server", server.url]
-        for arguments, said in (
+        for arguments, sentence in (
             (("historian",), "another process has the history open"),
             (("history", "rebuild"), "stop it first"),
         ):
             done = await anyio.to_thread.run_sync(partial(run, *arguments, *options))
             assert (done.returncode, "Traceback" in done.stderr) == (1, False)
-            assert said in done.stderr
+            assert sentence in done.stderr
             assert done.stderr.count("\n") == 1
         assert spilled.exists()
         assert running.ingest.store.checkpoint.sequence == 50
@@ -269,15 +269,15 @@ async def test_a_damaged_archive_is_named_and_a_rebuild_loses_nothing(
             damage(folder / "archive" / name)
             before = parquet(folder)
             if table == "commits":
-                said = f"1 files of the archive are missing or cut off, such as {name}"
-                assert said in str(await failed(partial(begin, server, folder)))
+                message = f"1 files of the archive are missing or cut off, such as {name}"
+                assert message in str(await failed(partial(begin, server, folder)))
             if place:
                 store = await rebuilt(client, folder)
                 assert store.content() == once.content()
                 store.close()
             else:
-                said = "the archive's beginning can't be read or is not whole"
-                assert said in str(await failed(partial(rebuilt, client, folder)))
+                message = "the archive's beginning can't be read or is not whole"
+                assert message in str(await failed(partial(rebuilt, client, folder)))
                 assert parquet(folder) == before
             shutil.rmtree(folder)
     once.close()
@@ -326,8 +326,10 @@ async def test_a_log_that_was_replaced_is_refused(
     finally:
         await other.stop()
     assert (done.returncode, "Traceback" in done.stderr) == (1, False)
-    said = "is another message" if longer else "the history holds 100 commits, the log of fleet 'default' ends at 60"
-    assert said in done.stderr
+    sentence = (
+        "is another message" if longer else "the history holds 100 commits, the log of fleet 'default' ends at 60"
+    )
+    assert sentence in done.stderr
     assert "[log_corrupt]" in done.stderr
     store = Store(tmp_path / "h", NAME)
     assert store.content() == before

@@ -227,16 +227,20 @@ async def test_a_policy_that_was_changed_since_is_found_out(
     async with historian(server.url, tmp_path / "h", **options):
         answer = await question(fleet.client, "explain", messages.ExplainRequest(request=event.request))
         assert answer["verdict"] == "differs"
-        said = {each["what"]: (each["recorded"], each["recomputed"]) for each in answer["recomputed"]["differences"]}
-        assert said["node"] == (event.node, other)
-        assert said[f"cost of {event.node}"] == (costs[event.node], 1001.0 - costs[event.node])
-        assert said[f"cost of {other}"] == (costs[other], 1001.0 - costs[other])
-        assert set(said) - {"match"} == {"node", f"cost of {event.node}", f"cost of {other}"}
+        differences = {
+            each["what"]: (each["recorded"], each["recomputed"]) for each in answer["recomputed"]["differences"]
+        }
+        assert differences["node"] == (event.node, other)
+        assert differences[f"cost of {event.node}"] == (costs[event.node], 1001.0 - costs[event.node])
+        assert differences[f"cost of {other}"] == (costs[other], 1001.0 - costs[other])
+        assert set(differences) - {"match"} == {"node", f"cost of {event.node}", f"cost of {other}"}
     # And now it can't be run any more.
     module.write_text("def score(view, request, parameters):\n    raise ValueError('gone')\n")
     async with historian(server.url, tmp_path / "h", **options):
         answer = await question(fleet.client, "explain", messages.ExplainRequest(request=event.request))
         assert answer["verdict"] == "differs"
         assert answer["recomputed"]["failure"] == "ValueError: gone"
-        said = {each["what"]: (each["recorded"], each["recomputed"]) for each in answer["recomputed"]["differences"]}
-        assert said["policy"] == ("planted_for_test:score", "least_loaded")
+        differences = {
+            each["what"]: (each["recorded"], each["recomputed"]) for each in answer["recomputed"]["differences"]
+        }
+        assert differences["policy"] == ("planted_for_test:score", "least_loaded")

@@ -83,19 +83,19 @@ async def _live(url: str, folder: Path, size: int | None, busy: Connection) -> N
 
 def one_life(url: str, folder: Path, size: int | None, rng: random.Random) -> None:
     """Start a historian and kill it, while it begins or while it works."""
-    heard, busy = CONTEXT.Pipe(duplex=False)
+    progress, busy = CONTEXT.Pipe(duplex=False)
     process = CONTEXT.Process(target=live, args=(url, str(folder), size, busy), daemon=True)
     process.start()
     # Nothing, the log's end, an archived hour: so many steps it gets further, whatever else the machine does.
     for _ in range(rng.randrange(4)):
-        assert heard.poll(30)
-        heard.recv()
+        assert progress.poll(30)
+        progress.recv()
     time.sleep(rng.uniform(0.02, 0.3))
     assert process.exitcode is None, "it ended by itself"
     process.kill()
     process.join()
     process.close()
-    heard.close()
+    progress.close()
     busy.close()
 
 

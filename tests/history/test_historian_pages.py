@@ -114,10 +114,10 @@ async def test_a_row_that_fits_into_no_message_is_refused(small: Client, tmp_pat
         client = small
         for form in ("rows", "arrow"):
             query = f"SELECT s || s || s || s AS wide FROM (SELECT '{'x' * 25_000}' AS s)"
-            code, said = await refused(client, query, form=form)
+            code, message = await refused(client, query, form=form)
             assert code == "memory_limit"
-            assert "one row has 100" in said
-            assert "ask for fewer columns" in said
+            assert "one row has 100" in message
+            assert "ask for fewer columns" in message
         assert running.pages.open == 0
 
 
@@ -125,9 +125,9 @@ async def test_names_of_columns_that_fit_into_no_message_are_refused(small: Clie
     async with historian(url(small), tmp_path / "h") as running:
         client = small
         for form in ("rows", "arrow"):
-            code, said = await refused(client, f"SELECT 1 AS {'x' * 30_000}", form=form)
+            code, message = await refused(client, f"SELECT 1 AS {'x' * 30_000}", form=form)
             assert code == "memory_limit"
-            assert "the names of the columns take" in said
+            assert "the names of the columns take" in message
         assert running.pages.open == 0
         assert (await sql(client, "SELECT 1")).rows == [[1]]
 
@@ -174,9 +174,9 @@ async def test_limits_are_named(server: Server, client: Client, tmp_path: Path) 
     await Scribe(client).write(10)
     limits = Limits(seconds=1.0, rows=1000, memory=100_000_000, spill=10_000_000)
     async with historian(server.url, tmp_path / "h", limits=limits) as running:
-        code, said = await refused(client, LONG, seconds=60)
-        assert (code, "stopped after 1 s" in said) == ("time_limit", True)
-        code, said = await refused(client, "SELECT list(range) FROM range(300000000)", seconds=60)
+        code, message = await refused(client, LONG, seconds=60)
+        assert (code, "stopped after 1 s" in message) == ("time_limit", True)
+        code, message = await refused(client, "SELECT list(range) FROM range(300000000)", seconds=60)
         assert code in {"memory_limit", "time_limit"}
         for asked, most in ((None, 1000), (5000, 1000), (10, 10)):
             answer = await sql(client, "FROM range(100000)", rows=asked)

@@ -105,12 +105,12 @@ async def test_a_time_means_the_last_commit_before_it(server: Server, client: Cl
             "2000-01-01T00:00:00+14:00",
             (EPOCH + timedelta(microseconds=micros[0] - 1)).isoformat(),
         ):
-            code, said = await refused(client, at)
-            assert (code, "is before the history begins: its first commit is of" in said) == ("before_history", True)
+            code, message = await refused(client, at)
+            assert (code, "is before the history begins: its first commit is of" in message) == ("before_history", True)
         for at in (str(last + 1), "9" * 5000, "18446744073709551616"):
-            code, said = await refused(client, at)
-            assert (code, f"the log ends at sequence {last}" in said) == ("not_yet", True)
-            assert len(said) < 200
+            code, message = await refused(client, at)
+            assert (code, f"the log ends at sequence {last}" in message) == ("not_yet", True)
+            assert len(message) < 200
         for body in ({"at": 5}, {"at": "5"}):
             for encode, decode in (
                 (msgspec.json.encode, msgspec.json.decode),
@@ -119,8 +119,8 @@ async def test_a_time_means_the_last_commit_before_it(server: Server, client: Cl
                 answer = await client.request("kv.default.history.sequence", encode(body))
                 assert decode(answer.data) == {"sequence": 5}
         for at in ("", "-1", "²", "٣", "yesterday", "2026-13-01", "1.5"):
-            code, said = await refused(client, at)
-            assert (code, "is no moment" in said) == ("bad_request", True)
+            code, message = await refused(client, at)
+            assert (code, "is no moment" in message) == ("bad_request", True)
         assert (await refused(client, "0x10"))[0] == "bad_request"
         with pytest.raises(Refused, match="is after"):
             await question(client, "history.changes", messages.ChangesRequest(first="20", second="10"))

@@ -77,11 +77,11 @@ async def test_a_historian_that_is_stopped_leaves_soon_and_in_order(
             workers = children(process.pid)
             began = time.monotonic()
             process.send_signal(ending)
-            said, _ = await anyio.to_thread.run_sync(process.communicate)
+            output, _ = await anyio.to_thread.run_sync(process.communicate)
             took = time.monotonic() - began
             stopped.set()
             group.cancel_scope.cancel()
-        assert (process.returncode, said) == (0, "")
+        assert (process.returncode, output) == (0, "")
         assert took < 5
         await until(lambda: not any(alive(worker) for worker in workers), 3)
     store = Store(tmp_path / "h", NAME)

@@ -233,13 +233,13 @@ async def test_the_command(
     async with anyio.create_task_group() as group:
         await group.start(historian.run)
 
-        async def said_by(*arguments: str) -> tuple[int, str, str]:
+        async def history_show(*arguments: str) -> tuple[int, str, str]:
             code = await anyio.to_thread.run_sync(partial(run, server.url, *arguments))
             return code, *capsys.readouterr()
 
-        code, out, _ = await said_by()
+        code, out, _ = await history_show()
         assert (code, "The history is empty" in out) == (0, True)
-        code, out, _ = await said_by("--json")
+        code, out, _ = await history_show("--json")
         assert (code, json.loads(out)) == (0, None)
 
         log = lived().messages
@@ -247,19 +247,19 @@ async def test_the_command(
             await client.jetstream().publish(message.subject, message.body, headers={**(message.headers or {})})
         assert await historian.ingest.reached(len(log), seconds=10)
 
-        code, out, _ = await said_by()
+        code, out, _ = await history_show()
         assert code == 0
         assert all(text in out for text in (EVIL, SILENT, "1 to 29", "invalid", "Session moves", "Regret"))
-        code, out, _ = await said_by("--json")
+        code, out, _ = await history_show("--json")
         found = json.loads(out)
         assert (code, found["overview"]["commits"]) == (0, 29)
         assert {part["name"]: part["total"] for part in found["sections"]}["node_timeline"] == 3
         assert len(found["charts"]) == 6
-        code, out, _ = await said_by("--until", "2020-01-01")
+        code, out, _ = await history_show("--until", "2020-01-01")
         assert (code, "The history holds nothing of that time" in out) == (0, True)
 
         html, picture = tmp_path / "page.html", tmp_path / "page.png"
-        assert (await said_by("--html", str(html), "--png", str(picture)))[:2] == (0, "")
+        assert (await history_show("--html", str(html), "--png", str(picture)))[:2] == (0, "")
         assert html.read_text().startswith("<!doctype html>")
         assert picture.read_bytes().startswith(b"\x89PNG")
         for arguments, sentence in (
@@ -268,7 +268,7 @@ async def test_the_command(
             (["--since", "soon"], "is no moment"),
             (["--since", "2026-01-02", "--until", "2026-01-01"], "is not before --until"),
         ):
-            code, out, error = await said_by(*arguments)
+            code, out, error = await history_show(*arguments)
             assert (code, out) == (1, "")
             assert sentence in error
         assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "history", "page.html", "page.png"]

@@ -24,9 +24,9 @@ def lines(svg: str) -> list[str]:
     rows: dict[float, str] = {}
     texts = [text for group in ET.fromstring(svg).iter(f"{SVG}g") for text in group.findall(f"{SVG}text")]
     for text in texts:
-        said = (text.text or "").replace("\N{NO-BREAK SPACE}", " ").rstrip("\n")
+        shown = (text.text or "").replace("\N{NO-BREAK SPACE}", " ").rstrip("\n")
         y, column = float(text.get("y", "0")), round(float(text.get("x", "0")) / CHARACTER)
-        rows[y] = rows.get(y, "").ljust(column) + said
+        rows[y] = rows.get(y, "").ljust(column) + shown
     return [row.rstrip() for _, row in sorted(rows.items())]
 
 
@@ -38,11 +38,11 @@ def steps(svg: str) -> dict[str, str]:
             joined[-1] += " " + line.strip()
         else:
             joined.append(line)
-    said = [line.split(maxsplit=1)[1] for line in joined if line != LEFT_OUT]
+    sentences = [line.split(maxsplit=1)[1] for line in joined if line != LEFT_OUT]
     found = {}
     for name in STEPS:
-        [found[name]] = [line.removeprefix(f"{name}: ") for line in said if line.startswith(f"{name}: ")]
-    assert len(found) == len(said)
+        [found[name]] = [line.removeprefix(f"{name}: ") for line in sentences if line.startswith(f"{name}: ")]
+    assert len(found) == len(sentences)
     return found
 
 
@@ -66,7 +66,7 @@ def test_the_picture_shows_what_is_printed_today() -> None:
     whole, patterns = templates()
     shown = steps(PICTURE)
     assert set(shown) <= whole, "a step has another name now: make the picture again, see CONTRIBUTING.md"
-    old = [said for said in shown.values() if not any(pattern.fullmatch(said) for pattern in patterns)]
+    old = [sentence for sentence in shown.values() if not any(pattern.fullmatch(sentence) for pattern in patterns)]
     assert old == [], "make the picture again, see CONTRIBUTING.md"
     assert (lines(PICTURE)[0], lines(PICTURE)[-1]) == ("$ kvplane demo", "every step held")
 
@@ -81,10 +81,10 @@ def test_the_picture_needs_nothing_from_elsewhere_and_names_no_machine() -> None
 @pytest.mark.parametrize("colour", [True, False])
 def test_a_picture_is_read_back_as_it_was_said(monkeypatch: pytest.MonkeyPatch, colour: bool) -> None:
     monkeypatch.setenv("NO_COLOR", "" if colour else "1")
-    said = {name: f"{name} did [what] it should & <more>, " + "and at length " * 9 + "for 12 s" for name in STEPS}
+    sentences = {name: f"{name} did [what] it should & <more>, " + "and at length " * 9 + "for 12 s" for name in STEPS}
     result = Result(steps=[StepResult("start", held=True, message="logs in /tmp/x")])
-    result.steps += [StepResult(name, held=True, message=text) for name, text in said.items()]
+    result.steps += [StepResult(name, held=True, message=text) for name, text in sentences.items()]
     made = picture(result)
-    assert steps(made) == said
+    assert steps(made) == sentences
     assert "/tmp" not in made
     assert max(len(line) for line in lines(made)) <= 98

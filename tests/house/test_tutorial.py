@@ -15,14 +15,14 @@ def test_the_tutorial_is_what_its_queries_answer() -> None:
     made = make()
     assert made == PAGE.read_text()
     # Its data hold what it speaks of.
-    for said in (
+    for text in (
         "| lost | failed |",
         "| ttft | cordoned |",
         "| stale_epoch |",
         "| least_loaded |",
         "agrees: it is the",
     ):
-        assert said in made
+        assert text in made
 
 
 def test_figures_keep_three_digits() -> None:

@@ -212,7 +212,7 @@ async def test_dropped_decisions_are_counted_and_said(fleet: Fleet, server: Serv
         os.kill(server.pid, signal.SIGSTOP)
         try:
             await until(lambda: router.degraded, 30)
-            with capture_logs() as said:
+            with capture_logs() as logged:
                 for number in range(20):
                     router.route(messages.RouteRequest(model="sim", tokens=[1], request=f"r{number}"))
                 router.record_pending()
@@ -223,7 +223,7 @@ async def test_dropped_decisions_are_counted_and_said(fleet: Fleet, server: Serv
         dropped = metrics("kvplane_log_dropped_events_total", service="router")
         assert dropped == 20 - metrics("kvplane_log_waiting_events", service="router") >= 16
         assert metrics("kvplane_router_decisions_total") == 20
-        assert [line["dropped"] for line in said if line["event"] == "events_dropped"] == [1, 2, 4, 8, 16]
+        assert [line["dropped"] for line in logged if line["event"] == "events_dropped"] == [1, 2, 4, 8, 16]
         # What was not dropped is on the log in the end.
         await until(lambda: not any(writer.waiting for writer in router.writers), 30)
         status: dict[str, int] = await ask(

@@ -290,9 +290,9 @@ def test_up_serves_metrics_where_it_is_told_and_says_when_the_port_is_taken(tmp_
                     time.sleep(0.1)
                 assert Metrics(site.ask("/metrics", OPENMETRICS)[2])("kvplane_ready", service=service) == 1
             taken = ["router", "--server", f"nats://127.0.0.1:{port}", "--http", f"127.0.0.1:{http}"]
-            said = subprocess.run([*command, *taken], capture_output=True, text=True, check=False, timeout=30)
-            assert said.returncode == 1
-            assert said.stderr.splitlines()[-1] == (
+            second = subprocess.run([*command, *taken], capture_output=True, text=True, check=False, timeout=30)
+            assert second.returncode == 1
+            assert second.stderr.splitlines()[-1] == (
                 f"kvplane: --http 127.0.0.1:{http} can't be listened on (Address already in use); choose another, or stop "
                 "what has it [http_failed]"
             )
@@ -308,10 +308,10 @@ def test_up_goes_on_without_when_its_own_port_is_taken(monkeypatch: pytest.Monke
         taken.listen()
         port = taken.getsockname()[1]
         monkeypatch.setattr(up, "UP_HTTP", f"127.0.0.1:{port}")
-        with capture_logs() as said:
+        with capture_logs() as logged:
             assert up._up_http(None)[0] is None
-        assert f"127.0.0.1:{port}" in [line["address"] for line in said if line["event"] == "http_taken"]
-        # Who asks for it by name is told that it can't be had, when it is listened on.
+        assert f"127.0.0.1:{port}" in [line["address"] for line in logged if line["event"] == "http_taken"]
+        # Who asks for the port by name keeps it: the error comes when it is listened on.
         assert up._up_http(f"127.0.0.1:{port}") == (f"127.0.0.1:{port}", f"127.0.0.1:{port + 1}")
         assert up._up_http("off") == (None, None)
 
@@ -319,6 +319,6 @@ def test_up_goes_on_without_when_its_own_port_is_taken(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("address", ["9464", "127.0.0.1", ":9464", "127.0.0.1:http", "127.0.0.1:99999"])
 def test_an_address_that_is_none_is_said_before_anything_starts(address: str) -> None:
     command = [sys.executable, "-m", "kvplane", "coordinator", "--http", address]
-    said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
-    assert said.returncode == 1
-    assert f"--http is '{address}'; give HOST:PORT, such as 127.0.0.1:9464" in said.stderr
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    assert done.returncode == 1
+    assert f"--http is '{address}'; give HOST:PORT, such as 127.0.0.1:9464" in done.stderr

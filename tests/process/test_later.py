@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def said(folder: Path, code: str) -> list[str]:
+def printed(folder: Path, code: str) -> list[str]:
     begin = f"import sys; sys.path.insert(0, {str(folder)!r}); from kvplane.services.process.later import later\n"
     done = subprocess.run([sys.executable, "-c", begin + code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -31,9 +31,9 @@ def test_it_is_loaded_once_when_something_is_asked_for(tmp_path: Path) -> None:
     code = (
         "later('slow')\nimport slow\nprint('imported')\nprint(slow.answer, slow.last, slow.made, hasattr(slow, 'no'))"
     )
-    assert said(tmp_path, code) == ["imported", "loaded", "42", "1", "made", "False"]
-    assert said(tmp_path, "later('slow')\nfrom slow import part\nprint(part.answer)") == ["loaded", "42"]
-    assert said(tmp_path, "later('slow')\nimport slow.part\nprint(slow.last)") == ["loaded", "1"]
+    assert printed(tmp_path, code) == ["imported", "loaded", "42", "1", "made", "False"]
+    assert printed(tmp_path, "later('slow')\nfrom slow import part\nprint(part.answer)") == ["loaded", "42"]
+    assert printed(tmp_path, "later('slow')\nimport slow.part\nprint(slow.last)") == ["loaded", "1"]
 
 
 def test_threads_that_ask_meanwhile_wait(tmp_path: Path) -> None:
@@ -42,13 +42,13 @@ def test_threads_that_ask_meanwhile_wait(tmp_path: Path) -> None:
         "later('slow')\nimport slow\nfrom concurrent.futures import ThreadPoolExecutor\n"
         "with ThreadPoolExecutor(4) as pool: print(*pool.map(lambda _: slow.last, range(4)))"
     )
-    assert said(tmp_path, code) == ["loaded", "1", "1", "1", "1"]
+    assert printed(tmp_path, code) == ["loaded", "1", "1", "1", "1"]
 
 
 def test_what_is_loaded_or_not_there_stays_as_it_is(tmp_path: Path) -> None:
     package(tmp_path)
-    assert said(tmp_path, "import slow\nlater('slow')\nprint(type(slow).__name__)") == ["loaded", "module"]
-    assert said(tmp_path, "later('no_such')\nprint('no_such' in sys.modules)") == ["False"]
+    assert printed(tmp_path, "import slow\nlater('slow')\nprint(type(slow).__name__)") == ["loaded", "module"]
+    assert printed(tmp_path, "later('no_such')\nprint('no_such' in sys.modules)") == ["False"]
 
 
 def test_the_client_of_nats_is_loaded_without_http_and_still_has_it(tmp_path: Path) -> None:
@@ -56,4 +56,4 @@ def test_the_client_of_nats_is_loaded_without_http_and_still_has_it(tmp_path: Pa
         "later('aiohttp')\nimport nats.aio.transport as t\nprint('aiohttp.client' in sys.modules)\n"
         "print(t.aiohttp.ClientSession.__name__, 'aiohttp.client' in sys.modules)"
     )
-    assert said(tmp_path, code) == ["False", "ClientSession", "True"]
+    assert printed(tmp_path, code) == ["False", "ClientSession", "True"]

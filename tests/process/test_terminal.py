@@ -44,6 +44,6 @@ def test_json_stays_the_same_json(data: object) -> None:
 def test_logs_for_people_carry_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure("info", "text")
     structlog.get_logger().warning("engine\x1b]0;evil\x07", address="http://x\x1b[2J")
-    said = capsys.readouterr().err
-    assert r"http://x\x1b[2J" in said
-    assert "\x1b" not in said
+    stderr = capsys.readouterr().err
+    assert r"http://x\x1b[2J" in stderr
+    assert "\x1b" not in stderr

@@ -19,7 +19,7 @@ from kvplane.projections import snapshot, snapshot_body
 from kvplane.projections.digest import digest
 from kvplane.projections.errors import BadSnapshot
 from tests.support.fold_given import SECOND
-from tests.support.snapshot_example import BODY_AT, DUMPED, TOLD
+from tests.support.snapshot_example import BODY_AT, DUMPED, STORY
 
 
 def refused(data: bytes, because: str, fleet: str = "f") -> None:
@@ -102,7 +102,7 @@ values = st.one_of(
 
 
 def forged(path: tuple[Any, ...], how: str, value: Any) -> bytes:
-    """The body with one thing changed: replaced, dropped, told twice, or by one more or less."""
+    """The body with one thing changed: replaced, dropped, doubled, or by one more or less."""
     tree = msgspec.msgpack.decode(DUMPED[BODY_AT:])
     inner = tree
     for key in path[:-1]:
@@ -141,7 +141,7 @@ def test_a_forged_body_is_refused_or_a_state_that_can_go_on(path: tuple[Any, ...
     except BadSnapshot:
         return
     try:
-        assert digest(snapshot.load("f", data, verify=True)) == digest(TOLD.state)
+        assert digest(snapshot.load("f", data, verify=True)) == digest(STORY.state)
     except BadSnapshot as error:
         assert "has the digest" in str(error)  # noqa: PT017 - either is right
     for model in state.caches.by_model:
@@ -204,4 +204,4 @@ def test_a_size_that_is_only_claimed_costs_nothing(claim: bytes) -> None:
 def test_a_fleet_beyond_the_limit_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(snapshot_body, "MOST_SLOTS", 3)
     with pytest.raises(BadSnapshot, match="slots, a snapshot holds 3; start from the log"):
-        snapshot.dump(TOLD.state)
+        snapshot.dump(STORY.state)

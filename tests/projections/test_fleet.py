@@ -42,15 +42,15 @@ def load(given: Given, node: str) -> NodeLoad:
 
 def refused_without_a_trace(given: Given, reason: str, act: Callable[[], str | None]) -> None:
     """A refusal counts itself and changes nothing else."""
-    before = told(given.state)
+    before = facts(given.state)
     times = given.state.skipped.get(reason, 0)
     assert act() == reason
-    assert told(given.state) == before
+    assert facts(given.state) == before
     assert given.state.skipped[reason] == times + 1
     assert reason in {**rules.REASONS, **codec.REASONS}
 
 
-def told(state: FleetState) -> dict[str, Any]:
+def facts(state: FleetState) -> dict[str, Any]:
     """What the state says of the fleet, without its counters of messages."""
     return {
         "nodes": {name: (n.registered, n.epoch, n.changed, n.lost, n.cordoned) for name, n in state.nodes.items()},
@@ -395,7 +395,7 @@ def test_replicas_of_one_log_have_one_digest_however_they_store_it(two: Given) -
     other.stores("a", 5, 4, 2, 1)
     other.stores("b", 1, 2)
     other.change(types.NodeUncordoned, "a")
-    assert told(one.state) != told(other.state)
+    assert facts(one.state) != facts(other.state)
     assert digest(one.state) == digest(replayed(one.messages))
     for state in (one.state, other.state):
         state.skipped, state.commits = {}, 0

@@ -35,8 +35,8 @@ def test_a_node_that_floods_is_stopped_at_twice_its_capacity_and_goes_on_when_it
     given = Given()
     given.node(registered("a", capacity=8))
     given.node(registered("b", capacity=8))
-    told = [given.stores("a", *range(n, n + 4)) for n in range(1, 401, 4)]
-    assert told == [None] * 5 + ["capacity"] * 95
+    refusals = [given.stores("a", *range(n, n + 4)) for n in range(1, 401, 4)]
+    assert refusals == [None] * 5 + ["capacity"] * 95
     assert len(given.held("a")) == 20
     assert given.stores("b", 1, 2) is None
     given.drops("a", *range(1, 13))
@@ -94,7 +94,7 @@ def test_the_page_says_what_the_code_does(module: str, name: str, value: str) ->
 
 
 def test_no_limit_of_the_folds_or_the_log_is_missing_on_the_page() -> None:
-    told = {(module, name) for module, name, _ in ROWS}
+    listed = {(module, name) for module, name, _ in ROWS}
     for folder in ("events", "projections"):
         root = PAGE.parents[1]
         for file in (root / folder).rglob("*.py"):
@@ -103,5 +103,5 @@ def test_no_limit_of_the_folds_or_the_log_is_missing_on_the_page() -> None:
                 value = getattr(importlib.import_module(f"kvplane.{module}"), name)
                 assert any(
                     name == known and value == getattr(importlib.import_module(f"kvplane.{at}"), known)
-                    for at, known in told
+                    for at, known in listed
                 ), name

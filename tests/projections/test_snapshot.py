@@ -28,7 +28,7 @@ from kvplane.services.routing.overlay import Overlay
 from tests.support.fleet_machine import CHAINS, FleetMachine
 from tests.support.fold_given import START, Given, registered
 from tests.support.index_machine import IndexMachine
-from tests.support.snapshot_example import BODY_AT, DUMPED, TOLD, story
+from tests.support.snapshot_example import BODY_AT, DUMPED, STORY, story
 
 if TYPE_CHECKING:
     from kvplane.events.codec import Message
@@ -162,7 +162,7 @@ TestAdopt.settings = settings(SHORT, max_examples=25)
 
 def test_the_story_has_something_in_every_part() -> None:
     """Or else the examples below would show nothing."""
-    state = TOLD.state
+    state = STORY.state
     empty = [
         *(name for name, value in vars(state).items() if name not in MADE_ANEW and not value),
         *(name for name, value in vars(state.load).items() if not value),
@@ -182,7 +182,7 @@ def test_the_story_has_something_in_every_part() -> None:
 
 def test_a_loaded_state_is_the_state() -> None:
     loaded = snapshot.load("f", DUMPED, verify=True)
-    assert picture(loaded) == picture(TOLD.state)
+    assert picture(loaded) == picture(STORY.state)
     assert snapshot.dump(loaded) == DUMPED
 
 
@@ -203,7 +203,7 @@ def test_nodes_that_come_take_the_same_slots_and_places() -> None:
         log.node(registered(name, capacity=9))
         log.stores(name, 1, 2)
         log.stores(name, 1, tier="disk")
-    for message in log.messages[len(TOLD.messages) :]:
+    for message in log.messages[len(STORY.messages) :]:
         assert loaded.apply(message).skipped is None
     assert picture(loaded) == picture(log.state)
     assert [loaded.load.ordinal[name] for name in ("x", "y", "z", "gone")] == [5, 1, 0, 6]
@@ -218,8 +218,8 @@ def test_what_a_running_request_uses_stays_protected() -> None:
     assert log.places("a", 20, evicted=[1]) == "protected"
     assert log.completes("q again", "a") is None
     assert log.places("a", 20, evicted=[1]) is None
-    told = [loaded.apply(message).skipped for message in log.messages[len(TOLD.messages) :]]
-    assert told == ["protected", None, "protected", None, None]
+    skipped = [loaded.apply(message).skipped for message in log.messages[len(STORY.messages) :]]
+    assert skipped == ["protected", None, "protected", None, None]
     assert digest(loaded) == digest(log.state)
 
 
@@ -235,7 +235,7 @@ def test_a_decision_made_on_the_old_state_is_not_taken_for_one_on_the_new() -> N
     """Rosters are made anew when the count of changes differs: two states must not meet in it."""
     other = story()
     other.node(registered("x", capacity=9))
-    states = [TOLD.state, FleetState("f"), snapshot.load("f", DUMPED), snapshot.load("f", snapshot.dump(other.state))]
+    states = [STORY.state, FleetState("f"), snapshot.load("f", DUMPED), snapshot.load("f", snapshot.dump(other.state))]
     counts = sorted(state.changes for state in states)
     assert min(np.diff(counts[1:])) > 10**6
     query = Query("new", "m", pack_hashes([1, 2, 3, 4]), 64, 4, 16)
@@ -245,19 +245,19 @@ def test_a_decision_made_on_the_old_state_is_not_taken_for_one_on_the_new() -> N
 
 def test_the_header_is_read_alone() -> None:
     header = snapshot.peek(DUMPED[: snapshot.HEADER_BYTES])
-    state = TOLD.state
+    state = STORY.state
     assert header == snapshot.peek(DUMPED)
     assert (header.version, header.revision, header.fleet) == (snapshot.VERSION, snapshot.FOLD_REVISION, "f")
     assert (header.sequence, header.time, header.digest) == (state.sequence, state.time, digest(state))
-    assert header.sequence == len(TOLD.messages)
+    assert header.sequence == len(STORY.messages)
     assert header.length + BODY_AT == len(DUMPED)
     longest = snapshot.dump(FleetState("x" * 64))
     assert snapshot.peek(longest[: snapshot.HEADER_BYTES]).fleet == "x" * 64
 
 
 def test_a_digest_that_is_known_is_not_made_again() -> None:
-    assert snapshot.dump(TOLD.state, known_digest=digest(TOLD.state)) == DUMPED
-    wrong = snapshot.dump(TOLD.state, known_digest="0" * 32)
-    assert digest(snapshot.load("f", wrong)) == digest(TOLD.state)
+    assert snapshot.dump(STORY.state, known_digest=digest(STORY.state)) == DUMPED
+    wrong = snapshot.dump(STORY.state, known_digest="0" * 32)
+    assert digest(snapshot.load("f", wrong)) == digest(STORY.state)
     with pytest.raises(BadSnapshot, match="has the digest"):
         snapshot.load("f", wrong, verify=True)

@@ -55,9 +55,9 @@ def test_what_is_a_traceparent() -> None:
 
 
 @given(st.text(max_size=70) | st.text("0123456789abcdef-", min_size=50, max_size=60))
-def test_nothing_else_passes(said: str) -> None:
-    found = parse(said)
-    assert found == "" or (len(found) == 55 and said[2:55] == found[2:])
+def test_nothing_else_passes(text: str) -> None:
+    found = parse(text)
+    assert found == "" or (len(found) == 55 and text[2:55] == found[2:])
 
 
 async def ask_with(
@@ -117,8 +117,8 @@ async def test_from_the_request_to_sql_and_explain(fleet: Fleet, server: Server,
         explained = await question(fleet.client, "explain", messages.ExplainRequest(request="r1"))
         assert explained["verdict"] == "agrees"
         assert (explained["recorded"]["trace"], explained["outcome"]["trace"]) == (PARENT, child)
-        said = await commanded("explain", "r1", "--server", server.url)
-        assert PARENT in said
+        output = await commanded("explain", "r1", "--server", server.url)
+        assert PARENT in output
     # The fold does not read it.
     assert fold(log) == fold([without_trace(message) for message in log])
 
@@ -149,9 +149,9 @@ async def test_log_lines_of_a_request_name_its_trace(fleet: Fleet) -> None:
     await fleet.nodes(NodeConfig(name="node-1", prefill_speed=1e6))
     router = await fleet.router()
     router.chooser.decide = None  # type: ignore[method-assign,assignment]
-    with capture_logs([merge_contextvars]) as said:
+    with capture_logs([merge_contextvars]) as logged:
         await ask_with(fleet, "route", {"model": "sim", "tokens": [1]}, {"traceparent": PARENT})
-    assert [line.get("trace") for line in said if line["event"] == "endpoint_failed"] == [PARENT]
+    assert [line.get("trace") for line in logged if line["event"] == "endpoint_failed"] == [PARENT]
 
 
 @pytest.mark.parametrize("trace", [7, None, "x" * 65, ["deep"], {"a": 1}, b"\xff", 1.5])
@@ -191,12 +191,12 @@ def make_version_1(folder: Path) -> None:
         meta = connection.execute(
             "SELECT key::VARCHAR, value::VARCHAR FROM parquet_kv_metadata(?)", [str(path)]
         ).fetchall()
-        told = {**dict(meta), "kvplane_version": "1"}
-        said = ", ".join(f"{key}: '{value}'" for key, value in told.items() if key.startswith("kvplane"))
+        metadata = {**dict(meta), "kvplane_version": "1"}
+        pairs = ", ".join(f"{key}: '{value}'" for key, value in metadata.items() if key.startswith("kvplane"))
         rows = f"SELECT * EXCLUDE (trace) FROM read_parquet('{path}', hive_partitioning = false)"
         if not any(path.is_relative_to(folder / "archive" / table.name) for table, _ in SINCE_1):
             rows = f"SELECT * FROM read_parquet('{path}', hive_partitioning = false)"
-        connection.execute(f"COPY ({rows}) TO '{path}.new' (FORMAT parquet, KV_METADATA {{{said}}})")
+        connection.execute(f"COPY ({rows}) TO '{path}.new' (FORMAT parquet, KV_METADATA {{{pairs}}})")
         path.with_name(path.name + ".new").rename(path)
         name = str(path.relative_to(folder / "archive"))
         connection.execute("UPDATE archive_files SET bytes = ? WHERE name = ?", [path.stat().st_size, name])

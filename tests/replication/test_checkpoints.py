@@ -127,11 +127,11 @@ async def test_a_replica_that_differs_says_so_is_named_and_takes_no_snapshots(fl
     # A flipped bit in memory, say.
     victim.state.parameters["x"] = 1.0
     logs.configure("warning")
-    with capture_logs() as said:
+    with capture_logs() as logged:
         await write_commits(fleet.client, 1000)
         await until(lambda: victim.replica.checkpoints.differs)
-        await until(lambda: sum(entry["event"] == "other_replica_differs" for entry in said) >= 2)
-    loud = [entry for entry in said if entry["event"] == "replica_differs"]
+        await until(lambda: sum(entry["event"] == "other_replica_differs" for entry in logged) >= 2)
+    loud = [entry for entry in logged if entry["event"] == "replica_differs"]
     assert {(entry["writer"], entry["log_level"]) for entry in loud} == {(victim.writer, "error")}
     assert [router.replica.checkpoints.differs for router in others] == [0, 0]
     findings = [finding for finding in judge(await examine(fleet.client, "default")) if finding.what == "digests"]
@@ -157,8 +157,8 @@ async def test_strangers_on_the_checkpoint_subject_cost_little_and_change_nothin
     forged = msgspec.msgpack.encode(Checkpoint("somebody else", 1000, "e" * 32))
     await fleet.client.publish("kv.default.checkpoint.me", forged)
     for number in range(3000):
-        told = Checkpoint("x", 1000 * number, "e" * (DIGEST_DIGITS + 1 - number % 2))
-        await fleet.client.publish("kv.default.checkpoint.x", msgspec.msgpack.encode(told))
+        checkpoint = Checkpoint("x", 1000 * number, "e" * (DIGEST_DIGITS + 1 - number % 2))
+        await fleet.client.publish("kv.default.checkpoint.x", msgspec.msgpack.encode(checkpoint))
     await write_commits(fleet.client, 1000)
     await until(lambda: 1000 in own.own)
     await until(lambda: len(own._received.get(1000, ())) == 2)

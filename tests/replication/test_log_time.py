@@ -52,10 +52,10 @@ async def test_a_replica_says_that_a_clock_was_ahead_and_by_how_much(client: Cli
     given = Given()
     for after in (1, 86_400, 1 - 86_400):
         given.raw("kv.f.control", codec.encode([types.PolicyChanged("ttft")]), after=after)
-    with capture_logs() as said:
+    with capture_logs() as logged:
         for message in given.messages:
             watching._handle(message)
-    assert [(entry["event"], entry["sequence"], entry["seconds"]) for entry in said] == [
+    assert [(entry["event"], entry["sequence"], entry["seconds"]) for entry in logged] == [
         ("log_time_set_back", 3, 86_399.0)
     ]
     assert watching.state.set_back == 1

@@ -84,9 +84,9 @@ async def test_a_router_whose_memory_ends_at_a_commit_ends_and_says_why_and_othe
         last = await appender.append(subject(NAME, "cache", "a"), [stored])
         with anyio.fail_after(10):
             assert await fleet.ended("starving") == 1
-        said = (fleet.folder / "starving.log").read_text()
-        assert f"kvplane: this process failed while it applied commit {last} (MemoryError)" in said
-        assert "give it more memory and start it again" in said
-        assert "Traceback" not in said.partition("kvplane: this process failed")[2]
+        output = (fleet.folder / "starving.log").read_text()
+        assert f"kvplane: this process failed while it applied commit {last} (MemoryError)" in output
+        assert "give it more memory and start it again" in output
+        assert "Traceback" not in output.partition("kvplane: this process failed")[2]
         status = await _status(client, router, last)
         assert (status["memberships"], status["skipped"]) == (1, {"duplicate": 1})

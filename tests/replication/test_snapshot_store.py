@@ -151,11 +151,11 @@ async def test_a_newer_one_is_passed_over_with_a_warning_and_the_one_before_is_u
             taken["sequence"] + ahead, snapshot._sealed(msgspec.structs.replace(header, **change), good[start:])
         )
     logs.configure("warning")
-    with capture_logs() as said:
+    with capture_logs() as logged:
         second = await fleet.coordinator()
     assert second.replica.began == taken["sequence"]
     assert digest(second.state) == digest(first.state)
-    warned = [entry["error"] for entry in said if entry["event"] == "snapshot_passed_over"]
+    warned = [entry["error"] for entry in logged if entry["event"] == "snapshot_passed_over"]
     assert [
         f"this kvplane has {snapshot.FOLD_REVISION}; replay the log" in warned[0],
         "use a newer kvplane" in warned[1],

@@ -168,13 +168,13 @@ async def test_a_router_whose_policy_fails_goes_on_counts_it_and_says_so(fleet: 
     await fleet.ask("coordinator.policy.set", messages.PolicyRequest(policy="tests.support.odd_policies:raises"))
     await until(lambda: router.state.policy == "tests.support.odd_policies:raises" and "a" in router.state.nodes)
     logs.configure("warning")
-    with capture_logs() as said:
+    with capture_logs() as logged:
         for count in (1, 2):
             answer = await fleet.ask("route", messages.RouteRequest(model="sim", prompt="hello"), messages.RouteAnswer)
             assert (answer.node, answer.policy) == ("a", "least_loaded")
             status = await router.status(messages.StatusRequest())
             assert (status.policy_failures, status.policy_failure) == (count, "ZeroDivisionError: ")
-    warnings = [entry for entry in said if entry["event"] == "policy_failed"]
+    warnings = [entry for entry in logged if entry["event"] == "policy_failed"]
     assert [(entry["policy"], entry["instead"]) for entry in warnings] == [
         ("tests.support.odd_policies:raises", "least_loaded")
     ]

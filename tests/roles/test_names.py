@@ -87,7 +87,7 @@ async def test_an_adapter_with_credentials_of_its_node_finds_its_names_again(tmp
     async with guarded(tmp_path) as fleet, running(FakeEngine(buffer=3)) as engine:
         coordinators = [await fleet.coordinator(), await fleet.coordinator()]
 
-        async def told(*prompts: int) -> None:
+        async def publish(*prompts: int) -> None:
             for prompt in prompts:
                 engine.cache.request([prompt] * 3 * engine.cache.size)
                 await engine.publish()
@@ -95,7 +95,7 @@ async def test_an_adapter_with_credentials_of_its_node_finds_its_names_again(tmp
 
         async with attached(fleet, engine, log):
             await until(lambda: "node-a" in coordinators[0].state.nodes, 60)
-            await told(1, 2, 3, 4)
+            await publish(1, 2, 3, 4)
         epoch = coordinators[0].state.nodes["node-a"].epoch
         # The buffer no longer reaches the beginning, but what was said meanwhile.
         engine.cache.request([5] * 3 * engine.cache.size)
@@ -103,12 +103,12 @@ async def test_an_adapter_with_credentials_of_its_node_finds_its_names_again(tmp
         async with attached(fleet, engine, log):
             await until(lambda: coordinators[0].state.nodes["node-a"].epoch > epoch, 60)
             # Removals name blocks as the engine does, and are understood.
-            await told(6, 7, 8)
-        said = log.read_text()
-        assert "remembered" in said
-        assert "learned_anew" not in said
+            await publish(6, 7, 8)
+        output = log.read_text()
+        assert "remembered" in output
+        assert "learned_anew" not in output
         assert coordinators[0].state.skipped == {}
-        assert "iolation" not in said + fleet.server.log.read_text()
+        assert "iolation" not in output + fleet.server.log.read_text()
 
 
 async def test_a_node_is_told_of_itself_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,9 +233,9 @@ async def test_the_last_word_about_a_node(fleet: Fleet) -> None:
         "coordinator.node.last.a", messages.NodeRequest(node="a"), messages.NodeLast
     ) == messages.NodeLast(sequence=0, body=b"")
     epoch = await stored(fleet.client, fleet.name, 1)
-    told = await fleet.ask("coordinator.node.last.a", messages.NodeRequest(node="a"), messages.NodeLast)
-    assert told.sequence == epoch
-    assert isinstance(codec.decode_body("node", told.body)[0], NodeRegistered)
+    last = await fleet.ask("coordinator.node.last.a", messages.NodeRequest(node="a"), messages.NodeLast)
+    assert last.sequence == epoch
+    assert isinstance(codec.decode_body("node", last.body)[0], NodeRegistered)
 
 
 async def test_who_reads_what_a_node_held_publishes_to_its_own_flow_control_only(fleet: Fleet) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.anyio
 
 
-async def _told(client: Client, subject: str, asked: bytes) -> dict[str, Any]:
+async def _status(client: Client, subject: str, asked: bytes) -> dict[str, Any]:
     answer: dict[str, Any] = msgspec.json.decode((await client.request(f"kv.default.{subject}", asked, timeout=5)).data)
     return answer
 
@@ -33,14 +33,14 @@ async def test_a_status_has_every_field_and_a_digest_when_it_is_asked_for(fleet:
         ("coordinator.status", CoordinatorStatus),
         (f"coordinator.{coordinator.writer}.status", CoordinatorStatus),
     ):
-        told = await _told(fleet.client, subject, b"")
-        assert told.keys() == set(form.__struct_fields__) - {"digest"}
-        told = await _told(fleet.client, subject, b'{"digest": true}')
-        assert told.keys() == set(form.__struct_fields__)
-        assert msgspec.to_builtins(msgspec.convert(told, form)) == told
+        status = await _status(fleet.client, subject, b"")
+        assert status.keys() == set(form.__struct_fields__) - {"digest"}
+        status = await _status(fleet.client, subject, b'{"digest": true}')
+        assert status.keys() == set(form.__struct_fields__)
+        assert msgspec.to_builtins(msgspec.convert(status, form)) == status
     historian = Historian(await fleet.connect("historian"), "default", tmp_path / "history", servers=[fleet.url])
     await fleet._group.start(historian.run)
     for subject in ("history.status", f"history.{historian.id}.status"):
-        told = await _told(fleet.client, subject, b"")
-        assert told.keys() == set(HistoryStatus.__struct_fields__)
-        assert msgspec.to_builtins(msgspec.convert(told, HistoryStatus)) == told
+        status = await _status(fleet.client, subject, b"")
+        assert status.keys() == set(HistoryStatus.__struct_fields__)
+        assert msgspec.to_builtins(msgspec.convert(status, HistoryStatus)) == status

@@ -222,7 +222,7 @@ steps = st.lists(
 
 
 class Naive:
-    """The overlay's predictions and what the nodes hold, told again: sets of blocks."""
+    """The overlay's predictions and what the nodes hold, a second time: sets of blocks."""
 
     def __init__(self) -> None:
         self.young: dict[str, set[int]] = {"a": set(), "b": set()}
@@ -230,14 +230,14 @@ class Naive:
         self.held: dict[tuple[str, str], set[int]] = defaultdict(set)
 
     def reported(self, node: str, changes: list[tuple[str, Any, list[int]]], awaited: set[int]) -> None:
-        said: set[int] = set()
+        removed: set[int] = set()
         for what, tier, blocks in changes:
             if what == "store":
                 self.held[node, tier] |= set(blocks)
             else:
                 self.held[node, tier] -= set(blocks)
-                said |= set(blocks)
-        gone = said - self.held[node, "gpu"] - self.held[node, "cpu"] - awaited
+                removed |= set(blocks)
+        gone = removed - self.held[node, "gpu"] - self.held[node, "cpu"] - awaited
         self.young[node] -= gone
         self.old[node] -= gone
 
@@ -256,10 +256,10 @@ def leading(blocks: set[int]) -> int:
 
 
 @given(steps)
-def test_a_promise_is_what_is_held_or_predicted_and_not_gone(told: list[tuple[str, str, int, list[Any]]]) -> None:
+def test_a_promise_is_what_is_held_or_predicted_and_not_gone(script: list[tuple[str, str, int, list[Any]]]) -> None:
     given_, naive = Routed(), Naive()
-    # Commits take no time here, so that periods pass when they are told to.
-    for what, node, length, changes in told:
+    # Commits take no time here, so that periods pass only in a step of their own.
+    for what, node, length, changes in script:
         life = given_.state.nodes[node].epoch
         if what == "send":
             given_.sends(node, length)
@@ -271,13 +271,13 @@ def test_a_promise_is_what_is_held_or_predicted_and_not_gone(told: list[tuple[st
             for request in [key for key, active in given_.state.load.running.items() if active.node == node]:
                 assert given_.put("access", "w", types.RequestCompleted(request, node), after=0) is None
         elif what == "report":
-            said = [
+            events = [
                 types.BlocksStored(node, life, 1, pack_hashes(blocks), None, tier)
                 if kind == "store"
                 else types.BlocksRemoved(node, life, 1, pack_hashes(blocks), tier)
                 for kind, tier, blocks in changes
             ]
-            assert given_.put("cache", node, *said, after=0) is None
+            assert given_.put("cache", node, *events, after=0) is None
             naive.reported(node, changes, given_.awaited(node))
         elif what == "clear":
             assert given_.put("cache", node, types.CacheCleared(node, life, 1), after=0) is None

@@ -38,9 +38,9 @@ def blocks(chain: str) -> list[int]:
 
 @settings(max_examples=400)
 @given(steps, st.lists(st.tuples(chains, st.integers(0, 6)), min_size=1, max_size=6))
-def test_predictions_are_sets_of_blocks(told: list[tuple[str, int, str, set[int]]], asked: list[Any]) -> None:
+def test_predictions_are_sets_of_blocks(script: list[tuple[str, int, str, set[int]]], asked: list[Any]) -> None:
     predictions, naive = Predictions(), defaultdict[int, set[int]](set)
-    for what, slot, chain, places in told:
+    for what, slot, chain, places in script:
         if what == "store":
             predictions.store(slot, pack_hashes(blocks(chain)))
             naive[slot] |= set(blocks(chain))

@@ -20,17 +20,17 @@ pytestmark = pytest.mark.anyio
 
 
 async def _deaf_to_the_first(client: Client, subject: str) -> list[bytes]:
-    """Answer on a subject as a service does whose like was killed with the first request; the requests that were heard."""
-    heard: list[bytes] = []
+    """Answer on a subject as a service does whose like was killed with the first request; the requests that came."""
+    received: list[bytes] = []
 
     async def hear(message: Msg) -> None:
-        heard.append(message.data)
-        if len(heard) > 1:
-            await message.respond(msgspec.msgpack.encode({"heard": len(heard)}))
+        received.append(message.data)
+        if len(received) > 1:
+            await message.respond(msgspec.msgpack.encode({"received": len(received)}))
 
     await client.subscribe(subject, cb=hear)
     await client.flush()
-    return heard
+    return received
 
 
 @pytest.mark.parametrize(
@@ -46,9 +46,9 @@ async def _deaf_to_the_first(client: Client, subject: str) -> list[bytes]:
 async def test_what_is_read_from_memory_is_asked_again(
     client: Client, endpoint: str, request_: msgspec.Struct
 ) -> None:  # fmt: skip
-    heard = await _deaf_to_the_first(client, f"kv.asking.{endpoint}")
-    assert await ask(client, f"kv.asking.{endpoint}", request_, seconds=10) == {"heard": 2}
-    assert heard[0] == heard[1]
+    received = await _deaf_to_the_first(client, f"kv.asking.{endpoint}")
+    assert await ask(client, f"kv.asking.{endpoint}", request_, seconds=10) == {"received": 2}
+    assert received[0] == received[1]
 
 
 @pytest.mark.parametrize(
@@ -64,10 +64,10 @@ async def test_what_is_read_from_memory_is_asked_again(
 async def test_what_changes_something_or_takes_long_is_asked_once(
     client: Client, endpoint: str, request_: msgspec.Struct
 ) -> None:
-    heard = await _deaf_to_the_first(client, f"kv.asking.{endpoint}")
+    received = await _deaf_to_the_first(client, f"kv.asking.{endpoint}")
     with pytest.raises(NoAnswer, match=rf"no answer on kv\.asking\.{endpoint} in 1\.6 s"):
         await ask(client, f"kv.asking.{endpoint}", request_, seconds=1.6)
-    assert len(heard) == 1
+    assert len(received) == 1
 
 
 async def test_where_nobody_is_a_question_ends_at_once(client: Client) -> None:

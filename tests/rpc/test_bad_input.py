@@ -197,8 +197,8 @@ async def test_an_unknown_field_is_refused_by_its_name_everywhere(small: Fleet, 
         assert answer.headers["Nats-Service-Error-Code"] == "400", endpoint
         assert "unknown field 'sesion'" in answer.headers["Nats-Service-Error"]
     body = {"model": "m", "tokens": [1], "sesion": "s"}
-    said = json.loads((await small.client.request("kv.default.route", encode(body), timeout=5)).data)["error"]
-    assert "unknown field 'sesion'; was 'session' meant? known are model, hashes, tokens," in said
+    message = json.loads((await small.client.request("kv.default.route", encode(body), timeout=5)).data)["error"]
+    assert "unknown field 'sesion'; was 'session' meant? known are model, hashes, tokens," in message
 
 
 def test_what_a_client_leaves_as_it_is_does_not_travel() -> None:
@@ -313,10 +313,10 @@ async def test_headers_of_any_bytes_stop_no_replica_and_no_service(small: Fleet)
             for endpoint in ("route", "coordinator.status", "pulse.a"):
                 await stream.send(header_block(block, f"kv.default.{endpoint}", b"junk", b"nowhere "))
         await stream.send(b"PING\r\n")
-        heard = b""
+        received = b""
         with anyio.fail_after(10):
-            while b"PONG" not in heard:
-                heard += await stream.receive()
+            while b"PONG" not in received:
+                received += await stream.receive()
     late = await small.router()
     await small.ask("coordinator.node.cordon", messages.NodeRequest(node="a"))
     after = await small.ask("coordinator.status", messages.StatusRequest())

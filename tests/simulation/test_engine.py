@@ -138,7 +138,7 @@ def test_what_fits_is_what_its_blocks_and_its_answer_need(given_: list[Request])
 
 
 def naive(jobs: list[Job], hardware: Hardware, capacity: int) -> dict[str, tuple[float, float, int]]:
-    """First token, end and cached tokens of each job, told step by step: no runs, no counters, no heap."""
+    """First token, end and cached tokens of each job, computed step by step: no runs, no counters, no heap."""
     cache = BlockCache(capacity)
     coming, waiting = deque(jobs), deque[Job]()
     left: dict[str, int] = {}

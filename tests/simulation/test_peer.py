@@ -248,7 +248,7 @@ def test_the_cost_that_is_written_down_is_the_one_that_decides(settings: dict[st
 
 
 def work(count: int) -> list[Work]:
-    """Turns of conversations, told in blocks."""
+    """Turns of conversations, as blocks."""
     rng = random.Random(2)
     chains: dict[int, list[int]] = {}
     made = []
@@ -262,7 +262,7 @@ def work(count: int) -> list[Work]:
 
 
 class Watched(PeerDesk):
-    """Compares each decision with the fold: both are told the same of blocks."""
+    """Compares each decision with the fold: both see the same events of blocks."""
 
     def __init__(self, state: FleetState, name: str) -> None:
         super().__init__(state, name)

@@ -24,15 +24,15 @@ PATIENCE = 60.0
 
 
 def shown(terminal: int, text: bytes) -> bytes:
-    """What a terminal was told, up to a text."""
-    said = b""
+    """What a terminal shows, up to a text."""
+    output = b""
     deadline = time.monotonic() + PATIENCE
-    while text not in said:
+    while text not in output:
         ready, _, _ = select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))
         if not ready:
-            pytest.fail(f"{text!r} was not shown: {said!r}")
-        said += os.read(terminal, 65536)
-    return said
+            pytest.fail(f"{text!r} was not shown: {output!r}")
+        output += os.read(terminal, 65536)
+    return output
 
 
 def drain(terminal: int) -> None:

@@ -72,8 +72,8 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
             main([name, *arguments])
         except SystemExit as left:
             code = int(left.code or 0)
-        said = capsys.readouterr()
-        return Done(code, said.out, said.err)
+        output = capsys.readouterr()
+        return Done(code, output.out, output.err)
 
     return command
 

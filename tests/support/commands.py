@@ -48,13 +48,13 @@ def up(folder: Path, *options: str, before: str = "") -> Iterator[tuple[str, sub
     command = started("up", "--data", str(folder), "--port", str(port), *off, *options, before=before)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
-    said = []
+    lines = []
     for line in process.stderr:
-        said.append(line)
+        lines.append(line)
         if "Ctrl-C" in line:
             break
     else:
-        pytest.fail("".join(said))
+        pytest.fail("".join(lines))
     try:
         yield f"nats://127.0.0.1:{port}", process
     finally:

@@ -42,7 +42,7 @@ class Scene:
         return await self.send({"model": "m", **body})
 
     async def send(self, body: Body, **options: Any) -> Completion:
-        """Complete, and wait until the router has heard of all that came of it."""
+        """Complete, and wait until the router has applied all that came of it."""
         completion = await self.completer.complete(body, **options)
         await self.rest()
         return completion
@@ -93,5 +93,5 @@ async def _attached(fleet: Fleet, engine: FakeEngine, name: str, *, task_status:
         await Adapter(client, fleet.name, http, facts, facts.sources[0], config).run(task_status=task_status)
 
 
-def chat(*said: str) -> list[dict[str, str]]:
-    return [{"role": ("user", "assistant")[turn % 2], "content": text} for turn, text in enumerate(said)]
+def chat(*contents: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[turn % 2], "content": text} for turn, text in enumerate(contents)]

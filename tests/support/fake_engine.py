@@ -25,8 +25,10 @@ END = (-1).to_bytes(8, "big", signed=True)
 class FakeEngine:
     """One engine, which can be killed and started again with another life of its cache."""
 
-    def __init__(self, kind: str = "vllm", *, replays: bool = True, tells_life: bool = True, **options: Any) -> None:
-        self.kind, self.replays, self.tells_life, self.options = kind, replays, tells_life, options
+    def __init__(
+        self, kind: str = "vllm", *, replays: bool = True, has_start_time: bool = True, **options: Any
+    ) -> None:
+        self.kind, self.replays, self.has_start_time, self.options = kind, replays, has_start_time, options
         self.ports = [free_port() for _ in range(3)]
         self.life = 0
         self.cache = NaiveEngine(0, **options)
@@ -67,12 +69,12 @@ class FakeEngine:
         self._up.cancel()
         await self._down.wait()
 
-    async def restart(self, *, unheard: int = 0, loading: bool = False) -> None:
+    async def restart(self, *, missed: int = 0, loading: bool = False) -> None:
         """Another life, of which the first batches come before anyone listens."""
         await self.kill()
         self.life += 1
         self.cache = NaiveEngine(self.life, **self.options)
-        for number in range(unheard):
+        for number in range(missed):
             self.cache.request([number + 1000] * 4 * self.cache.size)
             self.cache.step()
         assert self._tasks is not None
@@ -81,9 +83,9 @@ class FakeEngine:
 
     async def publish(self, *, lost: bool = False) -> None:
         """Publish what happened since the last batch; `lost`: it does not arrive, as when a subscriber is too slow."""
-        told = self.cache.step()
-        if told is not None and not lost:
-            await self._pub.send_multipart([self.topic, told[0].to_bytes(8, "big"), told[1]])
+        batch = self.cache.step()
+        if batch is not None and not lost:
+            await self._pub.send_multipart([self.topic, batch[0].to_bytes(8, "big"), batch[1]])
 
     async def _run(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
         self._down = anyio.Event()
@@ -144,7 +146,7 @@ class FakeEngine:
                 return web.Response(text=pages[request.path] + self.more_metrics * (request.path == "/metrics"))
             return web.Response(status=404)
 
-        started = f"process_start_time_seconds {1.7e9 + self.life}\n" if self.tells_life else ""
+        started = f"process_start_time_seconds {1.7e9 + self.life}\n" if self.has_start_time else ""
         pages = {
             "/health": "",
             "/v1/models": json.dumps({"data": self.models[::-1]}),

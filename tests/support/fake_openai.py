@@ -18,8 +18,8 @@ class FakeApi:
     def __init__(self, engine: FakeEngine) -> None:
         self.engine = engine
         self.tokenizes = True
-        self.tells_cached = True
-        self.tells_nothing_cached = True
+        self.reports_cached = True
+        self.reports_zero_cached = True
         """It says so when it found nothing."""
         self.answers_tokens: Any = None
         """What `/tokenize` answers instead of tokens."""
@@ -52,10 +52,10 @@ class FakeApi:
             return prompt
         if isinstance(prompt, str):
             return list(b"^" * body.get("add_special_tokens", True) + prompt.encode())
-        said = "".join(f"<{message['role']}>{message['content']}" for message in body["messages"])
+        conversation = "".join(f"<{message['role']}>{message['content']}" for message in body["messages"])
         tail = "<assistant>" if body.get("add_generation_prompt", True) else ""
-        told = {name: value for name, value in settings.items() if value is not None}
-        return list(f"{json.dumps(body.get('tools'))}{json.dumps(told, sort_keys=True)}{said}{tail}".encode())
+        given = {name: value for name, value in settings.items() if value is not None}
+        return list(f"{json.dumps(body.get('tools'))}{json.dumps(given, sort_keys=True)}{conversation}{tail}".encode())
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         if not self.tokenizes:
@@ -92,7 +92,7 @@ class FakeApi:
         await self.engine.publish()
         words = ["one ", "two ", "three"][: body.get("max_tokens") or 3]
         usage: dict[str, Any] = {"prompt_tokens": len(tokens), "completion_tokens": len(words)}
-        if self.tells_cached and (cached or self.tells_nothing_cached):
+        if self.reports_cached and (cached or self.reports_zero_cached):
             usage["prompt_tokens_details"] = {"cached_tokens": cached}
         chat = "messages" in body
         chunks: list[dict[str, Any]] = [

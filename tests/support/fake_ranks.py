@@ -32,11 +32,11 @@ class Rank(FakeEngine):
         ) -> web.StreamResponse:
             if request.path != "/kv_event_sources":
                 return await handler(request)
-            told = {
+            endpoints = {
                 str(number): {"publisher": "zmq", "endpoint": rank.endpoint, "replay_endpoint": rank.replay_endpoint}
                 for number, rank in enumerate(self.all)
             }
-            return web.Response(text=json.dumps(told))
+            return web.Response(text=json.dumps(endpoints))
 
         app.middlewares.append(sources)
         return app

@@ -14,5 +14,5 @@ def wrong(found: Examined) -> set[tuple[str, str]]:
     return {(finding.level, finding.what) for finding in judge(found) if finding.level not in {"ok", "unseen"}}
 
 
-def said(found: Examined, what: str) -> str:
+def sentence(found: Examined, what: str) -> str:
     return next(finding.message for finding in judge(found) if finding.what == what and finding.level != "ok")

@@ -132,7 +132,9 @@ class FleetMachine(RuleBasedStateMachine):
     def pick(self, name: str, mode: str, stubborn: bool) -> str:
         """The next node whose cache is of this kind; a stubborn writer takes the one that it has."""
         order = [*NAMES[NAMES.index(name) :], *NAMES]
-        fitting = [n for n in order if n in self.reference.nodes and self.reference.nodes[n].told.cache_mode == mode]
+        fitting = [
+            n for n in order if n in self.reference.nodes and self.reference.nodes[n].registered.cache_mode == mode
+        ]
         return name if stubborn or not fitting else fitting[0]
 
     @rule(name=names, stubborn=rarely, stored=runs, leave=st.lists(st.integers(0, 8), max_size=4, unique=True),
@@ -259,12 +261,12 @@ class FleetMachine(RuleBasedStateMachine):
 
     @invariant()
     def sessions_are_the_same(self) -> None:
-        told = sorted(self.reference.sessions.items(), key=lambda item: item[1][3])
+        expected = sorted(self.reference.sessions.items(), key=lambda item: item[1][3])
         assert [(key, (s.node, s.since, s.was)) for key, s in self.state.sessions.items()] == [
-            (key, entry[:3]) for key, entry in told
+            (key, entry[:3]) for key, entry in expected
         ]
         for name in NAMES:
-            assert self.state.sessions.on_node(name) == sum(entry[0] == name for _, entry in told)
+            assert self.state.sessions.on_node(name) == sum(entry[0] == name for _, entry in expected)
 
     @invariant()
     def counts_are_the_same(self) -> None:
@@ -276,8 +278,8 @@ class FleetMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Replayed from zero, each message twice or not, it is the same state to the bit."""
-        told = digest(self.state)
-        assert digest(replayed(self.messages)) == told
-        assert digest(replayed([message for message in self.messages for _ in range(2)])) == told
+        expected = digest(self.state)
+        assert digest(replayed(self.messages)) == expected
+        assert digest(replayed([message for message in self.messages for _ in range(2)])) == expected
         if self.messages:
-            assert digest(replayed(self.messages[:-1])) != told
+            assert digest(replayed(self.messages[:-1])) != expected

@@ -1,4 +1,4 @@
-"""What the tests of folds and decisions begin with: a log told commit by commit, and the rules of the fold told again.
+"""What the tests of folds and decisions begin with: a log written commit by commit, and its fold.
 
 `Given` is the log and its fold; `tests.support.reference_fold` has the fold a second time.
 """
@@ -71,7 +71,7 @@ def two_nodes() -> Given:
 
 
 class Given:
-    """A fleet's log and its fold. Each commit is a second after the one before, unless told otherwise."""
+    """A fleet's log and its fold. Each commit is a second after the one before, unless `after` says otherwise."""
 
     def __init__(self) -> None:
         self.state = FleetState("f")

@@ -47,8 +47,8 @@ def anchors(text: str) -> set[str]:
     heading = False
     for token in tokens(text):
         if heading and token.type == "inline":
-            said = "".join(child.content for child in token.children or ())
-            slug = re.sub(r"[^\w\- ]", "", said.lower()).replace(" ", "-")
+            title = "".join(child.content for child in token.children or ())
+            slug = re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
             times = found[slug] = found.get(slug, -1) + 1
             if times:
                 found[f"{slug}-{times}"] = 0

@@ -103,14 +103,14 @@ class NaiveEngine:
         if not self.queue:
             return None
         self.clock += 1
-        told = (self.sequence, encoded(self.queue, self.dialect, self.clock))
+        batch = (self.sequence, encoded(self.queue, self.dialect, self.clock))
         self.queue = []
         self.sequence += 1
-        self.buffer.append(told)
-        return told
+        self.buffer.append(batch)
+        return batch
 
     def replay(self, start: int) -> list[tuple[int, bytes]]:
-        return [told for told in self.buffer if told[0] >= start]
+        return [batch for batch in self.buffer if batch[0] >= start]
 
 
 STORED = (
@@ -121,15 +121,15 @@ REMOVED = ("type", "block_hashes", "medium")
 
 def encoded(events: list[EventMap], dialect: str, clock: float) -> bytes:
     """A batch in one of the dialects that engines speak or spoke."""
-    told: list[Any] = events
+    written: list[Any] = events
     if dialect in {"arrays", "sglang"}:
-        told = []
+        written = []
         for event in events:
             order = {"BlockStored": STORED, "BlockRemoved": REMOVED}.get(event["type"], ("type",))
-            told.append([event.get(field) for field in order])
+            written.append([event.get(field) for field in order])
         if dialect == "sglang":
             # No LoRA's name and no extra keys; what ends an array is left out when it is nothing.
-            told = [event[:7] if event[0] == "BlockStored" else event for event in told]
+            written = [event[:7] if event[0] == "BlockStored" else event for event in written]
     if dialect == "map_batch":
-        return msgspec.msgpack.encode({"ts": clock, "events": told, "data_parallel_rank": 0, "news": [1]})
-    return msgspec.msgpack.encode([clock, told] if dialect == "sglang" else [clock, told, 0])
+        return msgspec.msgpack.encode({"ts": clock, "events": written, "data_parallel_rank": 0, "news": [1]})
+    return msgspec.msgpack.encode([clock, written] if dialect == "sglang" else [clock, written, 0])

@@ -1,4 +1,4 @@
-"""The fold again, told naively: dictionaries of sets, no segments, no columns, nothing shared with the real one."""
+"""The fold again, naively: dictionaries of sets, no segments, no columns, nothing shared with the real one."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def spaced(count: int) -> list[Work]:
 SMALL = Settings(nodes=3, capacity=400, block_size=GENERATED_BLOCK_SIZE, policy="blocks")
 
 
-def cut(work: Sequence[Work], at: int, settings: Settings = SMALL, *, told: bool = True) -> tuple[World, Recorded]:
+def cut(work: Sequence[Work], at: int, settings: Settings = SMALL, *, with_used: bool = True) -> tuple[World, Recorded]:
     """A simulated fleet that has served requests up to one, and what is recorded of it and of those that follow."""
     world = World(settings, work[:at])
     outcome = finished(world)
@@ -101,12 +101,12 @@ def cut(work: Sequence[Work], at: int, settings: Settings = SMALL, *, told: bool
         for number, request in enumerate(work[at:], at)
     ]  # fmt: skip
     start = int((START + begin) * 10**9)
-    return world, recorded_from(world.state, follow, used=used if told else (), start=start)
+    return world, recorded_from(world.state, follow, used=used if with_used else (), start=start)
 
 
 def recorded_bytes() -> bytes:
     """A run whose caches are of the index alone, with failures and two routers."""
-    _, recorded = cut(spaced(120), 80, replace(SMALL, policy="ttft"), told=False)
+    _, recorded = cut(spaced(120), 80, replace(SMALL, policy="ttft"), with_used=False)
     changes = (RecordedChange(100.0, types.NodeLost("node-2", "")), RecordedChange(400.0, recorded.nodes[1].registered))
     quick = tuple(replace(request, arrival=request.arrival / 60) for request in recorded.requests)
     recorded = replace(recorded, changes=changes, requests=quick)

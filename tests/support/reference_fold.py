@@ -28,23 +28,23 @@ def blocks_of(packed: bytes) -> list[int]:
 class Facts:
     """What is known of one node."""
 
-    told: types.NodeRegistered
+    registered: types.NodeRegistered
     epoch: int
     changed: int
     cordoned: bool = False
     lost: bool = False
     queue: float = 0.0
     since: float = 0.0
-    said: float = 0.0
-    took: float = 0.0
+    predicted_seconds: float = 0.0
+    measured_seconds: float = 0.0
 
     @property
     def speed(self) -> float:
-        return float(self.told.labels["prefill_tokens_per_s"])
+        return float(self.registered.labels["prefill_tokens_per_s"])
 
     @property
     def managed(self) -> bool:
-        return self.told.cache_mode == "managed"
+        return self.registered.cache_mode == "managed"
 
 
 class Reference:
@@ -131,7 +131,7 @@ class Reference:
                 if not isinstance(event, (*kinds, types.CacheCleared)):
                     return "wrong_mode"
                 if isinstance(event, types.BlocksStored):
-                    limit = 2 * node.told.capacity_blocks.get(event.tier, 1 << 40)
+                    limit = 2 * node.registered.capacity_blocks.get(event.tier, 1 << 40)
                     if len(self.held(name, event.tier)) > limit:
                         return "capacity"
             if node.managed and based_on is not None and int(based_on) < node.changed:
@@ -148,8 +148,10 @@ class Reference:
 
     def lifecycle(self, name: str, node: Facts | None, event: Any) -> str | None:
         if isinstance(event, types.NodeRegistered):
-            peers = [n for other, n in self.nodes.items() if other != name and set(n.told.models) & set(event.models)]
-            if any(peer.told.block_size != event.block_size for peer in peers):
+            peers = [
+                n for other, n in self.nodes.items() if other != name and set(n.registered.models) & set(event.models)
+            ]
+            if any(peer.registered.block_size != event.block_size for peer in peers):
                 return "block_size"
             self.empty(name)
             self.nodes[name] = Facts(event, self.sequence, self.sequence, cordoned=bool(node and node.cordoned))
@@ -182,7 +184,7 @@ class Reference:
         self.running = {request: run for request, run in self.running.items() if run[0].node != name}
         self.prompts = [prompt for prompt in self.prompts if prompt[0] != name]
         if name in self.nodes:
-            self.nodes[name].said = self.nodes[name].took = 0.0
+            self.nodes[name].predicted_seconds = self.nodes[name].measured_seconds = 0.0
         if homeless:
             for key, (node, since, _, stamp) in self.sessions.items():
                 if node == name:
@@ -218,7 +220,7 @@ class Reference:
         if out.keys() & self.protected(name).keys():
             return "protected"
         after = (held - out.keys()) | coming
-        if len(after) > node.told.capacity_blocks["gpu"]:
+        if len(after) > node.registered.capacity_blocks["gpu"]:
             return "capacity"
         self.blocks = {fact for fact in self.blocks if fact[0] != name} | {(name, "gpu", block) for block in after}
         self.used = {key: stamp for key, stamp in self.used.items() if key[0] != name or key[1] not in out}
@@ -247,8 +249,8 @@ class Reference:
                 self.measured[0] * MEASURED_DECAY + tokens / node.speed,
                 self.measured[1] * MEASURED_DECAY + now - node.since,
             )
-            node.said = node.said * MEASURED_DECAY + tokens / node.speed / self.ratio
-            node.took = node.took * MEASURED_DECAY + now - node.since
+            node.predicted_seconds = node.predicted_seconds * MEASURED_DECAY + tokens / node.speed / self.ratio
+            node.measured_seconds = node.measured_seconds * MEASURED_DECAY + now - node.since
         node.since = now
         node.queue = now + self.pending(name) / self.pace(node)
 
@@ -257,7 +259,7 @@ class Reference:
         return (self.measured[0] + TRUSTED_SECONDS) / (self.measured[1] + TRUSTED_SECONDS)
 
     def pace(self, node: Facts) -> float:
-        alike = (node.said + TRUSTED_ALIKE_SECONDS) / (node.took + TRUSTED_ALIKE_SECONDS)
+        alike = (node.predicted_seconds + TRUSTED_ALIKE_SECONDS) / (node.measured_seconds + TRUSTED_ALIKE_SECONDS)
         return node.speed * alike * self.ratio
 
     def pending(self, name: str) -> int:
@@ -300,7 +302,7 @@ class Reference:
             self.finish(event.request)
         node = self.nodes[event.node]
         self.running[event.request] = (event, self.clock)
-        uncached = max(0, event.tokens - event.match * node.told.block_size)
+        uncached = max(0, event.tokens - event.match * node.registered.block_size)
         node.queue = max(node.queue, self.clock / SECOND) + uncached / self.pace(node)
         mine = [prompt for prompt in self.prompts if prompt[0] == event.node]
         if not mine:

@@ -1,4 +1,4 @@
-"""A fleet that a router decides about, told event by event."""
+"""A fleet that a router decides about, made event by event."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHAIN = [*range(1, 33)]
 
 
 class Given:
-    """A fleet, told event by event."""
+    """A fleet, made event by event."""
 
     def __init__(self) -> None:
         self.state = FleetState("f")

@@ -43,10 +43,10 @@ def story() -> Given:
     return log
 
 
-TOLD = story()
+STORY = story()
 
 
-DUMPED = snapshot.dump(TOLD.state)
+DUMPED = snapshot.dump(STORY.state)
 
 
 BODY_AT = len(DUMPED) - snapshot.peek(DUMPED).length

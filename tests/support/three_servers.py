@@ -91,7 +91,7 @@ class Cluster:
         return [member for member in self.members.values() if member.runs]
 
     async def start(self, *names: str) -> None:
-        """Start servers, all unless told, on what they had stored; return when they have a leader and are current."""
+        """Start servers, all when none is named, on what they had stored; return when they have a leader and are current."""
         for name in names or NAMES:
             await self._open(self.members[name])
         await self.settled()

@@ -92,8 +92,8 @@ class Stranger:
             self.errors.clear()
             await self.client.publish(subject, body, reply=reply, headers=headers or None)
             await self.settle()
-            said = f'permissions violation for publish to "{subject.lower()}"'
-            assert any(said in error.lower() for error in self.errors), f"{self.label} may publish to {subject}"
+            refusal = f'permissions violation for publish to "{subject.lower()}"'
+            assert any(refusal in error.lower() for error in self.errors), f"{self.label} may publish to {subject}"
             TRIED.publications += 1
 
     async def refused_subscribe(self, *subjects: str, queue: str = "") -> None:
@@ -101,8 +101,8 @@ class Stranger:
             self.errors.clear()
             subscription = await self.client.subscribe(subject, queue=queue)
             await self.settle()
-            said = f'permissions violation for subscription to "{subject.lower()}"'
-            assert any(said in error.lower() for error in self.errors), f"{self.label} may subscribe to {subject}"
+            refusal = f'permissions violation for subscription to "{subject.lower()}"'
+            assert any(refusal in error.lower() for error in self.errors), f"{self.label} may subscribe to {subject}"
             TRIED.subscriptions += 1
             await subscription.unsubscribe()
 

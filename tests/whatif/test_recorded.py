@@ -40,9 +40,9 @@ from tests.support.recorded_fleets import (
 )
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_a_simulated_fleet_begins_with_what_the_recorded_one_held(*, told: bool) -> None:
-    before, recorded = cut(spaced(100), 80, told=told)
+@pytest.mark.parametrize("with_used", [True, False])
+def test_a_simulated_fleet_begins_with_what_the_recorded_one_held(*, with_used: bool) -> None:
+    before, recorded = cut(spaced(100), 80, with_used=with_used)
     assert all(len(engine.cache.blocks) > 250 for engine in before._engines)
     world = world_of(recorded)
     assert world.state.skipped == {}

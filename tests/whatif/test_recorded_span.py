@@ -199,7 +199,7 @@ def test_whatever_happens_to_nodes_no_request_is_lost_and_the_fold_knows_what_en
     outcome = finished(world)
     assert len(outcome.served) + outcome.rejected == len(requests)
     assert (world._queries, world._predicted) == ({}, {})
-    # The loss of what has failed is not told when nothing runs any more.
+    # The loss of what has failed is not reported when nothing runs any more.
     assert not {active.node for active in world.state.load.running.values()} & world._alive.keys()
     assert world.state.skipped.keys() <= {"no_change", "unknown_node"}
     assert world.state.ignored.keys() <= {"unknown_request"}
