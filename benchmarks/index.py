@@ -109,7 +109,7 @@ class Ours:
             for event in decode("cache", body):
                 store(node, event.hashes, event.parent)  # type: ignore[attr-defined]
         seconds = time.perf_counter() - begin
-        self._check(size, index.memberships)
+        self._check(size, index.block_copies)
         return seconds
 
     def naive(self, size: int) -> float:
@@ -176,15 +176,15 @@ class Ours:
         before = resident_bytes()
         found: list[float] = []
         step, goal, number = most // 64, most // 8, 0
-        while before is not None and index.memberships < most:
+        while before is not None and index.block_copies < most:
             chain = os.urandom(CHAIN * 8)
             number += 1
             for turn in range(4 if kind == "shared" else 1):
                 length = CHAIN - turn * 52
                 for piece, parent in pieces(chain[: length * 8], size):
                     index.store((number + turn) % NODES, piece, None if kind == "orphans" else parent)
-            if index.memberships >= goal:
-                found.append(((resident_bytes() or 0) - before) / index.memberships)
+            if index.block_copies >= goal:
+                found.append(((resident_bytes() or 0) - before) / index.block_copies)
                 goal += step
         return found
 

@@ -218,7 +218,7 @@ async def service(role: str, url: str) -> None:
         hello = {
             "writer": one.writer,
             "began": one.replica.began,
-            "memberships": index.memberships,
+            "memberships": index.block_copies,
             "cpu": time.process_time(),
         }
         print(msgspec.json.encode(hello).decode(), flush=True)

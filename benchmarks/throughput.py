@@ -173,7 +173,7 @@ async def follow(url: str) -> None:
         async def handle(message: Msg) -> None:
             await router.replica.reached(msgspec.msgpack.decode(message.data, type=int), seconds=_SECONDS)
             at = time.monotonic_ns()
-            memberships = sum(index.memberships for index in router.state.caches.by_model.values())
+            memberships = sum(index.block_copies for index in router.state.caches.by_model.values())
             await message.respond(msgspec.msgpack.encode(Reached(at, memberships)))
 
         await client.subscribe(REACHED, cb=handle)
@@ -189,7 +189,7 @@ async def rebuild(url: str) -> None:
         begin = time.perf_counter()
         await replay(client, FLEET, state.apply)
         seconds = time.perf_counter() - begin
-        memberships = sum(index.memberships for index in state.caches.by_model.values())
+        memberships = sum(index.block_copies for index in state.caches.by_model.values())
         await serve_until_closed({"seconds": seconds, "memberships": memberships})
 
 

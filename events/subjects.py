@@ -80,7 +80,7 @@ def stream_name(fleet: str) -> str:
 
 
 def stream_subjects(fleet: str) -> list[str]:
-    """Subjects that the fleet's stream stores. Requests and pulses of the fleet are on others and never stored."""
+    """Subjects that the fleet's stream stores. Requests and heartbeats of the fleet are on others and never stored."""
     base = f"kv.{check_fleet(fleet)}"
     return [f"{base}.node.*", f"{base}.cache.*", f"{base}.session.*", f"{base}.access.*", f"{base}.control"]
 
@@ -91,7 +91,7 @@ def subject(fleet: str, topic: Topic, name: str = "") -> str:
     return base if topic == "control" else f"{base}.{token(name)}"
 
 
-def pulse_subject(fleet: str, node: str) -> str:
+def heartbeat_subject(fleet: str, node: str) -> str:
     """Subject of a node's heartbeats and load gauges: core NATS, never stored."""
     return f"kv.{fleet}.pulse.{token(node)}"
 

@@ -59,7 +59,7 @@ class NodeRegistered(Event, frozen=True, tag=_tag):
     max_active: Count = 0
     """Most requests at once; 0 is no limit."""
     pulse_seconds: Seconds = 0.0
-    """How often the node promises to pulse; 0 is no promise, and silence then means nothing."""
+    """How often the node promises to heartbeat; 0 is no promise, and silence then means nothing."""
     labels: Annotated[dict[Name, Text], Meta(max_length=64)] = {}
 
 
@@ -84,7 +84,7 @@ class NodeLost(Event, frozen=True, tag=_tag):
 
 
 class NodeRecovered(Event, frozen=True, tag=_tag):
-    """A lost node pulses again. Its cache is unknown until it reports or registers."""
+    """A lost node heartbeats again. Its cache is unknown until it reports or registers."""
 
     node: Name
 

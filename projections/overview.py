@@ -23,7 +23,7 @@ def summary(state: FleetState, *, digests: bool) -> dict[str, Any]:
         "commits": state.commits,
         "nodes": len(state.nodes),
         "available": sum(node.available for node in state.nodes.values()),
-        "memberships": sum(index.memberships for index in state.caches.by_model.values()),
+        "memberships": sum(index.block_copies for index in state.caches.by_model.values()),
         "sessions": len(state.sessions),
         "active": len(state.load.running),
         "format": state.format,

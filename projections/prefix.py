@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 class PrefixIndex:
-    """Block memberships of one model: `store`, `remove` and `clear` for a slot, `match` for a request."""
+    """Block copies of one model: `store`, `remove` and `clear` for a slot, `match` for a request."""
 
     def __init__(self) -> None:
         self._where: dict[int, Segment] = {}
@@ -59,7 +59,7 @@ class PrefixIndex:
         return len(self._where) + len(self._twins)
 
     @property
-    def memberships(self) -> int:
+    def block_copies(self) -> int:
         """Blocks summed over slots."""
         return sum(self._counts)
 

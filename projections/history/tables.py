@@ -112,7 +112,7 @@ NODE_CHANGES = Table(
         Column("cache_mode", "VARCHAR", "managed or reported: who decides what it evicts"),
         Column("engine", "VARCHAR", "what runs there"),
         Column("max_active", "UBIGINT", "most requests at once, 0 without limit"),
-        Column("pulse_seconds", "DOUBLE", "how often it promises to pulse"),
+        Column("pulse_seconds", "DOUBLE", "how often it promises to heartbeat"),
         Column("labels", "MAP(VARCHAR, VARCHAR)", "what else it says of itself"),
     ),
 )  # fmt: skip

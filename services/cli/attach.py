@@ -45,7 +45,7 @@ class Attached:
     max_active: Annotated[int, Parameter(env_var="KVPLANE_MAX_ACTIVE")] = 0
     """Most requests at once; 0 is no limit."""
     pulse_seconds: Annotated[float, Parameter(env_var="KVPLANE_PULSE_SECONDS")] = 1.0
-    """How often the node pulses while the engine is well."""
+    """How often the node heartbeats while the engine is well."""
     wait: Annotated[float, Parameter(env_var="KVPLANE_WAIT")] = 600.0
     """How many seconds to wait for the engine to answer."""
     http: Http = None

@@ -1,12 +1,12 @@
 """Liveness: which nodes are silent for too long, and which lost ones are heard again. Pure; time comes with each call.
 
-A node that promised to pulse (`pulse_seconds`) is lost after `MISSED_PULSES` of its intervals, at least `LEAST_SECONDS`,
-counted from when this coordinator could first have heard it: silence while the coordinator was deaf proves nothing. One
-that is back by another coordinator's word while this one hears nothing shows that this one hears badly: its patience with that
-node doubles, or the two would contradict each other for ever.
+A node that promised to heartbeat (`pulse_seconds`) is lost after `MISSED_HEARTBEATS` of its intervals, at least
+`LEAST_SECONDS`, counted from when this coordinator could first have heard it: silence while the coordinator was deaf
+proves nothing. One that is back by another coordinator's word while this one hears nothing shows that this one hears
+badly: its patience with that node doubles, or the two would contradict each other for ever.
 
-A lost node is back when it is heard twice, as far apart as pulses are. Pulses that waited in a buffer while this process was
-stopped arrive all at once, and may be those of a node that has died since.
+A lost node is back when it is heard twice, as far apart as heartbeats are. Heartbeats that waited in a buffer while this
+process was stopped arrive all at once, and may be those of a node that has died since.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from kvplane.projections.fleet import FleetState
-    from kvplane.services.protocol.messages import Pulse
+    from kvplane.services.protocol.messages import Heartbeat
 
-MISSED_PULSES = 4
+MISSED_HEARTBEATS = 4
 LEAST_SECONDS = 1.5
 MOST_DOUBLED = 6
 
@@ -40,10 +40,10 @@ class State(Enum):
 class Event(Enum):
     """What is seen of a node."""
 
-    FIRST_PULSE = auto()
-    """It pulses, in a life of which nothing was seen."""
-    PULSE = auto()
-    """It pulses again."""
+    FIRST_HEARTBEAT = auto()
+    """It heartbeats, in a life of which nothing was seen."""
+    HEARTBEAT = auto()
+    """It heartbeats again."""
     FIRST_SEEN = auto()
     """The log has it alive, in a life of which nothing was seen."""
     SEEN = auto()
@@ -75,22 +75,22 @@ _LOST = Transition(State.LOST)
 _BEGINS = Transition(State.ALIVE, begins=True)
 TRANSITIONS: Mapping[State, Mapping[Event, Transition]] = {
     State.UNKNOWN: {
-        Event.FIRST_PULSE: Transition(State.ALIVE, begins=True, patience=Patience.USUAL),
+        Event.FIRST_HEARTBEAT: Transition(State.ALIVE, begins=True, patience=Patience.USUAL),
         Event.FIRST_SEEN: _BEGINS,
         Event.LOST: _LOST,
     },
     State.ALIVE: {
-        Event.FIRST_PULSE: Transition(State.ALIVE, begins=True, patience=Patience.USUAL),
-        Event.PULSE: Transition(State.ALIVE, patience=Patience.USUAL),
+        Event.FIRST_HEARTBEAT: Transition(State.ALIVE, begins=True, patience=Patience.USUAL),
+        Event.HEARTBEAT: Transition(State.ALIVE, patience=Patience.USUAL),
         Event.FIRST_SEEN: _BEGINS,
         Event.SEEN: Transition(State.ALIVE),
         Event.SEEN_UNHEARD: Transition(State.ALIVE),
         Event.LOST: _LOST,
     },
     State.LOST: {
-        # A pulse alone does not bring it back: the log must say so.
-        Event.FIRST_PULSE: Transition(State.LOST, begins=True, patience=Patience.USUAL),
-        Event.PULSE: Transition(State.LOST, patience=Patience.USUAL),
+        # A heartbeat alone does not bring it back: the log must say so.
+        Event.FIRST_HEARTBEAT: Transition(State.LOST, begins=True, patience=Patience.USUAL),
+        Event.HEARTBEAT: Transition(State.LOST, patience=Patience.USUAL),
         Event.FIRST_SEEN: _BEGINS,
         # Back by somebody's word: its time starts when this one sees it.
         Event.SEEN: _BEGINS,
@@ -111,7 +111,7 @@ class Watched:
         self._since = -inf
         self._heard_life = 0
         self._last = self._before = -inf
-        """The last two pulses of that life."""
+        """The last two heartbeats of that life."""
         self._doubled = 0
 
     def on(self, event: Event, epoch: int = 0, now: float = 0.0) -> None:
@@ -128,7 +128,7 @@ class Watched:
         """It pulsed, in the life that the log knows."""
         self._before = self._last_in(epoch)
         self._heard_life, self._last = epoch, now
-        self.on(Event.PULSE if self._life == epoch else Event.FIRST_PULSE, epoch, now)
+        self.on(Event.HEARTBEAT if self._life == epoch else Event.FIRST_HEARTBEAT, epoch, now)
 
     def seen(self, epoch: int, now: float, listening_since: float) -> float:
         """The log has it alive in this life; for how long it is silent."""
@@ -138,11 +138,11 @@ class Watched:
         return now - max(last, self._since)
 
     def patience(self, promise: float) -> float:
-        """How long its silence is borne, if it promised to pulse at this interval."""
-        return max(LEAST_SECONDS, MISSED_PULSES * promise) * (1 << self._doubled)
+        """How long its silence is borne, if it promised to heartbeat at this interval."""
+        return max(LEAST_SECONDS, MISSED_HEARTBEATS * promise) * (1 << self._doubled)
 
     def is_back(self, epoch: int, promise: float, now: float, listening_since: float) -> bool:
-        """Whether it was heard twice in this life, of late and as far apart as pulses are."""
+        """Whether it was heard twice in this life, of late and as far apart as heartbeats are."""
         last = self._last_in(epoch)
         apart = last - self._before >= promise / 2
         return now - last < LEAST_SECONDS and self._before >= listening_since and apart
@@ -155,8 +155,8 @@ class Liveness:
     """When each node was last heard. Times are seconds of one monotonic clock."""
 
     def __init__(self) -> None:
-        self.pulses: dict[str, Pulse] = {}
-        """Last pulse of every node, for its gauges."""
+        self.heartbeats: dict[str, Heartbeat] = {}
+        """Last heartbeat of every node, for its gauges."""
         self._nodes: dict[str, Watched] = {}
         self._listening_since = 0.0
 
@@ -169,15 +169,15 @@ class Liveness:
         return node.state if node else State.UNKNOWN
 
     def listen(self, now: float) -> None:
-        """Pulses can be heard from now on; whatever was missed before does not count."""
+        """Heartbeats can be heard from now on; whatever was missed before does not count."""
         self._listening_since = now
 
-    def heard(self, state: FleetState, pulse: Pulse, now: float) -> None:
-        """A pulse arrived. It counts only for the life that the fold knows: zombies and strangers prove nothing."""
-        node = state.nodes.get(pulse.node)
-        if node is not None and pulse.epoch == node.epoch:
-            self.pulses[pulse.node] = pulse
-            self._node(pulse.node).heard(pulse.epoch, now)
+    def heard(self, state: FleetState, heartbeat: Heartbeat, now: float) -> None:
+        """A heartbeat arrived. It counts only for the life that the fold knows: zombies and strangers prove nothing."""
+        node = state.nodes.get(heartbeat.node)
+        if node is not None and heartbeat.epoch == node.epoch:
+            self.heartbeats[heartbeat.node] = heartbeat
+            self._node(heartbeat.node).heard(heartbeat.epoch, now)
 
     def silent(self, state: FleetState, now: float) -> list[tuple[str, float]]:
         """Nodes to be concluded lost, and for how many seconds they were silent."""
@@ -198,7 +198,7 @@ class Liveness:
         self._node(name).on(Event.LOST)
 
     def back(self, state: FleetState, now: float) -> list[str]:
-        """Lost nodes that pulse again, in the life in which they were lost."""
+        """Lost nodes that heartbeat again, in the life in which they were lost."""
         return [
             name
             for name, node in state.nodes.items()
@@ -209,6 +209,6 @@ class Liveness:
     def forget(self, state: FleetState) -> None:
         """Keep nothing of nodes that have left the fleet."""
         known: dict[str, Any]
-        for known in (self.pulses, self._nodes):
+        for known in (self.heartbeats, self._nodes):
             for name in [name for name in known if name not in state.nodes]:
                 del known[name]

@@ -136,7 +136,7 @@ class Adapter:
                         # Its facts were asked a moment ago.
                         self.life.on(Event.REFRESHED)
                     await self._register()
-                    group.start_soon(self.member.pulse, self._pulse, self.config.pulse_seconds)
+                    group.start_soon(self.member.heartbeat, self._heartbeat, self.config.pulse_seconds)
                     group.start_soon(self.member.check)
                     task_status.started()
                     await self._follow()
@@ -170,7 +170,7 @@ class Adapter:
             return
         same = before.labels.get(labels.STARTED) == self.facts.started
         if same and before.block_size == self.facts.block_size:
-            self.track.restore(before.names(), before.position)
+            self.track.restore(before.engine_hashes(), before.position)
             _log.info("remembered", node=self.config.node, batch=before.position, blocks=self.track.translator.used())
 
     async def _follow(self) -> None:
@@ -380,12 +380,12 @@ class Adapter:
                     self.health.began(gauges.started, "" if self.life.state is State.REBORN else self.facts.started)
             await anyio.sleep(self.config.pulse_seconds)
 
-    def _pulse(self) -> messages.Pulse | None:
+    def _heartbeat(self) -> messages.Heartbeat | None:
         """For as long as the engine is well."""
         if not self.life.told_of or not self.well:
             return None
         gauges = self._gauges
-        return messages.Pulse(
+        return messages.Heartbeat(
             node=self.config.node, epoch=self.epoch, active=gauges.active if gauges else 0,
             waiting=gauges.waiting if gauges else 0, used_blocks=self.track.translator.used(),
             unheard=self.hearing.missing,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 PATIENCE_SECONDS = 10.0
-"""How long an engine that is there may be too busy to answer before the node's pulse stops."""
+"""How long an engine that is there may be too busy to answer before the node's heartbeat stops."""
 SETTLE_SECONDS = 1.0
 """Looked again so long after an engine has connected: what it published before it knew of us was lost."""
 

@@ -1,1 +1,1 @@
-"""A node's own side of its place in a fleet: it registers, pulses, hears what the fleet concludes of it, and leaves."""
+"""A node's own side of its place in a fleet: it registers, heartbeats, hears what the fleet concludes of it, and leaves."""

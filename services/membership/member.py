@@ -17,7 +17,7 @@ from nats.errors import Error as NatsError
 from kvplane.events import codec
 from kvplane.events.errors import BadCommit
 from kvplane.events.log.client import check_open
-from kvplane.events.subjects import pulse_subject, subject, token
+from kvplane.events.subjects import heartbeat_subject, subject, token
 from kvplane.events.types import NodeLost, NodeRecovered, NodeRegistered, NodeRemoved
 from kvplane.services.membership.leaving import leave
 from kvplane.services.protocol import labels, messages
@@ -35,7 +35,7 @@ REGISTER_SECONDS = 0.5
 """Pause before a registration is tried again."""
 
 _log = structlog.get_logger("kvplane.membership")
-encode_pulse = msgspec.msgpack.Encoder().encode
+encode_heartbeat = msgspec.msgpack.Encoder().encode
 
 
 class Conclusion(Enum):
@@ -108,15 +108,15 @@ class Member:
                 self.registrations += 1
                 return answer.epoch
 
-    async def pulse(self, gauges: Callable[[], messages.Pulse | None], seconds: float) -> None:
-        """Pulse at this interval, for ever, unless there is nothing to be said. Raises `LoginRefused`."""
-        where = pulse_subject(self._fleet, self._node)
+    async def heartbeat(self, gauges: Callable[[], messages.Heartbeat | None], seconds: float) -> None:
+        """Heartbeat at this interval, for ever, unless there is nothing to be said. Raises `LoginRefused`."""
+        where = heartbeat_subject(self._fleet, self._node)
         while True:
             check_open(self._client)
-            pulse = gauges()
-            if pulse is not None:
+            heartbeat = gauges()
+            if heartbeat is not None:
                 with suppress(NatsError, OSError):
-                    await self._client.publish(where, encode_pulse(pulse))
+                    await self._client.publish(where, encode_heartbeat(heartbeat))
             await anyio.sleep(seconds)
 
     async def check(self) -> None:

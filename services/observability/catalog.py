@@ -131,7 +131,7 @@ COORDINATOR = Group("Coordinator", (
             "near the rate of `kvplane_requests_total`: too many coordinators decide on one node"),
     _of("kvplane_coordinator_conclusions_total", "counter", "conclusion", "nodes concluded `lost` or `recovered`, and "
             "conclusions that `failed`", "`lost` rises"),
-    _of("kvplane_coordinator_bad_pulses_total", "counter", "", "pulses that can't be read", "any"),
+    _of("kvplane_coordinator_bad_pulses_total", "counter", "", "heartbeats that can't be read", "any"),
     _of("kvplane_node_used_blocks", "gauge", "node tier", "blocks that a node holds"),
     _of("kvplane_node_capacity_blocks", "gauge", "node tier", "blocks that it can hold"),
     _of("kvplane_node_active_requests", "gauge", "node", "requests that were routed there and have not completed"),

@@ -144,7 +144,7 @@ def _holding(scrape: Scrape, replica: Replica) -> None:
         states[node.state] += 1
     for name, count in states.items():
         put("kvplane_fleet_nodes", count, state=name)
-    put("kvplane_fleet_memberships", sum(index.memberships for index in state.caches.by_model.values()))
+    put("kvplane_fleet_memberships", sum(index.block_copies for index in state.caches.by_model.values()))
     put("kvplane_fleet_sessions", len(state.sessions))
     put("kvplane_fleet_active_requests", len(state.load.running))
     put("kvplane_snapshot_loaded_sequence", replica.began)
@@ -235,7 +235,7 @@ def _coordinator(scrape: Scrape, coordinator: Coordinator) -> None:
     put("kvplane_coordinator_races_lost_total", coordinator.races_lost)
     for conclusion, count in coordinator.conclusions.items():
         put("kvplane_coordinator_conclusions_total", count, conclusion=conclusion)
-    put("kvplane_coordinator_bad_pulses_total", coordinator.bad_pulses)
+    put("kvplane_coordinator_bad_pulses_total", coordinator.bad_heartbeats)
     for name, node in state.nodes.items():
         for tier, capacity in node.registered.capacity_blocks.items():
             put("kvplane_node_used_blocks", state.caches.held(node, tier), node=name, tier=tier)

@@ -60,7 +60,7 @@ PUBLISHED: tuple[Published, ...] = (
     Published("session", "session.{model}", types.SessionEvent, "Which node a session belongs on.", stored=True),
     Published("access", "access.{writer}", types.AccessEvent, "Requests that were routed, and how they ended.", stored=True),
     Published("control", "control", types.ControlEvent, "The policy, and the log's format.", stored=True),
-    Published("pulse", "pulse.{node}", messages.Pulse, "A node's heartbeat, in MessagePack only.", stored=False),
+    Published("heartbeat", "pulse.{node}", messages.Heartbeat, "A node's heartbeat, in MessagePack only.", stored=False),
     Published("checkpoint", "checkpoint.{writer}", messages.Checkpoint, "A replica's digest, in MessagePack only.",
               stored=False),
 )  # fmt: skip

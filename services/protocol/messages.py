@@ -140,7 +140,7 @@ class NodeLast(Struct, frozen=True, kw_only=True):
 class Remembered(Struct, frozen=True, kw_only=True):
     """What the log says of the last epoch of a node: how it was registered, the last batch, and what each tier holds.
 
-    A tier is its block hashes, packed, and the engine's names of them in the same order.
+    A tier is its block hashes, packed, and the engine's hashes of them in the same order.
     """
 
     epoch: int
@@ -149,8 +149,8 @@ class Remembered(Struct, frozen=True, kw_only=True):
     position: int | None
     tiers: dict[Tier, tuple[bytes, list[EngineHash]]]
 
-    def names(self) -> dict[Tier, dict[EngineHash, int]]:
-        """Blocks by the engine's names, in each tier."""
+    def engine_hashes(self) -> dict[Tier, dict[EngineHash, int]]:
+        """Blocks by the engine's hashes, in each tier."""
         return {
             tier: dict(zip(names, unpack_hashes(hashes), strict=True)) for tier, (hashes, names) in self.tiers.items()
         }
@@ -241,7 +241,7 @@ class ServeAnswer(Struct, frozen=True, kw_only=True):
     duration: float
 
 
-class Pulse(Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Heartbeat(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A node's heartbeat with its gauges. Travels on core NATS and is never stored."""
 
     node: str

@@ -65,7 +65,7 @@ def due(state: FleetState, wider: int = 0) -> bool:
     """
     if state.sequence % LEAST_COMMITS:
         return False
-    things = sum(index.memberships for index in state.caches.by_model.values())
+    things = sum(index.block_copies for index in state.caches.by_model.values())
     things += len(state.sessions) + len(state.load.running) + len(state.writers)
     spacing = LEAST_COMMITS << (things // SIZE_COMMITS // LEAST_COMMITS).bit_length()
     return state.sequence % (spacing << wider) == 0

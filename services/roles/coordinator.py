@@ -21,7 +21,7 @@ from kvplane.events.hashing import unpack_hashes
 from kvplane.events.log.append import Appender, new_writer
 from kvplane.events.log.servers import in_cluster
 from kvplane.events.log.stream import COPIES, open_stream
-from kvplane.events.subjects import pulse_subject
+from kvplane.events.subjects import heartbeat_subject
 from kvplane.projections.overview import node_row
 from kvplane.services.control import admission, commands, formats
 from kvplane.services.control.liveness import Liveness
@@ -33,7 +33,7 @@ from kvplane.services.protocol.status import CoordinatorStatus, ServerStatus
 from kvplane.services.replication.compaction import LOOK_SECONDS as SNAPSHOT_LOOK_SECONDS
 from kvplane.services.replication.compaction import SNAPSHOT_BYTES, SNAPSHOT_COMMITS, Compaction
 from kvplane.services.replication.replica import RECENT_SECONDS, Replica
-from kvplane.services.roles.names import Names
+from kvplane.services.roles.engine_hashes import EngineHashes
 from kvplane.services.roles.readers import QUIET_SECONDS, readers
 from kvplane.services.routing.policies import check
 from kvplane.services.rpc.readiness import Readiness, readiness
@@ -55,7 +55,7 @@ LOOK_SECONDS = 0.25
 """How often silence is looked for."""
 
 _log = structlog.get_logger("kvplane.coordinator")
-_decode_pulse = msgspec.msgpack.Decoder(messages.Pulse).decode
+_decode_heartbeat = msgspec.msgpack.Decoder(messages.Heartbeat).decode
 
 Decide = Callable[[Any, Any], "Proposal | None"]
 
@@ -91,11 +91,11 @@ class Coordinator:
         self.liveness = Liveness()
         self.races_lost = 0
         self.conclusions = {"lost": 0, "recovered": 0, "failed": 0}
-        """What it concluded of nodes from their pulses; `failed` are those that could not be committed."""
-        self.bad_pulses = 0
+        """What it concluded of nodes from their heartbeats; `failed` are those that could not be committed."""
+        self.bad_heartbeats = 0
         self.tally = Tally()
         self.serving = False
-        self.names = Names(client, fleet, f"kv.{fleet}.coordinator.{self.writer}.piece")
+        self.engine_hashes = EngineHashes(client, fleet, f"kv.{fleet}.coordinator.{self.writer}.piece")
         self._replicas = replicas
         self.appender = Appender(client, fleet, self.writer)
         self.most_tries = 0
@@ -110,8 +110,8 @@ class Coordinator:
         async with anyio.create_task_group() as group:
             group.start_soon(self.replica.run)
             await self.replica.follower.caught_up.wait()
-            await group.start(self.names.run)
-            await self.client.subscribe(f"kv.{self.fleet}.pulse.*", cb=self._pulse)
+            await group.start(self.engine_hashes.run)
+            await self.client.subscribe(f"kv.{self.fleet}.pulse.*", cb=self._heartbeat)
             await serve(
                 self.client, group, "kvplane-coordinator", f"coordinates fleet {self.fleet}",
                 serving("coordinator", self.fleet, self.writer, self._answers()),
@@ -125,7 +125,7 @@ class Coordinator:
 
     def _answers(self) -> dict[str, Callable[[Any], Any]]:
         """What answers each endpoint."""
-        names = self.names
+        names = self.engine_hashes
         return {
             "node_register": self.register, "register_oneself": self.register,
             "node_cordon": partial(self._change, commands.cordon),
@@ -255,19 +255,19 @@ class Coordinator:
         return {"format": self.state.format, "changed": proposal is not None, "sequence": sequence}
 
     async def list_nodes(self, request: messages.ListRequest) -> dict[str, object]:
-        """Nodes with their state, load and last pulse."""
+        """Nodes with their state, load and last heartbeat."""
         self.replica.check_ready()
         rows = []
         for name, node in sorted(self.state.nodes.items()):
             if request.model and request.model not in node.registered.models:
                 continue
-            pulse = self.liveness.pulses.get(name)
+            heartbeat = self.liveness.heartbeats.get(name)
             rows.append(
                 {
                     **node_row(self.state, node),
-                    "waiting": pulse.waiting if pulse else None,
+                    "waiting": heartbeat.waiting if heartbeat else None,
                     # An adapter knows by the engine's metrics; where there are none, the log's completions show it.
-                    "unheard": bool(pulse and pulse.unheard) or self.unreported.silent(name, time.monotonic()),
+                    "unheard": bool(heartbeat and heartbeat.unheard) or self.unreported.silent(name, time.monotonic()),
                 }
             )
         return {"fleet": self.fleet, "sequence": self.state.sequence, "nodes": rows}
@@ -312,19 +312,19 @@ class Coordinator:
         if applied.commit is not None:
             self.unreported.observe(self.state, applied.commit, time.monotonic())
 
-    async def _pulse(self, message: Msg) -> None:
+    async def _heartbeat(self, message: Msg) -> None:
         try:
-            pulse = _decode_pulse(message.data)
+            heartbeat = _decode_heartbeat(message.data)
         except msgspec.DecodeError as error:
-            self.bad_pulses += 1
-            _log.warning("bad_pulse", subject=message.subject, error=str(error))
+            self.bad_heartbeats += 1
+            _log.warning("bad_heartbeat", subject=message.subject, error=str(error))
             return
         try:
-            spoken_for = pulse_subject(self.fleet, pulse.node)
+            spoken_for = heartbeat_subject(self.fleet, heartbeat.node)
         except BadName:
             return
         if message.subject == spoken_for:
-            self.liveness.heard(self.state, pulse, time.monotonic())
+            self.liveness.heard(self.state, heartbeat, time.monotonic())
 
     async def _watch(self) -> None:
         """Conclude who is lost and who is back."""
@@ -332,16 +332,16 @@ class Coordinator:
         looked = time.monotonic()
         while True:
             now = time.monotonic()
-            # A process that was stopped wakes up with the pulses of that time still unread.
+            # A process that was stopped wakes up with the heartbeats of that time still unread.
             deaf = now - looked > 4 * LOOK_SECONDS or not (self.client.is_connected and self.replica.follower.healthy)
             if deaf or self.client.stats["reconnects"] != reconnects:
                 reconnects = self.client.stats["reconnects"]
                 self.liveness.listen(now)
             silent = self.liveness.silent(self.state, now)
             if silent:
-                # One at a time: the next is judged anew, with the pulses that came meanwhile.
+                # One at a time: the next is judged anew, with the heartbeats that came meanwhile.
                 name, quiet = silent[0]
-                if await self._conclude(commands.lost, name, f"no pulse for {quiet:.1f} s"):
+                if await self._conclude(commands.lost, name, f"no heartbeat for {quiet:.1f} s"):
                     self.liveness.concluded(name)
             for name in self.liveness.back(self.state, now):
                 await self._conclude(commands.recovered, name, "")

@@ -1,4 +1,4 @@
-"""What the log says of a node: the engine's names of its blocks, and the last batch. Read from the node's own subject."""
+"""What the log says of a node: the engine's hashes of its blocks, and the last batch. Read from the node's own subject."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Memory:
         if isinstance(event, BlocksStored):
             blocks = unpack_hashes(event.hashes)
             tier = self._tiers.setdefault(event.tier, {})
-            # What another writer stored without the engine's names can't be followed, so it is not taken over.
+            # What another writer stored without the engine's hashes can't be followed, so it is not taken over.
             for block, name in zip(blocks, event.engine_hashes or (), strict=False):
                 if isinstance(name, int) or len(name) <= NAME_BYTES:
                     tier[block] = name
@@ -81,8 +81,8 @@ class Memory:
         """Of how many blocks and writers this consists."""
         return len(self._writers) + sum(len(blocks) for blocks in self._tiers.values())
 
-    def names(self) -> dict[Tier, dict[EngineHash, int]]:
-        """Blocks by the engine's names, in each tier."""
+    def engine_hashes(self) -> dict[Tier, dict[EngineHash, int]]:
+        """Blocks by the engine's hashes, in each tier."""
         return {tier: {name: block for block, name in blocks.items()} for tier, blocks in self._tiers.items()}
 
 

@@ -1,4 +1,4 @@
-"""Simulated nodes: they speak events and pulses as the adapter of a real engine would, and take time like one.
+"""Simulated nodes: they speak events and heartbeats as the adapter of a real engine would, and take time like one.
 
 A node prefills one request at a time at a given speed and decodes any number side by side. Reported nodes own their cache
 and report it; managed nodes ask the coordinator to admit what they computed.
@@ -138,7 +138,7 @@ class SimNode:
             {"fleet": self.fleet, "node": self.config.name}, self.tally,
         )  # fmt: skip
         await self._register()
-        group.start_soon(self.member.pulse, self._pulse, self.config.pulse_seconds)
+        group.start_soon(self.member.heartbeat, self._heartbeat, self.config.pulse_seconds)
 
     async def _register(self) -> None:
         """Register until it succeeds, and report what the cache holds."""
@@ -176,8 +176,8 @@ class SimNode:
         if conclusion is Conclusion.FORGOTTEN:
             self._register_again.set()
 
-    def _pulse(self) -> messages.Pulse:
-        return messages.Pulse(
+    def _heartbeat(self) -> messages.Heartbeat:
+        return messages.Heartbeat(
             node=self.config.name, epoch=self.epoch, active=self.active, waiting=self.waiting,
             used_blocks=len(self.cache.blocks),
         )  # fmt: skip

@@ -23,7 +23,7 @@ from kvplane.events.hashing import derive_hash, longest_match, pack_hashes, unpa
 from kvplane.events.subjects import token
 from kvplane.projections.load import PREFILL_LABEL, prefill_speed
 from kvplane.projections.recency import Recency
-from kvplane.services.control.liveness import LEAST_SECONDS, MISSED_PULSES
+from kvplane.services.control.liveness import LEAST_SECONDS, MISSED_HEARTBEATS
 from kvplane.services.routing.decide import Query
 from kvplane.services.routing.policies import allow, check
 from kvplane.services.simulation.compare import parse_choice
@@ -253,7 +253,7 @@ class RecordedWorld(World):
             if isinstance(event, types.NodeRegistered):
                 promises[event.node] = time, event.pulse_seconds
             elif isinstance(event, types.NodeLost) and promise:
-                failed = max(since, time - max(LEAST_SECONDS, MISSED_PULSES * promise))
+                failed = max(since, time - max(LEAST_SECONDS, MISSED_HEARTBEATS * promise))
                 yield failed, partial(self._fail, event.node, failed)
             yield time, partial(self._happen, event, time)
 

@@ -129,7 +129,7 @@ async def test_an_acknowledgement_that_is_sent_to_an_event_subject_changes_nothi
     assert await last_sequence(watched.admin) == before + landed
     # A command that nobody waits for is dropped; `complete` needs no answer, and reads what makes no sense to it.
     await until(lambda: watched.dropped() == Counter(COMMANDS))
-    await until(lambda: watched.coordinator.bad_pulses == 1)
+    await until(lambda: watched.coordinator.bad_heartbeats == 1)
     await until(lambda: sum(watched.router.tally.answers.values()) == 1)
     await watched.check_unmoved()
     assert sum(watched.coordinator.state.skipped.values()) == landed
@@ -221,7 +221,7 @@ async def test_a_consumer_that_is_aimed_at_a_service_or_a_stream_changes_nothing
     await until(lambda: watched.dropped() == Counter([*COMMANDS, "complete"] * ends))
     await listed(watched.admin, "$SRV.INFO", services=3)
     # A server knows of no interest in a subject that is subscribed to with a wildcard.
-    assert watched.coordinator.bad_pulses == 0
+    assert watched.coordinator.bad_heartbeats == 0
     await watched.check_unmoved()
     # The other fleet's log takes what is delivered to it, and its fold takes nothing of that.
     await until(lambda: delivered(watched.admin, ends))
@@ -310,12 +310,14 @@ async def test_a_node_speaks_for_itself_only_wherever_it_may_write(watched: Watc
             await ask(node.client, f"kv.{NAME}.coordinator.{what}.node-a", request)
         assert caught.value.status == 403
         TRIED.withstood += 1
-    pulse = msgspec.msgpack.encode(messages.Pulse(node="node-b", epoch=epoch, active=0, waiting=0, used_blocks=0))
-    await node.sent(f"kv.{NAME}.pulse.node-a", pulse)
-    own_pulse = messages.Pulse(node="node-a", epoch=watched.coordinator.state.nodes["node-a"].epoch)
-    await node.sent(f"kv.{NAME}.pulse.node-a", msgspec.msgpack.encode(own_pulse))
-    await until(lambda: "node-a" in watched.coordinator.liveness.pulses)
-    assert "node-b" not in watched.coordinator.liveness.pulses
+    heartbeat = msgspec.msgpack.encode(
+        messages.Heartbeat(node="node-b", epoch=epoch, active=0, waiting=0, used_blocks=0)
+    )
+    await node.sent(f"kv.{NAME}.pulse.node-a", heartbeat)
+    own_heartbeat = messages.Heartbeat(node="node-a", epoch=watched.coordinator.state.nodes["node-a"].epoch)
+    await node.sent(f"kv.{NAME}.pulse.node-a", msgspec.msgpack.encode(own_heartbeat))
+    await until(lambda: "node-a" in watched.coordinator.liveness.heartbeats)
+    assert "node-b" not in watched.coordinator.liveness.heartbeats
     TRIED.withstood += 1
     # What it may say of itself is taken.
     await node.sent(own, codec.encode([types.RequestCompleted("r", "node-a")]))

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from tests.chaos.world import World
 
 OWN = "m"
-"""Model of the nodes that exist only on the log: they are registered by clients here, and never pulse."""
+"""Model of the nodes that exist only on the log: they are registered by clients here, and never heartbeat."""
 OWN_MANAGED = tuple(f"own-{number}" for number in range(4))
 OWN_REPORTED = ("ext-0", "ext-1")
 GROUPED = "ext-g"

@@ -14,7 +14,7 @@ from kvplane.events.codec import Message
 from kvplane.projections.fleet import FleetState
 from kvplane.services.control.liveness import (
     LEAST_SECONDS,
-    MISSED_PULSES,
+    MISSED_HEARTBEATS,
     MOST_DOUBLED,
     TRANSITIONS,
     Event,
@@ -22,13 +22,13 @@ from kvplane.services.control.liveness import (
     Patience,
     State,
 )
-from kvplane.services.protocol.messages import Pulse
+from kvplane.services.protocol.messages import Heartbeat
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PROMISE = 0.5
-PATIENCE = max(LEAST_SECONDS, MISSED_PULSES * PROMISE)
+PATIENCE = max(LEAST_SECONDS, MISSED_HEARTBEATS * PROMISE)
 
 
 class Flags(NamedTuple):
@@ -39,13 +39,13 @@ class Flags(NamedTuple):
     lost: bool = False
 
     def may(self, event: Event) -> bool:
-        return event is Event.LOST or (event in {Event.FIRST_PULSE, Event.FIRST_SEEN}) != self.known
+        return event is Event.LOST or (event in {Event.FIRST_HEARTBEAT, Event.FIRST_SEEN}) != self.known
 
     def after(self, event: Event) -> Flags:
         if event is Event.LOST:
             return self._replace(seen=True, lost=True)
         # Only the log says that a lost one is alive.
-        return Flags(seen=True, known=True, lost=self.lost and event in {Event.FIRST_PULSE, Event.PULSE})
+        return Flags(seen=True, known=True, lost=self.lost and event in {Event.FIRST_HEARTBEAT, Event.HEARTBEAT})
 
     @property
     def state(self) -> State:
@@ -76,8 +76,8 @@ def test_the_table_has_all_that_can_happen_and_nothing_else() -> None:
         found = TRANSITIONS[flags.state][event]
         assert found.state is flags.after(event).state
         by_word = flags.lost and event in {Event.SEEN, Event.SEEN_UNHEARD}
-        assert found.begins == (by_word or event in {Event.FIRST_PULSE, Event.FIRST_SEEN})
-        pulsed = event in {Event.FIRST_PULSE, Event.PULSE}
+        assert found.begins == (by_word or event in {Event.FIRST_HEARTBEAT, Event.FIRST_SEEN})
+        pulsed = event in {Event.FIRST_HEARTBEAT, Event.HEARTBEAT}
         doubled = flags.lost and event is Event.SEEN_UNHEARD
         assert found.patience is (Patience.USUAL if pulsed else Patience.DOUBLED if doubled else Patience.KEPT)
 
@@ -86,19 +86,19 @@ class Naive:
     """Liveness of one node, from what was written down."""
 
     def __init__(self) -> None:
-        self.pulses: dict[int, list[float]] = defaultdict(list)
+        self.heartbeats: dict[int, list[float]] = defaultdict(list)
         self.life, self.since = 0, 0.0
         self.lost = False
         self.doubled = 0
 
     def heard(self, epoch: int, now: float) -> None:
-        self.pulses[epoch].append(now)
+        self.heartbeats[epoch].append(now)
         self.doubled = 0
         if self.life != epoch:
             self.life, self.since = epoch, now
 
     def quiet(self, epoch: int, now: float, listening: float) -> float:
-        last = max([listening, *self.pulses[epoch][-1:]])
+        last = max([listening, *self.heartbeats[epoch][-1:]])
         if self.life != epoch or self.lost:
             if self.life == epoch and now - last >= LEAST_SECONDS:
                 self.doubled = min(MOST_DOUBLED, self.doubled + 1)
@@ -106,7 +106,7 @@ class Naive:
         return now - max(last, self.since)
 
     def back(self, epoch: int, now: float, listening: float) -> bool:
-        before, last = [-inf, -inf, *self.pulses[epoch]][-2:]
+        before, last = [-inf, -inf, *self.heartbeats[epoch]][-2:]
         return now - last < LEAST_SECONDS and before >= listening and last - before >= PROMISE / 2
 
 
@@ -128,13 +128,13 @@ class World:
     def register(self, name: str) -> None:
         self.put(types.NodeRegistered(name, "x", ["m"], 16, {"gpu": 4}, pulse_seconds=PROMISE))
 
-    def pulse(self, name: str) -> None:
+    def heartbeat(self, name: str) -> None:
         epoch = self.state.nodes[name].epoch
-        self.liveness.heard(self.state, Pulse(node=name, epoch=epoch), self.now)
+        self.liveness.heard(self.state, Heartbeat(node=name, epoch=epoch), self.now)
         self.naive[name].heard(epoch, self.now)
 
     def zombie(self, name: str) -> None:
-        self.liveness.heard(self.state, Pulse(node=name, epoch=self.state.nodes[name].epoch - 1), self.now)
+        self.liveness.heard(self.state, Heartbeat(node=name, epoch=self.state.nodes[name].epoch - 1), self.now)
 
     def lost(self, name: str) -> None:
         self.put(types.NodeLost(name))
@@ -151,11 +151,11 @@ class World:
 
     def reborn(self, name: str) -> None:
         """It is lost at once in another life, and heard once."""
-        self.pulse(name)
+        self.heartbeat(name)
         self.register(name)
         self.lost(name)
         self.now += 0.5
-        self.pulse(name)
+        self.heartbeat(name)
 
     def listen(self, _: str) -> None:
         self.listening = self.now
@@ -188,7 +188,7 @@ class World:
             assert (self.liveness.state(name) is State.LOST) == naive.lost
 
 
-WHAT = ["pulse", "recovered", "conclude", "zombie", "register", "lost", "listen", "contradicted", "reborn"]
+WHAT = ["heartbeat", "recovered", "conclude", "zombie", "register", "lost", "listen", "contradicted", "reborn"]
 STEPS = st.tuples(st.sampled_from(WHAT), st.sampled_from("ab"), st.sampled_from([0.0, 0.25, 0.5, 1.5, 2.25, 9.0, 40.0]))
 
 

@@ -20,11 +20,11 @@ from kvplane.events.errors import BadCommit
 from kvplane.events.hashing import pack_hashes
 from kvplane.events.log.connection import connected
 from kvplane.events.log.follow import replay
-from kvplane.events.subjects import pulse_subject
+from kvplane.events.subjects import heartbeat_subject
 from kvplane.projections.digest import digest
 from kvplane.projections.fleet import FleetState
 from kvplane.services.demo.fleet import Fleet
-from kvplane.services.membership.member import encode_pulse
+from kvplane.services.membership.member import encode_heartbeat
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import Refused
 from kvplane.services.rpc.client import ask
@@ -62,10 +62,10 @@ async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
         await running.stop()
 
 
-async def register(client: Client, name: str, *, capacity: int = CAPACITY, pulse: float = 0.0) -> int:
+async def register(client: Client, name: str, *, capacity: int = CAPACITY, heartbeat: float = 0.0) -> int:
     request = messages.RegisterRequest(
         node=name, address="x", models=["m"], block_size=16, capacity_blocks={"gpu": capacity}, cache_mode="managed",
-        pulse_seconds=pulse,
+        pulse_seconds=heartbeat,
     )  # fmt: skip
     answer: dict[str, int] = await ask(client, f"kv.{NAME}.coordinator.node.register", request)
     return answer["epoch"]
@@ -198,11 +198,13 @@ async def test_admissions_race_and_capacity_holds_at_every_sequence(fleet: Fleet
         assert sum(event.evicted != b"" for event in accepted(written, types.BlocksPlaced)) > ADMISSIONS / 10  # type: ignore[attr-defined]
 
 
-async def pulse(client: Client, epochs: dict[str, int], silent: set[str], sent: Counter[str]) -> None:
+async def heartbeat(client: Client, epochs: dict[str, int], silent: set[str], sent: Counter[str]) -> None:
     while True:
         for name, epoch in epochs.items():
             if name not in silent:
-                await client.publish(pulse_subject(NAME, name), encode_pulse(messages.Pulse(node=name, epoch=epoch)))
+                await client.publish(
+                    heartbeat_subject(NAME, name), encode_heartbeat(messages.Heartbeat(node=name, epoch=epoch))
+                )
                 sent[name] += 1
         await anyio.sleep(0.4)
 
@@ -230,10 +232,10 @@ def conclusions(written: list[Message]) -> list[tuple[str, str]]:
 async def test_conclusions_are_made_once_also_by_those_who_slept(fleet: Fleet) -> None:
     async with connected([fleet.url], "test") as client, anyio.create_task_group() as group:
         await fleet.coordinators(client, COORDINATORS)
-        epochs = {name: await register(client, name, pulse=0.4) for name in "abc"}
+        epochs = {name: await register(client, name, heartbeat=0.4) for name in "abc"}
         silent: set[str] = set()
         sent: Counter[str] = Counter()
-        group.start_soon(pulse, client, epochs, silent, sent)
+        group.start_soon(heartbeat, client, epochs, silent, sent)
         await until(lambda: sent["a"] >= 3)
         silent.add("a")
         await see(client, {"a": "lost", "b": "up", "c": "up"})
@@ -241,7 +243,7 @@ async def test_conclusions_are_made_once_also_by_those_who_slept(fleet: Fleet) -
         await see(client, {"a": "up", "b": "up", "c": "up"})
         assert conclusions(await messages_of(client)) == [("NodeLost", "a"), ("NodeRecovered", "a")]
         # One is stopped for longer than a node may be silent; while it sleeps, b dies. What it finds in its buffers when it
-        # wakes up is b's last pulses, and silence of all for as long as it slept.
+        # wakes up is b's last heartbeats, and silence of all for as long as it slept.
         sleeper, *others = (f"coordinator-{number}" for number in range(COORDINATORS))
         before = sent["b"]
         fleet.signal(sleeper, signal.SIGSTOP)
@@ -250,7 +252,7 @@ async def test_conclusions_are_made_once_also_by_those_who_slept(fleet: Fleet) -
         # Requests that a sleeper is sent are not answered: look at the log.
         await until(partial(concluded, client, ("NodeLost", "b")), 30, every=0.1)
         fleet.signal(sleeper, signal.SIGCONT)
-        # When it alone is awake and says that c is lost, it has judged all of them, with all pulses that came late.
+        # When it alone is awake and says that c is lost, it has judged all of them, with all heartbeats that came late.
         for other in others:
             fleet.signal(other, signal.SIGSTOP)
         silent.add("c")

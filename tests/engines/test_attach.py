@@ -126,9 +126,11 @@ async def test_an_engine_becomes_a_node(fleet: Fleet, kind: str, dialect: str, n
         node = on.coordinator.state.nodes["a"].registered
         assert (node.models, node.block_size, node.capacity_blocks) == (["m", "ad"], 4, {"gpu": 12})
         assert node.engine == ("vllm 0.32.0" if kind == "vllm" else "sglang 0.9")
-        await until(lambda: "a" in on.coordinator.liveness.pulses and on.coordinator.liveness.pulses["a"].active)
-        pulse = on.coordinator.liveness.pulses["a"]
-        assert (pulse.active, pulse.waiting) == (3, 1)
+        await until(
+            lambda: "a" in on.coordinator.liveness.heartbeats and on.coordinator.liveness.heartbeats["a"].active
+        )
+        heartbeat = on.coordinator.liveness.heartbeats["a"]
+        assert (heartbeat.active, heartbeat.waiting) == (3, 1)
         hashes = block_hashes([6] * 12, 4)
         answer = await fleet.ask("coordinator.cache.lookup", _lookup(hashes))
         assert answer["matches"] == {"a": 3}

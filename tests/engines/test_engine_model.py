@@ -59,7 +59,7 @@ class Engines(RuleBasedStateMachine):
         for commit in self.log:
             memory.apply(commit)
         if memory.position is not None and self.life_known() and self.registered_life == self.engine.life:
-            self.track.restore(memory.names(), memory.position)
+            self.track.restore(memory.engine_hashes(), memory.position)
             if self.engine.sequence > len(self.engine.buffer):
                 self.uncertain |= {block for block, copies in self.engine.copies().items() if copies > 1}
         self.look()

@@ -127,7 +127,7 @@ async def test_a_killed_adapter_is_lost_by_its_silence(fleet: Fleet, server: Ser
             "0.2",
         )
         async with started(tmp_path / "log", *command) as process:
-            await until(lambda: "a" in coordinator.liveness.pulses, 40)
+            await until(lambda: "a" in coordinator.liveness.heartbeats, 40)
             await ended(process, signal.SIGKILL)
         await until(lambda: coordinator.state.nodes["a"].lost is not None, 20)
     assert isinstance(await last_word(fleet.client, "a"), types.NodeLost)

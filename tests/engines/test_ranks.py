@@ -84,14 +84,14 @@ async def test_all_ranks_become_nodes_or_the_one_that_is_named(fleet: Fleet, ser
             await traffic(coordinator, {"second": engine[1]})
             assert coordinator.state.nodes["second"].registered.labels["rank"] == "1"
             # The load is that of the rank, too.
-            await until(lambda: coordinator.liveness.pulses["second"].active == 50)
+            await until(lambda: coordinator.liveness.heartbeats["second"].active == 50)
             others = [node for name, node in coordinator.state.nodes.items() if name != "second"]
             await until(lambda: all(node.lost for node in others), 30)
             await router_sends(fleet, engine[0], rank="1")
         ends = ("--events", engine[1].endpoint, "--replay", engine[1].replay_endpoint)
         async with attached(*where, "--node", "third", "--rank", "1", *ends, log=log):
             await traffic(coordinator, {"third": engine[1]})
-            await until(lambda: coordinator.liveness.pulses["third"].active == 50)
+            await until(lambda: coordinator.liveness.heartbeats["third"].active == 50)
     assert set(coordinator.state.nodes) == {"e-dp0", "e-dp1", "second", "third"}
 
 

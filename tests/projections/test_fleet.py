@@ -130,7 +130,7 @@ def test_the_end_of_a_life_takes_that_nodes_blocks_and_no_others(two: Given, kin
     assert two.held("b") == {1, 2, 3}
     assert two.matches("b", 1, 2, 3) == 3
     assert list(two.state.load.running) == ["r"]
-    assert two.state.caches.index("m").memberships == 3
+    assert two.state.caches.index("m").block_copies == 3
     if kind is not types.NodeRemoved:
         assert two.held("a") == two.held("a", "cpu") == set()
 

@@ -87,7 +87,7 @@ async def test_a_session_moves_when_its_node_is_lost(stage: Stage, fleet: Fleet)
         await traffic.serve(first, work)
         assert (first.node, first.session) == ("doomed", "new")
         await until(lambda: stage.state.caches.held(stage.state.nodes["doomed"]) > 0)
-        # Its process is gone from one moment to the next: no goodbye, no last pulse.
+        # Its process is gone from one moment to the next: no goodbye, no last heartbeat.
         group.cancel_scope.cancel()
     lost_at, event = await stage.seen(types.NodeLost, seconds=10)
     assert (event.node, stage.state.caches.held(stage.state.nodes["doomed"])) == ("doomed", 0)

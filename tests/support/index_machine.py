@@ -110,7 +110,7 @@ class IndexMachine(RuleBasedStateMachine):
             for block in (1, 3, 100, 104, 202, 111, 305, 1000, 1411, 1412, 1511, 1512, 5000, 9999):
                 assert self.index.holds(slot, block) == (block in held)
         assert len(self.index) == len(set().union(*self.held))
-        assert self.index.memberships == sum(map(len, self.held))
+        assert self.index.block_copies == sum(map(len, self.held))
 
     @invariant()
     def matches_the_same(self) -> None:

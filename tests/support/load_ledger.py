@@ -89,7 +89,7 @@ class Ledger:
             await anyio.sleep(PAUSE_SECONDS)
 
     async def register(self, client: Client, node: str, models: Sequence[str] = (MODEL,)) -> int:
-        """Register a node that promises no pulses, and so is never lost; its epoch."""
+        """Register a node that promises no heartbeats, and so is never lost; its epoch."""
         request = messages.RegisterRequest(
             node=node, address=f"kv.{self.fleet}.serve.{node}", models=list(models), block_size=16,
             capacity_blocks={"gpu": 1000}, replace=True,

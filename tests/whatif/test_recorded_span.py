@@ -47,12 +47,12 @@ if TYPE_CHECKING:
 
 
 def two(
-    *requests: RecordedRequest, pulse: float = 0.0, changes: Sequence[RecordedChange] = (), most: int = 0
+    *requests: RecordedRequest, heartbeat: float = 0.0, changes: Sequence[RecordedChange] = (), most: int = 0
 ) -> Recorded:
     """Nodes `a`, which holds 1 to 4 and has the session `s`, and `b`."""
     fleet = Given()
     for name in "ab":
-        fleet.node(replace(registered(name, capacity=999, most=most), pulse_seconds=pulse))
+        fleet.node(replace(registered(name, capacity=999, most=most), pulse_seconds=heartbeat))
     fleet.stores("a", 1, 2, 3, 4)
     fleet.assigns("s", "a")
     return recorded_from(fleet.state, requests, changes)
@@ -87,26 +87,26 @@ def test_a_node_that_a_request_would_not_have_is_not_taken() -> None:
 
 LONG = asks(0.0, "long", 70, session="s", output_tokens=5000)
 BETWEEN = asks(9.0, "between", 71, session="s", output_tokens=500)
-LOST = RecordedChange(10.0, types.NodeLost("a", "no pulse for 2.1 s"))
+LOST = RecordedChange(10.0, types.NodeLost("a", "no heartbeat for 2.1 s"))
 
 
 def test_a_node_lost_for_its_silence_failed_before_and_its_requests_are_served_elsewhere() -> None:
     settled = run_recorded(two(LONG, BETWEEN), "session")
     assert set(nodes_of(settled).values()) == {"a"}
     assert settled.served[-1].end > 20
-    world = world_of(two(LONG, BETWEEN, asks(20.0, "x", 1), pulse=0.5, changes=[LOST]), "session")
+    world = world_of(two(LONG, BETWEEN, asks(20.0, "x", 1), heartbeat=0.5, changes=[LOST]), "session")
     outcome = finished(world)
     assert set(nodes_of(outcome).values()) == {"b"}
     assert (outcome.retried, outcome.rejected) == (1, 0)
     by_name = {served.request: served for served in outcome.served}
-    # Four pulses of half a second were missed.
+    # Four heartbeats of half a second were missed.
     assert 8.0 < by_name["long"].first < 9.0
     assert by_name["long"].arrival == 0.0
-    assert world.state.nodes["a"].lost == "no pulse for 2.1 s"
+    assert world.state.nodes["a"].lost == "no heartbeat for 2.1 s"
     assert held(world, "a") == set()
 
 
-def test_a_node_without_a_pulse_fails_when_the_log_says_so() -> None:
+def test_a_node_without_a_heartbeat_fails_when_the_log_says_so() -> None:
     outcome = run_recorded(two(LONG, BETWEEN, changes=[LOST]), "session")
     assert set(nodes_of(outcome).values()) == {"b"}
     assert outcome.retried == 2
@@ -116,10 +116,10 @@ def test_a_node_without_a_pulse_fails_when_the_log_says_so() -> None:
 def test_a_node_does_not_fail_before_it_registered() -> None:
     again = RecordedChange(9.5, types.NodeRegistered("a", "x", ["m"], SIZE, {"gpu": 999}, pulse_seconds=0.5))
     soon = replace(BETWEEN, arrival=9.6)
-    outcome = run_recorded(two(soon, pulse=0.5, changes=[again, LOST]), "session")
+    outcome = run_recorded(two(soon, heartbeat=0.5, changes=[again, LOST]), "session")
     assert (nodes_of(outcome), outcome.retried) == ({"between": "b"}, 0)
     early = replace(BETWEEN, arrival=9.4)
-    outcome = run_recorded(two(early, pulse=0.5, changes=[again, LOST]), "session")
+    outcome = run_recorded(two(early, heartbeat=0.5, changes=[again, LOST]), "session")
     # It was cut off by the registration first, then by the failure.
     assert (nodes_of(outcome), outcome.retried) == ({"between": "b"}, 1 + 1)
 
@@ -194,7 +194,7 @@ def test_whatever_happens_to_nodes_no_request_is_lost_and_the_fold_knows_what_en
         asks(time, f"r{number}", *chain[:length], output_tokens=output, session=session)
         for number, (time, chain, length, output, session) in enumerate(drawn)
     ]
-    recorded = two(*requests, pulse=0.5, changes=changes)
+    recorded = two(*requests, heartbeat=0.5, changes=changes)
     world = RecordedWorld(recorded, Settings(policy=policy, delay=delay, routers=2), {}, follow=False)
     outcome = finished(world)
     assert len(outcome.served) + outcome.rejected == len(requests)

@@ -1,4 +1,4 @@
-"""What a coordinator reads from the log for an adapter, which may not read it: its node's last word, and its blocks' names.
+"""What a coordinator reads from the log for an adapter, which may not read it: its node's last word, and its engine's hashes.
 
 One reading at a time; the others wait. Whoever asks gets an answer in a few seconds: if it is an empty piece, the subject in
 it goes on waiting. So one who asks learns soon that a coordinator is gone, however long the reading takes.
@@ -40,7 +40,7 @@ _log = structlog.get_logger("kvplane.engines")
 def _encoded(read: memory.Memory | None) -> bytes:
     if read is None or read.registered is None:
         return msgspec.msgpack.encode(None)
-    tiers = {tier: (pack_hashes(names.values()), list(names)) for tier, names in read.names().items()}
+    tiers = {tier: (pack_hashes(names.values()), list(names)) for tier, names in read.engine_hashes().items()}
     return msgspec.msgpack.encode(
         messages.Remembered(
             epoch=read.epoch, block_size=read.registered.block_size, labels=read.registered.labels,
@@ -66,7 +66,7 @@ class _Reading:
         self.scope.deadline = anyio.current_time() + GONE_SECONDS
 
 
-class Names:
+class EngineHashes:
     """Answers of one coordinator. `subject` is its own, where further pieces are asked for."""
 
     def __init__(self, client: Client, fleet: str, subject: str) -> None:
@@ -137,7 +137,7 @@ class Names:
                 if self._pieces.size >= HELD_BYTES:
                     raise Busy(f"{self._pieces.size:,} bytes that were read for nodes are not yet fetched; ask again")
                 waiting.deadline = float("inf")
-                # In a thread, since the names of a large cache take a second of time that others need.
+                # In a thread, since the hashes of a large cache take a second of time that others need.
                 read = await memory.read(self.client, self.fleet, reading.node)
                 data = await anyio.to_thread.run_sync(_encoded, read)
                 reading.piece = self._pieces.first(data)

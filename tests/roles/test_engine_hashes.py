@@ -18,7 +18,7 @@ from kvplane.services.engines.remembered import remembered
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.answers import RegisterAnswer
 from kvplane.services.protocol.errors import NoAnswer, Refused
-from kvplane.services.roles import memory, names
+from kvplane.services.roles import engine_hashes, memory
 from kvplane.services.rpc import pieces
 from kvplane.services.rpc.client import ask
 from kvplane.services.rpc.tally import OK
@@ -131,7 +131,7 @@ async def test_a_node_is_told_of_itself_only(tmp_path: Path, monkeypatch: pytest
         epoch = await stored(node, NAME, 100, "node-a")
         known = await remembered(node, f"kv.{NAME}.coordinator.cache.names.node-a", "node-a")
         assert known is not None
-        assert len(known.names()["gpu"]) == 100
+        assert len(known.engine_hashes()["gpu"]) == 100
         last = await ask(
             node, f"kv.{NAME}.coordinator.node.last.node-a", messages.NodeRequest(node="node-a"), messages.NodeLast
         )
@@ -148,16 +148,16 @@ async def test_what_a_node_held_comes_in_pieces_from_one_of_several_coordinators
         known = await remembered(fleet.client, WHERE, "a")
         assert known is not None
         assert (known.epoch, known.position, known.block_size, known.labels) == (epoch, 4, 4, {"k": "v"})
-        assert known.names() == {"gpu": {block.to_bytes(32): block for block in range(1, 5001)}}
+        assert known.engine_hashes() == {"gpu": {block.to_bytes(32): block for block in range(1, 5001)}}
     assert sum(coordinator.tally.answers["piece", OK] for coordinator in coordinators) > 80
-    assert all(coordinator.names._pieces.size == 0 for coordinator in coordinators)
+    assert all(coordinator.engine_hashes._pieces.size == 0 for coordinator in coordinators)
     assert await remembered(fleet.client, f"{WHERE[:-1]}b", "b") is None
 
 
 async def test_readings_take_turns_and_who_waits_learns_that_it_goes_on(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(names, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(engine_hashes, "POLL_SECONDS", 0.05)
     coordinator = await fleet.coordinator()
     for node in ("a", "b", "c"):
         await stored(fleet.client, fleet.name, 10, node)
@@ -166,36 +166,38 @@ async def test_readings_take_turns_and_who_waits_learns_that_it_goes_on(
     async def find(node: str) -> None:
         found[node] = await remembered(fleet.client, f"{WHERE[:-1]}{node}", node)
 
-    async with coordinator.names._lock, anyio.create_task_group() as group:
+    async with coordinator.engine_hashes._lock, anyio.create_task_group() as group:
         for node in ("a", "b"):
             group.start_soon(find, node)
-        await until(lambda: coordinator.tally.answers["piece", OK] > 10 and len(coordinator.names._readings) == 2)
-        monkeypatch.setattr(names, "BUSY_SECONDS", 0.2)
+        await until(
+            lambda: coordinator.tally.answers["piece", OK] > 10 and len(coordinator.engine_hashes._readings) == 2
+        )
+        monkeypatch.setattr(engine_hashes, "BUSY_SECONDS", 0.2)
         with pytest.raises(Refused, match="ask again") as caught:
             await remembered(fleet.client, f"{WHERE[:-1]}c", "c")
         assert (caught.value.status, caught.value.code) == (503, "busy")
         assert found == {}
-        coordinator.names._lock.release()
+        coordinator.engine_hashes._lock.release()
         await until(lambda: len(found) == 2)
-        await coordinator.names._lock.acquire()
-    assert all(known is not None and len(known.names()["gpu"]) == 10 for known in found.values())
-    await until(lambda: not coordinator.names._readings)
+        await coordinator.engine_hashes._lock.acquire()
+    assert all(known is not None and len(known.engine_hashes()["gpu"]) == 10 for known in found.values())
+    await until(lambda: not coordinator.engine_hashes._readings)
 
 
 async def test_a_reading_that_nobody_asks_for_is_given_up(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(names, "POLL_SECONDS", 0.05)
-    monkeypatch.setattr(names, "GONE_SECONDS", 0.3)
+    monkeypatch.setattr(engine_hashes, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(engine_hashes, "GONE_SECONDS", 0.3)
     coordinator = await fleet.coordinator()
     await stored(fleet.client, fleet.name, 10)
-    async with coordinator.names._lock:
+    async with coordinator.engine_hashes._lock:
         first = await ask(fleet.client, WHERE, messages.NodeRequest(node="a"), messages.Piece)
-        assert (first.size, first.data, len(coordinator.names._readings)) == (0, b"", 1)
+        assert (first.size, first.data, len(coordinator.engine_hashes._readings)) == (0, b"", 1)
         # A node that asks again gives up what it asked for before.
         again = await ask(fleet.client, WHERE, messages.NodeRequest(node="a"), messages.Piece)
         assert again.result != first.result
         with pytest.raises(Refused):
             await ask(fleet.client, first.next, messages.PieceRequest(result=first.result, offset=0), messages.Piece)
-        await until(lambda: not coordinator.names._readings)
+        await until(lambda: not coordinator.engine_hashes._readings)
     known = await remembered(fleet.client, WHERE, "a")
     assert known is not None
     assert known.position == 0
@@ -205,20 +207,20 @@ async def test_what_is_held_for_nodes_and_what_a_node_is_believed_is_bounded(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)
-    monkeypatch.setattr(names, "HELD_BYTES", 30_000)
+    monkeypatch.setattr(engine_hashes, "HELD_BYTES", 30_000)
     coordinator = await fleet.coordinator()
     for node in ("a", "b"):
         await stored(fleet.client, fleet.name, 1000, node)
     for _ in range(3):
         # Asked for again and again, and never fetched: it is held once.
         await ask(fleet.client, WHERE, messages.NodeRequest(node="a"), messages.Piece)
-    assert 40_000 < coordinator.names._pieces.size < 60_000
+    assert 40_000 < coordinator.engine_hashes._pieces.size < 60_000
     with pytest.raises(Refused, match="not yet fetched") as caught:
         await remembered(fleet.client, f"{WHERE[:-1]}b", "b")
     assert caught.value.status == 503
     known = await remembered(fleet.client, WHERE, "a")
     assert known is not None
-    assert coordinator.names._pieces.size == 0
+    assert coordinator.engine_hashes._pieces.size == 0
     monkeypatch.setattr(memory, "MOST_ENTRIES", 999)
     with pytest.raises(Refused, match="begin anew") as caught:
         await remembered(fleet.client, WHERE, "a")
@@ -250,5 +252,5 @@ async def test_who_reads_what_a_node_held_publishes_to_its_own_flow_control_only
         await purging(stranger, f"KV_{fleet.name}", "memory-")
         more = BlocksStored("a", epoch, 1, pack_hashes([11]), engine_hashes=[b"more"])
         await Appender(fleet.client, fleet.name, new_writer("a")).append(where, [more])
-    assert len(known.names()["gpu"]) == 11
+    assert len(known.engine_hashes()["gpu"]) == 11
     assert (await fleet.client.jetstream().stream_info(f"KV_{fleet.name}")).state.messages == before + 1
