@@ -363,7 +363,7 @@ def test_a_fold_that_takes_old_news_is_found(folding: Any) -> None:
 
 def test_a_fold_that_raises_is_found(folding: Any) -> None:
     def fails(*_: object) -> None:
-        raise RuntimeError
+        raise LookupError
 
     with folding((FleetState, "_cordoned", fails)):
         assert "no defect" in Story().broken()
