@@ -111,9 +111,9 @@ def test_a_busy_engine_is_well_for_a_while_and_one_that_says_no_is_not() -> None
 
 
 def test_another_beginning_is_suspicious_only_if_both_are_known() -> None:
-    for said, known, suspect in (("1", "1", False), ("", "1", False), ("1", "", False), ("1", "2", True)):
+    for began, known, suspect in (("1", "1", False), ("", "1", False), ("1", "", False), ("1", "2", True)):
         health = Health()
-        health.began(said, known)
+        health.began(began, known)
         health.began("", "")
         assert health.suspect is suspect
 

@@ -29,32 +29,32 @@ def registration(writer: str) -> messages.RegisterRequest:
 
 async def test_a_node_hears_what_is_concluded_of_it_and_of_no_other(fleet: Fleet) -> None:
     coordinator = await fleet.coordinator()
-    heard: list[Conclusion] = []
+    concluded: list[Conclusion] = []
     failed: list[ServiceFault] = []
-    member = Member(fleet.client, fleet.name, "a", heard.append, writer="one")
+    member = Member(fleet.client, fleet.name, "a", concluded.append, writer="one")
     await member.listen()
     epoch = await member.register(registration("one"), failed.append)
     assert epoch == member.epoch == coordinator.state.nodes["a"].epoch
     await coordinator.commit(commands.lost, messages.NodeRequest(node="a"), "a")
-    await until(lambda: heard == [Conclusion.FORGOTTEN])
+    await until(lambda: concluded == [Conclusion.FORGOTTEN])
     assert await member.register(registration("one"), failed.append) > epoch
     assert (member.registrations, failed) == (2, [])
-    other = Member(fleet.client, fleet.name, "b", heard.append)
+    other = Member(fleet.client, fleet.name, "b", concluded.append)
     await other.listen()
     await other.register(
         messages.RegisterRequest(node="b", address="x", models=["m"], block_size=4, capacity_blocks={"gpu": 8}), failed.append
     )  # fmt: skip
-    await Member(fleet.client, fleet.name, "a", heard.append).register(registration("two"), failed.append)
-    await until(lambda: heard == [Conclusion.FORGOTTEN, Conclusion.TAKEN])
+    await Member(fleet.client, fleet.name, "a", concluded.append).register(registration("two"), failed.append)
+    await until(lambda: concluded == [Conclusion.FORGOTTEN, Conclusion.TAKEN])
     await fleet.ask("coordinator.node.remove", messages.NodeRequest(node="a"))
-    await until(lambda: heard == [Conclusion.FORGOTTEN, Conclusion.TAKEN, Conclusion.REMOVED])
+    await until(lambda: concluded == [Conclusion.FORGOTTEN, Conclusion.TAKEN, Conclusion.REMOVED])
 
 
 async def test_a_node_that_was_away_asks_what_was_concluded(fleet: Fleet) -> None:
     coordinator = await fleet.coordinator()
-    heard: list[Conclusion] = []
+    concluded: list[Conclusion] = []
     own = await fleet.connect("own")
-    member = Member(own, fleet.name, "a", heard.append, writer="one")
+    member = Member(own, fleet.name, "a", concluded.append, writer="one")
     # It does not listen: it learns by asking alone.
     await member.register(registration("one"), lambda _: None)
     async with anyio.create_task_group() as group:
@@ -62,7 +62,7 @@ async def test_a_node_that_was_away_asks_what_was_concluded(fleet: Fleet) -> Non
         await anyio.lowlevel.checkpoint()
         await coordinator.commit(commands.lost, messages.NodeRequest(node="a"), "a")
         await own.force_reconnect()
-        await until(lambda: heard == [Conclusion.FORGOTTEN])
+        await until(lambda: concluded == [Conclusion.FORGOTTEN])
         group.cancel_scope.cancel()
 
 

@@ -45,10 +45,10 @@ async def purging(stranger: Client, stream: str, kind: str = "") -> None:
 
     Fails when the owner published anything to the API for purging or to flow control that is not its own.
     """
-    heard: list[str] = []
+    received: list[str] = []
 
     async def hear(message: Msg) -> None:
-        heard.append(message.subject)
+        received.append(message.subject)
 
     info = await consumer_of(stranger, stream, kind)
     inbox, own = info.config.deliver_subject, f"$JS.FC.{stream}.{info.name}.own"
@@ -67,5 +67,5 @@ async def purging(stranger: Client, stream: str, kind: str = "") -> None:
         await _heartbeat(stranger, inbox, subject)
     await _heartbeat(stranger, inbox, own)
     # It is answered on the same connection, behind what else was.
-    await until(lambda: own in heard)
-    assert heard == [own]
+    await until(lambda: own in received)
+    assert received == [own]
