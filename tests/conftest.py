@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -27,6 +29,10 @@ if TYPE_CHECKING:
 
     from nats.aio.client import Client
 
+
+# Whoever started the tests in the background may have had them ignore it, and the processes that they start inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A failure must be repeatable by whoever reads it.
 settings.register_profile("kvplane", print_blob=True, deadline=None)

@@ -53,7 +53,7 @@ def left_running(command: str, folder: Path, url: str, port: int) -> Iterator[No
             pytest.fail("".join(lines))
         yield
     finally:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         process.communicate(timeout=30)
 
 
