@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+SEQUENCE_DIGITS = 20
 STORED_SECONDS = 5.0
 """How long to wait until the history holds what is on the log now."""
 _SKEW_SECONDS = 5.0
@@ -74,6 +75,9 @@ class Past:
         """Sequence that a moment means. Raises `BadRequest`, `BeforeHistory` or `NotYet`."""
         at = str(at)
         ends = (await open_stream(self._ingest.client.jetstream(), self._ingest.fleet)).last_seq
+        # Digits are a sequence, however many there are; not all of them fit into one.
+        if at.isascii() and at.isdigit() and (len(at) > SEQUENCE_DIGITS or int(at) > ends):
+            raise NotYet(f"the log ends at sequence {ends}; {at[:60]} is not there yet")
         asked = when(at, datetime.now(UTC))
         if isinstance(asked, int):
             if asked > ends:
