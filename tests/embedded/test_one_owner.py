@@ -88,7 +88,7 @@ async def test_a_second_one_is_refused_and_nothing_acknowledged_is_lost(tmp_path
         first.kill()
         begin = time.monotonic()
         with up(tmp_path / "d", "--bare") as (again, second):
-            assert time.monotonic() - begin < 10
+            assert time.monotonic() - begin < 30
             assert not alive(server)
             assert await on_log(again) == wanted
             refused(tmp_path / "d", second.pid, again)

@@ -181,13 +181,13 @@ class Cut:
 async def test_one_server_keeps_what_it_acknowledged(tmp_path: Path, seed: int) -> None:
     cut = Cut(tmp_path, NAMES[:1], seed)
     assert await cut.lost() == []
-    assert len(cut.acknowledged) > 100
+    assert len(cut.acknowledged) > 20
 
 
 async def test_three_servers_keep_what_they_acknowledged(tmp_path: Path) -> None:
     cut = Cut(tmp_path, NAMES, 4)
     assert await cut.lost() == []
-    assert len(cut.acknowledged) > 100
+    assert len(cut.acknowledged) > 20
 
 
 async def test_a_server_that_syncs_now_and_then_does_not(tmp_path: Path) -> None:
