@@ -98,17 +98,21 @@ def answered(answer: object) -> list[int]:
 
 
 def kept(body: Body, given: list[int]) -> list[int] | None:
-    """Token ids of a prompt that the engine truncates as the request says; none when that can't be known.
+    """Token ids of a prompt that the engine truncates as the request says; none when that can't be known."""
+    return truncated(given, body.get("truncate_prompt_tokens"), body.get("truncation_side"))
 
-    vLLM's -1 is as many as the model takes.
+
+def truncated(ids: list[int], most: object, side: object) -> list[int] | None:
+    """What an engine keeps of token ids, by the request's `truncate_prompt_tokens` and `truncation_side`.
+
+    None when that can't be known: vLLM's -1 is as many as the model takes.
     """
-    most = body.get("truncate_prompt_tokens")
     if most is None:
-        return given
+        return ids
     if type(most) is not int or most < 1:
         return None
     # Language models lose the beginning unless the request says otherwise.
-    return given[:most] if body.get("truncation_side") == "right" else given[-most:]
+    return ids[:most] if side == "right" else ids[-most:]
 
 
 def _parts(body: Body) -> Iterator[object]:

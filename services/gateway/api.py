@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
+from kvplane.services.dataplane.openai import truncated
 from kvplane.services.protocol.errors import BadRequest
 
 if TYPE_CHECKING:
     from kvplane.services.protocol.messages import RouteAnswer
 
-CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 RESPONSES, MESSAGES, COUNT_TOKENS = "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"
 GENERATING = frozenset((CHAT, COMPLETIONS, RESPONSES, MESSAGES))
 """Endpoints whose requests fill an engine's cache, are recorded and have usage."""
-KNOWN = GENERATING | {EMBEDDINGS, COUNT_TOKENS}
 _MOST_TOKEN = (1 << 32) - 1
 _NOTHING = msgspec.Raw()
 
@@ -54,7 +54,6 @@ class Asked(NamedTuple):
     path: str
     model: str
     fields: Fields
-    stream: bool
     body: bytes
     """As it goes to the engine."""
     adds_usage: bool
@@ -71,7 +70,7 @@ def read(path: str, body: bytes) -> Asked:
         raise BadRequest("the request names no model; `GET /v1/models` lists those that are served")
     stream = fields.stream is True
     adds_usage = stream and path in {CHAT, COMPLETIONS} and not _wants_usage(fields.stream_options)
-    return Asked(path, fields.model, fields, stream, _with_usage(fields, body) if adds_usage else body, adds_usage)
+    return Asked(path, fields.model, fields, _with_usage(fields, body) if adds_usage else body, adds_usage)
 
 
 def _wants_usage(options: object) -> bool:
@@ -109,17 +108,8 @@ def token_ids(asked: Asked) -> list[int] | None:
 
 
 def kept(fields: Fields, ids: list[int]) -> list[int] | None:
-    """The ids that the engine keeps of a prompt that it truncates as the request says; none when that can't be known.
-
-    vLLM's -1 is as many as the model takes.
-    """
-    most = fields.truncate_prompt_tokens
-    if most is None:
-        return ids
-    if type(most) is not int or most < 1:
-        return None
-    # Language models lose the beginning unless the request says otherwise.
-    return ids[:most] if fields.truncation_side == "right" else ids[-most:]
+    """The ids that the engine keeps of a prompt that it truncates as the request says; none when that can't be known."""
+    return truncated(ids, fields.truncate_prompt_tokens, fields.truncation_side)
 
 
 def salt(fields: Fields) -> str:

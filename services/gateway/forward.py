@@ -12,12 +12,13 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
+from msgspec.structs import replace
 
 from kvplane.events.errors import KvplaneError
 from kvplane.services.gateway import api, errors
 from kvplane.services.gateway.breaker import FAILED
 from kvplane.services.gateway.usage import ANSWER_BYTES, Events, Usage, in_answer
-from kvplane.services.http.pool import origin
+from kvplane.services.http.pool import origin, request_head
 from kvplane.services.protocol.errors import EngineFailed, NoNode, Overloaded
 from kvplane.services.protocol.messages import CompleteRequest, RouteAnswer, RouteRequest
 
@@ -80,7 +81,6 @@ class Way:
         self._route, self._record, self._record_pending, self._left_out = route, record, record_pending, left_out
         self._attempts = attempts
         self._explain = explain
-        self._events: Events | None = None
         self._usage = Usage()
         self._first = 0.0
         self._pieces = 0
@@ -121,12 +121,12 @@ class Way:
         left_out = self._left_out()
         if left_out:
             try:
-                return self._route(_again(question, request, [*exclude, *left_out]))
+                return self._route(replace(question, request=request, exclude=[*exclude, *left_out]))
             except (NoNode, Overloaded):
                 # Better one that may fail than none.
                 pass
         try:
-            return self._route(_again(question, request, exclude) if number or exclude else question)
+            return self._route(replace(question, request=request, exclude=exclude) if number else question)
         except KvplaneError:
             if failed:
                 raise EngineFailed(f"no engine answered the request ({'; '.join(failed)})") from None
@@ -140,10 +140,8 @@ class Way:
         call: Call | None = None
         try:
             where = origin(decision.address)
-            head = b"POST %b HTTP/1.1\r\nhost: %b\r\naccept-encoding: identity\r\ncontent-length: %d\r\n%b%b\r\n" % (
-                where.path.encode() + self.exchange.request.target, where.authority, len(self.asked.body), self._headers,
-                self._own(decision),
-            )  # fmt: skip
+            own = self._headers + self._own(decision)
+            head = request_head(where, b"POST", self.exchange.request.target, len(self.asked.body), own)
             call = await self._pool.send(where, head, self.asked.body, patience=FIRST_BYTE_SECONDS)
             self._record_pending()
             if call.status >= 500 or call.status in _BUSY:
@@ -244,13 +242,6 @@ class Way:
         )  # fmt: skip
 
 
-def _again(question: RouteRequest, request: str, exclude: list[str]) -> RouteRequest:
-    return RouteRequest(
-        model=question.model, hashes=question.hashes, tokens=question.tokens, tokens_count=question.tokens_count,
-        session=question.session, salt=question.salt, request=request, exclude=exclude, traceparent=question.traceparent,
-    )  # fmt: skip
-
-
 def forwarded(headers: Headers) -> bytes:
     """The client's headers as they go to the engine."""
     dropped = _DROPPED
@@ -262,12 +253,8 @@ def forwarded(headers: Headers) -> bytes:
 
 def question(asked: Asked, prompt: Prompt, session: str, request: str, traceparent: str) -> RouteRequest:
     """What is asked of the router."""
-    salt = api.salt(asked.fields)
-    if prompt.ids is not None:
-        return RouteRequest(
-            model=asked.model, tokens=prompt.ids, session=session, salt=salt, request=request, traceparent=traceparent
-        )
+    known = prompt.ids is not None
     return RouteRequest(
-        model=asked.model, hashes=b"", tokens_count=prompt.tokens, session=session, salt=salt, request=request,
-        traceparent=traceparent,
+        model=asked.model, tokens=prompt.ids, hashes=None if known else b"", tokens_count=None if known else prompt.tokens,
+        session=session, salt=api.salt(asked.fields), request=request, traceparent=traceparent,
     )  # fmt: skip

@@ -14,7 +14,7 @@ import structlog
 
 from kvplane.services.dataplane import openai
 from kvplane.services.gateway import api
-from kvplane.services.http.pool import Origin, Pool, origin
+from kvplane.services.http.pool import Pool, origin, request_head
 from kvplane.services.protocol.errors import EngineFailed
 
 if TYPE_CHECKING:
@@ -32,6 +32,9 @@ BYTES_A_TOKEN = 4
 """Guessed of a prompt whose tokens nobody gives."""
 
 _log = structlog.get_logger("kvplane.gateway")
+
+
+_JSON = b"content-type: application/json\r\n"
 
 
 class _Rendered(msgspec.Struct):
@@ -57,14 +60,6 @@ class Anyone(NamedTuple):
 
     node: str
     address: str
-
-
-def request_head(where: Origin, path: str, size: int, headers: bytes = b"") -> bytes:
-    """The head of a request for JSON to an engine."""
-    return (
-        b"POST %b HTTP/1.1\r\nhost: %b\r\ncontent-type: application/json\r\naccept-encoding: identity\r\n"
-        b"content-length: %d\r\n%b\r\n" % ((where.path + path).encode(), where.authority, size, headers)
-    )
 
 
 class Prompts:
@@ -128,9 +123,8 @@ class Prompts:
 
     async def _post(self, engine: Anyone, path: str, body: bytes, credentials: bytes) -> tuple[int, bytes]:
         where = origin(engine.address)
-        call = await self._pool.send(
-            where, request_head(where, path, len(body), credentials), body, patience=RENDER_SECONDS
-        )
+        head = request_head(where, b"POST", path.encode(), len(body), _JSON + credentials)
+        call = await self._pool.send(where, head, body, patience=RENDER_SECONDS)
         try:
             if call.status >= 500:
                 raise EngineFailed(f"{path} answers {call.status}")

@@ -21,7 +21,7 @@ from kvplane.services.gateway.access import AccessLog
 from kvplane.services.gateway.breaker import Breaker
 from kvplane.services.gateway.forward import Way, forwarded, question
 from kvplane.services.gateway.prompt import Anyone, Prompt, Prompts
-from kvplane.services.http.pool import Pool, origin
+from kvplane.services.http.pool import Pool, origin, request_head
 from kvplane.services.http.server import Server
 from kvplane.services.protocol.errors import BadHttp, BadRequest, EngineFailed, NoNode
 from kvplane.services.protocol.messages import CompleteRequest, RouteAnswer, RouteRequest, decode_request, encode_answer
@@ -157,8 +157,7 @@ class Gateway:
             seconds = time.perf_counter() - begin
             outcome = passage.way.outcome(exchange.status) if passage.way is not None else None
             self._measure(outcome, passage.source, seconds)
-            if self.access.stream is not None:
-                self.access.write(exchange, name, passage.model, outcome, traceparent, seconds)
+            self.access.write(exchange, name, passage.model, outcome, traceparent, seconds)
 
     async def _go(self, exchange: Exchange, path: str, passage: _Passage) -> None:
         request = exchange.request
@@ -220,10 +219,7 @@ class Gateway:
                 RouteRequest(model=model or self._only_model(), hashes=b"", tokens_count=1, dry_run=True)
             )
             where = origin(answer.address)
-            head = b"%b %b HTTP/1.1\r\nhost: %b\r\naccept-encoding: identity\r\ncontent-length: %d\r\n%b\r\n" % (
-                request.method, where.path.encode() + request.target, where.authority, len(request.body),
-                forwarded(request.headers),
-            )  # fmt: skip
+            head = request_head(where, request.method, request.target, len(request.body), forwarded(request.headers))
             call = await self._pool.send(where, head, request.body, patience=_PASSING_SECONDS)
             try:
                 headers = [
@@ -238,11 +234,6 @@ class Gateway:
                 exchange.end()
             finally:
                 call.release()
-        except EngineFailed as error:
-            if exchange.begun:
-                exchange.abort()
-            else:
-                self._refuse(exchange, path, error, "")
         except Exception as error:  # noqa: BLE001 - every error is answered
             self._refuse(exchange, path, error, "")
 

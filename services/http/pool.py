@@ -60,6 +60,13 @@ def origin(url: str) -> Origin:
     return Origin(parts.hostname, port or (443 if tls else 80), tls, parts.path.rstrip("/"))
 
 
+def request_head(where: Origin, method: bytes, target: bytes, size: int, headers: bytes) -> bytes:
+    """The head of a request with a body of `size` bytes; `headers` are the lines of all further ones."""
+    return b"%b %b HTTP/1.1\r\nhost: %b\r\naccept-encoding: identity\r\ncontent-length: %d\r\n%b\r\n" % (
+        method, where.path.encode() + target, where.authority, size, headers,
+    )  # fmt: skip
+
+
 class Call(asyncio.Protocol):
     """A connection to an engine, and the request that it carries at the moment."""
 

@@ -143,11 +143,8 @@ class Exchange:
         self.status = status
         if length is not None:
             framing = b"content-length: %d\r\n" % length
-        elif self._connection.keeps_alive(self):
-            framing, self._chunked = b"transfer-encoding: chunked\r\n", True
         else:
-            framing, self._keep_alive = b"transfer-encoding: chunked\r\n", False
-            self._chunked = True
+            framing, self._chunked = b"transfer-encoding: chunked\r\n", True
         self._connection.write(head_of(status, headers, framing + self._ending()))
 
     def write(self, data: bytes) -> None:
