@@ -169,11 +169,13 @@ async def protected_blocks(stage: Stage) -> str:
     name = stage.fleet.name
     routed = await stage.ask(f"kv.{name}.route", request, messages.RouteAnswer)
     await stage.seen(types.RequestRouted, lambda e: e.request == routed.request)
+    # The coordinator may need a moment to see the decision on the log.
+    await anyio.sleep(SETTLE_SECONDS)
     big = messages.AdmitRequest(model="placement", hashes=pack_hashes(range(41, 47)), node="place-1")
     error = await stage.refused("cache.admit", big)
     check(error.code == "no_room", f"the refusal was {error.code}: {error}")
     await stage.ask(f"kv.{name}.complete", messages.CompleteRequest(request=routed.request, node="place-1"))
-    await stage.seen(types.RequestCompleted, lambda e: e.request == routed.request)
+    await stage.settled(routed.request)
     await stage.command("cache.admit", big)
     return f"refused while the request ran ({error}), placed when it was done"
 
