@@ -133,15 +133,13 @@ async def serve(
     service = _Service(
         client, ServiceConfig(name=name, version=package_version(), description=description, metadata=about)
     )
-    with suppress(FlushTimeoutError):
-        await service.start()
     for endpoint in endpoints:
         tally.expect(endpoint.name, waits=endpoint.concurrent)
         handler = _concurrent(endpoint, tally, group) if endpoint.concurrent else _in_turn(endpoint, tally)
         await service.add_endpoint(name=endpoint.name, subject=endpoint.subject, handler=handler)
-    # A connection that is replaced just now subscribes again by itself.
+    # Last, so that whoever is listed can be asked. A connection that is replaced just now subscribes again by itself.
     with suppress(FlushTimeoutError):
-        await client.flush()
+        await service.start()
     return service
 
 

@@ -139,8 +139,8 @@ async def test_the_leader_is_killed_then_another_and_routers_go_on(cluster: Clus
         await until(partial(_degraded, client, expected=False), WAIT_SECONDS)
     print_figures("two of three killed", ledger)
     assert ledger.failed == []
-    # A request that a router had when its server died is asked again after half a second.
-    assert ledger.slowest < 1.0
+    # A commit waits until there is a leader again, or two servers of three. A route waits for neither.
+    assert ledger.slowest < min(ledger.stalls.values())
     async with connected(cluster.urls, "test") as client:
         await ledger.check(client, routers=2, coordinators=2)
 

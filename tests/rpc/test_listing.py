@@ -1,0 +1,50 @@
+"""Who is listed among the services can be asked: a list made while one starts has it with its endpoints, or not at all."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import msgspec
+import pytest
+
+from kvplane.events.log.connection import connected
+from kvplane.services.protocol.messages import StatusRequest
+from kvplane.services.rpc.client import instances
+from kvplane.services.rpc.server import Endpoint, serve
+
+if TYPE_CHECKING:
+    from nats.aio.client import Client
+    from nats.aio.subscription import Subscription
+
+    from kvplane.services.embedded.server import Server
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_a_service_is_listed_when_its_endpoints_answer(server: Server, client: Client) -> None:
+    answers: list[dict[str, str]] = []
+
+    async def ask_when_listed() -> None:
+        async with connected([server.url], "asker") as asker:
+            while not await instances(asker, "late", seconds=0.2, enough=1, quiet=0.05):
+                await anyio.lowlevel.checkpoint()
+            message = await asker.request("late.one", msgspec.msgpack.encode(StatusRequest()), timeout=5)
+            answers.append(msgspec.msgpack.decode(message.data))
+            group.cancel_scope.cancel()
+
+    subscribe = client.subscribe
+
+    async def slow(*arguments: Any, **named: Any) -> Subscription:
+        """A subscription that stands before the next one is asked for, as on a slow line."""
+        made = await subscribe(*arguments, **named)
+        await client.flush()
+        await anyio.sleep(0.02)
+        return made
+
+    client.subscribe = slow  # type: ignore[method-assign]
+    endpoint = Endpoint("one", "late.one", StatusRequest, lambda _: {"here": "yes"})
+    async with anyio.create_task_group() as group:
+        group.start_soon(ask_when_listed)
+        await serve(client, group, "late", "starts slowly", [endpoint], {})
+    assert answers == [{"here": "yes"}]
