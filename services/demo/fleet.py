@@ -6,7 +6,7 @@ import signal
 import sys
 from contextlib import suppress
 from subprocess import STDOUT
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import anyio
 from nats.errors import Error as NatsError
@@ -16,9 +16,9 @@ from kvplane.services.protocol.errors import StepFailed
 from kvplane.services.rpc.client import instances
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
-    from anyio.abc import Process
     from nats.aio.client import Client
 
     from kvplane.services.embedded.server import Server
@@ -28,12 +28,35 @@ READY_SECONDS = 30.0
 ANSWER_SECONDS = 0.3
 
 
-class Fleet:
-    """A server and the processes around it, by name. All logs lie in `folder`, whose `data` may have an owner already."""
+class Process(Protocol):
+    """A process that was started, as anyio has it."""
 
-    def __init__(self, folder: Path, port: int, fleet: str, owner: Owner | None = None) -> None:
+    def send_signal(self, signal: signal.Signals) -> None:
+        """Send it a signal."""
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+
+    def kill(self) -> None:
+        """SIGKILL."""
+
+    async def wait(self) -> int:
+        """Wait until it has ended; its exit code."""
+
+
+class Fleet:
+    """A server and the processes around it, by name. All logs lie in `folder`, whose `data` may have an owner already.
+
+    `open_process` starts a process, for who has a faster way than anyio's.
+    """
+
+    def __init__(
+        self, folder: Path, port: int, fleet: str, owner: Owner | None = None,
+        open_process: Callable[..., Awaitable[Process]] = anyio.open_process,
+    ) -> None:  # fmt: skip
         self.folder = folder
         self._owner = owner
+        self._open_process = open_process
         self.port = port
         self.name = fleet
         self.url = f"nats://127.0.0.1:{port}"
@@ -53,7 +76,7 @@ class Fleet:
         command += ["--fleet", self.name, "--log-format", "json"]
         log = await anyio.open_file(self.folder / f"{name}.log", "ab")
         async with log:
-            self._processes[name] = await anyio.open_process(
+            self._processes[name] = await self._open_process(
                 command, stdin=None, stdout=log.wrapped, stderr=STDOUT, start_new_session=True
             )
 
@@ -69,7 +92,7 @@ class Fleet:
         """SIGKILL processes, and wait until they are gone."""
         for name in names:
             if name == "server" and self.server:
-                process = self.server.process
+                process: Process = self.server.process
                 self.server.kill()
             else:
                 process = self._processes[name]

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from tests.support.fork_server import open_program
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from anyio.abc import Process
-
     from tests.chaos.ledger import Ledger
+    from tests.support.fork_server import AsyncProgram
 
 READY = {"router_ready", "coordinator_ready", "historian_ready", "node_registered"}
 STOP_SECONDS = 25.0
@@ -73,7 +74,7 @@ class Service:
     ) -> None:  # fmt: skip
         self.name = name
         self.lives: list[Life] = []
-        self.process: Process | None = None
+        self.process: AsyncProgram | None = None
         self.paused = False
         self.wanted = False
         """Whether it is meant to run."""
@@ -110,7 +111,7 @@ class Service:
             servers = [part for url in self._urls() for part in ("--server", url)]
             command = [*self._prefix, sys.executable, "-m", "kvplane", *self._command, *servers]
             with life.log.open("ab") as log:
-                self.process = await anyio.open_process(
+                self.process = await open_program(
                     command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdin=DEVNULL, stdout=log,
                     stderr=STDOUT, start_new_session=True,
                 )  # fmt: skip

@@ -28,6 +28,7 @@ from kvplane.services.membership.member import encode_heartbeat
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import Refused
 from kvplane.services.rpc.client import ask
+from tests.support.fork_server import open_program
 from tests.support.naive_fold import Naive
 from tests.support.ports import free_port
 from tests.support.waiting import until
@@ -52,7 +53,7 @@ IN_FLIGHT = 128
 
 @pytest.fixture
 async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
-    running = Fleet(tmp_path, free_port(), NAME)
+    running = Fleet(tmp_path, free_port(), NAME, open_process=open_program)
     try:
         await running.start_server()
         for number in range(COORDINATORS):

@@ -22,6 +22,7 @@ from kvplane.services.protocol import messages
 from kvplane.services.replication.replica import Replica
 from kvplane.services.roles.coordinator import Coordinator
 from kvplane.services.rpc.client import ask
+from tests.support.fork_server import open_program
 from tests.support.load_ledger import MODEL, Ledger
 from tests.support.three_servers import NAMES, WAIT_SECONDS, Cluster, cluster_in
 from tests.support.waiting import until
@@ -51,7 +52,7 @@ async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
 @pytest.fixture
 async def fleet(cluster: Cluster, tmp_path: Path) -> AsyncIterator[Fleet]:
     """Two coordinators and two routers, in processes of their own, that know all servers."""
-    running = Fleet(tmp_path, 0, NAME)
+    running = Fleet(tmp_path, 0, NAME, open_process=open_program)
     running.urls = cluster.urls
     try:
         for name in ("coordinator-1", "coordinator-2"):

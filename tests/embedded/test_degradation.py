@@ -30,6 +30,7 @@ from kvplane.services.roles import coordinator
 from kvplane.services.rpc.client import ask
 from tests.support.disks import filled
 from tests.support.fleet import fleet_on
+from tests.support.fork_server import open_program
 from tests.support.ports import free_port
 from tests.support.waiting import until
 
@@ -127,7 +128,7 @@ async def test_a_server_that_dies_under_up_is_started_again(tmp_path: Path) -> N
 
 async def test_a_router_that_stood_still_reads_what_it_missed(tmp_path: Path) -> None:
     """Long enough for the server to give its consumer up, and with more on the log than it may have on its way."""
-    fleet = Processes(tmp_path, free_port(), "slow")
+    fleet = Processes(tmp_path, free_port(), "slow", open_process=open_program)
     await fleet.start_server()
     try:
         async with connected([fleet.url], "test") as client:

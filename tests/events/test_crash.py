@@ -29,6 +29,7 @@ from kvplane.services.demo.workload import conversations
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import ServiceFault
 from kvplane.services.rpc.client import ask
+from tests.support.fork_server import open_program
 from tests.support.ports import free_port
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Ledger:
 
 @pytest.fixture
 async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
-    running = Fleet(tmp_path, free_port(), NAME)
+    running = Fleet(tmp_path, free_port(), NAME, open_process=open_program)
     await running.start_server()
     yield running
     await running.stop()

@@ -31,6 +31,7 @@ from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import Refused
 from kvplane.services.rpc.client import ask
 from tests.support.fold_given import SECOND, START, Given, registered, replayed
+from tests.support.fork_server import open_program
 from tests.support.log_file import messages_of, write
 from tests.support.ports import free_port
 
@@ -137,7 +138,7 @@ def test_a_snapshot_of_a_log_in_a_later_format_is_refused() -> None:
 
 @pytest.fixture
 async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
-    running = Fleet(tmp_path, free_port(), "formats")
+    running = Fleet(tmp_path, free_port(), "formats", open_process=open_program)
     await running.start_server()
     yield running
     await running.stop()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.support.fork_server import Program
 from tests.support.ports import free_port
 
 if TYPE_CHECKING:
@@ -29,14 +30,14 @@ def started(*arguments: str, before: str = "") -> list[str]:
 
 def run(*arguments: str, before: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     """A command to its end; named options are its environment."""
-    return subprocess.run(
-        started(*arguments, before=before),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env={**os.environ, "COLUMNS": "100", **environment},
-    )
+    command = started(*arguments, before=before)
+    environment = {**os.environ, "COLUMNS": "100", **environment}
+    with Program(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
 @contextmanager
@@ -46,7 +47,7 @@ def up(folder: Path, *options: str, before: str = "") -> Iterator[tuple[str, sub
     # Others may have the ports that are taken without a word, or take them just now.
     off = [part for name in ("--http", "--gateway") if name not in options for part in (name, "off")]
     command = started("up", "--data", str(folder), "--port", str(port), *off, *options, before=before)
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = Program(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     lines = []
     for line in process.stderr:

@@ -23,6 +23,7 @@ from kvplane.projections.history.store import Store
 from kvplane.projections.history.tables import TABLES
 from kvplane.services.history.historian import Historian
 from kvplane.services.rpc.client import ask
+from tests.support.fork_server import Program
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Sequence
@@ -242,7 +243,7 @@ async def question(client: Client, endpoint: str, request: msgspec.Struct, *, se
 @contextmanager
 def commanded(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     """Run kvplane in a process of its own beside the test."""
-    with subprocess.Popen(
+    with Program(
         [sys.executable, "-m", "kvplane", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         try:
