@@ -43,12 +43,25 @@ def _end_with_parent() -> None:
 
 @contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """A terminal's Ctrl-C is for this process; those that are started in the block inherit that SIGINT is blocked."""
+    """A terminal's Ctrl-C is for this process; those that are started in the block inherit that SIGINT is blocked.
+
+    An interrupt waits for the end of the block: a worker that was half started would read the end of its orders, and complain.
+    """
+    arrived: list[tuple[Any, ...]] = []
+    handler = signal.getsignal(signal.SIGINT)
+    # Whichever thread the signal reaches, its handler runs in the main one.
+    deferred = threading.current_thread() is threading.main_thread() and callable(handler)
+    if deferred:
+        signal.signal(signal.SIGINT, lambda *given: arrived.append(given))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
+        if deferred:
+            signal.signal(signal.SIGINT, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if arrived and callable(handler):
+            handler(*arrived[-1])
 
 
 def _submit(executor: ProcessPoolExecutor, *call: Any) -> Future[Any]:  # noqa: ANN401 - passed through

@@ -107,6 +107,7 @@ def _handed_over(process: subprocess.Popen[bytes]) -> None:
 
 INTERRUPTED = [
     ["--help"], ["node", "list"], ["events", "tail"], ["sql", "SELECT 1"], ["report"], ["router"],
+    ["simulate", "agent", "--limit", "500", "--processes", "2"],
 ]  # fmt: skip
 
 
