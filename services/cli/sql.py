@@ -100,9 +100,11 @@ def choose(*, json: bool, csv: bool, parquet: Path | None, arrow: Path | None) -
     if json:
         return _as_json
     if csv:
-        return _as_csv
+        return lambda schema: _in_words(schema, _as_csv)
     if parquet is not None:
-        return lambda schema: _file(parquet, lambda path: pa.parquet.ParquetWriter(path, schema))
+        return lambda schema: _in_words(
+            schema, lambda words: _file(parquet, lambda path: pa.parquet.ParquetWriter(path, words))
+        )
     if arrow is not None:
         return lambda schema: _file(arrow, lambda path: pa.ipc.new_file(path, schema))
     return _as_table if show.on_terminal() else _as_tabs
@@ -165,6 +167,25 @@ def _as_csv(schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
 
     yield take
     sys.stdout.flush()
+
+
+@contextmanager
+def _in_words(
+    schema: pa.Schema, writer: Callable[[pa.Schema], Any]
+) -> Iterator[Callable[[pa.Table], None]]:  # fmt: skip
+    """For a writer that has no intervals: they are text."""
+    places = [place for place, field in enumerate(schema) if field.type == pa.month_day_nano_interval()]
+    for place in places:
+        schema = schema.set(place, pa.field(schema.field(place).name, pa.string()))
+    with writer(schema) as take:
+
+        def words(page: pa.Table) -> None:
+            for place in places:
+                column = pa.array([plain(value) for value in page.column(place).to_pylist()], pa.string())
+                page = page.set_column(place, schema.field(place), column)
+            take(page)
+
+        yield words
 
 
 @contextmanager

@@ -15,6 +15,8 @@ def plain(value: Any) -> Any:  # noqa: ANN401 - any value of a result
     match value:
         case None | bool() | str():
             return value
+        case (int() as months, int() as days, int() as nanoseconds) if hasattr(value, "nanoseconds"):
+            return _interval(months, days, nanoseconds)
         case int():
             return value if -(1 << 63) <= value < 1 << 64 else str(value)
         case float():
@@ -34,6 +36,19 @@ def plain(value: Any) -> Any:  # noqa: ANN401 - any value of a result
         case dict():
             return {str(key): plain(part) for key, part in value.items()}
     return str(value)
+
+
+def _interval(months: int, days: int, nanoseconds: int) -> str:
+    """An interval in the words that SQL reads: `1 month 3 days 04:05:06.5`. Its parts have no common unit."""
+    words = [
+        f"{count} {unit}{'' if abs(count) == 1 else 's'}" for count, unit in ((months, "month"), (days, "day")) if count
+    ]
+    if nanoseconds or not words:
+        seconds, rest = divmod(abs(nanoseconds), 10**9)
+        point = f".{rest:09}".rstrip("0") if rest else ""
+        sign = "-" if nanoseconds < 0 else ""
+        words.append(f"{sign}{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}{point}")
+    return " ".join(words)
 
 
 WIDEST = 1 << 53

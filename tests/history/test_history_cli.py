@@ -93,6 +93,15 @@ def test_the_same_result_in_every_form(url: str, tmp_path: Path) -> None:
     assert str(REQUESTS) in done.stdout
 
 
+def test_an_interval_is_text_where_the_form_has_none(url: str, tmp_path: Path) -> None:
+    query = "SELECT INTERVAL '2 days 1.5 s' AS it UNION ALL SELECT NULL"
+    assert rows(url, query) == [{"it": "2 days 00:00:01.5"}, {"it": None}]
+    assert run("sql", query, "--csv", KVPLANE_SERVER=url).stdout == '"it"\n"2 days 00:00:01.5"\n\n'
+    out = tmp_path / "out.parquet"
+    assert run("sql", query, "--parquet", str(out), KVPLANE_SERVER=url).returncode == 0
+    assert pa.parquet.read_table(out)["it"].to_pylist() == ["2 days 00:00:01.5", None]
+
+
 @pytest.mark.parametrize(
     ("query", "code"),
     [
