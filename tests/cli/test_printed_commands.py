@@ -6,10 +6,8 @@ What can't be run is in `NOT_RUN` with the reason; its options are parsed all th
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import subprocess
-import sys
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +22,7 @@ from kvplane.services.demo.traffic import Traffic
 from kvplane.services.demo.workload import conversations
 from kvplane.services.history.client import table
 from kvplane.services.protocol.errors import NoAnswer, Refused
-from tests.support.commands import up
+from tests.support.commands import run, up
 from tests.support.markdown import ROOT
 from tests.support.printed import Printed, files, printed, refused
 from tests.support.stand_in import Ground
@@ -178,16 +176,7 @@ def _done(url: str, ground: Ground, command: Printed) -> str:
     arguments = " ".join(words[1:])
     added = [option for pattern, options in ADDED.items() if re.match(pattern, arguments) for option in options]
     expected = next((code for pattern, code in CODES.items() if re.match(pattern, arguments)), 0)
-    done = subprocess.run(
-        [sys.executable, "-m", "kvplane", *words[1:], *added],
-        cwd=ground.folder,
-        env={**os.environ, "KVPLANE_SERVER": url, "COLUMNS": "100"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
+    done = run(*words[1:], *added, folder=str(ground.folder), KVPLANE_SERVER=url)
     bad = done.returncode != expected or "Traceback" in done.stderr
     return (
         f"exit code {done.returncode}: {arguments} {' '.join(added)}\n{done.stdout[-600:]}{done.stderr[-600:]}"

@@ -28,11 +28,14 @@ def started(*arguments: str, before: str = "") -> list[str]:
     return [sys.executable, *(["-c", before + MAIN] if before else ["-m", "kvplane"]), *arguments]
 
 
-def run(*arguments: str, before: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    """A command to its end; named options are its environment."""
+def run(*arguments: str, before: str = "", folder: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command to its end, in a folder; further names are its environment."""
     command = started(*arguments, before=before)
     environment = {**os.environ, "COLUMNS": "100", **environment}
-    with Program(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with Program(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder or None,
+        env=environment,
+    ) as process:  # fmt: skip
         try:
             stdout, stderr = process.communicate(timeout=60)
         finally:
