@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 from contextlib import suppress
@@ -112,7 +111,7 @@ class Service:
             command = [*self._prefix, sys.executable, "-m", "kvplane", *self._command, *servers]
             with life.log.open("ab") as log:
                 self.process = await open_program(
-                    command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdin=DEVNULL, stdout=log,
+                    command, cwd=ROOT, stdin=DEVNULL, stdout=log,
                     stderr=STDOUT, start_new_session=True,
                 )  # fmt: skip
             self.paused = False

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.commands import asked, run, up
+from tests.support.commands import asked, until_whole, up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,9 +26,7 @@ CHATTER = ("Traceback", "Exception ignored", "BrokenPipe", "KeyboardInterrupt", 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with up(tmp_path_factory.mktemp("up"), "--simulate", "2", "--http", "off") as (found, _):
-        deadline = time.monotonic() + 30
-        while run("history", "status", KVPLANE_SERVER=found).returncode and time.monotonic() < deadline:
-            pass
+        until_whole(found, nodes=2)
         yield found
 
 

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from typing import TYPE_CHECKING
 
 import pytest
 
 from kvplane.services.cli import COMMANDS, app
-from tests.support.commands import run, up
+from tests.support.commands import until_whole, up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,10 +39,7 @@ def heavy(modules: set[str]) -> set[str]:
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder: Path = tmp_path_factory.mktemp("up")
     with up(folder, "--simulate", "2", "--http", "off") as (found, _):
-        # The historian is a process of its own, and may still be starting.
-        deadline = time.monotonic() + 30
-        while run("history", "status", "--server", found).returncode and time.monotonic() < deadline:
-            pass
+        until_whole(found, nodes=2)
         yield found
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import time
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -18,7 +17,7 @@ from kvplane.services.cli.history import aside
 from kvplane.services.demo.traffic import Traffic
 from kvplane.services.demo.workload import conversations
 from kvplane.services.protocol import messages
-from tests.support.commands import asked, run, up
+from tests.support.commands import asked, run, until_whole, up
 from tests.support.historians import question
 from tests.support.waiting import until
 
@@ -54,11 +53,7 @@ async def _serve(url: str) -> None:
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with up(tmp_path_factory.mktemp("up"), "--simulate", "3") as (found, _):
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            nodes = asked(found, "node", "list")["nodes"]
-            if len(nodes) == 3 and run("history", "status", KVPLANE_SERVER=found).returncode == 0:
-                break
+        until_whole(found, nodes=3)
         anyio.run(_serve, found)
         yield found
 

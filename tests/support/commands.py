@@ -7,11 +7,16 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import pytest
 
+from kvplane.events.log.connection import connected
+from kvplane.services.protocol.errors import ServiceFault
+from kvplane.services.protocol.messages import ListRequest, StatusRequest
+from kvplane.services.rpc.client import ask
 from tests.support.fork_server import Program
 from tests.support.ports import free_port
 
@@ -20,6 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+PATIENCE_SECONDS = 60
 MAIN = "\nfrom kvplane.services.cli import main\nmain()"
 
 
@@ -71,3 +77,20 @@ def asked(url: str, *arguments: str) -> Any:
     done = run(*arguments, "--json", KVPLANE_SERVER=url)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def until_whole(url: str, nodes: int) -> None:
+    """Wait until so many nodes of `kvplane up` are there and its history answers: both are started after it says its URL."""
+
+    async def wait() -> None:
+        async with connected([url], "test") as client:
+            with anyio.fail_after(PATIENCE_SECONDS):
+                while True:
+                    with suppress(ServiceFault):
+                        listed: Any = await ask(client, "kv.default.coordinator.node.list", ListRequest())
+                        await ask(client, "kv.default.history.status", StatusRequest())
+                        if len(listed["nodes"]) == nodes:
+                            return
+                    await anyio.sleep(0.05)
+
+    anyio.run(wait)

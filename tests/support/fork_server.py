@@ -88,7 +88,14 @@ class Program(subprocess.Popen[Any]):
             args, executable, preexec, _, pass_fds, cwd, env, _, _, shell,
             p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, _, gid, gids, uid, umask, session, process_group,
         ) = arguments  # fmt: skip
-        wishes = (executable, preexec, pass_fds, shell, gid, gids, uid)
+        environment = dict(os.environ if env is None else env)
+        # What Python itself reads as it starts.
+        python = any(
+            environment.get(name) != os.environ.get(name)
+            for name in {*environment, *os.environ}
+            if name.startswith("PYTHON")
+        )
+        wishes = (executable, preexec, pass_fds, shell, gid, gids, uid, python)
         if (
             any(wishes)
             or umask >= 0
@@ -98,7 +105,7 @@ class Program(subprocess.Popen[Any]):
             super()._execute_child(*arguments)  # type: ignore[misc]
             return
         # A service that begins again with huge pages would import everything anew.
-        environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0", **(os.environ if env is None else env)}
+        environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
         order = Order(args[2], list(args[3:]), environment, os.fspath(cwd or Path.cwd()), session)
         standard = [given if given != -1 else number for number, given in enumerate((p2cread, c2pwrite, errwrite))]
         self.pid = _server().start(order, standard)
