@@ -8,7 +8,7 @@ from kvplane.services.cli import show
 from kvplane.services.cli.show import Column
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from kvplane.services.simulation.results import Summary
     from kvplane.services.whatif.replay import Result
@@ -19,6 +19,20 @@ TTFT_COLUMNS = (
 )  # fmt: skip
 END_COLUMNS = (Column("imbalance", number=True, spare=4), Column("rejected", number=True, spare=2))
 TTFT_NOTE = "mean, p50, p90, p99: time to first token; hits: share of prompt tokens; imbalance: busiest node over mean"
+
+SESSION_COLUMNS: tuple[tuple[Column, Callable[[Summary], str | None]], ...] = (
+    (Column("in goal", number=True), lambda row: None if row.within_goal is None else f"{row.within_goal:.1%}"),
+    (Column("session (s)", number=True), lambda row: None if row.session is None else f"{row.session:,.0f}"),
+    (Column("makespan (s)", number=True), lambda row: f"{row.makespan:,.0f}"),
+    (Column("moves", number=True), lambda row: None if row.session is None else f"{row.moves:,}"),
+    (Column("recomputed", number=True, spare=1), lambda row: f"{row.recomputed:,}"),
+    (Column("held twice", number=True, spare=2), lambda row: f"{row.held_twice:,}"),
+)
+SESSION_NOTE = (
+    "in goal: requests whose first token came within --goal; session: its mean time from first request to last answer; "
+    "makespan: from the first request to the last answer; moves: requests of a session on another node than the one before; "
+    "recomputed: tokens that some node had computed before; held twice: tokens in a second cache at the end."
+)
 
 
 def ttft_cells(row: Summary | Result) -> list[str]:

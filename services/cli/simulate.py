@@ -13,8 +13,16 @@ from kvplane.services.cli import show
 from kvplane.services.cli.ask import Json, show_json
 from kvplane.services.cli.limits import within
 from kvplane.services.cli.progress import progress_bar
-from kvplane.services.cli.runs import END_COLUMNS, TTFT_COLUMNS, TTFT_NOTE, say_failures, ttft_cells
-from kvplane.services.cli.show import Column, Styled
+from kvplane.services.cli.runs import (
+    END_COLUMNS,
+    SESSION_COLUMNS,
+    SESSION_NOTE,
+    TTFT_COLUMNS,
+    TTFT_NOTE,
+    say_failures,
+    ttft_cells,
+)
+from kvplane.services.cli.show import Cell, Column, Styled
 from kvplane.services.protocol.errors import BadRequest, PolicyFailed
 from kvplane.services.simulation.workloads import GENERATED_REQUESTS, generate
 
@@ -48,6 +56,7 @@ def simulate(
     delay: float = 0.002,
     routers: int = 1,
     max_active: int = 0,
+    goal: str | None = None,
     fail: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
     join: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
     rate: float | None = None,
@@ -65,6 +74,7 @@ def simulate(
     trace
         JSON lines with timestamp (ms), input_length, output_length, hash_ids and, if there is one, session; or a
         generated workload: multi-turn, shared-prefix, agent, single-turn. Also the last value of --policy, --fail, --join.
+        With delay (ms) on a session's lines it is a closed loop: its next request comes that long after its last answer.
     nodes
         How many nodes there are, named node-1, node-2, ...
     policy
@@ -76,7 +86,7 @@ def simulate(
     capacity
         Blocks that a node can hold; default is what the GPU of --hardware has room for, and 3 million tokens without.
     speedup
-        How many times faster than recorded the requests arrive.
+        How many times closer than recorded the requests arrive; in a closed loop, the sessions begin.
     seed
         Decides ties, and generates the workload.
     limit
@@ -89,6 +99,8 @@ def simulate(
         How many routers share the requests.
     max_active
         Most requests at once on a node; 0 is no limit.
+    goal
+        Time to first token that you want, such as 2s or 500ms: the share of requests within it is shown.
     fail
         Nodes that fail, and when in seconds: node-3@60.
     join
@@ -117,7 +129,7 @@ def simulate(
             Asked(
                 trace=trace, policy=policy, fail=fail, join=join, hardware=hardware, capacity=capacity,
                 block_size=block_size, limit=limit, rate=rate, processes=processes, keep=plot is not None,
-                nodes=nodes, speedup=speedup, seed=seed, delay=delay, routers=routers, most_active=max_active,
+                nodes=nodes, speedup=speedup, seed=seed, delay=delay, routers=routers, most_active=max_active, goal=goal,
             ),
             progress,
         )  # fmt: skip
@@ -162,12 +174,22 @@ def _draw(path: Path, found: Simulated) -> None:
         raise BadRequest(f"the picture can't be written: {error}") from None
 
 
+def _when(found: Simulated) -> str:
+    """When the requests come, in words."""
+    begins: dict[str, float] = {}
+    for request in found.trace.work:
+        if request.delay is not None:
+            begins.setdefault(request.session, request.arrival)
+    if begins:
+        return f"in {len(begins):,} sessions that begin within {max(begins.values()) / found.settings.speedup:,.0f} s"
+    return f"in {max(request.arrival for request in found.trace.work) / found.settings.speedup:,.0f} s"
+
+
 def _show(found: Simulated, summaries: Sequence[Summary]) -> None:
     settings, work = found.settings, found.trace.work
-    span = max(request.arrival for request in work) / settings.speedup
     tokens = sum(request.tokens for request in work)
     show.aside(
-        f"{len(work):,} requests, {tokens / len(work):,.0f} tokens each, in {span:,.0f} s; ideal hit rate {found.ideal:.1%}"
+        f"{len(work):,} requests, {tokens / len(work):,.0f} tokens each, {_when(found)}; ideal hit rate {found.ideal:.1%}"
     )
     show.aside(
         f"{settings.nodes:,} nodes ({settings.hardware.name}), {settings.capacity:,} blocks of {settings.block_size:,} tokens "
@@ -177,17 +199,29 @@ def _show(found: Simulated, summaries: Sequence[Summary]) -> None:
         return
     show.aside("")
     best = min(summary.mean for summary in summaries)
-    show.table(
-        [*TTFT_COLUMNS, Column("of ideal", number=True, spare=3), *END_COLUMNS],
+    rows: list[list[Cell]] = [
         [
-            [
-                Styled(row.policy + ("*" if row.policy_failures else ""), "bold" if row.mean == best else ""),
-                *ttft_cells(row), f"{row.ideal_share:.1%}", f"{row.imbalance:.2f}", f"{row.rejected:,}",
-            ]
-            for row in summaries
-        ],
-        note=f"{TTFT_NOTE}; of ideal: hits, of what one cache without end would have.",
-    )  # fmt: skip
+            Styled(row.policy + ("*" if row.policy_failures else ""), "bold" if row.mean == best else ""),
+            *ttft_cells(row), f"{row.ideal_share:.1%}", f"{row.imbalance:.2f}", f"{row.rejected:,}",
+        ]
+        for row in summaries
+    ]  # fmt: skip
+    columns = [*TTFT_COLUMNS, Column("of ideal", number=True, spare=3), *END_COLUMNS]
+    note = f"{TTFT_NOTE}; of ideal: hits, of what one cache without end would have."
+    closed = any(request.delay is not None for request in work)
+    more = [
+        (column, cell)
+        for column, cell in SESSION_COLUMNS
+        if closed or any(row.within_goal is not None for row in summaries)
+        if any(cell(row) is not None for row in summaries)
+    ]
+    names = [column for column, _ in more]
+    values = [[cell(row) or "" for _, cell in more] for row in summaries]
+    if more and show.on_terminal():
+        show.table(columns, rows, note=note)
+        show.say("")
+        rows, columns, note = [row[:1] for row in rows], columns[:1], SESSION_NOTE
+    show.table([*columns, *names], [[*row, *own] for row, own in zip(rows, values, strict=True)], note=note)
     say_failures(summaries)
 
 

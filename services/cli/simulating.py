@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,7 @@ class Asked(Struct, frozen=True, kw_only=True):
     delay: float
     routers: int
     most_active: int
+    goal: str | None
     hardware: str | None
     capacity: int | None
     block_size: int | None
@@ -75,6 +77,7 @@ def simulated(asked: Asked, progress: Progress) -> Simulated:
         raise BadRequest("--policy has no value; name at least one policy, or leave it out")
     asked = with_trace(asked)
     name = asked.trace or ""
+    goal = None if asked.goal is None else goal_seconds(asked.goal)
     made_of = hardware_of(asked.hardware) if asked.hardware is not None else Hardware()
     choices = [parse_choice(text) for text in dict.fromkeys(asked.policy)]
     base = Settings(
@@ -104,9 +107,17 @@ def simulated(asked: Asked, progress: Progress) -> Simulated:
     task = progress.add_task("simulating", total=len(work) * len(runs))
     made = compare(
         runs, work, ideal, processes=asked.processes or os.cpu_count() or 1, keep=asked.keep,
-        progress=lambda done: progress.update(task, completed=done),
+        goal=goal, progress=lambda done: progress.update(task, completed=done),
     )  # fmt: skip
     return Simulated(Path(name).name, trace, base, ideal, made)
+
+
+def goal_seconds(text: str) -> float:
+    """Read a time such as 2s or 500ms. Raises `BadRequest`."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m)", text.strip(), re.ASCII)
+    if found is None or not float(found[1]):
+        raise BadRequest(f"--goal is {text[:40]!r}; write a time with its unit, such as 2s or 500ms")
+    return float(found[1]) * {"ms": 0.001, "s": 1, "m": 60}[found[2]]
 
 
 def with_trace(asked: Asked) -> Asked:

@@ -42,18 +42,18 @@ def run(settings: Settings, work: Sequence[Work], progress: Callable[[int], None
     return World(settings, work, desk).run(progress)
 
 
-_shared: tuple[Sequence[Work], float, Any] | None = None
+_shared: tuple[Sequence[Work], float, float | None, Any] | None = None
 
 
-def _begin(work: Sequence[Work], ideal: float, counts: Any) -> None:  # noqa: ANN401 - an array shared by processes
+def _begin(work: Sequence[Work], ideal: float, goal: float | None, counts: Any) -> None:  # noqa: ANN401 - shared array
     global _shared  # noqa: PLW0603 - what a worker process is given once
-    _shared = work, ideal, counts
+    _shared = work, ideal, goal, counts
 
 
 def _one(number: int, choice: Choice, settings: Settings, keep: bool) -> tuple[Summary, Outcome | None]:  # noqa: FBT001
     if _shared is None:
         raise RuntimeError("the process was not begun")
-    work, ideal, counts = _shared
+    work, ideal, goal, counts = _shared
     if ":" in choice.policy:
         parse_choice(choice.text)
 
@@ -63,19 +63,19 @@ def _one(number: int, choice: Choice, settings: Settings, keep: bool) -> tuple[S
     outcome = run(settings, work, progress)
     if not outcome.served:
         raise NotServed(f"with {choice.text}, none of {len(work)} requests could be served; is the capacity too small?")
-    return summarize(outcome, choice.text, ideal), outcome if keep else None
+    return summarize(outcome, choice.text, ideal, goal), outcome if keep else None
 
 
 def compare(
     runs: Sequence[tuple[Choice, Settings]], work: Sequence[Work], ideal: float, *, processes: int, keep: bool = False,
-    progress: Callable[[int], None] = lambda _: None,
+    goal: float | None = None, progress: Callable[[int], None] = lambda _: None,
 ) -> list[tuple[Summary, Outcome | None]]:  # fmt: skip
     """Make all runs over the same requests. `progress` is called with the sum of requests that have arrived in them.
 
-    `ideal` is the ideal hit rate. With `keep`, the outcomes are given as well. Results do not depend on the number of
-    processes.
+    `ideal` is the ideal hit rate, `goal` the wanted TTFT in seconds. With `keep`, the outcomes are given as well. Results do
+    not depend on the number of processes.
     """
     counts = CONTEXT.Array("q", len(runs))
-    with workers(min(processes, len(runs)), _begin, work, ideal, counts) as submit:
+    with workers(min(processes, len(runs)), _begin, work, ideal, goal, counts) as submit:
         jobs = [submit(_one, number, choice, settings, keep) for number, (choice, settings) in enumerate(runs)]
         return results(jobs, lambda: progress(sum(counts[:])))

@@ -44,6 +44,8 @@ class Job(Struct, eq=False):
     """When it reached the node that serves it."""
     first: float = 0.0
     """When its first token came."""
+    recomputed: int = 0
+    """Tokens that were computed before, somewhere."""
 
 
 class Report(Struct):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kvplane.services.simulation.trace import Work
-    from kvplane.services.simulation.world import Outcome
+    from kvplane.services.simulation.world import Outcome, Served
 
 DIGITS = 6
 """Figures are rounded to so many decimals: enough for any use, and the same text wherever they are printed."""
@@ -49,6 +49,18 @@ class Summary(Struct, frozen=True, kw_only=True):
     """Decisions for which the policy failed and the least loaded node was taken."""
     failure: str
     """What the last such failure was."""
+    makespan: float = 0.0
+    """Seconds from the first request to the last answer."""
+    session: float | None = None
+    """Mean time of a session in seconds, from its first request to its last answer; none without sessions."""
+    moves: int = 0
+    """Requests of a session that went to another node than the one before."""
+    recomputed: int = 0
+    """Tokens that had been computed on some node before, and were again."""
+    held_twice: int = 0
+    """Tokens in the caches at the end that another node holds as well."""
+    within_goal: float | None = None
+    """Share of all requests, also rejected ones, with a TTFT within the goal; none without a goal."""
 
     @property
     def failed(self) -> bool:
@@ -81,8 +93,35 @@ def ttft(outcome: Outcome) -> NDArray[np.float64]:
     return np.array([served.first - served.arrival for served in outcome.served], dtype=np.float64)
 
 
-def summarize(outcome: Outcome, policy: str, ideal: float) -> Summary:
-    """The figures of a run; `ideal` is the trace's ideal hit rate."""
+class _Session(Struct):
+    """One session as it went, in seconds."""
+
+    begin: float
+    end: float
+    node: int
+    moves: int = 0
+
+
+def _sessions(served: Iterable[Served]) -> list[_Session]:
+    found: dict[str, _Session] = {}
+    for each in sorted(served, key=lambda each: each.arrival):
+        if not each.session:
+            continue
+        session = found.setdefault(each.session, _Session(each.arrival, each.end, each.node))
+        session.moves += each.node != session.node
+        session.node, session.end = each.node, max(session.end, each.end)
+    return list(found.values())
+
+
+def _makespan(outcome: Outcome) -> float:
+    served = outcome.served
+    return max(each.end for each in served) - min(each.arrival for each in served) if served else 0.0
+
+
+def summarize(outcome: Outcome, policy: str, ideal: float, goal: float | None = None) -> Summary:
+    """The figures of a run; `ideal` is the trace's ideal hit rate, `goal` the wanted TTFT in seconds."""
+    sessions = _sessions(outcome.served)
+    everything = len(outcome.served) + outcome.rejected
     times = ttft(outcome)
     tokens = sum(served.tokens for served in outcome.served)
     hit = sum(served.cached for served in outcome.served) / max(1, tokens)
@@ -101,4 +140,9 @@ def summarize(outcome: Outcome, policy: str, ideal: float) -> Summary:
         ideal_share=rounded(hit / ideal) if ideal else 1.0, imbalance=rounded(max(outcome.busy) / busy) if busy else 1.0,
         rejected=outcome.rejected, retried=outcome.retried, decisions=outcome.decisions,
         policy_failures=outcome.policy_failures, failure=outcome.failure,
+        makespan=rounded(_makespan(outcome)),
+        session=rounded(sum(each.end - each.begin for each in sessions) / len(sessions)) if sessions else None,
+        moves=sum(each.moves for each in sessions), recomputed=sum(each.recomputed for each in outcome.served),
+        held_twice=outcome.held_twice,
+        within_goal=None if goal is None or not everything else rounded(float((times <= goal).sum()) / everything),
     )  # fmt: skip

@@ -1,8 +1,9 @@
 """Traces of requests: JSON lines with `timestamp` (ms), `input_length`, `output_length` (tokens) and `hash_ids`.
 
-A line may also name a `session`, and say the trace's `block_size` (tokens). This is the format of the published Mooncake
-traces: `hash_ids` are chained, so an equal id means an equal block and an equal prefix, and they can be used as block hashes
-as they are. A file may be compressed with gzip.
+A line may also name a `session` (or `session_id`), and say the trace's `block_size` (tokens). With `delay` (ms) the session
+is a closed loop: its first request comes at its timestamp, each later one that long after the answer before it. This is the
+format of the published Mooncake traces: `hash_ids` are chained, so an equal id means an equal block and an equal prefix, and
+they can be used as block hashes as they are. A file may be compressed with gzip.
 """
 
 from __future__ import annotations
@@ -38,18 +39,59 @@ class TraceRequest(Struct, frozen=True):
     output_length: Annotated[int, Meta(ge=0)]
     hash_ids: Annotated[list[Annotated[int, Meta(ge=0)]], Meta(max_length=1 << 18)]
     session: Annotated[str, Meta(max_length=128)] = ""
+    session_id: Annotated[str, Meta(max_length=128)] = ""
+    delay: Annotated[float, Meta(ge=0)] | None = None
+    """Time after the answer before it in the same session, in milliseconds."""
     block_size: Annotated[int, Meta(ge=1, le=MOST_BLOCK_SIZE)] | None = None
     """Tokens a block, the same on every line that says it."""
 
 
 class Work(Struct, frozen=True):
-    """One request to be sent: packed block hashes, sizes in tokens, its session, if any, and when, in seconds."""
+    """One request to be sent: packed block hashes, sizes in tokens, its session, if any, and when, in seconds.
+
+    With a `delay`, it comes that many seconds after the session's answer before it; `arrival` is when a first one comes.
+    """
 
     hashes: bytes
     tokens: int
     output_tokens: int
     session: str = ""
     arrival: float = 0.0
+    delay: float | None = None
+
+
+class Sessions:
+    """What the lines of a trace say of sessions: all or none of one has delays, and its lines are in order."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, tuple[int, float, bool]] = {}
+        """Of each session's last line: its number, its timestamp, and whether it has a delay."""
+
+    def line(self, number: int, request: TraceRequest) -> None:
+        """Take a line into account. Raises `BadTrace`."""
+        name = request.session or request.session_id
+        if request.session and request.session_id and request.session != request.session_id:
+            raise BadTrace(f"line {number:,} names two sessions, {request.session!r} and {request.session_id!r}")
+        if not name:
+            if request.delay is not None:
+                raise BadTrace(f"line {number:,} has a delay but no session, so there is no answer that it waits for")
+            return
+        before = self._last.get(name)
+        self._last[name] = number, request.timestamp, request.delay is not None
+        if before is None:
+            return
+        line, time, waits = before
+        if (request.delay is None) == waits:
+            without = number if request.delay is None else line
+            raise BadTrace(
+                f"line {without:,} of session {name!r} has no delay, and line {number + line - without:,} has one; a session "
+                "that waits for its answers has one on every line"
+            )
+        if request.delay is not None and request.timestamp < time:
+            raise BadTrace(
+                f"line {number:,} of session {name!r} is of {request.timestamp:g} ms, before line {line:,} of "
+                f"{time:g} ms; a session's lines must be in order"
+            )
 
 
 class Trace(Struct):
@@ -68,8 +110,8 @@ def work_of(request: TraceRequest, block_size: int) -> Work:
 def _packed(request: TraceRequest) -> Work:
     """A line with all its ids, the one of a partial last block included. Raises `BadHashes`."""
     return Work(
-        pack_hashes(request.hash_ids), request.input_length, request.output_length, request.session,
-        request.timestamp / 1000,
+        pack_hashes(request.hash_ids), request.input_length, request.output_length, request.session or request.session_id,
+        request.timestamp / 1000, None if request.delay is None else request.delay / 1000,
     )  # fmt: skip
 
 
@@ -90,6 +132,7 @@ def read_trace(
     """
     decoder = msgspec.json.Decoder(TraceRequest)
     known = BlockSize(block_size)
+    sessions = Sessions()
     stated = False
     found = []
     try:
@@ -111,6 +154,7 @@ def read_trace(
                     ) from None
                 stated = stated or request.block_size is not None
                 try:
+                    sessions.line(number, request)
                     known.line(number, request.input_length, len(request.hash_ids), request.block_size)
                 except BadTrace as error:
                     raise BadTrace(f"{path.name}: {error}") from None

@@ -29,6 +29,7 @@ from kvplane.projections.load import PREFILL_LABEL
 from kvplane.services.protocol.errors import ServiceFault
 from kvplane.services.routing.decide import Chooser, Query
 from kvplane.services.routing.overlay import Overlay
+from kvplane.services.simulation.arrivals import Arrivals
 from kvplane.services.simulation.engine import Engine, Job
 from kvplane.services.simulation.hardware import Hardware
 
@@ -66,7 +67,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     policy: str = "ttft"
     parameters: dict[str, float] = {}
     speedup: float = 1.0
-    """How many times faster than recorded the requests arrive."""
+    """How many times closer than recorded requests arrive; in a closed loop, sessions begin."""
     seed: int = 0
     """Decides ties, and which router gets which request."""
     delay: float = 0.002
@@ -92,6 +93,9 @@ class Served(Struct, gc=False):
     predicted: int
     """Tokens that the router expected to be cached."""
     request: str
+    session: str = ""
+    recomputed: int = 0
+    """Tokens that were computed before on any node, and are computed again: they were evicted, or lie elsewhere."""
 
 
 class Outcome(Struct):
@@ -108,6 +112,8 @@ class Outcome(Struct):
     """What the policy's last failure was."""
     decisions: int = 0
     """How often the policy was asked."""
+    held_twice: int = 0
+    """Tokens that lie in the caches at the end beside an equal one on another node."""
 
 
 class Desk(Protocol):
@@ -194,12 +200,15 @@ class World:
         self._predicted: dict[str, int] = {}
         self._queries: dict[str, tuple[Query, Desk]] = {}
         self._served: list[Served] = []
+        self._seen: set[int] = set()
+        """Blocks that were ever computed."""
         self._batch = 0
         self._changes: list[tuple[float, Callable[[], None]]] = []
         """What happens to nodes, and when."""
         self.rejected = 0
         self.retried = 0
         self._begin()
+        self._arrivals = Arrivals(self._work, ready=self.ready, speedup=settings.speedup)
 
     def _begin(self) -> None:
         """Make the nodes of the beginning known, and plan what happens to nodes later."""
@@ -224,29 +233,33 @@ class World:
     def _run(self, progress: Callable[[int], None]) -> Outcome:
         settings = self.settings
         changes = deque(sorted(self._changes, key=lambda change: change[0]))
-        for number, request in enumerate(self._work):
-            now = self.ready + request.arrival / settings.speedup
-            while changes and changes[0][0] <= now:
-                time, change = changes.popleft()
-                self._until(time)
-                change()
-            self._until(now)
-            self._arrive(number, request, now)
-            if not number % 256:
-                progress(number)
-        while changes and self._queries:
-            time, change = changes.popleft()
-            self._until(time)
-            if self._queries:
-                change()
-        self._until(math.inf)
+        arrivals = self._arrivals
+        arrived = 0
+        while True:
+            change = changes[0][0] if changes else math.inf
+            self._until(change)
+            # An answer may have brought a request that comes first.
+            if arrivals.next < change:
+                now, number = arrivals.take()
+                self._arrive(number, self._work[number], now)
+                if not arrived % 256:
+                    progress(arrived)
+                arrived += 1
+            elif changes and (self._queries or arrivals.next < math.inf):
+                changes.popleft()[1]()
+            else:
+                break
         progress(len(self._work))
         return Outcome(
             settings, self._names, self._served, self.rejected, self.retried, [engine.busy for engine in self._engines],
             sum(desk.policy_failures for desk in self._desks),
             next((desk.last_failure for desk in self._desks if desk.last_failure), ""),
-            sum(desk.decisions for desk in self._desks),
+            sum(desk.decisions for desk in self._desks), self._held_twice(),
         )  # fmt: skip
+
+    def _held_twice(self) -> int:
+        caches = [self._engines[number].cache.blocks for number in self._alive.values()]
+        return (sum(map(len, caches)) - len(set().union(*caches))) * self.settings.block_size
 
     def _put(self, now: float, topic: str, event: types.Event, writer: str = "") -> None:
         self._log.append((now + self.settings.delay, f"kv.{FLEET}.{topic}", event, writer))
@@ -332,6 +345,7 @@ class World:
         blocks = min(len(hashes) >> 3, longest_match(request.tokens, settings.block_size))
         query = Query(identity, MODEL, hashes, request.tokens, blocks, settings.block_size, request.session)
         desk = self._desks[derive_hash(f"{identity} router".encode()) % len(self._desks)]
+        self._arrivals.sent(number, identity)
         self._route(query, desk, unpack_hashes(hashes), request.output_tokens, now, now)
 
     def _route(
@@ -344,7 +358,7 @@ class World:
             try:
                 decision = desk.decide(query, clock)
             except ServiceFault:
-                self._reject(query)
+                self._reject(query, now)
                 return
             name = decision.node.name
             engine = self._alive.get(name)
@@ -353,7 +367,7 @@ class World:
             query = query._replace(exclude=query.exclude | {name})
         job = Job(query.id, hashes, query.tokens, output, arrival)
         if not self._engines[engine].fits(job):
-            self._reject(query)
+            self._reject(query, now)
             return
         writer = self._writers[self._desks.index(desk)]
         routed, assigned = desk.count_in(query, decision, clock, self.state.sequence)
@@ -365,16 +379,17 @@ class World:
         self._engines[engine].arrive(job, now)
         heappush(self._due, (self._engines[engine].ends, engine))
 
-    def _reject(self, query: Query) -> None:
+    def _reject(self, query: Query, now: float) -> None:
         self.rejected += 1
+        self._arrivals.answered(query.id, now)
         # It may have been on a node that has failed.
         self._queries.pop(query.id, None)
         self._predicted.pop(query.id, None)
 
     def _until(self, time: float) -> None:
-        """Let engines run up to a time."""
+        """Let engines run up to a time, or to the next arrival."""
         due = self._due
-        while due and due[0][0] <= time:
+        while due and due[0][0] <= min(time, self._arrivals.next):
             ends, number = heappop(due)
             engine = self._engines[number]
             if engine.ends != ends:
@@ -384,6 +399,7 @@ class World:
             # One that was removed finishes what it runs, but speaks for no node any more.
             speaks = self._alive.get(name) == number
             for job in report.prefilled:
+                self._note_recomputed(job)
                 self._queries[job.request][1].computed(job.request, int((self.start + ends) * _NS))
                 if job.stored and speaks:
                     self._batch += 1
@@ -399,14 +415,26 @@ class World:
             if engine.ends < math.inf:
                 heappush(due, (engine.ends, number))
 
+    def _note_recomputed(self, job: Job) -> None:
+        """Find out what of a prompt that is computed now was computed before, on whatever node."""
+        seen = self._seen
+        known = 0
+        for block in job.hashes[: longest_match(job.tokens, self.settings.block_size)]:
+            if block not in seen:
+                break
+            known += 1
+        job.recomputed = max(0, known * self.settings.block_size - job.cached)
+        seen.update(job.hashes)
+
     def _finish(self, job: Job, number: int, now: float) -> None:
         self._served.append(
             Served(
                 number, job.arrival, job.first, now, job.tokens, job.cached, self._predicted.pop(job.request),
-                job.request,
+                job.request, self._queries[job.request][0].session, job.recomputed,
             )
         )  # fmt: skip
         del self._queries[job.request]
+        self._arrivals.answered(job.request, now)
         completed = types.RequestCompleted(
             request=job.request, node=self._names[number], prompt_tokens=job.tokens, cached_tokens=job.cached,
             output_tokens=job.output, ttft=job.first - job.started, duration=now - job.started,
