@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support.commands import asked, until_whole, up
+from tests.support.commands import all_there, asked, up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,7 +26,7 @@ CHATTER = ("Traceback", "Exception ignored", "BrokenPipe", "KeyboardInterrupt", 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with up(tmp_path_factory.mktemp("up"), "--simulate", "2", "--http", "off") as (found, _):
-        until_whole(found, nodes=2)
+        all_there(found, nodes=2)
         yield found
 
 

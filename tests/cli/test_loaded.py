@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from kvplane.services.cli import COMMANDS, app
-from tests.support.commands import until_whole, up
+from tests.support.commands import all_there, up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,7 +39,7 @@ def heavy(modules: set[str]) -> set[str]:
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder: Path = tmp_path_factory.mktemp("up")
     with up(folder, "--simulate", "2", "--http", "off") as (found, _):
-        until_whole(found, nodes=2)
+        all_there(found, nodes=2)
         yield found
 
 

@@ -26,7 +26,7 @@ from kvplane.services.demo.run import Result, StepResult
 from kvplane.services.demo.traffic import Traffic
 from kvplane.services.demo.workload import conversations
 from kvplane.services.process.terminal import printable
-from tests.support.commands import asked, run, until_whole, up
+from tests.support.commands import all_there, asked, run, up
 from tests.support.shown import left_out, on_terminal, plain
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ async def _serve(url: str) -> None:
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with up(tmp_path_factory.mktemp("up"), "--simulate", "3", "--http", "off") as (found, _):
-        until_whole(found, nodes=3)
+        all_there(found, nodes=3)
         anyio.run(_serve, found)
         yield found
 

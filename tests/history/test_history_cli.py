@@ -17,7 +17,7 @@ from kvplane.services.cli.history import aside
 from kvplane.services.demo.traffic import Traffic
 from kvplane.services.demo.workload import conversations
 from kvplane.services.protocol import messages
-from tests.support.commands import asked, run, until_whole, up
+from tests.support.commands import all_there, asked, run, up
 from tests.support.historians import question
 from tests.support.waiting import until
 
@@ -53,7 +53,7 @@ async def _serve(url: str) -> None:
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with up(tmp_path_factory.mktemp("up"), "--simulate", "3") as (found, _):
-        until_whole(found, nodes=3)
+        all_there(found, nodes=3)
         anyio.run(_serve, found)
         yield found
 

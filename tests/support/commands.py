@@ -19,6 +19,7 @@ from kvplane.services.protocol.messages import ListRequest, StatusRequest
 from kvplane.services.rpc.client import ask
 from tests.support.fork_server import Program
 from tests.support.ports import free_port
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,18 +80,18 @@ def asked(url: str, *arguments: str) -> Any:
     return json.loads(done.stdout)
 
 
-def until_whole(url: str, nodes: int) -> None:
-    """Wait until so many nodes of `kvplane up` are there and its history answers: both are started after it says its URL."""
+def all_there(url: str, nodes: int) -> None:
+    """Wait for so many nodes of `kvplane up` and for its history: both are started after it says its URL."""
 
     async def wait() -> None:
+        async def there() -> bool:
+            with suppress(ServiceFault):
+                listed: Any = await ask(client, "kv.default.coordinator.node.list", ListRequest())
+                await ask(client, "kv.default.history.status", StatusRequest())
+                return len(listed["nodes"]) == nodes
+            return False
+
         async with connected([url], "test") as client:
-            with anyio.fail_after(PATIENCE_SECONDS):
-                while True:
-                    with suppress(ServiceFault):
-                        listed: Any = await ask(client, "kv.default.coordinator.node.list", ListRequest())
-                        await ask(client, "kv.default.history.status", StatusRequest())
-                        if len(listed["nodes"]) == nodes:
-                            return
-                    await anyio.sleep(0.05)
+            await until(there, PATIENCE_SECONDS, every=0.05)
 
     anyio.run(wait)
