@@ -75,6 +75,7 @@ def simulate(
         JSON lines with timestamp (ms), input_length, output_length, hash_ids and, if there is one, session; or a
         generated workload: multi-turn, shared-prefix, agent, single-turn. Also the last value of --policy, --fail, --join.
         With delay (ms) on a session's lines it is a closed loop: its next request comes that long after its last answer.
+        A folder of sessions as kv-cache-tester has them, a JSON file each, is read as well; they begin within half an hour.
     nodes
         How many nodes there are, named node-1, node-2, ...
     policy
@@ -90,7 +91,7 @@ def simulate(
     seed
         Decides ties, and generates the workload.
     limit
-        Only so many requests from the beginning; of a generated workload 6,000 if not given.
+        Only so many requests from the beginning, of a folder so many sessions; of a generated workload 6,000 if not given.
     block_size
         Tokens a block of the trace; default is what the trace says, or what its lengths allow.
     delay

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +21,8 @@ from kvplane.services.simulation.compare import compare, parse_choice
 from kvplane.services.simulation.hardware import Hardware
 from kvplane.services.simulation.peer import POLICY as PEER
 from kvplane.services.simulation.results import ideal_hit_rate
-from kvplane.services.simulation.trace import Trace, read_trace, work_of
+from kvplane.services.simulation.session_files import read_sessions
+from kvplane.services.simulation.trace import Trace, Work, read_trace, work_of
 from kvplane.services.simulation.workloads import GENERATED_BLOCK_SIZE, GENERATED_REQUESTS, KINDS, generate
 from kvplane.services.simulation.world import Change, Settings
 
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 MOST = 10**12
 MOST_SECONDS = 4e9
 """Longest span of virtual time; beyond it nanoseconds are no 64-bit numbers."""
+SPREAD_SECONDS = 1800.0
+"""Within so long the sessions of a folder begin."""
 
 
 class Asked(Struct, frozen=True, kw_only=True):
@@ -171,6 +175,9 @@ def requests(
     if rate is not None:
         raise BadRequest("--rate is for generated workloads; a trace has its own times, see --speedup")
     within(block_size, "block-size", 1, MOST_BLOCK_SIZE)
+    if os.path.isdir(trace):  # noqa: PTH112 - for a name that is too long as well
+        found = read_sessions(Path(trace), block_size=block_size, limit=limit, progress=progress)
+        return Trace(_spread(found.work, seed), found.block_size, found.source)
     try:
         found = read_trace(Path(trace), block_size=block_size, limit=limit, progress=progress)
     except BadTrace as error:
@@ -181,6 +188,16 @@ def requests(
     begin = min(request.arrival for request in found.work)
     work = [msgspec.structs.replace(request, arrival=request.arrival - begin) for request in found.work]
     return Trace(work, found.block_size, found.source)
+
+
+def _spread(work: Sequence[Work], seed: int) -> list[Work]:
+    """Sessions that say nothing of when they begin, at random within `SPREAD_SECONDS`."""
+    rng = random.Random(seed)  # noqa: S311 - a repeatable workload, no secret
+    begins: dict[str, float] = {}
+    for request in work:
+        if request.session not in begins:
+            begins[request.session] = begins[request.parent] if request.parent else rng.uniform(0, SPREAD_SECONDS)
+    return [msgspec.structs.replace(request, arrival=begins[request.session]) for request in work]
 
 
 def changes(given: Sequence[str], option: str, *, joins: bool) -> list[Change]:

@@ -1,7 +1,8 @@
-"""When requests come: at their own time, or a while after the answer that their session waited for (a closed loop).
+"""When requests come: at their own time, or a while after the answers that their session waited for (a closed loop).
 
 A session of a closed loop sends one request at a time, as agents and people do: a fleet that answers later is asked later. Its
-first request comes at its own time.
+first request comes at its own time. A sub-agent begins after an answer of its parent's, which goes on when all of its
+sub-agents have ended.
 """
 
 from __future__ import annotations
@@ -25,19 +26,35 @@ class Arrivals:
 
     def __init__(self, work: Sequence[Work], *, ready: float, speedup: float) -> None:
         self._work = work
-        self._next: dict[int, int] = {}
-        """The request that comes after the answer of another one."""
+        self._then: dict[int, list[int]] = {}
+        """Requests that wait for the answer of another one."""
+        self._waits: dict[int, int] = {}
+        """For how many answers a request waits."""
         self._sent: dict[str, int] = {}
         """Requests that somebody waits for, by their id."""
-        last: dict[str, int] = {}
         self._coming: list[tuple[float, int]] = []
+        last: dict[str, int] = {}
+        agents: dict[str, list[str]] = {}
         for number, request in enumerate(work):
-            if request.delay is not None and request.session in last:
-                self._next[last[request.session]] = number
+            session = request.session
+            first = session not in last
+            before = set()
+            if request.delay is not None:
+                before = {
+                    last[name]
+                    for name in (request.parent if first else session, *agents.pop(session, ()))
+                    if name in last
+                }
+            for answered in before:
+                self._then.setdefault(answered, []).append(number)
+            if before:
+                self._waits[number] = len(before)
             else:
                 self._coming.append((ready + request.arrival / speedup, number))
-            if request.delay is not None:
-                last[request.session] = number
+            if session:
+                last[session] = number
+                if first and request.parent:
+                    agents.setdefault(request.parent, []).append(session)
         heapify(self._coming)
 
     @property
@@ -51,12 +68,13 @@ class Arrivals:
 
     def sent(self, number: int, request: str) -> None:
         """A request was given its id."""
-        if number in self._next:
+        if number in self._then:
             self._sent[request] = number
 
     def answered(self, request: str, now: float) -> None:
         """A request was answered, or refused: its session goes on."""
         number = self._sent.pop(request, None)
-        if number is not None:
-            after = self._next[number]
-            heappush(self._coming, (now + (self._work[after].delay or 0.0), after))
+        for waiting in self._then.get(number, ()) if number is not None else ():
+            self._waits[waiting] -= 1
+            if not self._waits[waiting]:
+                heappush(self._coming, (now + (self._work[waiting].delay or 0.0), waiting))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from kvplane.events.hashing import pack_hashes
 from kvplane.services.cli.simulating import goal_seconds
 from kvplane.services.protocol.errors import BadRequest, BadTrace
 from kvplane.services.simulation.results import summarize
+from kvplane.services.simulation.session_files import read_sessions
 from kvplane.services.simulation.trace import Work, read_trace
 from kvplane.services.simulation.world import Change, Settings, World
 
@@ -118,6 +120,7 @@ def test_figures_of_a_session_that_moves() -> None:
     assert (moved.held_twice, moved.recomputed, moved.within_goal) == (20 * SIZE, 20 * SIZE, 0.0)
 
 
+A = ', "session": "a"'
 LINE = '{"timestamp": %s, "input_length": 20, "output_length": 1, "hash_ids": [1, 2]%s}\n'
 
 
@@ -126,8 +129,14 @@ LINE = '{"timestamp": %s, "input_length": 20, "output_length": 1, "hash_ids": [1
     [
         ([(0, ', "session": "a", "delay": -1')], "line 1: Expected `float` >= 0.0"),
         ([(0, ', "delay": 5')], "line 1 has a delay but no session"),
-        ([(0, ', "session": "a", "delay": 0'), (9, ', "session": "a"')], "line 2 of session 'a' has no delay, and line 1 has"),
-        ([(0, ', "session": "a"'), (9, ', "session": "a", "delay": 4')], "line 1 of session 'a' has no delay, and line 2 has"),
+        ([(0, A), (1, A + ', "delay": 0'), (9, A)], "line 3 of session 'a' has no delay, and line 2 has"),
+        ([(0, A), (1, A), (9, A + ', "delay": 4')], "line 2 of session 'a' has no delay, and line 3 has"),
+        ([(0, ', "session": "b", "parent": "a", "delay": 1')], "is a sub-agent of 'a', which has no line before it"),
+        ([(0, A), (1, ', "session": "b", "parent": "a"')], "line 2: session 'b' is a sub-agent, and has no delay"),
+        ([(0, A), (1, A + ', "parent": "a", "delay": 1')], "line 2 names a parent, but session 'a' began at line 1"),
+        ([(0, ', "parent": "a"')], "line 1 has a parent but no session"),
+        ([("null", A)], "line 1 has no timestamp"),
+        ([(0, A), ("null", A)], "line 2 of session 'a' has neither a timestamp nor a delay"),
         (
             [(50, ', "session": "a", "delay": 0'), (60, ""), (40, ', "session_id": "a", "delay": 4')],
             "line 3 of session 'a' is of 40 ms, before line 1 of 50 ms",
@@ -136,12 +145,80 @@ LINE = '{"timestamp": %s, "input_length": 20, "output_length": 1, "hash_ids": [1
     ],
 )  # fmt: skip
 def test_lines_that_contradict_each_other_are_named(
-    tmp_path: Path, lines: list[tuple[int, str]], sentence: str
+    tmp_path: Path, lines: list[tuple[int | str, str]], sentence: str
 ) -> None:
     path = tmp_path / "trace.jsonl"
     path.write_text("".join(LINE % line for line in lines))
     with pytest.raises(BadTrace) as error:
         read_trace(path, block_size=16)
+    assert sentence in str(error.value)
+
+
+def test_a_trace_of_aiperf_needs_timestamps_where_sessions_begin_only(tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    path.write_text(
+        '{"session_id": "a", "timestamp": 500, "input_length": 40, "output_length": 1, "hash_ids": [1, 2]}\n'
+        '{"session_id": "a", "delay": 250, "input_length": 60, "output_length": 1, "hash_ids": [1, 2, 3]}\n'
+    )
+    work = read_trace(path, block_size=16).work
+    assert [(request.arrival, request.delay) for request in work] == [(0.5, None), (0.5, 0.25)]
+    first, second = by_session(World(Settings(nodes=1, capacity=64, block_size=16), work).run())["a"]
+    assert math.isclose(second.arrival, first.end + 0.25)
+
+
+FAMILY = {
+    "id": "p",
+    "block_size": 16,
+    "requests": [
+        {"t": 0, "in": 40, "out": 3, "hash_ids": [1, 2], "think_time": 0.0},
+        {
+            "t": 5,
+            "requests": [
+                {"t": 5, "in": 20, "out": 2, "hash_ids": [9]},
+                {"t": 6, "in": 36, "out": 2, "hash_ids": [9, 10]},
+            ],
+        },
+        {"t": 5, "requests": [{"t": 5, "in": 20, "out": 90, "hash_ids": [9], "think_time": 0.5}]},
+        {"t": 20, "in": 60, "out": 3, "hash_ids": [1, 2, 3], "think_time": 1.5},
+    ],
+}
+
+
+def test_a_session_waits_for_its_sub_agents(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_bytes(msgspec.json.encode(FAMILY))
+    trace = read_sessions(tmp_path)
+    assert (trace.block_size, [request.session for request in trace.work]) == (16, ["p", "p/1", "p/1", "p/2", "p"])
+    found = by_session(World(Settings(nodes=2, capacity=64, block_size=16), trace.work).run())
+    parent, first, second = found["p"], found["p/1"], found["p/2"]
+    assert math.isclose(first[0].arrival, parent[0].end)
+    # Where no time of thinking is said, it is what lay between the requests.
+    assert math.isclose(first[1].arrival, first[0].end + 1.0)
+    assert math.isclose(second[0].arrival, parent[0].end + 0.5)
+    assert math.isclose(parent[1].arrival, max(first[1].end, second[0].end) + 1.5)
+    # The same block of a file, but not of another file.
+    assert trace.work[1].hashes == trace.work[3].hashes
+    (tmp_path / "q.json").write_bytes(msgspec.json.encode({**FAMILY, "id": "q"}))
+    assert len({request.hashes for request in read_sessions(tmp_path).work if request.tokens == 60}) == 2
+    for name in ("p", "q"):
+        (tmp_path / f"{name}.json").write_bytes(msgspec.json.encode({**FAMILY, "id": name, "hash_id_scope": "global"}))
+    assert len({request.hashes for request in read_sessions(tmp_path).work if request.tokens == 60}) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"requests": [{"t": 5}, {"t": 4}]}, "session 'q' has a request of 4 s after one of 5 s"),
+        ({"block_size": 64}, "q.json has blocks of 64 tokens, but p.json has blocks of 16 tokens"),
+        ({"id": "p"}, "q.json and p.json are both of session 'p'"),
+        ({"requests": [{"t": -1}]}, "q.json: Expected `float` >= 0.0"),
+        ({"requests": None}, "q.json: Expected `array`, got `null`"),
+    ],
+)
+def test_a_file_that_is_wrong_is_named(tmp_path: Path, change: dict[str, Any], sentence: str) -> None:
+    (tmp_path / "p.json").write_bytes(msgspec.json.encode(FAMILY))
+    (tmp_path / "q.json").write_bytes(msgspec.json.encode({**FAMILY, "id": "q", **change}))
+    with pytest.raises(BadTrace) as error:
+        read_sessions(tmp_path)
     assert sentence in str(error.value)
 
 

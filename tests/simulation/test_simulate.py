@@ -297,7 +297,7 @@ BAD = [
     (["nowhere.jsonl"], "the trace can't be read"),
     (["nowhere.jsonl"], "without a trace, simulate one of multi-turn, shared-prefix, agent, single-turn"),
     (["x" * 5000], "the trace can't be read"),
-    (["."], "the trace can't be read"),
+    (["."], ". holds no sessions: files that end in .json"),
     (["no/such/trace"], "the trace can't be read"),
     ([], "name a trace (a file), or one of multi-turn, shared-prefix, agent, single-turn"),
     (["--policy", "ttft", "blocks"], "name a trace (a file), or one of"),
