@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
 import msgspec
@@ -54,20 +54,29 @@ WRITERS_LIMIT = 1000
 _log = structlog.get_logger("kvplane.checkpoints")
 
 
+class Schedule(NamedTuple):
+    """When checkpoints are noted and compared. All replicas of a fleet must have the same `least_commits`."""
+
+    least_commits: int = LEAST_COMMITS
+    wait_seconds: float = WAIT_SECONDS
+
+
+SCHEDULE = Schedule()
+
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Checkpoint).decode
 
 
-def due(state: FleetState, wider: int = 0) -> bool:
+def due(state: FleetState, wider: int = 0, *, least_commits: int = LEAST_COMMITS) -> bool:
     """Whether the state's sequence is a checkpoint; one of those that are 2^`wider` times as far apart.
 
     Wider spacings are multiples of narrower ones: those who note fewer checkpoints note some of those that others do.
     """
-    if state.sequence % LEAST_COMMITS:
+    if state.sequence % least_commits:
         return False
     things = sum(index.block_copies for index in state.caches.by_model.values())
     things += len(state.sessions) + len(state.load.running) + len(state.writers)
-    spacing = LEAST_COMMITS << (things // SIZE_COMMITS // LEAST_COMMITS).bit_length()
+    spacing = least_commits << (things // SIZE_COMMITS // least_commits).bit_length()
     return state.sequence % (spacing << wider) == 0
 
 
@@ -82,8 +91,9 @@ def odd(digests: Mapping[str, str]) -> list[str]:
 class Checkpoints:
     """The checkpoints of one replica, and what it receives of those of others."""
 
-    def __init__(self, client: Client, state: FleetState, writer: str) -> None:
+    def __init__(self, client: Client, state: FleetState, writer: str, schedule: Schedule = SCHEDULE) -> None:
         self.writer = writer
+        self._least_commits, self._wait_seconds = schedule
         self.own: dict[int, str] = {}
         """Digests at the last checkpoints, by sequence."""
         self.differs = 0
@@ -122,7 +132,9 @@ class Checkpoints:
 
     def applied(self) -> None:
         """A commit was applied: note a checkpoint if this is one, unless a digest is still in the making."""
-        if self._state.sequence % LEAST_COMMITS or self._group is None or not due(self._state, self._wider):
+        if self._state.sequence % self._least_commits or self._group is None:
+            return
+        if not due(self._state, self._wider, least_commits=self._least_commits):
             return
         if not self._one.value:
             # Too slow for these: of rarer ones others that are slow note the same.
@@ -157,7 +169,7 @@ class Checkpoints:
         message = _encode(Checkpoint(self.writer, sequence, own))
         with suppress(NatsError, OSError):
             await self._client.publish(checkpoint_subject(self._state.fleet, self.writer), message)
-        await anyio.sleep(WAIT_SECONDS)
+        await anyio.sleep(self._wait_seconds)
         self.compare(sequence)
 
     async def now(self) -> dict[str, Any]:
@@ -194,7 +206,7 @@ class Checkpoints:
     def receive(self, checkpoint: Checkpoint) -> None:
         """Another replica's digest. Those of the future are kept as well: this one may be behind, or slower with its digest."""
         if (
-            checkpoint.sequence % LEAST_COMMITS
+            checkpoint.sequence % self._least_commits
             or checkpoint.sequence < min(self.own, default=0)
             or len(checkpoint.digest) != DIGEST_DIGITS
         ):

@@ -22,7 +22,7 @@ from kvplane.services.process.hugepages import collapse
 from kvplane.services.process.version import package_version
 from kvplane.services.protocol.errors import LogAway, NotReady, ServiceFault, WorkerDied
 from kvplane.services.protocol.status import ReplicaStatus
-from kvplane.services.replication.checkpoints import Checkpoints
+from kvplane.services.replication.checkpoints import SCHEDULE, Checkpoints, Schedule
 from kvplane.services.rpc.pieces import snapshot_at
 
 if TYPE_CHECKING:
@@ -55,10 +55,11 @@ class Replica:
     def __init__(
         self, client: Client, fleet: str, observe: Callable[[Message, Applied], None] | None = None,
         *, before: Callable[[], None] | None = None, writer: str = "", recent_seconds: float = RECENT_SECONDS,
+        schedule: Schedule = SCHEDULE,
     ) -> None:  # fmt: skip
         self.writer = writer
         self.state = FleetState(fleet)
-        self.checkpoints = Checkpoints(client, self.state, writer)
+        self.checkpoints = Checkpoints(client, self.state, writer, schedule)
         self.follower = Follower(client, fleet, self._handle)
         self.snapshots = SnapshotStore(client, fleet)
         self._client = client

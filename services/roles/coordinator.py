@@ -30,10 +30,13 @@ from kvplane.services.process.version import package_version
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import Conflict, LogAway, UnknownModel
 from kvplane.services.protocol.status import CoordinatorStatus, ServerStatus
+from kvplane.services.replication.checkpoints import SCHEDULE, Schedule
 from kvplane.services.replication.compaction import LOOK_SECONDS as SNAPSHOT_LOOK_SECONDS
 from kvplane.services.replication.compaction import SNAPSHOT_BYTES, SNAPSHOT_COMMITS, Compaction
 from kvplane.services.replication.replica import RECENT_SECONDS, Replica
-from kvplane.services.roles.engine_hashes import EngineHashes
+from kvplane.services.roles.engine_hashes import LIMITS as READING_LIMITS
+from kvplane.services.roles.engine_hashes import EngineHashes, ReadingLimits
+from kvplane.services.roles.readers import ANSWER_SECONDS as READERS_SECONDS
 from kvplane.services.roles.readers import QUIET_SECONDS, readers
 from kvplane.services.routing.policies import check
 from kvplane.services.rpc.readiness import Readiness, readiness
@@ -77,13 +80,18 @@ class Coordinator:
         self, client: Client, fleet: str, *, replicas: int | None = None, snapshot_commits: int = SNAPSHOT_COMMITS,
         snapshot_bytes: int = SNAPSHOT_BYTES, snapshot_look_seconds: float = SNAPSHOT_LOOK_SECONDS,
         recent_seconds: float = RECENT_SECONDS, server: Callable[[], ServerStatus] | None = None,
+        answer_seconds: float = ANSWER_SECONDS, readers_seconds: float = READERS_SECONDS,
+        reading: ReadingLimits = READING_LIMITS, schedule: Schedule = SCHEDULE,
     ) -> None:  # fmt: skip
         self.client = client
+        self._answer_seconds, self._readers_seconds = answer_seconds, readers_seconds
         self._server = server
         self.fleet = fleet
         self.writer = new_writer("coordinator")
         self.unreported = Unreported()
-        self.replica = Replica(client, fleet, self._observe, writer=self.writer, recent_seconds=recent_seconds)
+        self.replica = Replica(
+            client, fleet, self._observe, writer=self.writer, recent_seconds=recent_seconds, schedule=schedule
+        )
         self.state = self.replica.state
         self.compaction = Compaction(
             client, self.replica, commits=snapshot_commits, size=snapshot_bytes, look_seconds=snapshot_look_seconds
@@ -95,7 +103,7 @@ class Coordinator:
         self.bad_heartbeats = 0
         self.tally = Tally()
         self.serving = False
-        self.engine_hashes = EngineHashes(client, fleet, f"kv.{fleet}.coordinator.{self.writer}.piece")
+        self.engine_hashes = EngineHashes(client, fleet, f"kv.{fleet}.coordinator.{self.writer}.piece", reading)
         self._replicas = replicas
         self.appender = Appender(client, fleet, self.writer)
         self.most_tries = 0
@@ -160,7 +168,7 @@ class Coordinator:
         mine = self._locks.setdefault(thing, _Lock())
         async with mine.lock:
             await anyio.sleep_until(mine.free)
-            give_up = anyio.current_time() + ANSWER_SECONDS
+            give_up = anyio.current_time() + self._answer_seconds
             tries = 0
             while (begin := anyio.current_time()) < give_up:
                 tries += 1
@@ -177,7 +185,7 @@ class Coordinator:
                         [proposal.event],
                         expected=self.state.head(target) if deciding else None,
                         based_on=based_on if deciding else None,
-                        give_up=ANSWER_SECONDS,
+                        give_up=self._answer_seconds,
                     )
                 except LostRace:
                     self.races_lost += 1
@@ -242,7 +250,8 @@ class Coordinator:
     async def show_format(self, request: messages.StatusRequest) -> dict[str, object]:  # noqa: ARG002 - nothing to choose
         """The log's format in force, and who reads which."""
         self.replica.check_ready()
-        return {"format": self.state.format, "readers": await readers(self.client, self.fleet, quiet=QUIET_SECONDS)}
+        found = await readers(self.client, self.fleet, seconds=self._readers_seconds, quiet=QUIET_SECONDS)
+        return {"format": self.state.format, "readers": found}
 
     async def raise_format(self, request: messages.FormatRequest) -> dict[str, object]:
         """Raise the log's format."""
@@ -250,7 +259,8 @@ class Coordinator:
         raised = partial(formats.raised, kvplane=package_version())
         wanted = raised(self.state, request)
         if wanted is not None and not request.force:
-            formats.check_readers(await readers(self.client, self.fleet), wanted.event.format)  # type: ignore[attr-defined]
+            found = await readers(self.client, self.fleet, seconds=self._readers_seconds)
+            formats.check_readers(found, wanted.event.format)  # type: ignore[attr-defined]
         proposal, sequence = await self.commit(raised, request, "format")
         return {"format": self.state.format, "changed": proposal is not None, "sequence": sequence}
 

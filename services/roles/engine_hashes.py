@@ -19,7 +19,7 @@ from kvplane.events.hashing import pack_hashes
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import Busy
 from kvplane.services.roles import memory
-from kvplane.services.rpc.pieces import Pieces
+from kvplane.services.rpc.pieces import PIECE_BYTES, Pieces
 
 if TYPE_CHECKING:
     from anyio.abc import TaskGroup
@@ -37,6 +37,20 @@ HELD_BYTES = 256 << 20
 _log = structlog.get_logger("kvplane.engines")
 
 
+class ReadingLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """How long readings take and how large they get at the most, see the constants of these names."""
+
+    poll_seconds: float = POLL_SECONDS
+    gone_seconds: float = GONE_SECONDS
+    busy_seconds: float = BUSY_SECONDS
+    held_bytes: int = HELD_BYTES
+    piece_bytes: int = PIECE_BYTES
+    most_entries: int = memory.MOST_ENTRIES
+
+
+LIMITS = ReadingLimits()
+
+
 def _encoded(read: memory.Memory | None) -> bytes:
     if read is None or read.registered is None:
         return msgspec.msgpack.encode(None)
@@ -52,8 +66,9 @@ def _encoded(read: memory.Memory | None) -> bytes:
 class _Reading:
     """One reading that somebody waits for."""
 
-    def __init__(self, node: str) -> None:
+    def __init__(self, node: str, gone_seconds: float) -> None:
         self.node = node
+        self._gone_seconds = gone_seconds
         self.result = uuid4().hex
         self.scope = anyio.CancelScope()
         self.ended, self.fetched = anyio.Event(), anyio.Event()
@@ -63,17 +78,18 @@ class _Reading:
 
     def touch(self) -> None:
         """Somebody asks for it now."""
-        self.scope.deadline = anyio.current_time() + GONE_SECONDS
+        self.scope.deadline = anyio.current_time() + self._gone_seconds
 
 
 class EngineHashes:
     """Answers of one coordinator. `subject` is its own, where further pieces are asked for."""
 
-    def __init__(self, client: Client, fleet: str, subject: str) -> None:
+    def __init__(self, client: Client, fleet: str, subject: str, limits: ReadingLimits = LIMITS) -> None:
         self.client = client
         self.fleet = fleet
         self.subject = subject
-        self._pieces = Pieces(subject, client)
+        self.limits = limits
+        self._pieces = Pieces(subject, client, piece_bytes=limits.piece_bytes)
         self._lock = anyio.Lock()
         self._readings: dict[str, _Reading] = {}
         self._given: dict[str, str] = {}
@@ -97,7 +113,7 @@ class EngineHashes:
         for before in [reading for reading in self._readings.values() if reading.node == request.node]:
             before.scope.cancel()
         self._pieces.forget(self._given.pop(request.node, ""))
-        reading = _Reading(request.node)
+        reading = _Reading(request.node, self.limits.gone_seconds)
         self._readings[reading.result] = reading
         self._group.start_soon(self._read, reading)
         return await self._wait(reading)
@@ -109,7 +125,7 @@ class EngineHashes:
 
     async def _wait(self, reading: _Reading) -> messages.Piece:
         reading.touch()
-        with anyio.move_on_after(POLL_SECONDS):
+        with anyio.move_on_after(self.limits.poll_seconds):
             await reading.ended.wait()
         if not reading.ended.is_set():
             return messages.Piece(result=reading.result, offset=0, size=0, data=b"", next=self.subject)
@@ -132,19 +148,20 @@ class EngineHashes:
             del self._readings[reading.result]
 
     async def _one_by_one(self, reading: _Reading) -> None:
-        with anyio.move_on_after(BUSY_SECONDS) as waiting:
+        limits = self.limits
+        with anyio.move_on_after(limits.busy_seconds) as waiting:
             async with self._lock:
-                if self._pieces.size >= HELD_BYTES:
+                if self._pieces.size >= limits.held_bytes:
                     raise Busy(f"{self._pieces.size:,} bytes that were read for nodes are not yet fetched; ask again")
                 waiting.deadline = float("inf")
                 # In a thread, since the hashes of a large cache take a second of time that others need.
-                read = await memory.read(self.client, self.fleet, reading.node)
+                read = await memory.read(self.client, self.fleet, reading.node, most_entries=limits.most_entries)
                 data = await anyio.to_thread.run_sync(_encoded, read)
                 reading.piece = self._pieces.first(data)
                 if read is not None:
                     self._given[reading.node] = reading.piece.result
         if waiting.cancelled_caught:
             reading.failed = Busy(
-                f"this coordinator has read what other nodes held before for {BUSY_SECONDS:g} s; ask again"
+                f"this coordinator has read what other nodes held before for {limits.busy_seconds:g} s; ask again"
             )
             _log.warning("names_busy", node=reading.node, waiting=len(self._readings))

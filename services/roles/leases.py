@@ -32,10 +32,11 @@ class Lease(NamedTuple):
 
 
 class Leases:
-    """The leases of one router. `end` is called with the completion of a request whose lease has ended."""
+    """The leases of one router, `limit` at the most. `end` is called with the completion of a request whose lease has ended."""
 
-    def __init__(self, end: Callable[[types.RequestCompleted], None]) -> None:
+    def __init__(self, end: Callable[[types.RequestCompleted], None], *, limit: int = LEASES_LIMIT) -> None:
         self._end = end
+        self._limit = limit
         self._held: dict[str, Lease] = {}
         self._sooner = anyio.Event()
 
@@ -46,7 +47,7 @@ class Leases:
         """Let a request count on a node for so long."""
         self._held.pop(request, None)
         self._held[request] = Lease(node, anyio.current_time() + seconds, traceparent)
-        if len(self._held) > LEASES_LIMIT:
+        if len(self._held) > self._limit:
             self._abandon(next(iter(self._held)))
         self._sooner.set()
 

@@ -97,18 +97,18 @@ async def last(client: Client, fleet: str, node: str) -> messages.NodeLast:
     return messages.NodeLast(sequence=message.seq or 0, body=message.data or b"")
 
 
-async def read(client: Client, fleet: str, node: str) -> Memory | None:
+async def read(client: Client, fleet: str, node: str, *, most_entries: int = MOST_ENTRIES) -> Memory | None:
     """Read the last epoch of a node's cache; none when the log knows of none.
 
-    Raises `LogUnavailable`, or `AnswerTooLarge` for more than `MOST_ENTRIES`.
+    Raises `LogUnavailable`, or `AnswerTooLarge` for more than `most_entries` blocks and writers.
     """
     try:
-        return await _read(client, fleet, node)
+        return await _read(client, fleet, node, most_entries)
     except (NatsError, APIError, OSError, TimeoutError) as error:
         raise LogUnavailable(f"the log can't be read for what node {node!r} held before ({error!r})") from None
 
 
-async def _read(client: Client, fleet: str, node: str) -> Memory | None:
+async def _read(client: Client, fleet: str, node: str, most_entries: int) -> Memory | None:
     js, stream, where = client.jetstream(), stream_name(fleet), subject(fleet, "cache", node)
     try:
         last = await js.get_last_msg(stream, where)
@@ -122,16 +122,18 @@ async def _read(client: Client, fleet: str, node: str) -> Memory | None:
     if not isinstance(registered, NodeRegistered) or registered.node != node or memory.epoch >= end:
         return None
     memory.registered = registered
-    await _fold(client, fleet, memory, where, end)
+    await _fold(client, fleet, memory, where, end, most_entries=most_entries)
     return memory
 
 
-async def _fold(client: Client, fleet: str, memory: Memory, where: str, end: int) -> None:
+async def _fold(
+    client: Client, fleet: str, memory: Memory, where: str, end: int, *, most_entries: int = MOST_ENTRIES
+) -> None:  # fmt: skip
     """Apply what is on one subject after the memory's epoch. Raises `TimeoutError`, `AnswerTooLarge`."""
-    done, whole, heard = False, True, anyio.Event()
+    done, whole, delivered = False, True, anyio.Event()
 
     def take(sequence: int, _: int, message: Msg) -> None:
-        nonlocal done, heard
+        nonlocal done, delivered
         if sequence <= end:
             stored = codec.Message(sequence, message.subject, 0, message.headers, message.data)
             try:
@@ -139,13 +141,13 @@ async def _fold(client: Client, fleet: str, memory: Memory, where: str, end: int
             except BadCommit:
                 _log.debug("commit_passed_over", subject=where, sequence=sequence)
         done |= sequence >= end
-        heard.set()
-        heard = anyio.Event()
+        delivered.set()
+        delivered = anyio.Event()
 
     def broken() -> None:
         nonlocal whole
         whole = False
-        heard.set()
+        delivered.set()
 
     deliveries = Deliveries(client, stream_name(fleet), "memory", take, broken)
     try:
@@ -154,15 +156,15 @@ async def _fold(client: Client, fleet: str, memory: Memory, where: str, end: int
             subjects=[where],
         )  # fmt: skip
         while True:
-            if memory.entries() > MOST_ENTRIES:
+            if memory.entries() > most_entries:
                 raise AnswerTooLarge(
-                    f"the log says more than {MOST_ENTRIES:,} things of what the node held before; begin anew"
+                    f"the log says more than {most_entries:,} things of what the node held before; begin anew"
                 )
             if done:
                 break
             if not whole:
                 raise TimeoutError("deliveries were lost")
             with anyio.fail_after(READ_SECONDS):
-                await heard.wait()
+                await delivered.wait()
     finally:
         await deliveries.close()

@@ -19,15 +19,17 @@ QUIET_SECONDS = 0.25
 """Who looks at a healthy fleet has all answers in milliseconds, and waits so long for one more."""
 
 
-async def readers(client: Client, fleet: str, *, quiet: float | None = None) -> list[dict[str, object]]:
-    """All instances that read the fleet's log and answer, with the formats that they read. Raises errors of NATS.
+async def readers(
+    client: Client, fleet: str, *, seconds: float = ANSWER_SECONDS, quiet: float | None = None
+) -> list[dict[str, object]]:
+    """All instances that read the fleet's log and answer in `seconds`, with the formats that they read. Raises errors of NATS.
 
     With `quiet` a reader that is slow, because it is stopped or overloaded, may be missing.
     """
     answers: dict[str, list[dict[str, str]]] = {}
 
     async def ask(service: str) -> None:
-        answers[service] = await instances(client, service, seconds=ANSWER_SECONDS, quiet=quiet)
+        answers[service] = await instances(client, service, seconds=seconds, quiet=quiet)
 
     async with anyio.create_task_group() as group:
         for service in SERVICES:

@@ -23,6 +23,7 @@ from kvplane.services.protocol import labels
 from kvplane.services.protocol.errors import BadRequest, NoTokenizer
 from kvplane.services.protocol.messages import CompleteRequest, RouteAnswer, RouteRequest, StatusRequest, names, one_of
 from kvplane.services.protocol.status import RouterStatus
+from kvplane.services.replication.checkpoints import SCHEDULE, Schedule
 from kvplane.services.replication.replica import RECENT_SECONDS, Replica
 from kvplane.services.roles.leases import Leases
 from kvplane.services.routing.decide import Chooser, Query
@@ -59,7 +60,7 @@ class Router:
     role = "router"
 
     def __init__(
-        self, client: Client, fleet: str, *, recent_seconds: float = RECENT_SECONDS,
+        self, client: Client, fleet: str, *, recent_seconds: float = RECENT_SECONDS, schedule: Schedule = SCHEDULE,
         completed: Callable[[Commit], None] | None = None,
     ) -> None:  # fmt: skip
         self._completed = completed
@@ -69,8 +70,9 @@ class Router:
         self.writer = new_writer("router")
         self.overlay = Overlay()
         self.replica = Replica(
-            client, fleet, self._observe, before=self.record_pending, writer=self.writer, recent_seconds=recent_seconds
-        )
+            client, fleet, self._observe, before=self.record_pending, writer=self.writer, recent_seconds=recent_seconds,
+            schedule=schedule,
+        )  # fmt: skip
         self.state = self.replica.state
         self.chooser = Chooser(self.state, self.overlay)
         self.decisions = {"exact": 0, "prefix": 0, "miss": 0, "refused": 0}

@@ -40,8 +40,8 @@ RECENT_SECONDS = 60.0
 SET_BACK_PERIODS = 8
 """Time that is so many periods earlier than before is another clock's, not a late message's."""
 
-_FEW = 8
-"""So few blocks are looked for in a chain without unpacking it."""
+SCANNED_BLOCKS = 8
+"""So few blocks at the most are looked for in a chain without unpacking it."""
 _NS = 1_000_000_000
 _GENERATION_NS = int(PREDICTION_SECONDS * _NS)
 
@@ -71,7 +71,8 @@ class Overlay:
     `node_changed` was called for the one that had it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, scanned_blocks: int = SCANNED_BLOCKS) -> None:
+        self._scanned_blocks = scanned_blocks
         self.pending: dict[str, Pending] = {}
         self.active = array("d")
         """Requests that are on their way to each node."""
@@ -230,7 +231,7 @@ class Overlay:
         # What has still to be computed for a prompt that waits there will be back.
         load = state.load
         for request in load.prefills[load.ordinal[node.name]].waiting:
-            gone -= _among(gone, load.running[request].hashes)
+            gone -= _among(gone, load.running[request].hashes, self._scanned_blocks)
         for index, each in zip(predicted, given, strict=True):
             index.drop(at, gone.intersection(each))
 
@@ -245,9 +246,9 @@ class Overlay:
                     index.clear(at)
 
 
-def _among(blocks: set[int], packed: bytes) -> set[int]:
-    """Those of some blocks that are in a chain."""
-    if len(blocks) > _FEW:
+def _among(blocks: set[int], packed: bytes, scanned: int) -> set[int]:
+    """Those of some blocks that are in a chain. Up to `scanned` of them are looked for without unpacking it."""
+    if len(blocks) > scanned:
         return blocks.intersection(unpack_hashes(packed))
     # Engines tell of one eviction after the other, while many long prompts wait.
     chain = np.frombuffer(packed, "<u8")

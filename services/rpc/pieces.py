@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 IDLE_SECONDS = 60.0
 """So long after its last piece it is forgotten."""
 PIECE_BYTES = 4 << 20
+"""Most bytes of a piece; half of what the server takes in a message, if that is less."""
 PATIENCE_SECONDS = 600.0
 """How long a historian may fold for a past state."""
 
@@ -24,9 +25,10 @@ PATIENCE_SECONDS = 600.0
 class Pieces:
     """What one service gives out at the moment. `subject` is where further pieces are asked for."""
 
-    def __init__(self, subject: str, client: Client) -> None:
+    def __init__(self, subject: str, client: Client, *, piece_bytes: int = PIECE_BYTES) -> None:
         self.subject = subject
         self._client = client
+        self._piece_bytes = piece_bytes
         self._held: dict[str, tuple[float, bytes]] = {}
 
     async def run(self) -> None:
@@ -60,7 +62,7 @@ class Pieces:
         return self._piece(request.result, held[1], request.offset)
 
     def _piece(self, name: str, data: bytes, offset: int) -> messages.Piece:
-        size = min(PIECE_BYTES, self._client.max_payload // 2)
+        size = min(self._piece_bytes, self._client.max_payload // 2)
         last = offset + size >= len(data)
         self._held[name] = anyio.current_time(), data
         if last:

@@ -21,7 +21,7 @@ from kvplane.services.diagnosis.doctor import judge
 from kvplane.services.diagnosis.examine import examine
 from kvplane.services.history.client import table
 from kvplane.services.protocol import messages
-from kvplane.services.replication import checkpoints
+from kvplane.services.replication.checkpoints import Schedule
 from kvplane.services.rpc.client import ask
 from tests.support.waiting import until
 from tests.support.with_credentials import NAME, Guarded, guarded
@@ -61,9 +61,9 @@ async def ask_fleet(client: Client, endpoint: str, request: Any, form: Any = Non
 
 
 async def test_a_whole_fleet_works_with_each_part_under_its_own_role(
-    fleet: Guarded, violations: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fleet: Guarded, violations: list[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(checkpoints, "LEAST_COMMITS", 4)
+    fleet.schedule = Schedule(least_commits=4)
     coordinator = await fleet.coordinator()
     routers = [await fleet.router(), await fleet.router()]
     await fleet.node("node-a")

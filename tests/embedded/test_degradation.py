@@ -26,7 +26,6 @@ from kvplane.services.embedded.server import start_server
 from kvplane.services.process import logs
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import ServiceFault
-from kvplane.services.roles import coordinator
 from kvplane.services.rpc.client import ask
 from tests.support.disks import filled
 from tests.support.fleet import fleet_on
@@ -63,10 +62,7 @@ async def _routed(url: str, fleet: str) -> list[str]:
     return found
 
 
-async def test_a_full_disk_under_the_log_costs_no_answer_and_nothing_acknowledged(
-    small: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(coordinator, "ANSWER_SECONDS", 1.0)
+async def test_a_full_disk_under_the_log_costs_no_answer_and_nothing_acknowledged(small: Path) -> None:
     logs.configure("warning")
     start = partial(start_server, small / "data", port=free_port())
     with capture_logs() as logged:
@@ -75,7 +71,7 @@ async def test_a_full_disk_under_the_log_costs_no_answer_and_nothing_acknowledge
             connected([keeping.server.url], "test") as client,
         ):
             async with fleet_on(keeping.server.url, client) as fleet:
-                await fleet.coordinator()
+                await fleet.coordinator(answer_seconds=1.0)
                 router = await fleet.router()
                 await fleet.ask("coordinator.node.register", REGISTER)
                 await until(lambda: "a" in router.state.nodes)

@@ -28,7 +28,7 @@ from kvplane.services.process.forked import in_copy
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.messages import Checkpoint
 from kvplane.services.replication import checkpoints
-from kvplane.services.replication.checkpoints import DIGEST_DIGITS, KEPT, Checkpoints, due, odd
+from kvplane.services.replication.checkpoints import DIGEST_DIGITS, KEPT, Checkpoints, Schedule, due, odd
 from kvplane.services.rpc.client import instances
 from tests.support.eventful_fleet import live, write_commits
 from tests.support.processes import children
@@ -44,9 +44,11 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture(autouse=True)
-def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "WAIT_SECONDS", 0.05)
+@pytest.fixture
+def fleet(fleet: Fleet) -> Fleet:
+    """A fleet whose replicas compare soon."""
+    fleet.schedule = Schedule(wait_seconds=0.05)
+    return fleet
 
 
 def test_spacing_grows_with_the_state_and_wide_ones_are_among_the_narrow() -> None:

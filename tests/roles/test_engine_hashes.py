@@ -18,8 +18,8 @@ from kvplane.services.engines.remembered import remembered
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.answers import RegisterAnswer
 from kvplane.services.protocol.errors import NoAnswer, Refused
-from kvplane.services.roles import engine_hashes, memory
-from kvplane.services.rpc import pieces
+from kvplane.services.roles import memory
+from kvplane.services.roles.engine_hashes import ReadingLimits
 from kvplane.services.rpc.client import ask
 from kvplane.services.rpc.tally import OK
 from tests.support.fake_engine import FakeEngine, running
@@ -111,10 +111,9 @@ async def test_an_adapter_with_credentials_of_its_node_finds_its_names_again(tmp
         assert "iolation" not in output + fleet.server.log.read_text()
 
 
-async def test_a_node_is_told_of_itself_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)
+async def test_a_node_is_told_of_itself_only(tmp_path: Path) -> None:
     async with guarded(tmp_path) as fleet:
-        coordinator, _ = await fleet.coordinator(), await fleet.coordinator()
+        coordinator, _ = [await fleet.coordinator(reading=ReadingLimits(piece_bytes=1000)) for _ in range(2)]
         node, other = await fleet.connect("node", "node-a"), await fleet.connect("node", "node-b")
         stranger = await fleet.stranger("node", "node-a")
         await stranger.refused_publish(
@@ -138,11 +137,8 @@ async def test_a_node_is_told_of_itself_only(tmp_path: Path, monkeypatch: pytest
         assert last.sequence == epoch
 
 
-async def test_what_a_node_held_comes_in_pieces_from_one_of_several_coordinators(
-    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 10_000)
-    coordinators = [await fleet.coordinator() for _ in range(3)]
+async def test_what_a_node_held_comes_in_pieces_from_one_of_several_coordinators(fleet: Fleet) -> None:
+    coordinators = [await fleet.coordinator(reading=ReadingLimits(piece_bytes=10_000)) for _ in range(3)]
     epoch = await stored(fleet.client, fleet.name, 5000)
     for _ in range(4):
         known = await remembered(fleet.client, WHERE, "a")
@@ -154,12 +150,9 @@ async def test_what_a_node_held_comes_in_pieces_from_one_of_several_coordinators
     assert await remembered(fleet.client, f"{WHERE[:-1]}b", "b") is None
 
 
-async def test_readings_take_turns_and_who_waits_learns_that_it_goes_on(
-    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(engine_hashes, "POLL_SECONDS", 0.05)
-    coordinator = await fleet.coordinator()
-    for node in ("a", "b", "c"):
+async def test_readings_take_turns_and_who_waits_learns_that_it_goes_on(fleet: Fleet) -> None:
+    coordinator = await fleet.coordinator(reading=ReadingLimits(poll_seconds=0.05))
+    for node in ("a", "b"):
         await stored(fleet.client, fleet.name, 10, node)
     found: dict[str, Remembered | None] = {}
 
@@ -172,10 +165,6 @@ async def test_readings_take_turns_and_who_waits_learns_that_it_goes_on(
         await until(
             lambda: coordinator.tally.answers["piece", OK] > 10 and len(coordinator.engine_hashes._readings) == 2
         )
-        monkeypatch.setattr(engine_hashes, "BUSY_SECONDS", 0.2)
-        with pytest.raises(Refused, match="ask again") as caught:
-            await remembered(fleet.client, f"{WHERE[:-1]}c", "c")
-        assert (caught.value.status, caught.value.code) == (503, "busy")
         assert found == {}
         coordinator.engine_hashes._lock.release()
         await until(lambda: len(found) == 2)
@@ -184,10 +173,21 @@ async def test_readings_take_turns_and_who_waits_learns_that_it_goes_on(
     await until(lambda: not coordinator.engine_hashes._readings)
 
 
-async def test_a_reading_that_nobody_asks_for_is_given_up(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_hashes, "POLL_SECONDS", 0.05)
-    monkeypatch.setattr(engine_hashes, "GONE_SECONDS", 0.3)
-    coordinator = await fleet.coordinator()
+async def test_who_has_waited_too_long_for_readings_before_is_to_ask_again(fleet: Fleet) -> None:
+    coordinator = await fleet.coordinator(reading=ReadingLimits(poll_seconds=0.05, busy_seconds=0.2))
+    await stored(fleet.client, fleet.name, 10)
+    async with coordinator.engine_hashes._lock:
+        with pytest.raises(Refused, match="read what other nodes held before for 0.2 s; ask again") as caught:
+            await remembered(fleet.client, WHERE, "a")
+        assert (caught.value.status, caught.value.code) == (503, "busy")
+        await until(lambda: not coordinator.engine_hashes._readings)
+    known = await remembered(fleet.client, WHERE, "a")
+    assert known is not None
+    assert len(known.engine_hashes()["gpu"]) == 10
+
+
+async def test_a_reading_that_nobody_asks_for_is_given_up(fleet: Fleet) -> None:
+    coordinator = await fleet.coordinator(reading=ReadingLimits(poll_seconds=0.05, gone_seconds=0.3))
     await stored(fleet.client, fleet.name, 10)
     async with coordinator.engine_hashes._lock:
         first = await ask(fleet.client, WHERE, messages.NodeRequest(node="a"), messages.Piece)
@@ -203,12 +203,9 @@ async def test_a_reading_that_nobody_asks_for_is_given_up(fleet: Fleet, monkeypa
     assert known.position == 0
 
 
-async def test_what_is_held_for_nodes_and_what_a_node_is_believed_is_bounded(
-    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 1000)
-    monkeypatch.setattr(engine_hashes, "HELD_BYTES", 30_000)
-    coordinator = await fleet.coordinator()
+async def test_what_is_held_for_nodes_and_what_a_node_is_believed_is_bounded(fleet: Fleet) -> None:
+    limits = ReadingLimits(piece_bytes=1000, held_bytes=30_000, most_entries=1500)
+    coordinator = await fleet.coordinator(reading=limits)
     for node in ("a", "b"):
         await stored(fleet.client, fleet.name, 1000, node)
     for _ in range(3):
@@ -221,9 +218,9 @@ async def test_what_is_held_for_nodes_and_what_a_node_is_believed_is_bounded(
     known = await remembered(fleet.client, WHERE, "a")
     assert known is not None
     assert coordinator.engine_hashes._pieces.size == 0
-    monkeypatch.setattr(memory, "MOST_ENTRIES", 999)
-    with pytest.raises(Refused, match="begin anew") as caught:
-        await remembered(fleet.client, WHERE, "a")
+    await stored(fleet.client, fleet.name, 1500, "c")
+    with pytest.raises(Refused, match="more than 1,500 things.*; begin anew") as caught:
+        await remembered(fleet.client, f"{WHERE[:-1]}c", "c")
     assert caught.value.status == 413
 
 

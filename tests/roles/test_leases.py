@@ -10,7 +10,6 @@ import pytest
 
 from kvplane.events.hashing import pack_hashes
 from kvplane.services.protocol import messages
-from kvplane.services.roles import leases as module
 from kvplane.services.roles.leases import Leases
 from kvplane.services.roles.router import Router
 from kvplane.services.simulation.simnode import NodeConfig
@@ -83,10 +82,9 @@ async def test_a_router_that_leaves_ends_its_leases(fleet: Fleet) -> None:
     await until(lambda: not coordinator.state.load.running)
 
 
-async def test_more_leases_than_a_router_keeps_end_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LEASES_LIMIT", 2)
+async def test_more_leases_than_a_router_keeps_end_the_first() -> None:
     ended: list[types.RequestCompleted] = []
-    leases = Leases(ended.append)
+    leases = Leases(ended.append, limit=2)
     for name in ("one", "two", "one", "three", "four"):
         leases.add(name, "a", 60, "")
     assert [(event.request, event.node, event.status) for event in ended] == [

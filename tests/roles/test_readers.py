@@ -9,7 +9,6 @@ import msgspec
 import pytest
 
 from kvplane.services.protocol import messages
-from kvplane.services.roles import readers as module
 from kvplane.services.roles.readers import QUIET_SECONDS, readers
 
 if TYPE_CHECKING:
@@ -21,12 +20,11 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.anyio
 
 
-async def test_a_look_ends_when_all_have_answered(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    await fleet.coordinator()
+async def test_a_look_ends_when_all_have_answered(fleet: Fleet) -> None:
+    # There is no historian, and nobody waits a minute to see that.
+    await fleet.coordinator(readers_seconds=60.0)
     for _ in range(2):
         await fleet.router()
-    # There is no historian, and nobody waits a minute to see that.
-    monkeypatch.setattr(module, "ANSWER_SECONDS", 60.0)
     with anyio.fail_after(30):
         shown = await fleet.ask("coordinator.format.show", messages.StatusRequest())
     assert sorted(reader["service"] for reader in shown["readers"]) == [

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 class Routed(Given):
     """A log that a router reads, with its overlay, and two reported nodes."""
 
-    def __init__(self) -> None:
+    def __init__(self, overlay: Overlay | None = None) -> None:
         super().__init__()
-        self.overlay = Overlay()
+        self.overlay = overlay or Overlay()
         self.chooser = Chooser(self.state, self.overlay)
         for name in "ab":
             self.node(registered(name, capacity=64))
@@ -126,13 +126,10 @@ def test_a_removal_that_comes_after_a_newer_prediction_ends_it_until_the_node_st
     assert given_.promised("a") == 8
 
 
-@pytest.mark.parametrize("few", [0, 8])
-def test_what_a_prompt_that_waits_there_needs_is_still_to_be_expected(
-    few: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("scanned", [0, 8])
+def test_what_a_prompt_that_waits_there_needs_is_still_to_be_expected(scanned: int) -> None:
     """Whether few blocks are gone or many, which are looked for in different ways."""
-    monkeypatch.setattr("kvplane.services.routing.overlay._FEW", few)
-    given_ = Routed()
+    given_ = Routed(Overlay(scanned_blocks=scanned))
     given_.stores("a", *CHAIN)
     request = given_.sends_on("a", 6)
     given_.drops("a", 8, 7, 6, 5)

@@ -10,6 +10,7 @@ import pytest
 
 from kvplane.events.log.connection import connected
 from kvplane.services.protocol.errors import ServiceFault
+from kvplane.services.replication.checkpoints import SCHEDULE
 from kvplane.services.replication.replica import RECENT_SECONDS
 from kvplane.services.roles.coordinator import Coordinator
 from kvplane.services.roles.router import Router
@@ -35,6 +36,8 @@ class Fleet:
         self.name = "default"
         self.recent_seconds = RECENT_SECONDS
         """What replicas that start read from the log and not from a snapshot."""
+        self.schedule = SCHEDULE
+        """When replicas that start compare their digests."""
         self._group = group
         self._stack = stack
 
@@ -42,13 +45,15 @@ class Fleet:
         return await self._stack.enter_async_context(connected([self.url], name))
 
     async def coordinator(self, **options: Any) -> Coordinator:
-        options = {"recent_seconds": self.recent_seconds, **options}
+        options = {"recent_seconds": self.recent_seconds, "schedule": self.schedule, **options}
         service = Coordinator(await self.connect("coordinator"), self.name, **options)
         await self._group.start(service.run)
         return service
 
     async def router(self) -> Router:
-        service = Router(await self.connect("router"), self.name, recent_seconds=self.recent_seconds)
+        service = Router(
+            await self.connect("router"), self.name, recent_seconds=self.recent_seconds, schedule=self.schedule
+        )
         await self._group.start(service.run)
         return service
 

@@ -16,6 +16,7 @@ from kvplane.events.log.credentials import read_seed, trust
 from kvplane.services.auth.folder import FIRST, AuthFolder
 from kvplane.services.embedded.server import Server, start_server
 from kvplane.services.history.historian import Historian
+from kvplane.services.replication.checkpoints import SCHEDULE
 from kvplane.services.roles.coordinator import Coordinator
 from kvplane.services.roles.router import Router
 from kvplane.services.simulation.simnode import NodeConfig, run_nodes
@@ -122,6 +123,8 @@ class Guarded:
         self.held = held
         self.url = server.url
         self.group = group
+        self.schedule = SCHEDULE
+        """When replicas that start compare their digests."""
         self._stack = stack
 
     async def connect(self, role: Role, name: str = "", fleet: str = NAME) -> Client:
@@ -139,13 +142,14 @@ class Guarded:
         self._stack.push_async_callback(stranger.client.close)
         return stranger
 
-    async def coordinator(self) -> Coordinator:
-        service = Coordinator(await self.connect("coordinator"), NAME)
+    async def coordinator(self, **options: Any) -> Coordinator:
+        options = {"schedule": self.schedule, **options}
+        service = Coordinator(await self.connect("coordinator"), NAME, **options)
         await self.group.start(service.run)
         return service
 
     async def router(self) -> Router:
-        service = Router(await self.connect("router"), NAME)
+        service = Router(await self.connect("router"), NAME, schedule=self.schedule)
         await self.group.start(service.run)
         return service
 
