@@ -22,7 +22,7 @@ from kvplane.services.history.report import Range, clock, collect, extent, headl
 from kvplane.services.history.when import when
 from kvplane.services.protocol.errors import BadRequest
 from kvplane.services.simulation.pages import page
-from kvplane.services.simulation.report import produce, total
+from kvplane.services.simulation.report import Plan, produce
 from kvplane.services.simulation.workloads import KINDS
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def report_policies(
     """
     if not out.absolute().parent.is_dir():
         raise BadRequest(f"{out.parent} is no folder; make it first")
-    traces = [*map(str, trace), *KINDS]
+    plan = Plan(traces=(*map(str, trace), *KINDS), policies=policy, peer=peer)
     command = " ".join(
         [
             "kvplane policy report",
@@ -67,11 +67,8 @@ def report_policies(
         ]
     )
     with progress_bar() as progress:
-        task = progress.add_task("simulating", total=total(traces, peer=peer, policies=policy))
-        report = produce(
-            traces, processes=processes or os.cpu_count() or 1, peer=peer, policies=policy,
-            progress=lambda: progress.advance(task),
-        )  # fmt: skip
+        task = progress.add_task("simulating", total=plan.steps)
+        report = produce(plan, processes=processes or os.cpu_count() or 1, progress=lambda: progress.advance(task))
     out.write_text(page(report, command))
 
 

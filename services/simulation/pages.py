@@ -12,9 +12,7 @@ from kvplane.services.simulation.report import (
     BURST,
     BURST_NODES,
     BURST_TOKENS,
-    CACHES,
     KNEE_SECONDS,
-    LOADS,
     REQUESTS_A_NODE,
     SEED,
     pairs,
@@ -45,13 +43,14 @@ def ratio(one: float, other: float) -> float:
 def page(report: Report, command: str) -> str:
     """The whole report."""
     names = ", ".join(dict.fromkeys(cell.name for cell in report.knees))
+    caches, loads = report.plan.caches, report.plan.loads
     lines = [
         "# Policies, measured", "",
         (f"Made by `{command}`, which makes it again byte for byte. Seed {SEED}. Traces: {names}; of each the first "
         f"{REQUESTS_A_NODE} requests a node. Nodes are {Hardware().name}, with a cache of "
-        f"{CACHES['small']:,} tokens (small: the GPU's memory) or {CACHES['large']:,} (large: some of the host's, too). "
+        f"{caches['small']:,} tokens (small: the GPU's memory) or {caches['large']:,} (large: some of the host's, too). "
         f"The knee is the highest load at which `ttft` keeps the p99 of TTFT under {KNEE_SECONDS:g} s; light is "
-        f"{LOADS['light']:g} of it, overload {LOADS['overload']:g}. A commit is seen by the router after 2 ms. TTFT is in "
+        f"{loads['light']:g} of it, overload {loads['overload']:g}. A commit is seen by the router after 2 ms. TTFT is in "
         "seconds; hit rates are shares of prompt tokens; *of ideal* compares with one cache without limit; *imbalance* "
         "is the busiest node's time of prefill over the mean."), "",
         "## In short", "",
@@ -65,8 +64,8 @@ def page(report: Report, command: str) -> str:
             head,
             (
                 _row(f"{name}, {policy}", report.runs[cell, name, policy])
-                for name in LOADS
-                for policy in report.policies
+                for name in report.plan.loads
+                for policy in report.plan.judged
             ),
         )
     return "\n".join(lines).rstrip() + "\n"
@@ -82,7 +81,7 @@ def _row(name: str, run: Summary) -> list[str]:
 def _short(report: Report) -> list[str]:
     """`ttft` against each other policy at the knee."""
     rows = []
-    others = [policy for policy in report.policies if policy != "ttft"]
+    others = [policy for policy in report.plan.judged if policy != "ttft"]
     for policy in others:
         means = {(cell, name): ratio(own.mean, all_[policy].mean) for cell, name, own, all_ in pairs(report, "knee")}
         tails = {(cell, name): ratio(own.p99, all_[policy].p99) for cell, name, own, all_ in pairs(report, "knee")}

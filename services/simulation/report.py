@@ -1,4 +1,4 @@
-"""The report on policies: every policy on every trace, at three loads, with three numbers of nodes and two caches.
+"""The report on policies: every policy on every trace, at several loads, with several numbers of nodes and caches.
 
 The knee of a cell is the highest load at which `ttft` keeps the p99 of TTFT under `KNEE_SECONDS`; light load is half of
 it, overload a quarter more. Nothing in a report depends on the machine or on how many processes made it.
@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 from kvplane.events.hashing import pack_hashes
 from kvplane.services.process.workers import workers
@@ -24,7 +24,7 @@ from kvplane.services.simulation.workloads import GENERATED_BLOCK_SIZE, KINDS, g
 from kvplane.services.simulation.world import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 SEED = 1
 NODES = (4, 8, 16)
@@ -42,8 +42,51 @@ BURST_NODES = 16
 BURST_TOKENS = 8000
 
 
+class Plan(Struct, frozen=True, kw_only=True):
+    """What a report measures."""
+
+    traces: tuple[str, ...]
+    """Paths, or generated kinds."""
+    policies: tuple[str, ...] = ()
+    """Policies that are judged beside the built-in ones."""
+    built_in: tuple[str, ...] = tuple(POLICIES)
+    peer: bool = False
+    """Whether the peer's selector is judged as well; its package must be installed."""
+    nodes: tuple[int, ...] = NODES
+    caches: dict[str, int] = field(default_factory=CACHES.copy)
+    """Tokens a node."""
+    loads: dict[str, float] = field(default_factory=LOADS.copy)
+    """Multiples of the knee."""
+    delays: tuple[float, ...] = DELAYS
+    """Seconds until a router sees a commit."""
+    routers: tuple[int, ...] = ROUTERS
+    knee: float | None = None
+    """A speedup that counts as the knee of every cell; without one it is looked for."""
+
+    @property
+    def judged(self) -> tuple[str, ...]:
+        """All policies, each once."""
+        return tuple(dict.fromkeys([*self.built_in, *self.policies]))
+
+    @property
+    def cells(self) -> list[Cell]:
+        """All cells."""
+        return [Cell(trace, nodes, cache) for trace in self.traces for nodes in self.nodes for cache in self.caches]
+
+    @property
+    def steps(self) -> int:
+        """How many steps `produce` reports."""
+        each = len(self.nodes) * len(self.caches)
+        return len(self.traces) * (
+            each
+            + each * len(self.loads) * len(self.judged)
+            + len(self.delays) * len(self.routers)
+            + (len(self.caches) if self.peer else 0)
+        )
+
+
 class Cell(Struct, frozen=True, order=True):
-    """Where policies are compared: a trace (a path or a generated kind), nodes, and a cache of `CACHES`."""
+    """Where policies are compared: a trace (a path or a generated kind), nodes, and one of the plan's caches."""
 
     trace: str
     nodes: int
@@ -66,15 +109,15 @@ class Job(Struct, frozen=True):
 
 
 class Report(Struct):
-    """All runs of a report. `knees` are speedups; `peer` is empty where the peer's package is not installed."""
+    """All runs of a report. `knees` are speedups; `peer` is empty where the peer was not judged."""
 
+    plan: Plan
     knees: dict[Cell, float]
     runs: dict[tuple[Cell, str, str], Summary]
     overlay: dict[tuple[str, float, int], Summary]
     peer: dict[Cell, Summary]
     burst: dict[tuple[float, int], tuple[int, int, float, float]]
     """By delay and routers: nodes that got a request, most requests on one, mean and largest TTFT."""
-    policies: tuple[str, ...] = tuple(POLICIES)
 
 
 @lru_cache(maxsize=4)
@@ -89,12 +132,12 @@ def load(trace: str, count: int) -> tuple[list[Work], int, float]:
     return work, size, ideal_hit_rate(work, size)
 
 
-def make(job: Job) -> Summary:
+def make(plan: Plan, job: Job) -> Summary:
     """Make one run. Raises `PolicyFailed` when the policy failed in every decision of it."""
     choice = parse_choice(job.policy)
     work, size, ideal = load(job.cell.trace, job.cell.nodes * REQUESTS_A_NODE)
     settings = Settings(
-        nodes=job.cell.nodes, capacity=CACHES[job.cell.cache] // size, block_size=size, policy=choice.policy,
+        nodes=job.cell.nodes, capacity=plan.caches[job.cell.cache] // size, block_size=size, policy=choice.policy,
         parameters=choice.parameters, speedup=job.speedup, seed=SEED, delay=job.delay, routers=job.routers,
     )  # fmt: skip
     summary = summarize(run(settings, work), job.policy, ideal)
@@ -103,11 +146,13 @@ def make(job: Job) -> Summary:
     return summary
 
 
-def knee(cell: Cell) -> float:
-    """The highest speedup at which `ttft` keeps its p99 under `KNEE_SECONDS`."""
+def knee(plan: Plan, cell: Cell) -> float:
+    """The highest speedup at which `ttft` keeps its p99 under `KNEE_SECONDS`, unless the plan has one."""
+    if plan.knee is not None:
+        return plan.knee
 
     def holds(power: float) -> bool:
-        return make(Job(cell, "ttft", 2.0**power)).p99 < KNEE_SECONDS
+        return make(plan, Job(cell, "ttft", 2.0**power)).p99 < KNEE_SECONDS
 
     low = 0.0
     if holds(low):
@@ -143,66 +188,49 @@ def burst(delay: float, routers: int) -> tuple[int, int, float, float]:
     return sum(count > 0 for count in counts), max(counts), sum(times) / len(times), max(times)
 
 
-def cells(traces: Iterable[str]) -> list[Cell]:
-    """All cells of a report."""
-    return [Cell(trace, nodes, cache) for trace in traces for nodes in NODES for cache in CACHES]
-
-
-def total(traces: list[str], *, peer: bool, policies: Sequence[str] = ()) -> int:
-    """How many steps `produce` reports."""
-    each = len(NODES) * len(CACHES)
-    return len(traces) * (
-        each
-        + each * len(LOADS) * len({*POLICIES, *policies})
-        + len(DELAYS) * len(ROUTERS)
-        + (len(CACHES) if peer else 0)
-    )
-
-
-def produce(
-    traces: list[str], *, processes: int, peer: bool, policies: Sequence[str] = (),
-    progress: Callable[[], None] = lambda: None,
-) -> Report:  # fmt: skip
-    """Make a whole report; `policies` are judged beside the built-in ones, `progress` is called after each run.
+def produce(plan: Plan, *, processes: int, progress: Callable[[], None] = lambda: None) -> Report:
+    """Make a whole report; `progress` is called after each run.
 
     Raises `BadTrace`, `BadRequest` for a policy that is none or without the peer, and `PolicyFailed`.
     """
-    report = Report({}, {}, {}, {}, {}, tuple(dict.fromkeys([*POLICIES, *policies])))
-    for policy in policies:
+    report = Report(plan, {}, {}, {}, {}, {})
+    for policy in plan.policies:
         parse_choice(policy)
-    for trace in traces:
+    for trace in plan.traces:
         # A trace that can't be read is an error before the work begins.
         load(trace, 1)
-    everywhere = cells(traces)
+    everywhere = plan.cells
     with workers(processes) as submit:
 
-        def results(function: Callable[[Any], Any], arguments: Sequence[Any]) -> Iterator[Any]:
-            jobs = [submit(function, argument) for argument in arguments]
+        def results(function: Callable[[Plan, Any], Any], arguments: Sequence[Any]) -> Iterator[Any]:
+            jobs = [submit(function, plan, argument) for argument in arguments]
             for job in jobs:
                 yield job.result()
                 progress()
 
         report.knees.update(zip(everywhere, results(knee, everywhere), strict=True))
-        keys = [(cell, name, policy) for cell in everywhere for name in LOADS for policy in report.policies]
-        jobs = [Job(cell, policy, report.knees[cell] * LOADS[name]) for cell, name, policy in keys]
+        keys = [(cell, name, policy) for cell in everywhere for name in plan.loads for policy in plan.judged]
+        jobs = [Job(cell, policy, report.knees[cell] * plan.loads[name]) for cell, name, policy in keys]
         report.runs.update(zip(keys, results(make, jobs), strict=True))
-        overlaid = [(trace, delay, routers) for trace in traces for delay in DELAYS for routers in ROUTERS]
+        overlaid = [
+            (trace, delay, routers) for trace in plan.traces for delay in plan.delays for routers in plan.routers
+        ]
         jobs = [
             Job(Cell(trace, 8, "large"), "ttft", report.knees[Cell(trace, 8, "large")], delay, routers)
             for trace, delay, routers in overlaid
         ]
         report.overlay.update(zip(overlaid, results(make, jobs), strict=True))
-        judged = [Cell(trace, 8, cache) for trace in traces for cache in CACHES] if peer else []
+        judged = [Cell(trace, 8, cache) for trace in plan.traces for cache in plan.caches] if plan.peer else []
         jobs = [Job(cell, PEER, report.knees[cell]) for cell in judged]
         report.peer.update(zip(judged, results(make, jobs), strict=True))
-    report.burst = {(delay, routers): burst(delay, routers) for delay in DELAYS for routers in ROUTERS}
+    report.burst = {(delay, routers): burst(delay, routers) for delay in plan.delays for routers in plan.routers}
     return report
 
 
 def pairs(report: Report, load_name: str | None = None) -> Iterator[tuple[Cell, str, Summary, dict[str, Summary]]]:
     """Each cell and load, with the run of `ttft` and those of the others."""
     for cell in report.knees:
-        for name in LOADS:
+        for name in report.plan.loads:
             if load_name in {None, name}:
-                others = {policy: report.runs[cell, name, policy] for policy in report.policies if policy != "ttft"}
+                others = {policy: report.runs[cell, name, policy] for policy in report.plan.judged if policy != "ttft"}
                 yield cell, name, report.runs[cell, name, "ttft"], others

@@ -5,49 +5,40 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from kvplane.services.cli import main
 from kvplane.services.protocol.errors import BadRequest, PolicyFailed
 from kvplane.services.routing import policies
-from kvplane.services.simulation import pages, report
-from kvplane.services.simulation.report import KNEE_SECONDS, Cell, Job, knee, make, produce, total
+from kvplane.services.simulation import pages
+from kvplane.services.simulation.report import KNEE_SECONDS, Cell, Job, Plan, knee, make, produce
+
+SMALL = Plan(
+    traces=("single-turn",), built_in=("ttft", "blocks"), nodes=(4,), loads={"knee": 1.0}, delays=(), knee=2.0
+)  # fmt: skip
 
 
-def test_a_report_does_not_depend_on_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Workers are started anew and have the real constants, so only what this process decides is made smaller.
-    monkeypatch.setattr(report, "NODES", (4,))
-    monkeypatch.setattr(report, "LOADS", {"knee": 1.0})
-    monkeypatch.setattr(report, "POLICIES", {"ttft": None, "blocks": None})
-    monkeypatch.setattr(report, "DELAYS", ())
-    monkeypatch.setattr(report, "knee", fixed)
+def test_a_report_does_not_depend_on_its_processes() -> None:
     steps: list[int] = []
 
     def tick() -> None:
         steps.append(1)
 
-    made = [produce(["single-turn"], processes=processes, peer=False, progress=tick) for processes in (1, 2)]
-    assert len(steps) == 2 * total(["single-turn"], peer=False)
+    made = [produce(SMALL, processes=processes, progress=tick) for processes in (1, 2)]
+    assert len(steps) == 2 * SMALL.steps
     assert made[0] == made[1]
     assert len(made[0].runs) == 4
 
 
-def test_further_policies_are_judged_beside_the_built_in_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "NODES", (4,))
-    monkeypatch.setattr(report, "CACHES", {"large": 3_000_000})
-    monkeypatch.setattr(report, "LOADS", {"knee": 1.0})
-    monkeypatch.setattr(report, "POLICIES", {"ttft": None, "blocks": None})
-    monkeypatch.setattr(report, "DELAYS", ())
-    monkeypatch.setattr(report, "knee", fixed)
+def test_further_policies_are_judged_beside_the_built_in_ones() -> None:
     own = "ttft:crowd_weight=0,active_seconds=1"
+    plan = replace(SMALL, caches={"large": 3_000_000}, policies=(own, "ttft"))
     steps: list[int] = []
-    made = produce(
-        ["single-turn"], processes=1, peer=False, policies=[own, "ttft"], progress=lambda: steps.append(1)
-    )  # fmt: skip
-    assert len(steps) == total(["single-turn"], peer=False, policies=[own, "ttft"])
+    made = produce(plan, processes=1, progress=lambda: steps.append(1))
+    assert len(steps) == plan.steps
     assert [policy for _, _, policy in made.runs] == ["ttft", "blocks", own]
     means = {policy: run.mean for (_, _, policy), run in made.runs.items()}
     assert means[own] != means["ttft"]
-    monkeypatch.setattr(pages, "LOADS", {"knee": 1.0})
     text = pages._short(made)
     assert any(line.startswith(f"| {own} |") for line in text)
 
@@ -56,24 +47,22 @@ def test_a_report_with_a_policy_that_is_none_or_never_decides_ends(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with pytest.raises(BadRequest, match="'magic' is not one of"):
-        produce(["single-turn"], processes=1, peer=False, policies=["magic"])
+        produce(replace(SMALL, policies=("magic",)), processes=1)
     (tmp_path / "own_for_report.py").write_text("def broken(view, request, parameters):\n    raise ZeroDivisionError\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(policies, "_allowed", set())
     with pytest.raises(
         PolicyFailed, match="policy own_for_report:broken failed in all of its decisions: ZeroDivisionError"
     ):
-        make(Job(Cell("single-turn", 4, "large"), "own_for_report:broken", 1.0))
-
-
-def fixed(_: Cell) -> float:
-    return 2.0
+        make(SMALL, Job(Cell("single-turn", 4, "large"), "own_for_report:broken", 1.0))
 
 
 def test_the_knee_is_the_edge_of_what_ttft_can_do() -> None:
     cell = Cell("single-turn", 4, "large")
-    speedup = knee(cell)
-    assert make(Job(cell, "ttft", speedup)).p99 < KNEE_SECONDS <= make(Job(cell, "ttft", speedup * 2 ** (1 / 16))).p99
+    plan = Plan(traces=("single-turn",))
+    speedup = knee(plan, cell)
+    assert make(plan, Job(cell, "ttft", speedup)).p99 < KNEE_SECONDS
+    assert make(plan, Job(cell, "ttft", speedup * 2 ** (1 / 16))).p99 >= KNEE_SECONDS
 
 
 def test_the_page_in_the_documentation_is_of_this_form() -> None:
