@@ -255,6 +255,7 @@ def route(
     salt: str = "",
     exclude: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
     record: bool = False,
+    lease_seconds: float = LEASE_SECONDS,
     json: Json = False,
     common: Common = COMMON,
 ) -> None:
@@ -283,14 +284,20 @@ def route(
     exclude
         Nodes that must not be chosen.
     record
-        Record the decision and count its load, as for a request that is sent, until somebody completes it or a minute is over.
+        Record the decision and count its load, as for a request that is sent, until somebody completes it or its lease is over.
+    lease_seconds
+        How long a request that is recorded counts as load when nobody completes it; 900 at the most.
     json
         Print JSON.
     """
+    if not 0 < lease_seconds <= messages.LEASE_LIMIT:
+        raise BadRequest(
+            f"--lease-seconds is {lease_seconds:g}; it must be more than 0, and {messages.LEASE_LIMIT} at most"
+        )
     request = messages.RouteRequest(
         model=model, prompt=prompt, tokens=_numbers(tokens), hashes=_hashes(hashes), tokens_count=tokens_count,
         session=session, adapter=adapter, salt=salt, exclude=list(exclude), dry_run=not record,
-        lease_seconds=LEASE_SECONDS if record else 0,
+        lease_seconds=lease_seconds if record else 0,
     )  # fmt: skip
     answer = question(common, "route", request)
     if json:
@@ -310,7 +317,7 @@ def route(
         rows.append(("degraded", "the log is away; this decision waits to be recorded"))
     show.pairs(rows)
     if record:
-        note = f"recorded: it counts as load until it is completed, or for {LEASE_SECONDS:g} s"
+        note = f"recorded: it counts as load until it is completed, or for {lease_seconds:g} s"
     else:
         note = "a dry run: nothing was recorded, and no load is counted; --record does both"
     show.say(note, error=True)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 
-from kvplane.services.cli import app, ask
+from kvplane.services.cli import app
+from kvplane.services.protocol.errors import BadRequest
 from kvplane.services.simulation.simnode import NodeConfig
 from tests.support.waiting import until
 
@@ -45,15 +46,21 @@ async def test_a_question_says_that_it_is_a_dry_run_and_which_request_it_was(
 
 
 async def test_what_is_recorded_and_never_sent_is_no_load_any_more_after_a_while(
-    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+    fleet: Fleet, capfd: pytest.CaptureFixture[str]
 ) -> None:
     coordinator = await fleet.coordinator()
     await fleet.nodes(NodeConfig(name="a"))
     await fleet.router()
-    monkeypatch.setattr(ask, "LEASE_SECONDS", 0.3)
-    await routed(fleet, "--record")
+    await routed(fleet, "--record", "--lease-seconds", "0.3")
+    assert "recorded: it counts as load until it is completed, or for 0.3 s" in capfd.readouterr().err
     await until(lambda: sum(coordinator.state.load.recent_requests))
     await until(lambda: not coordinator.state.load.running)
     load = coordinator.state.load.of("a")
     assert load is not None
     assert load.active == 0
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "901", "nan"])
+def test_a_lease_that_is_none_is_refused(seconds: str) -> None:
+    with pytest.raises(BadRequest, match=f"--lease-seconds is {seconds}; it must be more than 0, and 900 at most"):
+        app(["route", "sim", "--prompt", "Hello", "--lease-seconds", seconds], result_action="return_value")
