@@ -55,20 +55,20 @@ async def run_alone(
             await service.run()
 
 
-def keep(folder: Path, http: str | None, modules: tuple[str, ...], common: Common) -> None:
-    """Run a historian as `up` does: where it can't work, it stays and answers why."""
+def keep(folder: Path, http: str | None, optional: bool, modules: tuple[str, ...], common: Common) -> None:  # noqa: FBT001
+    """Run a historian as `up` does: where it can't work, it stays and answers why. HTTP is `optional` as in `observing`."""
     start(common)
     allow_modules(modules)
     # Before DuckDB starts its threads.
     give_way()
     relax_collector()
-    run_until_signal(_keep, folder, http, modules, common)
+    run_until_signal(_keep, folder, http, optional, modules, common)
 
 
-async def _keep(folder: Path, http: str | None, modules: tuple[str, ...], common: Common) -> None:
+async def _keep(folder: Path, http: str | None, optional: bool, modules: tuple[str, ...], common: Common) -> None:  # noqa: FBT001
     async with common.connected(WHAT.replace(" ", "-")) as client:
         service = kept(client, folder, modules, common)
-        async with observing(http, service):
+        async with observing(http, service, optional=optional):
             await service.run()
 
 

@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import anyio
 import structlog
@@ -33,7 +33,7 @@ from kvplane.services.embedded.keeper import kept
 from kvplane.services.embedded.server import holding, reached_at, start_server
 from kvplane.services.gateway.service import Gateway
 from kvplane.services.http.server import bound
-from kvplane.services.observability.web import address, is_free, observing
+from kvplane.services.observability.web import address, observing
 from kvplane.services.process.workers import beside
 from kvplane.services.protocol.errors import BadRequest, HttpFailed
 from kvplane.services.roles.coordinator import Coordinator
@@ -112,7 +112,12 @@ def up(
     allow_modules(policy_module)
     inside = _Inside(common, auth, tuple(policy_module))
     at = None if bare else _up_gateway(gateway)
-    run_until_signal(_up, data, host, port, simulate, traffic, bare, not no_history, at, _up_http(http), inside)
+    run_until_signal(
+        partial(
+            _up, data, host=host, port=port, simulate=simulate, traffic=traffic, bare=bare, history=not no_history,
+            gateway=at, http=_up_http(http), inside=inside,
+        )
+    )  # fmt: skip
 
 
 def _up_gateway(gateway: str | None) -> socket.socket | None:
@@ -128,19 +133,21 @@ def _up_gateway(gateway: str | None) -> socket.socket | None:
         return None
 
 
-def _up_http(http: str | None) -> tuple[str | None, str | None]:
-    """Addresses for this process and for the historian's. Raises `BadRequest`."""
+class _Http(NamedTuple):
+    """Addresses of metrics, for this process and for the historian's. Where `optional`, there is none that is taken."""
+
+    own: str | None
+    historian: str | None
+    optional: bool
+
+
+def _up_http(http: str | None) -> _Http:
+    """Where metrics are to be served. Raises `BadRequest`."""
     if http == "off":
-        return None, None
+        return _Http(None, None, optional=True)
     host, port = address(http or UP_HTTP)
     asked = f"{host}:{port}" if ":" not in host else f"[{host}]:{port}"
-    both = asked, asked.removesuffix(str(port)) + str(port and port + 1)
-    if http:
-        return both
-    for taken in [each for each in both if not is_free(each)]:
-        _log.warning("http_taken", address=taken, instead="nothing; choose another with --http")
-    own, historian = (each if is_free(each) else None for each in both)
-    return own, historian
+    return _Http(asked, asked.removesuffix(str(port)) + str(port and port + 1), optional=not http)
 
 
 class _Inside:
@@ -179,11 +186,12 @@ class _Inside:
 
 
 async def _up(
-    data: Path, host: str, port: int, simulate: int, traffic: bool, bare: bool, history: bool,  # noqa: FBT001
-    gateway: socket.socket | None, http: tuple[str | None, str | None], inside: _Inside,
+    data: Path, *, host: str, port: int, simulate: int, traffic: bool, bare: bool, history: bool,
+    gateway: socket.socket | None, http: _Http, inside: _Inside,
 ) -> None:  # fmt: skip
     configs = [NodeConfig(name=f"sim-{number + 1}", http="127.0.0.1") for number in range(simulate)]
     include = inside.prepare([config.name for config in configs])
+    observed: str | None = None
     people: People | None = None
     async with AsyncExitStack() as stack:
         owner = await stack.enter_async_context(holding(data, reached_at(host, port)))
@@ -208,14 +216,12 @@ async def _up(
             if configs:
                 engines = [await client("node", config.name) for config in configs]
                 services.append(SimNodes(engines, inside.fleet, configs))
-            await stack.enter_async_context(observing(http[0], *services))
+            observed = await stack.enter_async_context(observing(http.own, *services, optional=http.optional))
             group = await stack.enter_async_context(anyio.create_task_group())
             for service in services:
                 await group.start(service.run)
             if history:
-                group.start_soon(
-                    _keep_history, data / "history", http[1], inside.modules, inside.common(url, "historian")
-                )
+                group.start_soon(_keep_history, data / "history", http, inside.modules, inside.common(url, "historian"))
             if traffic:
                 people = People(
                     await client("client"),
@@ -226,7 +232,7 @@ async def _up(
                 )
                 group.start_soon(people.run)
         _say(
-            inside, url, data, http=http[0], simulated=bool(configs), history=history, bare=bare,
+            inside, url, data, http=observed, simulated=bool(configs), history=history, bare=bare,
             talking=people.talking if people else 0, gateway=gateway,
         )  # fmt: skip
         await anyio.sleep_forever()
@@ -251,7 +257,7 @@ def _say(
     tries = [f"kvplane node list{option}", f"kvplane events tail{option}"]
     if history and not bare:
         tries.append(f"kvplane sql 'SHOW TABLES'{option}")
-    if http and not bare:
+    if http:
         tries.append(f"curl http://{http}/metrics")
     if simulated and not bare:
         if gateway is not None:
@@ -269,7 +275,7 @@ def _say(
     show.say("Ctrl-C stops it.", error=True)
 
 
-async def _keep_history(folder: Path, http: str | None, modules: tuple[str, ...], common: Common) -> None:
+async def _keep_history(folder: Path, http: _Http, modules: tuple[str, ...], common: Common) -> None:
     """Run a historian beside this process, again when it ends: routers don't share their core with it."""
     pause = RESTART_SECONDS
     while True:
@@ -280,11 +286,11 @@ async def _keep_history(folder: Path, http: str | None, modules: tuple[str, ...]
         await anyio.sleep(pause)
 
 
-def _historian(folder: Path, http: str | None, modules: tuple[str, ...], common: Common) -> None:
+def _historian(folder: Path, http: _Http, modules: tuple[str, ...], common: Common) -> None:
     from kvplane.services.cli.historian import keep  # noqa: PLC0415 - DuckDB is loaded in that process only
 
     try:
-        keep(folder, http, modules, common)
+        keep(folder, http.historian, http.optional, modules, common)
     except KvplaneError as error:
         _fail(error)
     except BaseExceptionGroup as errors:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -32,19 +32,20 @@ _log = structlog.get_logger("kvplane.http")
 
 
 @asynccontextmanager
-async def observing(http: str | None, *services: Service) -> AsyncIterator[None]:
+async def observing(http: str | None, *services: Service, optional: bool = False) -> AsyncIterator[str | None]:
     """Watch the services' connections for the length of a block and, with an address, answer HTTP about them.
 
-    Raises `BadRequest` or `HttpFailed` when the address can't be listened on, and `ConnectionBroken` as `Lifeline.run` does.
+    Gives the address. One that is `optional` is none when somebody else has it. Raises `BadRequest` or `HttpFailed` when
+    another one can't be listened on, and `ConnectionBroken` as `Lifeline.run` does.
     """
     observed = [Observed(service, Lifeline(service.client, service.role)) for service in services]
-    async with listening(http, observed), anyio.create_task_group() as group:
+    async with listening(http, observed, optional=optional) as where, anyio.create_task_group() as group:
         for one in observed:
             group.start_soon(one.lifeline.run)
             if one.service.role in FOLLOWING:
                 group.start_soon(one.lifeline.watch_log, one.service.fleet)
         group.start_soon(_log_readiness, services)
-        yield
+        yield where
         group.cancel_scope.cancel()
 
 
@@ -86,23 +87,11 @@ def check_address(http: str | None) -> None:
         address(http)
 
 
-def is_free(http: str) -> bool:
-    """Whether nobody listens at an address now."""
-    host, port = address(http)
-    with closing(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
-
-
 @asynccontextmanager
-async def listening(http: str | None, observed: Sequence[Observed]) -> AsyncIterator[None]:
-    """Answer HTTP at an address, if there is one."""
+async def listening(http: str | None, observed: Sequence[Observed], *, optional: bool) -> AsyncIterator[str | None]:
+    """Answer HTTP at an address, if there is one; gives where."""
     if not http:
-        yield
+        yield None
         return
     host, port = address(http)
     runner = web.AppRunner(_application(observed), access_log=None, handle_signals=False, shutdown_timeout=1)
@@ -114,11 +103,16 @@ async def listening(http: str | None, observed: Sequence[Observed]) -> AsyncIter
         except socket.gaierror:
             raise HttpFailed(f"--http: no address is known for host {host!r}; give one of this machine's") from None
         except OSError as error:
-            raise HttpFailed(
-                f"--http {http} can't be listened on ({os.strerror(error.errno or 0)}); choose another, or stop what has it"
-            ) from None
-        _log.info("http_listens", address=http)
-        yield
+            # Tried, not looked at before: between a look and this somebody else could take it.
+            if not optional:
+                raise HttpFailed(
+                    f"--http {http} can't be listened on ({os.strerror(error.errno or 0)}); choose another, or stop what has it"
+                ) from None
+            _log.warning("http_taken", address=http, instead="nothing; choose another with --http")
+            yield None
+        else:
+            _log.info("http_listens", address=http)
+            yield http
     finally:
         with anyio.CancelScope(shield=True):
             await runner.cleanup()

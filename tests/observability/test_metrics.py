@@ -31,8 +31,10 @@ from kvplane.services.demo.workload import conversations
 from kvplane.services.observability import catalog
 from kvplane.services.observability.page import make
 from kvplane.services.observability.scrape import Scrape
+from kvplane.services.observability.web import observing
 from kvplane.services.process import logs
 from kvplane.services.protocol import messages
+from kvplane.services.protocol.errors import HttpFailed
 from kvplane.services.simulation.simnode import NodeConfig, SimNodes
 from tests.support.historians import historian, messages_of, question
 from tests.support.http_of_services import OPENMETRICS, Http, Metrics, observed
@@ -301,19 +303,29 @@ def test_up_serves_metrics_where_it_is_told_and_says_when_the_port_is_taken(tmp_
             process.wait(20)
 
 
-def test_up_goes_on_without_when_its_own_port_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_port_that_nobody_asked_for_and_another_has_is_gone_on_without(fleet: Fleet) -> None:
     logs.configure("warning")
+    coordinator = await fleet.coordinator()
     with closing(socket.socket()) as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        port = taken.getsockname()[1]
-        monkeypatch.setattr(up, "UP_HTTP", f"127.0.0.1:{port}")
+        where = f"127.0.0.1:{taken.getsockname()[1]}"
         with capture_logs() as logged:
-            assert up._up_http(None)[0] is None
-        assert f"127.0.0.1:{port}" in [line["address"] for line in logged if line["event"] == "http_taken"]
-        # Who asks for the port by name keeps it: the error comes when it is listened on.
-        assert up._up_http(f"127.0.0.1:{port}") == (f"127.0.0.1:{port}", f"127.0.0.1:{port + 1}")
-        assert up._up_http("off") == (None, None)
+            async with observing(where, coordinator, optional=True) as observed_at:
+                assert observed_at is None
+        assert [line["address"] for line in logged if line["event"] == "http_taken"] == [where]
+        with pytest.raises(HttpFailed, match="Address already in use"):
+            async with observing(where, coordinator):
+                pass
+    async with observing(where, coordinator, optional=True) as observed_at:
+        assert observed_at == where
+        assert (await Http(where).state("/readyz"))[0] == 200
+
+
+def test_ports_that_up_chooses_are_optional_and_others_not() -> None:
+    assert up._up_http(None) == ("127.0.0.1:9464", "127.0.0.1:9465", True)
+    assert up._up_http("[::1]:9000") == ("[::1]:9000", "[::1]:9001", False)
+    assert up._up_http("off")[:2] == (None, None)
 
 
 @pytest.mark.parametrize("address", ["9464", "127.0.0.1", ":9464", "127.0.0.1:http", "127.0.0.1:99999"])

@@ -1,0 +1,62 @@
+"""`kvplane up` from within: where it serves metrics, and how it ends."""
+
+from __future__ import annotations
+
+import socket
+from contextlib import asynccontextmanager, closing
+from functools import partial
+from typing import TYPE_CHECKING
+
+import anyio
+import pytest
+
+from kvplane.services.cli import up
+from kvplane.services.cli.common import Common
+from tests.support.ports import free_port
+from tests.support.waiting import until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+pytestmark = pytest.mark.anyio
+
+NOWHERE = up._up_http("off")
+
+
+@asynccontextmanager
+async def up_in(
+    data: Path, port: int, capfd: pytest.CaptureFixture[str], *, simulate: int = 0, http: up._Http = NOWHERE
+) -> AsyncIterator[str]:
+    """What `up` runs, in this event loop, without gateway and history; what it wrote at its start. It is stopped at the end."""
+    output = ""
+
+    def written() -> str:
+        nonlocal output
+        output += capfd.readouterr().err
+        return output
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(
+            partial(
+                up._up, data, host="127.0.0.1", port=port, simulate=simulate, traffic=False, bare=False, history=False,
+                gateway=None, http=http, inside=up._Inside(Common(), None),
+            )
+        )  # fmt: skip
+        await until(lambda: "Ctrl-C stops it." in written())
+        yield output
+        group.cancel_scope.cancel()
+
+
+async def test_a_port_that_somebody_took_is_gone_on_without(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with closing(socket.socket()) as taken:
+        taken.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{taken.getsockname()[1]}"
+        # After `up` has chosen it, and before it listens there.
+        chosen = up._up_http(None)._replace(own=where)
+        taken.listen()
+        async with up_in(tmp_path, free_port(), capfd, http=chosen) as output:
+            assert "kvplane node list" in output
+            assert "curl" not in output
+    async with up_in(tmp_path, free_port(), capfd, http=chosen) as output:
+        assert f"curl http://{where}/metrics" in output
