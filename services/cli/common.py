@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import signal
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from math import inf
@@ -20,9 +21,10 @@ from kvplane.services.process.modules import look_here
 from kvplane.services.protocol.errors import BadRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
     from contextlib import AbstractAsyncContextManager
 
+    from anyio.abc import TaskStatus
     from nats.aio.client import Client
 
 T = TypeVar("T")
@@ -79,6 +81,24 @@ def allow_modules(modules: Iterable[str]) -> None:
             import_module(module)
         except (Exception, SystemExit) as error:  # noqa: BLE001 - importing runs anybody's code
             raise BadRequest(f"--policy-module {module!r} can't be imported: {error}") from None
+
+
+@asynccontextmanager
+async def outlasting(run: Callable[..., Awaitable[object]]) -> AsyncIterator[None]:
+    """Run a service for the length of a block, also while a block that was cancelled comes to its end."""
+    # A cancellation from outside does not reach it; the end of the block does.
+    scope = anyio.CancelScope(shield=True)
+
+    async def running(*, task_status: TaskStatus[None]) -> None:
+        with scope:
+            await run(task_status=task_status)
+
+    async with anyio.create_task_group() as group:
+        try:
+            await group.start(running)
+            yield
+        finally:
+            scope.cancel()
 
 
 def run_async(function: Callable[..., Awaitable[T]], *arguments: Any) -> T:  # noqa: ANN401 - passed through

@@ -15,6 +15,7 @@ from kvplane.services.cli.common import (
     run_until_signal,
     start,
 )
+from kvplane.services.membership.leaving import LEAVE_SECONDS
 from kvplane.services.observability.web import check_address, observing
 from kvplane.services.protocol.errors import BadRequest
 from kvplane.services.replication.compaction import SNAPSHOT_BYTES, SNAPSHOT_COMMITS
@@ -157,4 +158,4 @@ def simnode(
 
 async def _run_simnodes(configs: list[NodeConfig], http: str | None, common: Common) -> None:
     async with common.connected("kvplane-simnode") as client:
-        await _observed(http, SimNodes([client], common.fleet, configs, leaves=True))
+        await _observed(http, SimNodes([client], common.fleet, configs, leave_seconds=LEAVE_SECONDS))

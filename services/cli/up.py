@@ -23,6 +23,7 @@ from kvplane.services.cli.common import (
     Http,
     ServedPolicyModules,
     allow_modules,
+    outlasting,
     run_until_signal,
     start,
 )
@@ -54,6 +55,8 @@ RESTART_SECONDS = 5.0
 LONGEST_SECONDS = 60.0
 """Pause before a historian that ended is run again; doubled while it ends within a minute."""
 STOP_SECONDS = 15.0
+LEAVE_SECONDS = 1.0
+"""How long simulated nodes may take to say that they leave."""
 
 _log = structlog.get_logger("kvplane.up")
 
@@ -207,16 +210,20 @@ async def _up(
 
         # Clients are entered after the server and so leave before it.
         if not bare:
+            coordinator = Coordinator(await client("coordinator"), inside.fleet, server=keeper.about)
             services: list[Service] = [
-                Coordinator(await client("coordinator"), inside.fleet, server=keeper.about),
                 Router(await client("router"), inside.fleet)
                 if gateway is None
                 else Gateway(await client("router"), inside.fleet, gateway),
             ]  # fmt: skip
             if configs:
                 engines = [await client("node", config.name) for config in configs]
-                services.append(SimNodes(engines, inside.fleet, configs))
-            observed = await stack.enter_async_context(observing(http.own, *services, optional=http.optional))
+                services.append(SimNodes(engines, inside.fleet, configs, leave_seconds=LEAVE_SECONDS))
+            observed = await stack.enter_async_context(
+                observing(http.own, coordinator, *services, optional=http.optional)
+            )
+            # It outlasts the others: nodes tell it that they leave.
+            await stack.enter_async_context(outlasting(coordinator.run))
             group = await stack.enter_async_context(anyio.create_task_group())
             for service in services:
                 await group.start(service.run)

@@ -20,11 +20,13 @@ LEAVE_SECONDS = 2.0
 _log = structlog.get_logger("kvplane.leaving")
 
 
-async def leave(client: Client, fleet: str, node: str, epoch: int, reason: str) -> bool:
+async def leave(
+    client: Client, fleet: str, node: str, epoch: int, reason: str, *, seconds: float = LEAVE_SECONDS
+) -> bool:  # fmt: skip
     """Tell a coordinator that a node leaves, if it is still in this life; whether one has taken it. Raises nothing."""
     request = LeaveRequest(node=node, epoch=epoch, reason=reason)
     try:
-        await ask(client, f"kv.{fleet}.coordinator.node.leave.{token(node)}", request, seconds=LEAVE_SECONDS)
+        await ask(client, f"kv.{fleet}.coordinator.node.leave.{token(node)}", request, seconds=seconds)
     except KvplaneError as error:
         _log.warning(
             "leave_not_told",

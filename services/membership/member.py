@@ -19,7 +19,7 @@ from kvplane.events.errors import BadCommit
 from kvplane.events.log.client import check_open
 from kvplane.events.subjects import heartbeat_subject, subject, token
 from kvplane.events.types import NodeLost, NodeRecovered, NodeRegistered, NodeRemoved
-from kvplane.services.membership.leaving import leave
+from kvplane.services.membership.leaving import LEAVE_SECONDS, leave
 from kvplane.services.protocol import labels, messages
 from kvplane.services.protocol.answers import RegisterAnswer
 from kvplane.services.protocol.errors import ServiceFault
@@ -137,7 +137,7 @@ class Member:
             if last.sequence > self.epoch:
                 self._conclude(last.body)
 
-    async def leave(self, reason: str) -> None:
-        """Tell the fleet that the node leaves, if it has ever joined. Raises nothing."""
+    async def leave(self, reason: str, *, seconds: float = LEAVE_SECONDS) -> None:
+        """Tell the fleet that the node leaves, if it has ever joined, for so long at the most. Raises nothing."""
         if self.epoch:
-            await leave(self._client, self._fleet, self._node, self.epoch, reason)
+            await leave(self._client, self._fleet, self._node, self.epoch, reason, seconds=seconds)

@@ -168,9 +168,9 @@ class SimNode:
     def _not_registered(self, error: ServiceFault) -> None:
         _log.info("registration_waits", node=self.config.name, error=str(error))
 
-    async def leave(self) -> None:
+    async def leave(self, seconds: float) -> None:
         """Tell the fleet that the node leaves, when `run` has ended in good order."""
-        await self.member.leave("it was stopped")
+        await self.member.leave("it was stopped", seconds=seconds)
 
     def _concluded(self, conclusion: Conclusion) -> None:
         if conclusion is Conclusion.FORGOTTEN:
@@ -285,15 +285,15 @@ class SimNode:
 class SimNodes:
     """Several nodes in one process, on one connection, or on one each.
 
-    `leaves`: they leave the fleet in the end. Those that end together with their fleet don't: it is to know them again.
+    In the end they tell the fleet that they leave, for `leave_seconds` at the most; with 0 they are silent, as if killed.
     """
 
     role = "simnode"
 
     def __init__(
-        self, clients: Sequence[Client], fleet: str, configs: Sequence[NodeConfig], *, leaves: bool = False
-    ) -> None:
-        self._leaves = leaves
+        self, clients: Sequence[Client], fleet: str, configs: Sequence[NodeConfig], *, leave_seconds: float = 0
+    ) -> None:  # fmt: skip
+        self._leave_seconds = leave_seconds
         self.client = clients[0]
         self.fleet = fleet
         self.tally = Tally()
@@ -311,8 +311,8 @@ class SimNodes:
         finally:
             with anyio.CancelScope(shield=True):
                 async with anyio.create_task_group() as leaving:
-                    for node in self.nodes if self._leaves else ():
-                        leaving.start_soon(node.leave)
+                    for node in self.nodes if self._leave_seconds else ():
+                        leaving.start_soon(node.leave, self._leave_seconds)
 
     def readiness(self) -> Readiness:
         """Whether all of them are registered."""

@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING
 import anyio
 import pytest
 
+from kvplane.events import types
+from kvplane.events.log.connection import connected
 from kvplane.services.cli import up
 from kvplane.services.cli.common import Common
+from kvplane.services.embedded.server import embedded_server
+from tests.support.historians import last_word
 from tests.support.ports import free_port
 from tests.support.waiting import until
 
@@ -60,3 +64,16 @@ async def test_a_port_that_somebody_took_is_gone_on_without(tmp_path: Path, capf
             assert "curl" not in output
     async with up_in(tmp_path, free_port(), capfd, http=chosen) as output:
         assert f"curl http://{where}/metrics" in output
+
+
+async def test_simulated_nodes_of_an_up_that_is_stopped_are_gone_at_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And not lost some seconds after the next start, when they are missed there."""
+    port = free_port()
+    async with up_in(tmp_path, port, capfd, simulate=2):
+        pass
+    async with embedded_server(tmp_path, port=port) as server, connected([server.url], "test") as client:
+        assert [await last_word(client, f"sim-{number}") for number in (1, 2)] == [
+            types.NodeRemoved("sim-1", "it was stopped"), types.NodeRemoved("sim-2", "it was stopped"),
+        ]  # fmt: skip

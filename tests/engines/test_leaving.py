@@ -10,13 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
+from structlog.testing import capture_logs
 
-from kvplane.events import codec, types
+from kvplane.events import types
+from kvplane.events.log.connection import connected
+from kvplane.services.process import logs
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import ServiceFault
+from kvplane.services.roles.coordinator import Coordinator
 from kvplane.services.rpc.client import ask
+from kvplane.services.simulation.simnode import NodeConfig, SimNodes
 from tests.support.fake_engine import FakeEngine, running
-from tests.support.historians import messages_of
+from tests.support.historians import last_word
 from tests.support.waiting import until
 from tests.support.with_credentials import NAME, guarded
 
@@ -24,10 +29,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from nats.aio.client import Client
+    from nats.aio.msg import Msg
 
     from kvplane.services.embedded.server import Server
-    from kvplane.services.roles.coordinator import Coordinator
     from tests.support.fleet import Fleet
 
 pytestmark = pytest.mark.anyio
@@ -55,13 +59,6 @@ async def ended(process: anyio.abc.Process, ending: signal.Signals) -> None:
     process.send_signal(ending)
     with anyio.fail_after(20):
         await process.wait()
-
-
-async def last_word(client: Client, node: str, fleet: str = "default") -> types.Event:
-    """The log's last event about a node itself."""
-    log = await messages_of(client, fleet)
-    bodies = [message.body for message in log if message.subject == f"kv.{fleet}.node.{node}"]
-    return codec.decode_body("node", bodies[-1])[-1]
 
 
 def holds(coordinator: Coordinator, engine: FakeEngine) -> bool:
@@ -140,6 +137,30 @@ async def test_stopped_simulated_nodes_leave(fleet: Fleet, server: Server, tmp_p
         await ended(process, signal.SIGTERM)
     await until(lambda: not coordinator.state.nodes, 5)
     assert await last_word(fleet.client, "b") == types.NodeRemoved("b", "it was stopped")
+
+
+async def test_nodes_that_nobody_answers_leave_all_the_same(fleet: Fleet) -> None:
+    nodes = SimNodes([await fleet.connect("nodes")], fleet.name, [NodeConfig(name="a")], leave_seconds=0.3)
+    asked: list[str] = []
+
+    async def mute(message: Msg) -> None:
+        asked.append(message.subject)
+
+    logs.configure("warning")
+    with capture_logs() as logged:
+        async with anyio.create_task_group() as group:
+            async with connected([fleet.url], "coordinator") as client, anyio.create_task_group() as coordinating:
+                await coordinating.start(Coordinator(client, fleet.name).run)
+                await group.start(nodes.run)
+                coordinating.cancel_scope.cancel()
+            # Where the coordinator was, somebody listens who never answers.
+            await fleet.client.subscribe("kv.default.coordinator.node.leave.a", cb=mute)
+            await fleet.client.flush()
+            group.cancel_scope.cancel()
+    (entry,) = [entry for entry in logged if entry["event"] == "leave_not_told"]
+    assert (entry["node"], asked) == ("a", ["kv.default.coordinator.node.leave.a"])
+    assert "in 0.3 s" in entry["error"]
+    assert isinstance(await last_word(fleet.client, "a"), types.NodeRegistered)
 
 
 async def test_credentials_of_a_node_let_it_leave_and_no_other(tmp_path: Path) -> None:

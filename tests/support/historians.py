@@ -158,6 +158,14 @@ async def messages_of(client: Client, fleet: str = NAME) -> list[Message]:
     return found
 
 
+async def last_word(client: Client, node: str, fleet: str = NAME) -> types.Event:
+    """The log's last event about a node itself."""
+    bodies = [
+        message.body for message in await messages_of(client, fleet) if message.subject == f"kv.{fleet}.node.{node}"
+    ]
+    return codec.decode_body("node", bodies[-1])[-1]
+
+
 def one_go(folder: Path, log: Sequence[Message], fleet: str = NAME) -> Store:
     """The history that must come of a log: folded from zero, written at once, never archived."""
     state, rows, waiting = FleetState(fleet), Rows(), Waiting()
