@@ -86,7 +86,7 @@ class Deliveries:
         self._subscription: Subscription | None = None
         self._ended = False
         self._delivered = 0
-        self._heard = True
+        self._activity = True
 
     async def open(
         self, js: JetStreamContext, *, after: int, heartbeat: float, pending_bytes: int, subjects: list[str] | None = None
@@ -125,10 +125,10 @@ class Deliveries:
             with anyio.move_on_after(LEAVE_SECONDS, shield=True), suppress(NatsError, OSError):
                 await subscription.unsubscribe()
 
-    def heard(self) -> bool:
-        """Whether the server said anything since this was asked last."""
-        heard, self._heard = self._heard, False
-        return heard
+    def activity(self) -> bool:
+        """Whether the server sent anything since this was asked last."""
+        activity, self._activity = self._activity, False
+        return activity
 
     async def receive(self, message: Msg) -> None:
         """Take what came to the inbox."""
@@ -149,7 +149,7 @@ class Deliveries:
         if parts[base - 2] != self.name or parts[base - 3] != self._stream:
             # A stranger's consumer, of this log or another, that was aimed at this inbox.
             return
-        self._heard = True
+        self._activity = True
         if delivery != self._delivered + 1:
             self._break()
             return
@@ -158,7 +158,7 @@ class Deliveries:
 
     async def _control(self, message: Msg) -> None:
         """A heartbeat or a flow control request."""
-        self._heard = True
+        self._activity = True
         if message.reply:
             await self._answer(message.reply)
             return

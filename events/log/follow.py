@@ -180,8 +180,8 @@ class Follower:
                 return
             check_open(self._client)
             self.healthy = self._client.is_connected
-            heard = self.deliveries is not None and self.deliveries.heard()
-            if heard or self.paused:
+            active = self.deliveries is not None and self.deliveries.activity()
+            if active or self.paused:
                 quiet_since = anyio.current_time()
             if self._client.is_connected and self._client.stats["reconnects"] != reconnects:
                 # The server may have restarted and forgotten the consumer.

@@ -48,7 +48,7 @@ class Event(Enum):
     """The log has it alive, in a life of which nothing was seen."""
     SEEN = auto()
     """The log has it alive, and it was heard of late."""
-    SEEN_UNHEARD = auto()
+    SEEN_SILENT = auto()
     """The log has it alive, and nothing was heard."""
     LOST = auto()
     """It is lost by the log, or by what this coordinator has just concluded."""
@@ -84,7 +84,7 @@ TRANSITIONS: Mapping[State, Mapping[Event, Transition]] = {
         Event.HEARTBEAT: Transition(State.ALIVE, patience=Patience.USUAL),
         Event.FIRST_SEEN: _BEGINS,
         Event.SEEN: Transition(State.ALIVE),
-        Event.SEEN_UNHEARD: Transition(State.ALIVE),
+        Event.SEEN_SILENT: Transition(State.ALIVE),
         Event.LOST: _LOST,
     },
     State.LOST: {
@@ -94,7 +94,7 @@ TRANSITIONS: Mapping[State, Mapping[Event, Transition]] = {
         Event.FIRST_SEEN: _BEGINS,
         # Back by somebody's word: its time starts when this one sees it.
         Event.SEEN: _BEGINS,
-        Event.SEEN_UNHEARD: Transition(State.ALIVE, begins=True, patience=Patience.DOUBLED),
+        Event.SEEN_SILENT: Transition(State.ALIVE, begins=True, patience=Patience.DOUBLED),
         Event.LOST: _LOST,
     },
 }
@@ -109,7 +109,7 @@ class Watched:
         self._life = 0
         """The epoch in which its silence counts."""
         self._since = -inf
-        self._heard_life = 0
+        self._heartbeat_life = 0
         self._last = self._before = -inf
         """The last two heartbeats of that life."""
         self._doubled = 0
@@ -124,16 +124,16 @@ class Watched:
         elif patience is Patience.DOUBLED:
             self._doubled = min(MOST_DOUBLED, self._doubled + 1)
 
-    def heard(self, epoch: int, now: float) -> None:
-        """It pulsed, in the life that the log knows."""
+    def heartbeat(self, epoch: int, now: float) -> None:
+        """It heartbeats, in the life that the log knows."""
         self._before = self._last_in(epoch)
-        self._heard_life, self._last = epoch, now
+        self._heartbeat_life, self._last = epoch, now
         self.on(Event.HEARTBEAT if self._life == epoch else Event.FIRST_HEARTBEAT, epoch, now)
 
     def seen(self, epoch: int, now: float, listening_since: float) -> float:
         """The log has it alive in this life; for how long it is silent."""
         last = max(listening_since, self._last_in(epoch))
-        seen = Event.SEEN if now - last < LEAST_SECONDS else Event.SEEN_UNHEARD
+        seen = Event.SEEN if now - last < LEAST_SECONDS else Event.SEEN_SILENT
         self.on(seen if self._life == epoch else Event.FIRST_SEEN, epoch, now)
         return now - max(last, self._since)
 
@@ -148,7 +148,7 @@ class Watched:
         return now - last < LEAST_SECONDS and self._before >= listening_since and apart
 
     def _last_in(self, epoch: int) -> float:
-        return self._last if self._heard_life == epoch else -inf
+        return self._last if self._heartbeat_life == epoch else -inf
 
 
 class Liveness:
@@ -172,12 +172,12 @@ class Liveness:
         """Heartbeats can be heard from now on; whatever was missed before does not count."""
         self._listening_since = now
 
-    def heard(self, state: FleetState, heartbeat: Heartbeat, now: float) -> None:
+    def observe(self, state: FleetState, heartbeat: Heartbeat, now: float) -> None:
         """A heartbeat arrived. It counts only for the life that the fold knows: zombies and strangers prove nothing."""
         node = state.nodes.get(heartbeat.node)
         if node is not None and heartbeat.epoch == node.epoch:
             self.heartbeats[heartbeat.node] = heartbeat
-            self._node(heartbeat.node).heard(heartbeat.epoch, now)
+            self._node(heartbeat.node).heartbeat(heartbeat.epoch, now)
 
     def silent(self, state: FleetState, now: float) -> list[tuple[str, float]]:
         """Nodes to be concluded lost, and for how many seconds they were silent."""

@@ -1,6 +1,6 @@
 """The adapter beside an engine: makes it a node of the fleet, and keeps what the log says of its cache true.
 
-It takes the engine's batches in order (`sequence`), commits what they mean in groups, and tells everything anew whenever the
+It takes the engine's batches in order (`sequence`), commits what they mean in groups, and reports everything anew whenever the
 fleet's knowledge ends: after its own start, after the engine's, when the node was concluded to be lost, after a gap, and
 after the log was away for longer than can be buffered. Every start of an adapter is a new epoch, so that what an earlier one
 still has in flight changes nothing.
@@ -79,8 +79,8 @@ class Adapter:
         self.member = Member(client, fleet, config.node, self._concluded, writer=self.writer)
         self.replays = 0
         """How often the replay buffer was asked."""
-        self.told_anew = 0
-        """How often everything was told anew in an epoch that had begun before."""
+        self.repeated_reports = 0
+        """How often everything was reported anew in an epoch that had begun before."""
         self.track = Track(Translator(config.node, facts.block_size, {"gpu": facts.capacity_blocks}))
         self._log = self.writers.add(
             GroupWriter(
@@ -100,7 +100,7 @@ class Adapter:
 
     @property
     def epoch(self) -> int:
-        """In which the fleet is told of the cache; 0 while the engine's life is not registered."""
+        """In which the cache is reported to the fleet; 0 while the engine's life is not registered."""
         return self.track.translator.epoch
 
     @property
@@ -150,7 +150,7 @@ class Adapter:
         await self.member.leave("its adapter was stopped")
 
     async def _remember(self) -> None:
-        """Take from the log what an earlier adapter knew of this life of the engine, if it told when it began."""
+        """Take from the log what an earlier adapter knew of this life of the engine, if the engine says when it began."""
         while self.facts.started:
             try:
                 before = await remembered(self.client, self.member.coordinator("cache.names"), self.config.node)
@@ -234,7 +234,7 @@ class Adapter:
         elif look.verdict is Verdict.GAP or not position:
             if look.reason:
                 _log.warning("learned_anew", node=self.config.node, reason=look.reason)
-            self._tell(look.reason or "gap: the engine's replay endpoint answers again")
+            self._report_anew(look.reason or "gap: the engine's replay endpoint answers again")
         else:
             self._put(look.events)
 
@@ -247,7 +247,7 @@ class Adapter:
         return replies, ended
 
     async def _same_life(self) -> bool | None:
-        """Whether the engine is the one that it was, as far as it tells."""
+        """Whether the engine is in the life that it was in, as far as it says."""
         try:
             started = (await self.engine.load(self.source.rank)).started
         except EngineUnfit:
@@ -292,22 +292,22 @@ class Adapter:
             await self._register()
 
     async def _register(self) -> None:
-        """Register until it succeeds, and tell all that is known."""
+        """Register until it succeeds, and report all that is known."""
         self.life.on(Event.ASKING)
         # A commit must not hold events of two epochs: what is on its way goes first.
         await self._log.flush()
         facts, config = self.facts, self.config
-        said = {labels.ADAPTER: self.writer}
+        own = {labels.ADAPTER: self.writer}
         if config.ranked:
-            said[labels.RANK] = str(self.source.rank)
+            own[labels.RANK] = str(self.source.rank)
         if facts.loras_from:
-            said[labels.LORAS_FROM] = str(facts.loras_from)
+            own[labels.LORAS_FROM] = str(facts.loras_from)
         if facts.started:
-            said[labels.STARTED] = facts.started
+            own[labels.STARTED] = facts.started
         request = messages.RegisterRequest(
             node=config.node, address=config.address, models=facts.models, block_size=facts.block_size,
             capacity_blocks={"gpu": facts.capacity_blocks}, engine=f"{self.engine.kind} {facts.version}".strip(),
-            max_active=config.max_active, pulse_seconds=config.pulse_seconds, labels=said, replace=True,
+            max_active=config.max_active, pulse_seconds=config.pulse_seconds, labels=own, replace=True,
         )  # fmt: skip
         self.track.translator.epoch = await self.member.register(request, self._not_registered)
         self.life.on(Event.REGISTERED)
@@ -320,23 +320,23 @@ class Adapter:
             raise error
         _log.warning("registration_waits", node=self.config.node, error=str(error))
 
-    def _tell(self, reason: str) -> None:
-        """Take back all that was told in this epoch, and tell what is known."""
-        self.told_anew += self.life.told_of
-        self._put(self._anew(reason))
+    def _report_anew(self, reason: str) -> None:
+        """Take back all that was reported in this epoch, and report what is known."""
+        self.repeated_reports += self.life.reporting
+        self._put(self._full_report(reason))
 
-    def _anew(self, reason: str) -> list[types.Event]:
+    def _full_report(self, reason: str) -> list[types.Event]:
         return [*self.track.cleared(reason), *self.track.translator.report(self.track.position)]
 
     def _put(self, events: Sequence[types.Event]) -> None:
-        if self.life.told_of:
+        if self.life.reporting:
             self.outbox.put(events)
 
     def _catch_up(self) -> None:
-        """When more was to be said than could wait: say all of it anew as soon as the log takes it."""
-        if self.life.told_of and self.outbox.may_begin:
-            self.told_anew += 1
-            self.outbox.begin(self._anew("gap: the log was away for longer than could be buffered"))
+        """When more was to be reported than could wait: report all of it anew as soon as the log takes it."""
+        if self.life.reporting and self.outbox.may_begin:
+            self.repeated_reports += 1
+            self.outbox.begin(self._full_report("gap: the log was away for longer than could be buffered"))
 
     def _check_size(self) -> None:
         wrong = self.track.translator.wrong_size
@@ -363,13 +363,13 @@ class Adapter:
         )
 
     async def _observe(self) -> None:
-        """Ask the engine how it is, and say when it tells what can't be followed."""
-        said: dict[str, int] = {}
+        """Ask the engine how it is, and log it when it publishes what can't be followed."""
+        logged: dict[str, int] = {}
         while True:
             odd = self.track.translator.oddities()
-            if odd != said:
+            if odd != logged:
                 _log.info("not_followed", node=self.config.node, **odd)
-                said = odd
+                logged = odd
             well = await self.engine.healthy()
             self.health.answered(anyio.current_time(), well=well)
             if well:
@@ -382,7 +382,7 @@ class Adapter:
 
     def _heartbeat(self) -> messages.Heartbeat | None:
         """For as long as the engine is well."""
-        if not self.life.told_of or not self.well:
+        if not self.life.reporting or not self.well:
             return None
         gauges = self._gauges
         return messages.Heartbeat(

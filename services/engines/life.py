@@ -22,9 +22,9 @@ class State(Enum):
     """Where a node stands."""
 
     JOINING = auto()
-    """The fleet does not know this life of the engine yet: nothing is told."""
+    """The fleet does not know this life of the engine yet: nothing is reported."""
     MEMBER = auto()
-    """It is registered, and told of."""
+    """It is registered, and its cache is reported."""
     FORGOTTEN = auto()
     """The fleet has forgotten its blocks: it must register again."""
     REJOINING = auto()
@@ -51,7 +51,7 @@ class Event(Enum):
     RESTARTED = auto()
     """The engine has begun another life."""
     REFRESHED = auto()
-    """The engine has told the facts of its life."""
+    """The facts of the engine's life were asked for and answered."""
 
 
 TRANSITIONS: Mapping[State, Mapping[Event, State]] = {
@@ -92,8 +92,8 @@ class Life:
         return self.state
 
     @property
-    def told_of(self) -> bool:
-        """Whether the fleet is told of the cache: in an epoch that has begun, and whose engine still lives."""
+    def reporting(self) -> bool:
+        """Whether the cache is reported to the fleet: in an epoch that has begun, and whose engine still lives."""
         return self.state not in {State.JOINING, State.REBORN}
 
     @property
@@ -125,9 +125,9 @@ class Health:
         """It is not well before it says so again."""
         self._well_until = 0.0
 
-    def began(self, said: str, known: str) -> None:
-        """It says when its life began; `known` is when it did. Either is empty when that is not known."""
-        self.suspect |= bool(said and known and said != known)
+    def began(self, reported: str, known: str) -> None:
+        """It reports when its life began; `known` is when it did. Either is empty when that is not known."""
+        self.suspect |= bool(reported and known and reported != known)
 
 
 class Looks:

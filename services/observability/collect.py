@@ -293,7 +293,7 @@ def _adapter(scrape: Scrape, service: Adapters) -> None:
             put("kvplane_adapter_blocks", track.translator.used(tier), node=name, tier=tier)
         put("kvplane_adapter_replays_total", adapter.replays, node=name)
         put("kvplane_adapter_gaps_total", track.gaps, node=name)
-        put("kvplane_adapter_told_anew_total", adapter.told_anew, node=name)
+        put("kvplane_adapter_told_anew_total", adapter.repeated_reports, node=name)
         put("kvplane_adapter_overflows_total", adapter.outbox.overflows, node=name)
         put("kvplane_adapter_malformed_messages_total", adapter.published.malformed, node=name)
         for what, count in track.translator.counts.items():

@@ -334,7 +334,7 @@ class Coordinator:
         except BadName:
             return
         if message.subject == spoken_for:
-            self.liveness.heard(self.state, heartbeat, time.monotonic())
+            self.liveness.observe(self.state, heartbeat, time.monotonic())
 
     async def _watch(self) -> None:
         """Conclude who is lost and who is back."""

@@ -195,9 +195,9 @@ class SimNode:
         return answer
 
     async def run_request(
-        self, request: messages.ServeRequest, tell: Callable[[int], None] | None = None
+        self, request: messages.ServeRequest, on_token: Callable[[int], None] | None = None
     ) -> messages.ServeAnswer:
-        """Run a request: wait for space, prefill what is not cached, decode, report. `tell` gets the number of each token."""
+        """Run a request: wait for space, prefill what is not cached, decode, report. `on_token` gets each token's number."""
         arrived = time.monotonic()
         hashes = unpack_hashes(request.hashes)
         usable = hashes[: longest_match(request.tokens, self.config.block_size)]
@@ -217,7 +217,7 @@ class SimNode:
             ttft = time.monotonic() - arrived
             if self.managed:
                 await self._admit(request, hashes)
-            await self._decode(request.output_tokens, tell)
+            await self._decode(request.output_tokens, on_token)
         finally:
             # Whoever asked may have left at any point.
             if not prefilling:
@@ -232,15 +232,15 @@ class SimNode:
             duration=time.monotonic() - arrived,
         )  # fmt: skip
 
-    async def _decode(self, tokens: int, tell: Callable[[int], None] | None) -> None:
-        if tell is None:
+    async def _decode(self, tokens: int, on_token: Callable[[int], None] | None) -> None:
+        if on_token is None:
             await anyio.sleep(tokens / self.config.decode_speed)
             return
         begin = time.monotonic()
         for number in range(tokens):
             # By the clock, so that what a sleep takes too long is made up for.
             await anyio.sleep(max(0.0, begin + number / self.config.decode_speed - time.monotonic()))
-            tell(number)
+            on_token(number)
 
     async def _take(self, hashes: tuple[int, ...]) -> int:
         """Put a request's blocks into the own cache and report what changed; how many leading ones were there."""

@@ -34,9 +34,9 @@ def test_a_node_that_falls_silent_is_lost_after_its_missed_heartbeats() -> None:
     state, liveness = fleet("a", "b"), Liveness()
     for now in range(3):
         for name, epoch in (("a", 1), ("b", 2)):
-            liveness.heard(state, Heartbeat(node=name, epoch=epoch), now)
+            liveness.observe(state, Heartbeat(node=name, epoch=epoch), now)
     for now in range(3, 7):
-        liveness.heard(state, Heartbeat(node="b", epoch=2), now)
+        liveness.observe(state, Heartbeat(node="b", epoch=2), now)
         assert lost(liveness, state, now) == []
     assert lost(liveness, state, 2 + PATIENCE + 0.1) == ["a"]
 
@@ -54,7 +54,7 @@ def test_a_node_never_heard_is_lost_only_once_it_could_have_been_heard() -> None
 
 def test_silence_while_the_coordinator_was_deaf_proves_nothing() -> None:
     state, liveness = fleet("a"), Liveness()
-    liveness.heard(state, Heartbeat(node="a", epoch=1), 0)
+    liveness.observe(state, Heartbeat(node="a", epoch=1), 0)
     assert lost(liveness, state, 0) == []
     liveness.listen(100)
     assert lost(liveness, state, 100 + PATIENCE - 0.1) == []
@@ -66,7 +66,7 @@ def test_heartbeats_of_an_earlier_life_do_not_count() -> None:
     put(state, types.NodeRegistered("a", "x", ["m"], 16, {"gpu": 4}, pulse_seconds=HEARTBEAT))
     found = []
     for now in range(int(PATIENCE) + 2):
-        liveness.heard(state, Heartbeat(node="a", epoch=1), now)
+        liveness.observe(state, Heartbeat(node="a", epoch=1), now)
         found.append(lost(liveness, state, now))
     # A zombie of the first life heartbeats on; it must not keep the second alive, nor get it killed at once.
     assert found == [[]] * (int(PATIENCE) + 1) + [["a"]]
@@ -74,30 +74,30 @@ def test_heartbeats_of_an_earlier_life_do_not_count() -> None:
 
 def test_a_lost_node_that_heartbeats_again_is_back() -> None:
     state, liveness = fleet("a"), Liveness()
-    liveness.heard(state, Heartbeat(node="a", epoch=1), 0)
+    liveness.observe(state, Heartbeat(node="a", epoch=1), 0)
     put(state, types.NodeLost("a"))
     assert liveness.back(state, 10) == []
-    liveness.heard(state, Heartbeat(node="a", epoch=99), 10)
+    liveness.observe(state, Heartbeat(node="a", epoch=99), 10)
     assert liveness.back(state, 10) == []
     # A forged life does not silence the true one.
-    liveness.heard(state, Heartbeat(node="a", epoch=1), 11)
+    liveness.observe(state, Heartbeat(node="a", epoch=1), 11)
     assert liveness.back(state, 11) == ["a"]
 
 
 def test_heartbeats_that_waited_while_the_coordinator_was_stopped_are_of_the_past() -> None:
     state, liveness = fleet("a"), Liveness()
-    liveness.heard(state, Heartbeat(node="a", epoch=1), 0)
+    liveness.observe(state, Heartbeat(node="a", epoch=1), 0)
     put(state, types.NodeLost("a"))
     # It wakes up, and reads at once what came in half a minute: the node has died since.
-    liveness.heard(state, Heartbeat(node="a", epoch=1), 29.99)
+    liveness.observe(state, Heartbeat(node="a", epoch=1), 29.99)
     assert liveness.back(state, 29.99) == ["a"]
     liveness.listen(30)
     for number in range(30):
-        liveness.heard(state, Heartbeat(node="a", epoch=1), 30 + number / 1000)
+        liveness.observe(state, Heartbeat(node="a", epoch=1), 30 + number / 1000)
         assert liveness.back(state, 30 + number / 1000) == []
     assert liveness.back(state, 31) == []
     # A node that lives goes on to heartbeat.
-    liveness.heard(state, Heartbeat(node="a", epoch=1), 31)
+    liveness.observe(state, Heartbeat(node="a", epoch=1), 31)
     assert liveness.back(state, 31) == ["a"]
 
 
@@ -106,11 +106,11 @@ def test_a_coordinator_that_hears_badly_does_not_contradict_for_ever() -> None:
     state, deaf, hearing = fleet("a"), Liveness(), Liveness()
     concluded = []
     now = 0.0
-    deaf.heard(state, Heartbeat(node="a", epoch=1), now)
+    deaf.observe(state, Heartbeat(node="a", epoch=1), now)
     while now < 600:
         now += 0.25
         if now % HEARTBEAT == 0:
-            hearing.heard(state, Heartbeat(node="a", epoch=1), now)
+            hearing.observe(state, Heartbeat(node="a", epoch=1), now)
         for liveness in (deaf, hearing):
             for name in lost(liveness, state, now):
                 put(state, types.NodeLost(name))
@@ -125,7 +125,7 @@ def test_a_coordinator_that_hears_badly_does_not_contradict_for_ever() -> None:
     assert apart == sorted(apart)
     assert apart[-1] > 100
     # A heartbeat that it hears makes it as patient as it was.
-    deaf.heard(state, Heartbeat(node="a", epoch=1), now)
+    deaf.observe(state, Heartbeat(node="a", epoch=1), now)
     assert lost(deaf, state, now + PATIENCE) == []
     assert lost(deaf, state, now + PATIENCE + 0.5) == ["a"]
 
@@ -133,13 +133,13 @@ def test_a_coordinator_that_hears_badly_does_not_contradict_for_ever() -> None:
 def test_strangers_are_not_remembered() -> None:
     state, liveness = fleet("a"), Liveness()
     for number in range(100):
-        liveness.heard(state, Heartbeat(node=f"stranger {number}", epoch=1), 0)
+        liveness.observe(state, Heartbeat(node=f"stranger {number}", epoch=1), 0)
     assert liveness.heartbeats == {}
 
 
 def test_a_node_that_left_is_forgotten() -> None:
     state, liveness = fleet("a"), Liveness()
-    liveness.heard(state, Heartbeat(node="a", epoch=1), 0)
+    liveness.observe(state, Heartbeat(node="a", epoch=1), 0)
     put(state, types.NodeRemoved("a"))
     liveness.forget(state)
     assert liveness.heartbeats == {}

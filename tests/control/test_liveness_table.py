@@ -75,10 +75,10 @@ def test_the_table_has_all_that_can_happen_and_nothing_else() -> None:
     for flags, event in pairs:
         found = TRANSITIONS[flags.state][event]
         assert found.state is flags.after(event).state
-        by_word = flags.lost and event in {Event.SEEN, Event.SEEN_UNHEARD}
+        by_word = flags.lost and event in {Event.SEEN, Event.SEEN_SILENT}
         assert found.begins == (by_word or event in {Event.FIRST_HEARTBEAT, Event.FIRST_SEEN})
         pulsed = event in {Event.FIRST_HEARTBEAT, Event.HEARTBEAT}
-        doubled = flags.lost and event is Event.SEEN_UNHEARD
+        doubled = flags.lost and event is Event.SEEN_SILENT
         assert found.patience is (Patience.USUAL if pulsed else Patience.DOUBLED if doubled else Patience.KEPT)
 
 
@@ -91,7 +91,7 @@ class Naive:
         self.lost = False
         self.doubled = 0
 
-    def heard(self, epoch: int, now: float) -> None:
+    def heartbeat(self, epoch: int, now: float) -> None:
         self.heartbeats[epoch].append(now)
         self.doubled = 0
         if self.life != epoch:
@@ -130,11 +130,11 @@ class World:
 
     def heartbeat(self, name: str) -> None:
         epoch = self.state.nodes[name].epoch
-        self.liveness.heard(self.state, Heartbeat(node=name, epoch=epoch), self.now)
-        self.naive[name].heard(epoch, self.now)
+        self.liveness.observe(self.state, Heartbeat(node=name, epoch=epoch), self.now)
+        self.naive[name].heartbeat(epoch, self.now)
 
     def zombie(self, name: str) -> None:
-        self.liveness.heard(self.state, Heartbeat(node=name, epoch=self.state.nodes[name].epoch - 1), self.now)
+        self.liveness.observe(self.state, Heartbeat(node=name, epoch=self.state.nodes[name].epoch - 1), self.now)
 
     def lost(self, name: str) -> None:
         self.put(types.NodeLost(name))

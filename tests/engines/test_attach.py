@@ -168,7 +168,7 @@ async def test_lost_batches_are_replayed(fleet: Fleet) -> None:
         await on.traffic(5, lost=True)
         await on.settled()
         assert on.adapter.track.gaps == 0
-        assert on.adapter.told_anew == 0
+        assert on.adapter.repeated_reports == 0
 
 
 async def test_replays_that_lose_batches_and_their_end_are_asked_again(
@@ -306,7 +306,7 @@ async def test_a_log_that_is_away_is_told_when_it_is_back(fleet: Fleet, server: 
         again = await start_server(server.log.parent, port=int(server.url.rpartition(":")[2]))
         try:
             await on.settled(30)
-            assert on.adapter.told_anew + (on.epoch > 1) > 0
+            assert on.adapter.repeated_reports + (on.epoch > 1) > 0
         finally:
             await on.detach()
             await again.stop()

@@ -63,7 +63,7 @@ class Flags:
 def compare(life: Life, flags: Flags) -> None:
     assert (life.state is State.ENDED) == flags.ended
     if not flags.ended:
-        assert life.told_of == flags.epoch
+        assert life.reporting == flags.epoch
         assert (life.state is State.REBORN) == flags.stale
         assert (life.state is State.MEMBER) == (flags.epoch and not flags.wanted and not flags.asking)
         if not flags.asking:
