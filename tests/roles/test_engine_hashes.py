@@ -177,7 +177,10 @@ async def test_who_has_waited_too_long_for_readings_before_is_to_ask_again(fleet
     coordinator = await fleet.coordinator(reading=ReadingLimits(poll_seconds=0.05, busy_seconds=0.2))
     await stored(fleet.client, fleet.name, 10)
     async with coordinator.engine_hashes._lock:
-        with pytest.raises(Refused, match="read what other nodes held before for 0.2 s; ask again") as caught:
+        with (
+            anyio.fail_after(30),
+            pytest.raises(Refused, match="read what other nodes held before for 0.2 s; ask again") as caught,
+        ):
             await remembered(fleet.client, WHERE, "a")
         assert (caught.value.status, caught.value.code) == (503, "busy")
         await until(lambda: not coordinator.engine_hashes._readings)
