@@ -110,6 +110,13 @@ def access_name(node: str) -> str:
     return name if len(name) <= _ACCESS_LIMIT else f"{NODE_ACCESS_LONG}{sha256(node.encode()).hexdigest()}"
 
 
+@lru_cache(maxsize=4096)
+def asked_node(subject: str) -> str:
+    """Token of the node that a request on this subject is for; empty for what services answer."""
+    words = subject.split(".")
+    return words[3] if len(words) == 4 and (words[0], words[2]) == ("kv", "serve") else ""
+
+
 @lru_cache(maxsize=65536)
 def place_of(fleet: str, subject: str) -> Place:
     """Topic and name of a log subject. Raises `BadName` for a subject that is none of this fleet's log."""

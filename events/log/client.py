@@ -10,16 +10,23 @@ import re
 import time
 from asyncio import Future
 from collections import Counter
-from secrets import token_urlsafe
-from typing import Any
+from secrets import token_hex, token_urlsafe
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from nats.aio.client import Client, Srv
 from nats.aio.transport import TcpTransport
+from nats.errors import ConnectionDrainingError
 from nats.errors import Error as NatsError
+from nats.errors import TimeoutError as NatsTimeout
 from nats.nuid import NUID
 
 from kvplane.events.errors import KvplaneError, LoginRefused, NotAllowed, ServerTooOld, UntrustedServer
+from kvplane.events.log.inboxes import served_inbox
+from kvplane.events.subjects import asked_node
+
+if TYPE_CHECKING:
+    from nats.aio.msg import Msg
 
 _FORBIDDEN = re.compile(r"permissions violation for (publish|subscription) to \"([^\"]+)\"", re.IGNORECASE)
 CLOSE_SECONDS = 0.5
@@ -28,9 +35,6 @@ READ_BYTES = 1 << 18
 LEAST_SERVER = (2, 10)
 """Oldest version of a server that has all that is used: consumers with a list of filters, and `sync_interval: always`."""
 _VERSION = re.compile(r"v?(\d+)\.(\d+)")
-_STALLED = re.compile(rb"nats-consumer-stalled\s*:\s*(\S*)", re.IGNORECASE)
-_CONTROL = b"NATS/1.0 100 "
-"""How the headers of a heartbeat or of a request for flow control begin."""
 _TOKEN = 26
 """Characters of a request's own token: that of `_Random` and four that the client adds."""
 
@@ -74,9 +78,14 @@ class _Transport(TcpTransport):
 class LogClient(Client):
     """A client of the fleet's servers, made by `events.log.connection`."""
 
-    def __init__(self, *, encrypted: bool) -> None:
+    def __init__(self, *, encrypted: bool, key: str = "") -> None:
         super().__init__()
         self._nuid = _Random()
+        self.key = key
+        """Public key that it logs in with; empty without credentials."""
+        self._served = ""
+        """Where nodes answer it, without their names; empty until the first is asked."""
+        self._serving: dict[str, asyncio.Future[Any]] = {}
         self._encrypted = encrypted
         self._asked: dict[str, list[asyncio.Future[Any]]] = {}
         self.errors: Counter[str] = Counter()
@@ -90,8 +99,8 @@ class LogClient(Client):
     ) -> None:
         """Publish; the server's refusal of a request reaches the one who asked."""
         prefix = self._resp_sub_prefix
-        if reply and prefix and reply.startswith(prefix.decode()):
-            future = self._resp_map.get(reply[-_TOKEN:])
+        if reply and ((prefix and reply.startswith(prefix.decode())) or self._serving):
+            future = self._resp_map.get(reply[-_TOKEN:]) or self._serving.get(reply[-_TOKEN:])
             if future is not None:
                 self._asked.setdefault(subject, []).append(future)
                 future.add_done_callback(lambda done: self._answered(subject, done))
@@ -104,21 +113,34 @@ class LogClient(Client):
         if not waiting:
             self._asked.pop(subject, None)
 
-    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
-        """Of what comes to a consumer of the client's own making, such as for a snapshot, only its deliveries are taken.
+    async def _request_new_style(
+        self, subject: str, payload: bytes, timeout: float = 1, headers: dict[str, Any] | None = None  # noqa: ASYNC109
+    ) -> Msg:  # fmt: skip
+        """A node answers to inboxes with its own name only: it may write to no others."""
+        node = asked_node(subject) if self.key else ""
+        if not node:
+            return await super()._request_new_style(subject, payload, timeout, headers)
+        if self.is_draining_pubs:
+            raise ConnectionDrainingError
+        if not self._served:
+            self._served = token_urlsafe(16)
+            await self.subscribe(served_inbox("*", self.key, self._served, "*"), cb=self._node_answered)
+        token = token_urlsafe(16) + token_hex(2)
+        future: asyncio.Future[Msg] = asyncio.Future()
+        self._serving[token] = future
+        try:
+            await self.publish(subject, payload, served_inbox(node, self.key, self._served, token), headers)
+            async with asyncio.timeout(timeout):
+                return await future
+        except TimeoutError:
+            raise NatsTimeout from None
+        finally:
+            del self._serving[token]
 
-        The client would publish to whatever reply subject an empty message has, and its read loop end on other strange ones.
-        """
-        jsi = getattr(self._subs.get(sid), "_jsi", None)
-        if jsi is not None:
-            own = f"$JS.FC.{jsi._stream}.".encode()  # noqa: SLF001 - no other way to it
-            answered = [*filter(None, [reply]), *_STALLED.findall(headers or b"")]
-            control = (
-                headers is not None and headers.startswith(_CONTROL) and all(to.startswith(own) for to in answered)
-            )
-            if not (reply.startswith(b"$JS.ACK.") if data else control):
-                return
-        await super()._process_msg(sid, subject, reply, data, headers)  # type: ignore[arg-type] # there may be none
+    async def _node_answered(self, message: Msg) -> None:
+        future = self._serving.get(message.subject[-_TOKEN:])
+        if future is not None and not future.done():
+            future.set_result(message)
 
     async def _process_err(self, err_msg: str) -> None:
         found = _FORBIDDEN.search(err_msg)

@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
-from uuid import uuid4
 
 import anyio
 import structlog
@@ -22,6 +21,7 @@ from nats.errors import Error as NatsError
 from kvplane.events.errors import KvplaneError, LoginRefused, UntrustedServer, WrongServer
 from kvplane.events.log.client import LogClient, Unacceptable
 from kvplane.events.log.credentials import read_seed, trust
+from kvplane.events.log.inboxes import answers_inbox
 from kvplane.events.log.servers import lost, move
 from kvplane.events.log.waiting import connect
 
@@ -99,18 +99,13 @@ def _untrusted(error: Exception) -> UntrustedServer | None:
     return None
 
 
-def _new_inbox(seed: Seed | None) -> str:
-    # A permission binds whole tokens, so the key is one; the rest is not to be guessed.
-    return f"_INBOX_{uuid4().hex[:12]}" if seed is None else f"_INBOX.{seed.public}.{uuid4().hex}"
-
-
 class _Connection:
     """One client, and what becomes of its connection: the client calls the methods that begin with `on_`."""
 
     def __init__(
         self, servers: Sequence[str], name: str, seed: Seed | None, ca: Path | str | None, refused_seconds: float
     ) -> None:  # fmt: skip
-        self.client = LogClient(encrypted=ca is not None)
+        self.client = LogClient(encrypted=ca is not None, key="" if seed is None else seed.public)
         self._servers, self._name = list(servers), name
         self._seed, self._ca = seed, ca
         self._refused_seconds = refused_seconds
@@ -132,7 +127,7 @@ class _Connection:
         await self.client.connect(
             servers=self._servers,
             name=self._name,
-            inbox_prefix=_new_inbox(self._seed),
+            inbox_prefix=answers_inbox(self.client.key),
             nkeys_seed_str=None if self._seed is None else self._seed.text,
             tls=None if self._ca is None else trust(self._ca),
             connect_timeout=2,

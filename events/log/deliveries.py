@@ -6,13 +6,21 @@ there: only what its own deliveries are is handed on, and only its own flow cont
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import anyio
+import structlog
 from nats.errors import Error as NatsError
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
+from nats.js.errors import APIError
+
+from kvplane.events.errors import LogError, LogUnavailable
+from kvplane.events.log.client import LogClient
+from kvplane.events.log.inboxes import CONSUMERS, consumer_name, delivery_inbox
+from kvplane.events.log.servers import request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,6 +34,13 @@ LEAVE_SECONDS = 1.0
 """How long whoever leaves tries to tell the server so."""
 INACTIVE_SECONDS = 30.0
 """So long the server keeps a consumer to which nobody listens."""
+NAME_TRIES = 4 * CONSUMERS
+"""So often a name of one's own is drawn that nobody has yet; of the last free one there is little doubt then."""
+_TAKEN = {10013, 10148}
+"""The server's codes for a consumer that is there already."""
+
+_REMEDY = "give services keys of their own with `kvplane auth add ROLE NAME`"
+_log = structlog.get_logger("kvplane.log")
 
 # $JS.ACK.<stream>.<consumer>.<delivered>.<stream seq>.<consumer seq>.<time>.<pending>, or with a domain and an account
 # hash after ACK and a random token at the end (server ADR-15).
@@ -75,14 +90,16 @@ class Deliveries:
         self, client: Client, stream: str, kind: str, take: Callable[[int, int, Msg], object],
         broken: Callable[[], object], *, gate: Gate | None = None,
     ) -> None:  # fmt: skip
-        self.name = f"{kind}-{uuid4().hex}"
-        self.inbox = client.new_inbox()
+        self._key = client.key if isinstance(client, LogClient) else ""
+        self._kind = kind
+        self.name = ""
+        """Name of the consumer, once it is made."""
+        self.inbox = delivery_inbox(self._key) if self._key else client.new_inbox()
         self._client = client
         self._stream = stream
         self._take = take
         self._broken = broken
         self._gate = gate or Gate()
-        self._flow_control = f"$JS.FC.{stream}.{self.name}."
         self._subscription: Subscription | None = None
         self._ended = False
         self._delivered = 0
@@ -90,40 +107,66 @@ class Deliveries:
 
     async def open(
         self, js: JetStreamContext, *, after: int, heartbeat: float, pending_bytes: int, subjects: list[str] | None = None
-    ) -> None:  # fmt: skip
-        """Make the consumer, of what comes after a sequence; `close` it whatever happens.
+    ) -> int:  # fmt: skip
+        """Make the consumer, of what comes after a sequence; `close` it whatever happens. How many messages are there for it.
 
         `heartbeat` in seconds; `pending_bytes` may wait in the client, and flow control keeps below it. Raises errors of NATS.
         """
         self._subscription = await self._client.subscribe(
             self.inbox, cb=self.receive, pending_msgs_limit=-1, pending_bytes_limit=pending_bytes
         )
-        await js.add_consumer(
-            self._stream,
-            ConsumerConfig(
-                name=self.name,
-                deliver_subject=self.inbox,
-                # Those who may make consumers of the whole log only have an API subject that names no filter: a list may be.
-                filter_subjects=subjects,
-                deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
-                opt_start_seq=after + 1,
-                ack_policy=AckPolicy.NONE,
-                max_deliver=1,
-                flow_control=True,
-                idle_heartbeat=heartbeat,
-                inactive_threshold=INACTIVE_SECONDS,
-                mem_storage=True,
-                num_replicas=1,
-            ),
+        config = ConsumerConfig(
+            deliver_subject=self.inbox,
+            # Those who may make consumers of the whole log only have an API subject that names no filter: a list may be.
+            filter_subjects=subjects,
+            deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
+            opt_start_seq=after + 1,
+            ack_policy=AckPolicy.NONE,
+            max_deliver=1,
+            flow_control=True,
+            idle_heartbeat=heartbeat,
+            inactive_threshold=INACTIVE_SECONDS,
+            mem_storage=True,
+            num_replicas=1,
         )
+        if not self._key:
+            self.name = f"{self._kind}-{uuid4().hex}"
+            return (await js.add_consumer(self._stream, config, name=self.name)).num_pending or 0
+        for _ in range(NAME_TRIES):
+            self.name = consumer_name(self._key)
+            made = await self._created(js, config)
+            if made is not None:
+                return int(made["num_pending"])
+        self.name = ""
+        _log.warning("consumer_names_taken", stream=self._stream, key=self._key, remedy=_REMEDY)
+        raise LogUnavailable(
+            f"all {CONSUMERS} consumers that {self._key} may have of {self._stream} are there; {_REMEDY}"
+        )
+
+    async def _created(self, js: JetStreamContext, config: ConsumerConfig) -> dict[str, Any] | None:
+        """The consumer that was made; none when its name is taken. The client itself would change the one that has it."""
+        asked = {"stream_name": self._stream, "config": config.evolve(name=self.name).as_dict(), "action": "create"}
+        where = f"$JS.API.CONSUMER.CREATE.{self._stream}.{self.name}"
+        answer = await request(self._client, where, json.dumps(asked).encode(), seconds=js._timeout)  # noqa: SLF001
+        made: dict[str, Any] = json.loads(answer.data)
+        error = made.get("error")
+        if error is None:
+            return made
+        if error.get("err_code") in _TAKEN:
+            return None
+        raise APIError.from_error(error)
 
     async def close(self) -> None:
         """Listen no more. Raises nothing."""
         self._ended = True
         subscription, self._subscription = self._subscription, None
         if subscription is not None:
-            with anyio.move_on_after(LEAVE_SECONDS, shield=True), suppress(NatsError, OSError):
+            with anyio.move_on_after(LEAVE_SECONDS, shield=True), suppress(NatsError, OSError, LogError):
                 await subscription.unsubscribe()
+                if self._key and self.name:
+                    # The server would keep its name from others for a while.
+                    where = f"$JS.API.CONSUMER.DELETE.{self._stream}.{self.name}"
+                    await request(self._client, where, b"", seconds=LEAVE_SECONDS)
 
     def activity(self) -> bool:
         """Whether the server sent anything since this was asked last."""
@@ -170,7 +213,7 @@ class Deliveries:
 
     async def _answer(self, subject: str) -> None:
         """Let the server go on. Anyone can send a request here, so no other subject is ever published to."""
-        token = subject.removeprefix(self._flow_control)
+        token = subject.removeprefix(f"$JS.FC.{self._stream}.{self.name}.")
         if token != subject and token and not set(token) & set(" \t\r\n.*>"):
             await self._client.publish(subject)
 

@@ -6,10 +6,12 @@ all, and the server keeps a checksum of it.
 
 from __future__ import annotations
 
-from contextlib import suppress
+import json
+from base64 import urlsafe_b64encode
 from datetime import UTC, datetime
+from hashlib import sha256
 from io import BytesIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 from nats.errors import Error as NatsError
@@ -18,17 +20,24 @@ from nats.js.errors import APIError, BucketNotFoundError, NotFoundError
 from nats.js.errors import Error as JetStreamError
 
 from kvplane.events.errors import LogUnavailable
+from kvplane.events.log.deliveries import Deliveries
 from kvplane.events.log.stream import stream_info
 from kvplane.events.subjects import check_fleet
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from nats.aio.client import Client
+    from nats.aio.msg import Msg
     from nats.js.object_store import ObjectStore
 
 CHUNK_BYTES = 1 << 20
 """Largest piece in which an object travels: for so long as one is hashed and sent the event loop stands still."""
 IDLE_SECONDS = 10.0
 """When no piece of an object comes for so long it is given up: it may have been deleted meanwhile."""
+HEARTBEAT_SECONDS = 1.0
+PENDING_BYTES = 64 << 20
+"""Bytes of a snapshot that may wait in the client."""
 LEFT_SECONDS = 600.0
 """Pieces that no object lists and that are older than this are left over from a writer that was killed."""
 
@@ -63,15 +72,50 @@ class SnapshotStore:
     async def sequences(self) -> list[int]:
         """Sequences of all snapshots, the newest first."""
         try:
-            store = await self._open()
-            if store is None:
-                return []
-            with suppress(NotFoundError):
-                found = [info.name for info in await store.list() if not info.deleted]
-                return sorted((int(name) for name in found if name.isdigit()), reverse=True)
+            found = [info["name"] for info in await self._listed() if not info.get("deleted")]
+            return sorted((int(name) for name in found if name.isdigit()), reverse=True)
         except _FAILURES as error:
             raise self._unavailable("listed", error) from error
-        return []
+
+    async def _listed(self) -> list[dict[str, Any]]:
+        """What the bucket says of every object that is or was there."""
+        if await self._open() is None:
+            return []
+        found: list[dict[str, Any]] = []
+        await self._read(f"$O.{self._bucket}.M.>", lambda data: found.append(json.loads(data)))
+        return found
+
+    async def _read(self, subject: str, take: Callable[[bytes], object]) -> int:
+        """Hand on all that is stored on a subject, and say how many pieces. Raises `TimeoutError` when nothing comes any more."""
+        count, whole, heard = 0, True, anyio.Event()
+
+        def got(_: int, __: int, message: Msg) -> None:
+            nonlocal count, heard
+            take(message.data)
+            count += 1
+            heard.set()
+            heard = anyio.Event()
+
+        def broken() -> None:
+            nonlocal whole
+            whole = False
+            heard.set()
+
+        deliveries = Deliveries(self._client, f"OBJ_{self._bucket}", "snapshots", got, broken)
+        try:
+            stored = await deliveries.open(
+                self._client.jetstream(), after=0, heartbeat=HEARTBEAT_SECONDS, pending_bytes=PENDING_BYTES,
+                subjects=[subject],
+            )  # fmt: skip
+            while count < stored:
+                with anyio.move_on_after(self._idle_seconds) as scope:
+                    await heard.wait()
+                if scope.cancelled_caught or not whole:
+                    # They may have been deleted meanwhile.
+                    raise TimeoutError(f"nothing came for {self._idle_seconds:g} s after {count} of {stored} pieces")
+        finally:
+            await deliveries.close()
+        return count
 
     async def put(self, sequence: int, data: bytes | BytesIO) -> None:
         """Keep a snapshot, read from its beginning."""
@@ -87,34 +131,19 @@ class SnapshotStore:
     async def get(self, sequence: int) -> bytes:
         """A snapshot's bytes."""
         data = BytesIO()
-        done = anyio.Event()
-        failures: list[BaseException] = []
-
-        async def read(store: ObjectStore) -> None:
-            try:
-                await store.get(f"{sequence:020}", writeinto=data)
-            except _FAILURES as error:
-                failures.append(error)
-            done.set()
-
         try:
             store = await self._open()
             if store is None:
                 raise NotFoundError
+            info = await store.get_info(f"{sequence:020}")
+            if await self._read(f"$O.{self._bucket}.C.{info.nuid}", data.write) != info.chunks:
+                raise ValueError("pieces are missing")
+            # More than a gigabyte takes a second.
+            found = await anyio.to_thread.run_sync(lambda: sha256(data.getbuffer()).digest())
+            if str(info.digest).partition("=")[2] != urlsafe_b64encode(found).decode():
+                raise ValueError("its checksum is wrong")
         except _FAILURES as error:
             raise self._unavailable("read", error) from error
-        async with anyio.create_task_group() as group:
-            group.start_soon(read, store)
-            while not done.is_set() and not failures:
-                before = data.tell()
-                with anyio.move_on_after(self._idle_seconds):
-                    await done.wait()
-                if not done.is_set() and data.tell() == before:
-                    # The client would wait for ever for pieces that are not there any more.
-                    failures.append(TimeoutError(f"nothing came for {self._idle_seconds:g} s after {before} bytes"))
-            group.cancel_scope.cancel()
-        for failure in failures:
-            raise self._unavailable("read", failure) from failure
         return data.getvalue()
 
     async def sweep(self, *, seconds: float = LEFT_SECONDS) -> int:
@@ -130,9 +159,7 @@ class SnapshotStore:
             if store is None:
                 return 0
             subjects = (await js.stream_info(stream, subjects_filter=f"{pieces}*")).state.subjects or {}
-            listed: set[str] = set()
-            with suppress(NotFoundError):
-                listed = {f"{pieces}{info.nuid}" for info in await store.list()}
+            listed = {f"{pieces}{info['nuid']}" for info in await self._listed()}
             for subject in subjects.keys() - listed:
                 written = (await js.get_last_msg(stream, subject)).time
                 if written is not None and (datetime.now(UTC) - written).total_seconds() >= seconds:

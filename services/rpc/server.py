@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from kvplane.services.protocol.endpoints import Server
 
 STOP_SECONDS = 1.0
-_NOT_INBOXES = ("kv.", "$")
+_NOT_INBOXES = ("kv.", "$", "_DELIVER")
 
 _log = structlog.get_logger("kvplane.micro")
 
@@ -103,7 +103,7 @@ def fault(error: Exception) -> tuple[str, str, bytes]:
 
 
 def answerable(reply: str) -> bool:
-    """Whether an answer may be sent there: not to the log, nor to a service or the server."""
+    """Whether an answer may be sent there: not to the log, nor to a service, the server or what a consumer delivers."""
     return not reply.startswith(_NOT_INBOXES)
 
 
@@ -125,9 +125,12 @@ class _Service(Service):
 
 async def serve(
     client: Client, group: TaskGroup, name: str, description: str, endpoints: list[Endpoint], metadata: dict[str, str],
-    tally: Tally | None = None,
+    tally: Tally | None = None, *, listed: bool = True,
 ) -> Service:  # fmt: skip
-    """Start a micro service. Concurrent endpoints answer from tasks of `group`, the others in turn. `tally` counts."""
+    """Start a micro service. Concurrent endpoints answer from tasks of `group`, the others in turn. `tally` counts.
+
+    One that is not `listed` does not answer those that ask who is there.
+    """
     tally = tally or Tally()
     about = {"kvplane": package_version(), "format": str(FORMAT), **metadata}
     service = _Service(
@@ -139,7 +142,7 @@ async def serve(
         await service.add_endpoint(name=endpoint.name, subject=endpoint.subject, handler=handler)
     # Last, so that whoever is listed can be asked. A connection that is replaced just now subscribes again by itself.
     with suppress(FlushTimeoutError):
-        await service.start()
+        await (service.start() if listed else client.flush())
     return service
 
 

@@ -136,6 +136,8 @@ class SimNode:
         await serve(
             self.client, group, "kvplane-simnode", f"simulated node {self.config.name!r}", [endpoint],
             {"fleet": self.fleet, "node": self.config.name}, self.tally,
+            # A node may write to the inboxes of those alone who sent it a request.
+            listed=False,
         )  # fmt: skip
         await self._register()
         group.start_soon(self.member.heartbeat, self._heartbeat, self.config.pulse_seconds)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from kvplane.events.log.inboxes import CONSUMERS
 from kvplane.services.auth.roles import ROLES, permissions
 from tests.support.with_credentials import NAME, OTHER, TRIED, Guarded, Stranger, guarded, last_sequence, subjects_of
 
@@ -47,9 +48,14 @@ CHANGES = [
     f"$JS.API.STREAM.PEER.REMOVE.{LOG}", f"$JS.API.STREAM.LEADER.STEPDOWN.{LOG}", "$JS.API.STREAM.CREATE.mine",
     "$JS.API.ACCOUNT.PURGE.x", "$JS.API.META.LEADER.STEPDOWN",
 ]  # fmt: skip
+# For the admin and for coordinators, which purge the log and take away consumers that are aimed at others.
+CLEANS = [
+    *(f"$JS.API.{what}.{stream}" for what in ("STREAM.PURGE", "CONSUMER.LIST") for stream in (LOG, OBJECTS)),
+    *(f"$JS.API.CONSUMER.DELETE.{stream}.x" for stream in (LOG, OBJECTS)),
+]  # fmt: skip
 # Refused to everyone.
 NOBODY = [
-    *(f"$JS.API.CONSUMER.DELETE.{stream}.x" for stream in (LOG, OBJECTS)),
+    f"$JS.API.CONSUMER.CREATE.{OBJECTS}", f"$JS.API.CONSUMER.CREATE.{OBJECTS}.x", f"$JS.API.CONSUMER.CREATE.{LOG}.x.y",
     f"$JS.API.CONSUMER.DURABLE.CREATE.{LOG}.x", f"$JS.API.CONSUMER.CREATE.{LOG}", f"$JS.API.CONSUMER.MSG.NEXT.{LOG}.x",
     f"$JS.API.CONSUMER.PAUSE.{LOG}.x", f"$JS.API.CONSUMER.UNPIN.{LOG}.x", f"$JS.API.CONSUMER.LEADER.STEPDOWN.{LOG}.x",
     f"$JS.API.DIRECT.GET.{LOG}", f"$JS.API.DIRECT.GET.{LOG}.kv.{NAME}.control", f"$JS.API.DIRECT.GET.{OBJECTS}",
@@ -112,11 +118,18 @@ async def test_nobody_changes_streams_or_deletes_consumers_or_reaches_another_fl
     for stranger in await everyone(fleet):
         if stranger.label != "admin":
             await stranger.refused_publish(*CHANGES)
-            purges = [OBJECTS, LOG] if stranger.label != "coordinator" else []
-            await stranger.refused_publish(*(f"$JS.API.STREAM.PURGE.{stream}" for stream in purges))
+            await stranger.refused_publish(*(CLEANS if stranger.label != "coordinator" else []))
         else:
             await stranger.refused_publish("$JS.API.STREAM.CREATE.mine", "$JS.API.ACCOUNT.PURGE.x")
         await stranger.refused_publish(*NOBODY)
+        others = [user.key for user in fleet.held.users if user.key != stranger.key][:3]
+        await stranger.refused_publish(*(f"_DELIVER.{key}.stranger" for key in (*others, stranger.key)))
+        if stranger.label != "admin":
+            names = ["x", *(f"{key}-0" for key in others), f"{stranger.key}-{CONSUMERS}"]
+            await stranger.refused_publish(
+                *(f"$JS.API.CONSUMER.CREATE.{stream}.{name}" for stream in (LOG, OBJECTS) for name in names),
+                *(f"$JS.FC.{LOG}.{name}.token" for name in names),
+            )
 
 
 async def test_those_that_do_not_read_the_log_see_nothing_of_it(fleet: Guarded) -> None:
@@ -137,8 +150,10 @@ async def test_nobody_hears_what_is_for_others(fleet: Guarded) -> None:
     for stranger in await everyone(fleet):
         others = sorted(keys - {stranger.key})[:4]
         await stranger.refused_subscribe(
-            "_INBOX.>", "_INBOX.*.>", "_INBOX.*.stranger.>", "_INBOX.*", ">", "*", "*.>", "$SYS.>", "$JS.>", "$JS.API.>",
+            "_INBOX.>", "_INBOX.*.>", "_DELIVER.>", "_DELIVER.*.>", "_SERVED.>", "_SERVED.*.>", "_SERVED.node-a.>",
+            "_SERVED.*.*.*.*", "_INBOX.*.stranger.>", "_INBOX.*", ">", "*", "*.>", "$SYS.>", "$JS.>", "$JS.API.>",
             "$JS.ACK.>", "$JS.EVENT.ADVISORY.>", "$O.>", f"kv.{OTHER}.>", f"kv.{OTHER}.route", f"$O.{BOX}.>",
+            *(f"_DELIVER.{key}.>" for key in others), *(f"_SERVED.*.{key}.*.*" for key in others),
             *(f"_INBOX.{key}.>" for key in others), *(f"_INBOX.{key}.stranger.*" for key in others),
         )  # fmt: skip
 
@@ -167,16 +182,21 @@ async def test_a_client_may_ask_but_not_answer(fleet: Guarded) -> None:
     """Those that serve nobody have no business with others' inboxes."""
     inboxes = [f"_INBOX.{user.key}.stranger.x" for user in fleet.held.users][:6]
     for role in ("client", "admin"):
-        await (await fleet.stranger(role)).refused_publish(*inboxes)
+        await (await fleet.stranger(role)).refused_publish(*inboxes, "_SERVED.node-a.key.life.token")
+    node = await fleet.stranger("node", "node-a")
+    # A node answers those that sent it a request, and writes to no other inbox.
+    await node.refused_publish(*inboxes, "_SERVED.node-b.key.life.token", "_SERVED.node-a")
+    await node.sent("_SERVED.node-a.key.life.token", b"")
 
 
 async def test_a_consumer_that_is_made_for_one_subject_must_say_so(fleet: Guarded) -> None:
     """Whoever may read all of the log names no filter; the server binds a filter to the API's subject."""
     router = await fleet.stranger("router")
-    config = {"name": "x", "deliver_subject": f"_INBOX.{router.key}.stranger.x", "ack_policy": "none", "durable_name": "x",
+    name = f"{router.key}-0"
+    config = {"name": name, "deliver_subject": f"_DELIVER.{router.key}.x", "ack_policy": "none", "durable_name": name,
               "filter_subject": f"kv.{NAME}.control"}  # fmt: skip
     request = json.dumps({"stream_name": f"KV_{OTHER}", "config": config}).encode()
-    answer = json.loads((await router.client.request(f"$JS.API.CONSUMER.CREATE.{LOG}.x", request, timeout=5)).data)
+    answer = json.loads((await router.client.request(f"$JS.API.CONSUMER.CREATE.{LOG}.{name}", request, timeout=5)).data)
     assert "error" in answer
     TRIED.withstood += 1
 
@@ -187,7 +207,11 @@ def test_no_role_may_what_nobody_may() -> None:
         assert not [
             s
             for s in allowed.publish
-            if s.startswith(">") or "DELETE" in s or "DIRECT" in s or "DURABLE" in s or "SYS" in s
+            if s.startswith((">", "_DELIVER")) or "DIRECT" in s or "DURABLE" in s or "SYS" in s
         ]
         assert [s for s in allowed.subscribe if s.startswith("_INBOX")] == ["_INBOX.KEY.>"]
-        assert all(s.startswith(("_INBOX.KEY.", f"kv.{NAME}.", "$SRV.")) for s in allowed.subscribe)
+        own = ("_INBOX.KEY.", "_DELIVER.KEY.", "_SERVED.*.KEY.")
+        assert all(s.startswith((*own, f"kv.{NAME}.", "$SRV.")) for s in allowed.subscribe)
+        if role not in {"admin", "coordinator"}:
+            cleans = [s for s in allowed.publish if ".PURGE." in s or ".DELETE." in s]
+            assert [s for s in cleans if ".CONSUMER.DELETE." not in s or ".KEY-" not in s] == []

@@ -18,6 +18,7 @@ from kvplane.events import codec, types
 from kvplane.events.hashing import pack_hashes
 from kvplane.events.log.append import Appender, new_writer
 from kvplane.events.log.follow import replay
+from kvplane.events.log.inboxes import CONSUMERS
 from kvplane.events.log.snapshots import SnapshotStore
 from kvplane.events.subjects import access_name, token
 from kvplane.projections.digest import digest
@@ -189,8 +190,8 @@ async def delivered(admin: Client, last: int) -> bool:
 
 async def aimed(stranger: Stranger, target: str, body: bytes) -> dict[str, Any]:
     """Write a body where the stranger may, and have the server deliver it to a target; the server's answer."""
-    name = f"aimed{TRIED.withstood}"
-    await stranger.sent(f"kv.{NAME}.access.{name}", body)
+    name = f"{stranger.key}-{TRIED.withstood % CONSUMERS}"
+    await stranger.sent(f"kv.{NAME}.access.aimed", body)
     config = {"name": name, "deliver_subject": target, "deliver_policy": "all", "ack_policy": "none",
               "inactive_threshold": 10**10}  # fmt: skip
     if target.removeprefix(f"kv.{NAME}.") in [*COMMANDS, "complete"]:

@@ -11,7 +11,6 @@ from kvplane.events import types
 from kvplane.events.log.append import Appender, new_writer
 from kvplane.events.log.connection import connected
 from kvplane.events.log.follow import Follower
-from kvplane.events.log.snapshots import SnapshotStore
 from kvplane.events.log.stream import open_stream
 from tests.support.purging import consumer_of, purging
 
@@ -67,20 +66,3 @@ async def test_a_consumer_of_another_stream_with_the_same_name_is_a_strangers(se
         group.cancel_scope.cancel()
     assert b"forged" not in handled
     assert follower.restarts == 0
-
-
-async def test_who_reads_a_snapshot_publishes_to_its_own_flow_control_only(server: Server, client: Client) -> None:
-    await open_stream(client.jetstream(), "default", create=True)
-    store, js = SnapshotStore(client, "default"), client.jetstream()
-    await store.put(1, b"x" * 1000)
-    stream = "OBJ_KV_default_snapshots"
-    # Its reader waits for pieces.
-    await js.purge_stream(stream, subject="$O.KV_default_snapshots.C.>")
-    async with anyio.create_task_group() as group, connected([server.url], "stranger") as stranger:
-        group.start_soon(store.get, 1)
-        await purging(stranger, stream)
-        group.cancel_scope.cancel()
-    assert (await js.stream_info(stream)).state.messages == 1
-    # Its connection still works.
-    await store.put(2, b"y")
-    assert await store.get(2) == b"y"

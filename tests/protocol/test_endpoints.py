@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,8 @@ def test_every_role_may_do_what_it_could_when_this_was_written() -> None:
     """A change of the table that gives somebody more or less must be meant: tests/data/permissions.json changes with it."""
     allowed = {
         role: {
-            what: sorted(subjects)
+            # A key's consumers have many names.
+            what: sorted({re.sub(r"KEY-\d+", "KEY-*", subject) for subject in subjects})
             for what, subjects in permissions(role, "fleet", "KEY", "a/b.c" if role == "node" else "")._asdict().items()
         }
         for role in ROLES
