@@ -86,7 +86,7 @@ class SnapshotStore:
         return found
 
     async def _read(self, subject: str, take: Callable[[bytes], object]) -> int:
-        """Hand on all that is stored on a subject, and say how many pieces. Raises `TimeoutError` when nothing comes any more."""
+        """Hand on all that is stored on a subject, and how many pieces. Raises `TimeoutError` when no more comes."""
         count, whole, heard = 0, True, anyio.Event()
 
         def got(_: int, __: int, message: Msg) -> None:

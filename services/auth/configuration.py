@@ -1,4 +1,4 @@
-"""What NATS servers read: `client.conf` at the top level of their configuration, `cluster.conf` inside `cluster {}`.
+"""What NATS servers read: `client.conf` and `monitor.conf` at the top level, `cluster.conf` inside `cluster {}`.
 
 A server takes an include from the folder of the file that holds it, always, but certificates from its working directory; so
 their paths are written whole, as the server sees them.
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from kvplane.services.auth.users import User
 
-CLIENT, CLUSTER = "client.conf", "cluster.conf"
+CLIENT, CLUSTER, MONITOR = "client.conf", "cluster.conf", "monitor.conf"
 CA, CERTIFICATE, KEY = "ca.pem", "server.pem", "server.key"
 _HEAD = "# Written by `kvplane auth`; it is written anew with every change of credentials.\n"
 
@@ -48,6 +48,11 @@ def cluster_configuration(seen: PurePosixPath) -> str:
   timeout: 5
 }}
 """
+
+
+def monitor_configuration(secret: str) -> str:
+    """What stands before every path of the monitoring port, which asks nobody who he is and shows every inbox."""
+    return f"{_HEAD}http_base_path: {_quoted(f'/{secret}')}\n"
 
 
 def _user(user: User) -> str:

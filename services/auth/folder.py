@@ -15,6 +15,7 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
+from secrets import token_urlsafe
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -31,8 +32,10 @@ from kvplane.services.auth.configuration import (
     CLIENT,
     CLUSTER,
     KEY,
+    MONITOR,
     client_configuration,
     cluster_configuration,
+    monitor_configuration,
 )
 from kvplane.services.auth.keys import new_seed
 from kvplane.services.auth.roles import ROLES, Role
@@ -62,6 +65,8 @@ class Server(Struct, frozen=True, kw_only=True):
     seen: str
     names: list[str]
     """Host names and addresses of its certificate."""
+    monitor: str = ""
+    """What stands before the paths of its monitoring port."""
 
 
 class _Book(Struct, kw_only=True):
@@ -165,7 +170,9 @@ class AuthFolder:
             before = known.get(name)
             place = seen or (before.seen if before else "" if name == ALONE else str(SEEN))
             kept = before.names if before else []
-            made.append(Server(name=name, seen=place, names=list(dict.fromkeys([*local, *shared, *also, *kept]))))
+            everything = list(dict.fromkeys([*local, *shared, *also, *kept]))
+            monitor = (before.monitor if before else "") or token_urlsafe(16)
+            made.append(Server(name=name, seen=place, names=everything, monitor=monitor))
         self._book.servers = made
 
     def save(self, *, renew: bool = False) -> list[str]:
@@ -184,6 +191,9 @@ class AuthFolder:
         seen = PurePosixPath(server.seen or folder.absolute())
         _private(folder / CLIENT, client_configuration(self.users, seen).encode())
         _private(folder / CLUSTER, cluster_configuration(seen).encode())
+        # Of a folder that an older kvplane made it is not there until `auth init`; a server reads it at its start only.
+        if server.monitor:
+            _private(folder / MONITOR, monitor_configuration(server.monitor).encode())
 
     def place_alone(self) -> Path:
         """Write the configuration of the one server on this machine, as it sees the folder now; what it includes."""

@@ -187,6 +187,7 @@ def _say_servers(held: AuthFolder) -> None:
         else:
             _say(f"Server {server.name}: give it {place}, as {server.seen}")
     _say('In a server\'s configuration: include "auth/client.conf"; inside cluster {}: include "auth/cluster.conf"')
+    _say('With a monitoring port (http): include "auth/monitor.conf", which puts a secret path before all of its own')
     if [server.name for server in held.servers] != [ALONE]:
         _say_reload(held)
 

@@ -72,6 +72,7 @@ class Servers(Cluster):
                 auth.mkdir(parents=True)
                 (member.folder / CONFIGURATION.name).write_text(self._settings(CONFIGURATION.read_text()))
                 (auth / "client.conf").touch()
+                (auth / "monitor.conf").touch()
                 # Otherwise servers tell clients and each other of ways around the proxies; nobody listens on port 1.
                 direct = 'no_advertise: true\nadvertise: "127.0.0.1:1"\n' if self._net.kind == "proxy" else ""
                 (auth / "cluster.conf").write_text(direct)

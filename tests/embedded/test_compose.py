@@ -5,13 +5,20 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from subprocess import DEVNULL
 from typing import Any
 
+import aiohttp
+import anyio
 import pytest
 
+from kvplane.services.auth.folder import AuthFolder
 from kvplane.services.cli import app
 from kvplane.services.embedded.server import configuration, server_binary
+from tests.support.ports import free_port
+from tests.support.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE = ROOT / "compose"
@@ -93,11 +100,38 @@ def test_all_servers_keep_what_they_acknowledge_and_take_what_is_written() -> No
             assert setting in text, setting
 
 
+async def test_the_monitoring_port_answers_those_alone_who_know_its_path(tmp_path: Path) -> None:
+    """It shows whose inboxes there are; the configuration that is deployed includes the same file."""
+    assert 'http: $NATS_MONITOR\ninclude "auth/monitor.conf"' in CLUSTER
+    assert "auth/monitor.conf" in TEXT.replace("/etc/nats/", "")
+    held = AuthFolder(tmp_path / "auth")
+    held.set_servers(["n1"])
+    held.save()
+    secret = held.server_folder("n1") / "monitor.conf"
+    port, monitor = free_port(), free_port()
+    text = f'port: {port}\nhttp: "127.0.0.1:{monitor}"\ninclude "auth/servers/n1/monitor.conf"\n'
+    (tmp_path / "nats.conf").write_text(text)
+    healthy = [sys.executable, str(COMPOSE / "healthy"), f"http://127.0.0.1:{monitor}/healthz"]
+    async with await anyio.open_process([server_binary(), "-c", str(tmp_path / "nats.conf")], stderr=DEVNULL) as server:
+        await until(lambda: subprocess.run([*healthy, str(secret)], capture_output=True, check=False).returncode == 0)
+        async with aiohttp.ClientSession() as session:
+            for page in ("", "connz?subs=1", "jsz", "varz", "healthz", "subsz", "stacksz"):
+                async with session.get(f"http://127.0.0.1:{monitor}/{page}") as answer:
+                    assert answer.status == 404, page
+        server.terminate()
+
+
+def test_nothing_that_kvplane_starts_has_a_monitoring_port_that_was_not_asked_for() -> None:
+    alone = (COMPOSE / "nats" / "single.conf").read_text()
+    for text in (alone, configuration(Path("data"), name="n", host="h", port=1)):
+        assert not re.search(r"^\s*(http|https|http_port|https_port|monitor_port)\s*[:=]", text, re.MULTILINE)
+
+
 @pytest.mark.parametrize("missing", ["", "NATS_NAME", "NATS_ROUTES"])
 def test_the_configuration_is_valid_when_all_is_given(tmp_path: Path, missing: str) -> None:
     shutil.copy(COMPOSE / "nats" / "cluster.conf", tmp_path)
     (tmp_path / "auth").mkdir()
-    for name in ("client.conf", "cluster.conf"):
+    for name in ("client.conf", "cluster.conf", "monitor.conf"):
         (tmp_path / "auth" / name).touch()
     environment: dict[str, str] = dict.fromkeys(re.findall(r"\$(NATS_[A-Z_]+)", CLUSTER), "x")
     environment |= {

@@ -105,7 +105,7 @@ class Cluster:
                 shutil.copytree(self._auth[member.name], auth)
             else:
                 auth.mkdir()
-                for empty in ("client.conf", "cluster.conf"):
+                for empty in ("client.conf", "cluster.conf", "monitor.conf"):
                     (auth / empty).touch()
         routes = ", ".join(self.route(member, each) for each in self.members.values())
         environment = {
@@ -197,10 +197,12 @@ class Cluster:
 
 
 async def monitor(member: Member, what: str) -> Any:
-    """A page of the server's monitoring, which needs no credentials; nothing when it does not answer."""
+    """A page of the server's monitoring, under its secret path if it has one; nothing when it does not answer."""
+    file = member.folder / "auth" / "monitor.conf"
+    secret = [*(file.read_text().split('"') if file.exists() else []), "", ""][1]
     with suppress(aiohttp.ClientError, OSError, TimeoutError, ValueError):
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=1)) as session:
-            answer = await session.get(f"http://{member.host}:{member.monitor_port}/{what}")
+            answer = await session.get(f"http://{member.host}:{member.monitor_port}{secret}/{what}")
             return await answer.json(content_type=None)
     return {}
 
