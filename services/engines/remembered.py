@@ -17,4 +17,6 @@ if TYPE_CHECKING:
 async def remembered(client: Client, subject: str, node: str) -> Remembered | None:
     """Ask a coordinator what the log says of a node; none when it knows of no cache. Raises `ServiceFault`."""
     first = await ask(client, subject, NodeRequest(node=node), Piece)
-    return msgspec.msgpack.decode(await whole(client, first), type=Remembered | None)
+    return msgspec.msgpack.decode(
+        await whole(client, subject.split(".")[1], "coordinator", first), type=Remembered | None
+    )

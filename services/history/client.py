@@ -9,6 +9,7 @@ import anyio
 import pyarrow as pa
 
 from kvplane.services.protocol import messages
+from kvplane.services.protocol.endpoints import following
 from kvplane.services.protocol.errors import ServiceFault
 from kvplane.services.rpc.client import ASK_SECONDS, ask
 
@@ -37,14 +38,15 @@ async def pages(
             if not answer.next:
                 ended = True
                 return
-            following = messages.SqlNextRequest(result=answer.result)
-            answer = await ask(client, answer.next, following, messages.SqlAnswer, seconds=patience)
+            more = messages.SqlNextRequest(result=answer.result)
+            where = following(answer.next, fleet, "historian", "sql_next")
+            answer = await ask(client, where, more, messages.SqlAnswer, seconds=patience)
     finally:
         if not ended and answer.next:
             closing = messages.SqlNextRequest(result=answer.result, close=True)
             # It closes by itself after a while.
             with anyio.CancelScope(shield=True), suppress(ServiceFault):
-                await ask(client, answer.next, closing, seconds=1)
+                await ask(client, following(answer.next, fleet, "historian", "sql_next"), closing, seconds=1)
 
 
 async def table(client: Client, fleet: str, sql: str, *, seconds: float | None = None) -> pa.Table:

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 from kvplane.services.protocol import answers, messages, status
+from kvplane.services.protocol.errors import NoAnswer
 
 Server = Literal["router", "coordinator", "historian", "node"]
 """Who answers."""
@@ -146,6 +147,17 @@ def served(server: Server) -> list[Spec]:
 def asked_by(asker: Asker) -> list[Spec]:
     """What one role may ask."""
     return [spec for spec in ENDPOINTS if asker in spec.askers]
+
+
+def following(subject: str, fleet: str, server: Server, name: str) -> str:
+    """The subject that an answer names for what comes next, if it is one of this endpoint.
+
+    Whoever asks on it does so with his own rights, so a service must not choose another. Raises `NoAnswer`.
+    """
+    spec = of_subject(subject)
+    if spec is None or (spec.server, spec.name) != (server, name) or not subject.startswith(f"kv.{fleet}."):
+        raise NoAnswer(f"an answer names {subject[:120]!r} for what follows, and a {server} has no such subject")
+    return subject
 
 
 @lru_cache(maxsize=4096)

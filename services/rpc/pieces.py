@@ -8,11 +8,14 @@ from uuid import uuid4
 import anyio
 
 from kvplane.services.protocol import messages
-from kvplane.services.protocol.errors import BadRequest
+from kvplane.services.protocol.endpoints import following
+from kvplane.services.protocol.errors import BadRequest, NoAnswer
 from kvplane.services.rpc.client import ask
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
+
+    from kvplane.services.protocol.endpoints import Server
 
 IDLE_SECONDS = 60.0
 """So long after its last piece it is forgotten."""
@@ -76,15 +79,24 @@ class Pieces:
 async def snapshot_at(client: Client, fleet: str, sequence: int) -> bytes:
     """The fleet's state at a sequence as a historian folds it. Raises `Refused` with its code, or `NoAnswer`."""
     request = messages.SnapshotRequest(at=str(sequence))
-    first = await ask(client, f"kv.{fleet}.history.snapshot", request, messages.Piece, seconds=PATIENCE_SECONDS)
-    return await whole(client, first)
+    try:
+        with anyio.fail_after(2 * PATIENCE_SECONDS):
+            first = await ask(client, f"kv.{fleet}.history.snapshot", request, messages.Piece, seconds=PATIENCE_SECONDS)
+            return await whole(client, fleet, "historian", first)
+    except TimeoutError:
+        raise NoAnswer(f"a historian gave no whole snapshot in {2 * PATIENCE_SECONDS:g} s") from None
 
 
-async def whole(client: Client, piece: messages.Piece) -> bytes:
-    """All pieces, from the first one on."""
-    parts = [piece.data]
+async def whole(client: Client, fleet: str, server: Server, piece: messages.Piece) -> bytes:
+    """All pieces, from the first one on, of one kind of service. Raises `NoAnswer` for what can't be its pieces."""
+    parts, size, most = [piece.data], len(piece.data), piece.size
     while piece.next:
-        offset = piece.offset + len(piece.data)
-        piece = await ask(client, piece.next, messages.PieceRequest(result=piece.result, offset=offset), messages.Piece)
+        where = following(piece.next, fleet, server, "piece")
+        piece = await ask(client, where, messages.PieceRequest(result=piece.result, offset=size), messages.Piece)
+        # It is not known before all of it was read.
+        most = most or piece.size
         parts.append(piece.data)
+        size += len(piece.data)
+        if size > most:
+            raise NoAnswer(f"a {server} gives more than the {most:,} bytes that it spoke of")
     return b"".join(parts)
