@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from random import SystemRandom
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -19,7 +20,7 @@ from nats.js.errors import APIError
 
 from kvplane.events.errors import LogError, LogUnavailable
 from kvplane.events.log.client import LogClient
-from kvplane.events.log.inboxes import CONSUMERS, consumer_name, delivery_inbox
+from kvplane.events.log.inboxes import CONSUMERS, consumer_names, delivery_inbox
 from kvplane.events.log.servers import request
 
 if TYPE_CHECKING:
@@ -34,8 +35,6 @@ LEAVE_SECONDS = 1.0
 """How long whoever leaves tries to tell the server so."""
 INACTIVE_SECONDS = 30.0
 """So long the server keeps a consumer to which nobody listens."""
-NAME_TRIES = 4 * CONSUMERS
-"""So often a name of one's own is drawn that nobody has yet; of the last free one there is little doubt then."""
 _TAKEN = {10013, 10148}
 """The server's codes for a consumer that is there already."""
 
@@ -132,8 +131,9 @@ class Deliveries:
         if not self._key:
             self.name = f"{self._kind}-{uuid4().hex}"
             return (await js.add_consumer(self._stream, config, name=self.name)).num_pending or 0
-        for _ in range(NAME_TRIES):
-            self.name = consumer_name(self._key)
+        # At random: processes that share a key know nothing of each other.
+        for name in SystemRandom().sample(consumer_names(self._key), CONSUMERS):
+            self.name = name
             made = await self._created(js, config)
             if made is not None:
                 return int(made["num_pending"])

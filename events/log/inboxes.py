@@ -11,7 +11,6 @@ another's name, and all those that one key leaves behind are known by their name
 from __future__ import annotations
 
 import re
-from secrets import randbelow
 from uuid import uuid4
 
 CONSUMERS = 32
@@ -35,14 +34,14 @@ def delivery_inbox(key: str) -> str:
     return f"_DELIVER.{key}.{uuid4().hex}"
 
 
+def delivers_to(key: str, subject: str) -> bool:
+    """Whether a subject is one of a key's inboxes for deliveries."""
+    return subject.startswith(f"_DELIVER.{key}.")
+
+
 def consumer_names(key: str) -> list[str]:
     """Names that a key's consumers may have."""
     return [f"{key}-{number}" for number in range(CONSUMERS)]
-
-
-def consumer_name(key: str) -> str:
-    """One of them, at random: processes that share a key know nothing of each other."""
-    return f"{key}-{randbelow(CONSUMERS)}"
 
 
 def owner_of(consumer: str) -> str:

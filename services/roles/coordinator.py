@@ -38,6 +38,7 @@ from kvplane.services.roles.engine_hashes import LIMITS as READING_LIMITS
 from kvplane.services.roles.engine_hashes import EngineHashes, ReadingLimits
 from kvplane.services.roles.readers import ANSWER_SECONDS as READERS_SECONDS
 from kvplane.services.roles.readers import QUIET_SECONDS, readers
+from kvplane.services.roles.strays import Strays
 from kvplane.services.routing.policies import check
 from kvplane.services.rpc.readiness import Readiness, readiness
 from kvplane.services.rpc.server import serve, serving
@@ -104,6 +105,7 @@ class Coordinator:
         self.tally = Tally()
         self.serving = False
         self.engine_hashes = EngineHashes(client, fleet, f"kv.{fleet}.coordinator.{self.writer}.piece", reading)
+        self.strays = Strays(client, fleet)
         self._replicas = replicas
         self.appender = Appender(client, fleet, self.writer)
         self.most_tries = 0
@@ -128,6 +130,7 @@ class Coordinator:
             self.serving = True
             group.start_soon(self._watch)
             group.start_soon(self.compaction.run)
+            group.start_soon(self.strays.run)
             _log.info("coordinator_ready", fleet=self.fleet, writer=self.writer, applied=self.state.sequence)
             task_status.started()
 

@@ -211,3 +211,31 @@ async def test_gigabytes_are_copied_and_come_back_whole() -> None:
         assert view.nbytes == 1024 * MIB
         assert xxh3_128(view).digest() == expected.digest()
     assert copied.pause < 5
+
+
+async def test_an_acknowledgement_that_lands_in_the_bucket_hides_no_snapshot(client: Client) -> None:
+    """Whoever may write anything may name a subject of the bucket for the server's answer."""
+    await open_stream(client.jetstream(), "default", create=True)
+    store, bucket = SnapshotStore(client, "default"), "$O.KV_default_snapshots"
+    await store.put(1, b"one")
+    stream = await client.jetstream().stream_info("OBJ_KV_default_snapshots", subjects_filter=">")
+    subjects = [*(stream.state.subjects or {}), f"{bucket}.M.x", store._described(f"{2:020}"), f"{bucket}.C.x"]
+    before = stream.state.messages
+    for subject in subjects:
+        await client.publish("kv.default.cache.a", b"junk", reply=subject)
+
+    async def landed() -> bool:
+        info = await client.jetstream().stream_info("OBJ_KV_default_snapshots")
+        return bool(info.state.messages == before + len(subjects))
+
+    await until(landed)
+    assert await store.sequences() == [1]
+    assert await store.get(1) == b"one"
+    await store.put(2, b"two")
+    assert (await store.sequences(), await store.get(2)) == ([2, 1], b"two")
+    # What it is not goes with the rest that nobody needs, and a snapshot with all that was said of it.
+    await store.sweep(seconds=0)
+    assert (await store.sequences(), await store.get(1), await store.get(2)) == ([2, 1], b"one", b"two")
+    for sequence in (1, 2):
+        await store.delete(sequence)
+    assert (await client.jetstream().stream_info("OBJ_KV_default_snapshots")).state.messages == 0
