@@ -96,9 +96,12 @@ def heartbeat_subject(fleet: str, node: str) -> str:
     return f"kv.{fleet}.pulse.{token(node)}"
 
 
-def checkpoint_subject(fleet: str, writer: str) -> str:
-    """Subject on which a replica publishes its digests, `*` for those of all: core NATS, never stored."""
-    return f"kv.{fleet}.checkpoint.{writer if writer == '*' else token(writer)}"
+def checkpoint_subject(fleet: str, role: str, writer: str) -> str:
+    """Subject on which a replica publishes its digests, `*` for those of all: core NATS, never stored.
+
+    Its role is part of it, so that credentials of one role can't speak for another.
+    """
+    return f"kv.{fleet}.checkpoint.{role}.{writer if writer == '*' else token(writer)}"
 
 
 def access_name(node: str) -> str:

@@ -108,7 +108,8 @@ def _of_fleet(fleet: str) -> Iterator[tuple[str, str, str]]:
     yield "the log", "access.(a router)", f"kv.{fleet}.access.router-1"
     yield "the log", "session.(model)", f"kv.{fleet}.session.m"
     yield "the log", "control", f"kv.{fleet}.control"
-    yield "heartbeats and digests", "checkpoint.(a replica)", f"kv.{fleet}.checkpoint.w"
+    for role in ("coordinator", "router"):
+        yield "heartbeats and digests", f"checkpoint.{role}.(writer)", f"kv.{fleet}.checkpoint.{role}.w"
     for spec in ENDPOINTS:
         for whose, node in names.items() if "{node}" in spec.subject else [("", "x")]:
             words = [node if word == "{node}" else "x" if word[0] == "{" else word for word in spec.subject.split(".")]

@@ -45,8 +45,8 @@ TARGETS = [
     f"$JS.API.STREAM.PURGE.OBJ_{LOG}_snapshots", f"$O.{LOG}_snapshots.M.x", "$SRV.PING", "$SRV.INFO",
     *(f"kv.{FLEET}.{what}" for what in (
         "control", f"node.{NODE}", f"node.{ANOTHER}", f"cache.{ANOTHER}", "session.m", "access.router-1", f"pulse.{ANOTHER}",
-        "checkpoint.w", "coordinator.policy.set", "coordinator.compact", "coordinator.snapshot", "coordinator.node.remove",
-        "coordinator.status", "route", "sql", "history.snapshot",
+        "checkpoint.coordinator.w", "coordinator.policy.set", "coordinator.compact", "coordinator.snapshot",
+        "coordinator.node.remove", "coordinator.status", "route", "sql", "history.snapshot",
     )),
 ]  # fmt: skip
 BODIES = (b"", b"junk", b"{}", b'{"policy":"cascade"}', b'{"node":"node-b"}', b'{"without_history":true}')

@@ -44,7 +44,7 @@ _WRITE_SNAPSHOTS = (
     "$O.{box}.C.*", "$O.{box}.M.*", "$JS.API.STREAM.CREATE.{snapshots}", "$JS.API.STREAM.PURGE.{snapshots}",
 )  # fmt: skip
 # Digests at checkpoints.
-_BE_REPLICA = ("kv.{f}.checkpoint.*", INBOXES)
+_BE_REPLICA = ("kv.{f}.checkpoint.{role}.*", INBOXES)
 _LIST_SERVICES = ("$SRV.PING", "$SRV.PING.>", "$SRV.INFO", "$SRV.INFO.>", "$SRV.STATS", "$SRV.STATS.>")
 
 
@@ -107,10 +107,10 @@ def _listed(service: str) -> tuple[str, ...]:
 SUBSCRIBE: dict[Role, tuple[str, ...]] = {
     "admin": ("kv.{f}.>",),
     "coordinator": (
-        *_serves("coordinator", "kv.{f}.coordinator.>"), "kv.{f}.pulse.*", "kv.{f}.checkpoint.*",
+        *_serves("coordinator", "kv.{f}.coordinator.>"), "kv.{f}.pulse.*", "kv.{f}.checkpoint.*.*",
         *_listed("kvplane-coordinator"),
     ),
-    "router": (*_serves("router"), "kv.{f}.checkpoint.*", *_listed("kvplane-router")),
+    "router": (*_serves("router"), "kv.{f}.checkpoint.*.*", *_listed("kvplane-router")),
     "historian": (*_serves("historian", "kv.{f}.history.*"), *_listed("kvplane-historian")),
     "node": ("kv.{f}.node.{name}", "kv.{f}.serve.{name}"),
     "client": (),
@@ -129,7 +129,7 @@ class Permissions(NamedTuple):
 def permissions(role: Role, fleet: str, key: str, name: str = "") -> Permissions:
     """Permissions of a user with this public key. `name` matters for nodes only."""
     log = stream_name(check_fleet(fleet))
-    words = {"f": fleet, "log": log, "box": f"{log}_snapshots", "snapshots": f"OBJ_{log}_snapshots"}
+    words = {"f": fleet, "log": log, "box": f"{log}_snapshots", "snapshots": f"OBJ_{log}_snapshots", "role": role}
     if role == "node":
         words |= {"name": token(name), "access": token_of_access(name)}
     publish = [

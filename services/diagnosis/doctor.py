@@ -212,7 +212,12 @@ def _digests(found: Examined) -> Iterator[Finding]:
             known[status.sequence] = status.digest
         for sequence, digest in known.items():
             reported.setdefault(sequence, {})[status.writer] = digest
-    forked = [(sequence, others) for sequence, digests in sorted(reported.items()) if (others := odd(digests))]
+    deciding = {status.writer for status in found.coordinators}
+    forked = [
+        (sequence, others)
+        for sequence, digests in sorted(reported.items())
+        if (others := odd(digests, deciding & digests.keys()))
+    ]
     remedy = "Restart them; if they differ again, report it with the log"
     if forked:
         sequence, others = forked[-1]

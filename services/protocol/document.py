@@ -32,6 +32,7 @@ _ERROR: JSON = {
     "required": ["code", "error"],
 }
 _WORDS = {
+    "role": "`coordinator` or `router`",
     "fleet": "Name of the fleet.",
     "node": "Name of a node, percent-encoded, the dot encoded as well.",
     "model": "Name of a model, percent-encoded, the dot encoded as well.",
@@ -61,7 +62,7 @@ PUBLISHED: tuple[Published, ...] = (
     Published("access", "access.{writer}", types.AccessEvent, "Requests that were routed, and how they ended.", stored=True),
     Published("control", "control", types.ControlEvent, "The policy, and the log's format.", stored=True),
     Published("heartbeat", "pulse.{node}", messages.Heartbeat, "A node's heartbeat, in MessagePack only.", stored=False),
-    Published("checkpoint", "checkpoint.{writer}", messages.Checkpoint, "A replica's digest, in MessagePack only.",
+    Published("checkpoint", "checkpoint.{role}.{writer}", messages.Checkpoint, "A replica's digest, in MessagePack only.",
               stored=False),
 )  # fmt: skip
 

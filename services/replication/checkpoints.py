@@ -2,7 +2,10 @@
 
 A forked copy makes the digest; the replica stands still for the fork and no longer. Which sequences are checkpoints follows
 from the log and the size of the state alone, so that all replicas note the same ones without a word. They travel on core
-NATS (`kv.<fleet>.checkpoint.<writer>`) and are never stored; each service's `status` has its last few.
+NATS (`kv.<fleet>.checkpoint.<role>.<writer>`) and are never stored; each service's `status` has its last few.
+
+Not everyone has a vote. Coordinators do, whose credentials alone may speak for one; two or more of them that agree decide. A
+router has one when it has written to the log, and only for as long as nobody else has spoken in its name.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import anyio
 import msgspec
@@ -19,7 +22,7 @@ from nats.errors import Error as NatsError
 
 from kvplane.events.errors import BadName
 from kvplane.events.log.deliveries import LEAVE_SECONDS
-from kvplane.events.subjects import checkpoint_subject
+from kvplane.events.subjects import checkpoint_subject, subject
 from kvplane.projections.digest import digest
 from kvplane.projections.overview import summary
 from kvplane.services.process.forked import Copy
@@ -27,7 +30,7 @@ from kvplane.services.protocol.errors import WorkerDied
 from kvplane.services.protocol.messages import Checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from anyio.abc import TaskGroup
     from nats.aio.client import Client
@@ -50,6 +53,13 @@ WAIT_SECONDS = 1.0
 DIGEST_DIGITS = 32
 WRITERS_LIMIT = 1000
 """Most replicas of which one checkpoint is remembered."""
+LOGGED_MOST = 4
+"""So many different verdicts on one checkpoint are logged."""
+NAMED_MOST = 8
+"""So many replicas are named in a line of the log."""
+COORDINATOR = "coordinator"
+
+Name = TypeVar("Name")
 
 _log = structlog.get_logger("kvplane.checkpoints")
 
@@ -67,6 +77,18 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Checkpoint).decode
 
 
+class Voter(NamedTuple):
+    """A replica: its role, by the subject that it publishes on, and its writer's name."""
+
+    role: str
+    writer: str
+
+
+def _role(writer: str) -> str:
+    """Role of a writer of this process's own."""
+    return COORDINATOR if writer.startswith(f"{COORDINATOR}-") else "router"
+
+
 def due(state: FleetState, wider: int = 0, *, least_commits: int = LEAST_COMMITS) -> bool:
     """Whether the state's sequence is a checkpoint; one of those that are 2^`wider` times as far apart.
 
@@ -80,12 +102,19 @@ def due(state: FleetState, wider: int = 0, *, least_commits: int = LEAST_COMMITS
     return state.sequence % (spacing << wider) == 0
 
 
-def odd(digests: Mapping[str, str]) -> list[str]:
-    """Writers whose digest is not that of more than half of them; all of them when there is no such digest."""
+def odd(digests: Mapping[Name, str], deciding: Collection[Name] = ()) -> list[Name]:
+    """Whose digest is not that of more than half of them; all when there is no such digest.
+
+    Two or more that are `deciding` decide alone, if more than half of them agree.
+    """
     if len(set(digests.values())) < 2:
         return []
-    common, count = Counter(digests.values()).most_common(1)[0]
-    return [writer for writer, own in digests.items() if own != common or 2 * count <= len(digests)]
+    for voters in (deciding, digests):
+        if len(voters) > 1:
+            common, count = Counter(digests[voter] for voter in voters).most_common(1)[0]
+            if 2 * count > len(voters):
+                return [voter for voter, own in digests.items() if own != common]
+    return list(digests)
 
 
 class Checkpoints:
@@ -104,7 +133,9 @@ class Checkpoints:
         """The longest that a fork stopped this process, in seconds."""
         self._client = client
         self._state = state
-        self._received: dict[int, dict[str, str]] = {}
+        self._received: dict[int, dict[Voter, str]] = {}
+        """Digests of others; an empty one of whom different ones came."""
+        self._logged: dict[int, list[tuple[bool, frozenset[Voter]]]] = {}
         self._waiting: set[int] = set()
         """Own checkpoints that other replicas may not have published yet."""
         # Not a lock: who begins a digest is not who waits for it.
@@ -119,7 +150,7 @@ class Checkpoints:
         if not self.writer:
             return
         subscription = await self._client.subscribe(
-            checkpoint_subject(self._state.fleet, "*"), cb=self._receive_message
+            checkpoint_subject(self._state.fleet, "*", "*"), cb=self._receive_message
         )
         try:
             async with anyio.create_task_group() as group:
@@ -168,7 +199,8 @@ class Checkpoints:
         self.note(sequence, own)
         message = _encode(Checkpoint(self.writer, sequence, own))
         with suppress(NatsError, OSError):
-            await self._client.publish(checkpoint_subject(self._state.fleet, self.writer), message)
+            where = checkpoint_subject(self._state.fleet, _role(self.writer), self.writer)
+            await self._client.publish(where, message)
         await anyio.sleep(self._wait_seconds)
         self.compare(sequence)
 
@@ -184,12 +216,13 @@ class Checkpoints:
     async def _receive_message(self, message: Msg) -> None:
         try:
             checkpoint = _decode(message.data)
-            spoken_for = message.subject == checkpoint_subject(self._state.fleet, checkpoint.writer)
-        except (msgspec.DecodeError, BadName, UnicodeError) as error:
+            role = message.subject.split(".")[3]
+            spoken_for = message.subject == checkpoint_subject(self._state.fleet, role, checkpoint.writer)
+        except (msgspec.DecodeError, BadName, UnicodeError, IndexError) as error:
             _log.debug("bad_checkpoint", subject=message.subject, error=str(error))
             return
         if spoken_for and checkpoint.writer != self.writer:
-            self.receive(checkpoint)
+            self.receive(checkpoint, role)
 
     def note(self, sequence: int, own: str) -> None:
         """This replica's digest at a checkpoint."""
@@ -203,7 +236,7 @@ class Checkpoints:
         self._waiting.discard(sequence)
         self._judge(sequence)
 
-    def receive(self, checkpoint: Checkpoint) -> None:
+    def receive(self, checkpoint: Checkpoint, role: str) -> None:
         """Another replica's digest. Those of the future are kept as well: this one may be behind, or slower with its digest."""
         if (
             checkpoint.sequence % self._least_commits
@@ -212,30 +245,60 @@ class Checkpoints:
         ):
             return
         received = self._received.setdefault(checkpoint.sequence, {})
-        if len(received) < WRITERS_LIMIT or checkpoint.writer in received:
-            received[checkpoint.writer] = checkpoint.digest
+        voter = Voter(role, checkpoint.writer)
+        votes = self._votes(voter)
+        if voter not in received and len(received) >= WRITERS_LIMIT:
+            stranger = next((each for each in received if votes and not self._votes(each)), None)
+            if stranger is None:
+                return
+            del received[stranger]
+        # Of two that speak in one name neither is believed.
+        received[voter] = checkpoint.digest if received.get(voter, checkpoint.digest) == checkpoint.digest else ""
         if len(self._received) > 2 * KEPT:
             # What is farthest from where this replica is shows the least: old ones, and a future that nobody can know.
             del self._received[max(self._received, key=lambda sequence: abs(sequence - self._state.sequence))]
-        self._judge(checkpoint.sequence)
+        if votes:
+            self._judge(checkpoint.sequence)
+
+    def _votes(self, voter: Voter) -> bool:
+        """Whether somebody's digest counts."""
+        if voter.role == COORDINATOR:
+            return True
+        return (subject(self._state.fleet, "access", voter.writer), voter.writer) in self._state.writers
 
     def _judge(self, sequence: int) -> None:
         own = self.own.get(sequence)
-        digests = self._received.get(sequence, {})
+        received = self._received.get(sequence, {})
+        digests = {voter: found for voter, found in received.items() if found and self._votes(voter)}
         if own is None or not digests or sequence in self._waiting:
             return
-        others = odd({**digests, self.writer: own})
-        if self.writer in others:
+        me = Voter(_role(self.writer), self.writer)
+        digests[me] = own
+        others = odd(digests, [voter for voter in digests if voter.role == COORDINATOR])
+        verdict = (me in others, frozenset(others))
+        logged = self._logged.setdefault(sequence, [])
+        news = verdict not in logged and len(logged) < LOGGED_MOST
+        if news:
+            logged.append(verdict)
+        for old in sorted(self._logged)[: -2 * KEPT]:
+            del self._logged[old]
+        if me in others:
             if self.differs != sequence:
                 self.mismatches += 1
             self.differs = max(self.differs, sequence)
-            _log.error(
-                "replica_differs", fleet=self._state.fleet, writer=self.writer, sequence=sequence, digest=own,
-                others=digests, remedy="restart it; if it differs again, report it with the log. `kvplane doctor` says more",
-            )  # fmt: skip
+            if news:
+                _log.error(
+                    "replica_differs", fleet=self._state.fleet, writer=self.writer, sequence=sequence, digest=own,
+                    others={voter.writer: digests[voter] for voter in list(digests)[:NAMED_MOST] if voter != me},
+                    of=len(digests),
+                    remedy="restart it; if it differs again, report it with the log. `kvplane doctor` says more",
+                )  # fmt: skip
             return
-        if others:
-            _log.warning("other_replica_differs", fleet=self._state.fleet, writers=others, sequence=sequence)
+        if others and news:
+            named = [voter.writer for voter in others[:NAMED_MOST]]
+            _log.warning(
+                "other_replica_differs", fleet=self._state.fleet, writers=named, of=len(others), sequence=sequence
+            )
         if sequence >= self.differs:
             self.differs = 0
 

@@ -28,7 +28,7 @@ from kvplane.services.process.forked import in_copy
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.messages import Checkpoint
 from kvplane.services.replication import checkpoints
-from kvplane.services.replication.checkpoints import DIGEST_DIGITS, KEPT, Checkpoints, Schedule, due, odd
+from kvplane.services.replication.checkpoints import DIGEST_DIGITS, KEPT, Checkpoints, Schedule, Voter, due, odd
 from kvplane.services.rpc.client import instances
 from tests.support.eventful_fleet import live, write_commits
 from tests.support.processes import children
@@ -81,7 +81,19 @@ def test_spacing_grows_with_the_state_and_wide_ones_are_among_the_narrow() -> No
     ],
 )
 def test_who_is_odd(digests: str, named: str) -> None:
-    assert odd({str(number): digest for number, digest in enumerate(digests)}) == list(named)
+    voters = [Voter("router", str(number)) for number in range(len(digests))]
+    assert "".join(voter.writer for voter in odd(dict(zip(voters, digests, strict=True)))) == named
+
+
+@pytest.mark.parametrize(
+    ("coordinators", "routers", "named"),
+    [("aa", "bbbb", "2345"), ("ab", "aa", "1"), ("a", "bbb", "0"), ("aab", "b", "23"), ("aa", "aa", "")],
+)
+def test_coordinators_that_agree_decide(coordinators: str, routers: str, named: str) -> None:
+    every = [*(("coordinator", each) for each in coordinators), *(("router", each) for each in routers)]
+    digests = {Voter(role, str(number)): each for number, (role, each) in enumerate(every)}
+    found = odd(digests, [voter for voter in digests if voter.role == "coordinator"])
+    assert "".join(voter.writer for voter in found) == named
 
 
 async def test_replicas_note_the_same_digests_under_load(fleet: Fleet) -> None:
@@ -151,22 +163,63 @@ async def test_a_replica_that_differs_says_so_is_named_and_takes_no_snapshots(fl
 
 async def test_strangers_on_the_checkpoint_subject_cost_little_and_change_nothing(fleet: Fleet) -> None:
     coordinator = await fleet.coordinator()
-    await fleet.router()
+    router = await fleet.router()
     await live(fleet)
     own = coordinator.replica.checkpoints
+
+    async def says(role: str, writer: str, sequence: int, found: str) -> None:
+        where = f"kv.default.checkpoint.{role}.{writer}"
+        await fleet.client.publish(where, msgspec.msgpack.encode(Checkpoint(writer, sequence, found)))
+
     for data in (b"", b"\xff" * 40, msgspec.msgpack.encode(Checkpoint(own.writer, 1000, "e" * 32))):
-        await fleet.client.publish(f"kv.default.checkpoint.{own.writer}", data)
+        await fleet.client.publish(f"kv.default.checkpoint.coordinator.{own.writer}", data)
+        await fleet.client.publish("kv.default.checkpoint.me", data)
+    # Speaks for another.
     forged = msgspec.msgpack.encode(Checkpoint("somebody else", 1000, "e" * 32))
-    await fleet.client.publish("kv.default.checkpoint.me", forged)
+    await fleet.client.publish("kv.default.checkpoint.router.me", forged)
     for number in range(3000):
-        checkpoint = Checkpoint("x", 1000 * number, "e" * (DIGEST_DIGITS + 1 - number % 2))
-        await fleet.client.publish("kv.default.checkpoint.x", msgspec.msgpack.encode(checkpoint))
-    await write_commits(fleet.client, 1000)
-    await until(lambda: 1000 in own.own)
-    await until(lambda: len(own._received.get(1000, ())) == 2)
+        await says("router", "x", 1000 * number, "e" * (DIGEST_DIGITS + 1 - number % 2))
+    logs.configure("warning")
+    with capture_logs() as logged:
+        # More votes than there are replicas, of writers that the log does not know.
+        for number in range(2 * checkpoints.WRITERS_LIMIT):
+            await says("router", f"router-{number}", 1000, "e" * 32)
+        await write_commits(fleet.client, 1000)
+        await until(lambda: 1000 in own.own and Voter("router", router.writer) in own._received.get(1000, ()))
+        # Judged when others have had their time.
+        await until(lambda: 1000 not in own._waiting)
+        for number in range(500):
+            await says("router", f"late-{number}", 1000, "e" * 32)
+        await says("coordinator", "coordinator-last", 1000, own.own[1000])
+        await until(lambda: Voter("coordinator", "coordinator-last") in own._received[1000])
     assert len(own._received) <= 2 * KEPT
-    # One liar is outvoted.
+    assert len(own._received[1000]) <= checkpoints.WRITERS_LIMIT
     assert not own.differs
+    assert [line["event"] for line in logged if "differs" in line["event"]] == []
+    assert (await fleet.ask("coordinator.snapshot", messages.StatusRequest()))["sequence"] >= 1000
+
+
+async def test_a_router_in_whose_name_another_speaks_has_no_vote_and_logging_is_bounded() -> None:
+    state = FleetState("f")
+    mine = Checkpoints(None, state, "coordinator-me")  # type: ignore[arg-type]
+    writers = [f"router-{number}" for number in range(900)]
+    state.writers = {(f"kv.f.access.{writer}", writer): 1 for writer in writers}
+    mine.note(1000, "a" * 32)
+    mine.compare(1000)
+    logs.configure("warning")
+    with capture_logs() as logged:
+        for writer in writers[:3]:
+            mine.receive(Checkpoint(writer, 1000, "b" * 32), "router")
+        assert mine.differs == 1000
+        for writer in writers[:3]:
+            mine.receive(Checkpoint(writer, 1000, "a" * 32), "router")
+        mine.receive(Checkpoint("coordinator-other", 1000, "a" * 32), "coordinator")
+        assert not mine.differs
+        for writer in writers:
+            mine.receive(Checkpoint(writer, 1000, "b" * 32), "router")
+    # Two coordinators agree.
+    assert not mine.differs
+    assert 0 < sum(len(str(line)) for line in logged) < 4000
 
 
 def test_only_a_few_are_remembered() -> None:
@@ -174,7 +227,7 @@ def test_only_a_few_are_remembered() -> None:
     for number in range(1, 3 * KEPT):
         mine.note(number * 1000, "d" * 32)
         for writer in range(2 * checkpoints.WRITERS_LIMIT if number == 5 else 3):
-            mine.receive(Checkpoint(str(writer), number * 1000, "d" * 32))
+            mine.receive(Checkpoint(str(writer), number * 1000, "d" * 32), "router")
     assert sorted(mine.own) == [number * 1000 for number in range(2 * KEPT, 3 * KEPT)]
     assert max(map(len, mine._received.values())) <= checkpoints.WRITERS_LIMIT
 
