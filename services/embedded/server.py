@@ -33,6 +33,8 @@ INSTEAD = "use the server that runs there with --server {url}, or choose another
 CONFIG = "nats-server.conf"
 LOG = "nats-server.log"
 START_SECONDS = 20.0
+LOG_BYTES = 64 << 20
+"""Of the server's own log, before another file is begun."""
 MAX_PAYLOAD = 8 << 20
 """Largest message, in bytes; the 262,144 hashes of the longest request fit."""
 
@@ -68,6 +70,10 @@ server_name: "{name}"
 host: "{host}"
 port: {port}
 pid_file: "{data / PID}"
+# Whoever is refused something writes a line here: at this size a new file is begun, and the one before is kept.
+log_file: "{data / LOG}"
+logfile_size_limit: {LOG_BYTES}
+logfile_max_num: 2
 {included}max_payload: {MAX_PAYLOAD}
 max_pending: 268435456
 jetstream {{

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from kvplane.services.protocol.endpoints import Server
 
 STOP_SECONDS = 1.0
+LOGGED_CHARACTERS = 200
 _NOT_INBOXES = ("kv.", "$", "_DELIVER")
 
 _log = structlog.get_logger("kvplane.micro")
@@ -169,7 +170,9 @@ def _genuine(endpoint: Endpoint, message: Msg) -> bool:
     """Whether the message is of someone who can be answered. A consumer's delivery has a reply subject of the server."""
     if (message.reply or endpoint.unasked) and answerable(message.reply):
         return True
-    _log.warning("request_dropped", endpoint=endpoint.subject, subject=message.subject, reply=message.reply)
+    # Both are as long as a stranger likes.
+    subject, reply = message.subject[:LOGGED_CHARACTERS], message.reply[:LOGGED_CHARACTERS]
+    _log.warning("request_dropped", endpoint=endpoint.subject, subject=subject, reply=reply)
     return False
 
 
