@@ -5,13 +5,18 @@
     servers/<name>/           all that a server needs, and nothing else
 
 Whoever has the folder is admin: keep it where the admin works, not on servers.
+
+One command at a time changes it (`changing`). `users.json` is what counts, and it is replaced in one step: new seeds are drafts
+before that, and get their names after; what a killed command left is put right by the next.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
-from contextlib import suppress
+import time
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
@@ -22,7 +27,7 @@ import msgspec
 from msgspec import Struct
 
 from kvplane.events.errors import BadCredentials
-from kvplane.events.log.credentials import read_seed
+from kvplane.events.log.credentials import public_key
 from kvplane.events.subjects import check_fleet, check_name, token
 from kvplane.services.auth import certificates
 from kvplane.services.auth.certificates import Pair
@@ -42,7 +47,9 @@ from kvplane.services.auth.roles import ROLES, Role
 from kvplane.services.auth.users import User
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
+
+    from kvplane.events.log.credentials import Seed
 
 DEFAULT = Path("kvplane-auth")
 ALONE = "server"
@@ -53,6 +60,11 @@ FIRST: tuple[Role, ...] = ("admin", "coordinator", "router", "historian", "clien
 """Roles that `init` makes a user of."""
 SOON = timedelta(days=30)
 
+LOCK_SECONDS = 20.0
+"""How long one command waits until another has changed the folder."""
+_AGAIN_SECONDS = 0.01
+
+_LOCK, _DRAFT = ".lock", ".next"
 _CA_KEY = "ca.key"
 _USERS = "users.json"
 _LONGEST_FILE = 150
@@ -82,12 +94,21 @@ class AuthFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._book = _Book()
-        self._known = (path / _USERS).exists()
+        self._new: dict[Path, Seed] = {}
+        """Seeds that are written with the next `save`."""
+        self._gone: set[Path] = set()
+        """Seeds that are deleted with it."""
+        self._load()
+
+    def _load(self) -> None:
+        self._known = (self.path / _USERS).exists()
         if self._known:
             try:
-                self._book = msgspec.json.decode(_read(path / _USERS), type=_Book)
+                self._book = msgspec.json.decode(_read(self.path / _USERS), type=_Book)
             except msgspec.DecodeError as error:
-                raise BadCredentials(f"{path / _USERS} can't be read ({error}); restore it from a backup") from None
+                raise BadCredentials(
+                    f"{self.path / _USERS} can't be read ({error}); restore it from a backup"
+                ) from None
 
     @classmethod
     def existing(cls, path: Path) -> AuthFolder:
@@ -95,6 +116,17 @@ class AuthFolder:
         if not (path / _USERS).exists():
             raise BadCredentials(f"{path} holds no credentials; make them with `kvplane auth init {path}`")
         return cls(path)
+
+    @classmethod
+    @contextmanager
+    def changing(cls, path: Path, *, create: bool = False) -> Iterator[AuthFolder]:
+        """A folder that nobody else changes meanwhile; whoever changes it calls `save`."""
+        if not create:
+            cls.existing(path)
+        with _locked(path):
+            held = cls(path)
+            held.mend()
+            yield held
 
     @property
     def users(self) -> list[User]:
@@ -137,9 +169,9 @@ class AuthFolder:
         if known is not None and not replace:
             return False
         path = self.seed_file(fleet, role, name)
-        # A seed that nobody knows of is left over from an interruption.
-        seed = read_seed(path) if path.exists() and not replace else new_seed()
-        _private(path, seed.text.encode() + b"\n")
+        # Never one that lies there: it may be that of somebody who was taken out.
+        seed = self._new[path] = new_seed()
+        self._gone.discard(path)
         made = datetime.now(UTC).isoformat(timespec="seconds")
         self._book.users = [user for user in self._book.users if user != known]
         self._book.users.append(User(fleet=fleet, role=role, name=name, key=seed.public, made=made))
@@ -152,7 +184,9 @@ class AuthFolder:
             who = f"{role}/{name}" if name else role
             raise BadCredentials(f"there is no {who} in fleet {fleet!r}; `kvplane auth list` shows who there is")
         self._book.users.remove(known)
-        self.seed_file(fleet, role, name).unlink(missing_ok=True)
+        path = self.seed_file(fleet, role, name)
+        self._new.pop(path, None)
+        self._gone.add(path)
 
     def set_servers(self, names: Sequence[str], *, also: Sequence[str] = (), seen: str | None = None) -> None:
         """Name the servers; without names there is one, on this machine. Those that are there stay as they are."""
@@ -180,15 +214,71 @@ class AuthFolder:
         _folder(self.path)
         self._write_ca()
         made = [server.name for server in self._book.servers if self._write_certificate(server, renew=renew)]
+        for path, seed in self._new.items():
+            _private(_draft(path), seed.text.encode() + b"\n")
+        # From here on the change is made.
+        _private(self.path / _USERS, msgspec.json.format(msgspec.json.encode(self._book), indent=2) + b"\n")
+        for path in self._new:
+            _draft(path).replace(path)
+        for path in self._gone:
+            path.unlink(missing_ok=True)
+        self._new, self._gone = {}, set()
         for server in self._book.servers:
             self.write_configuration(server)
-        _private(self.path / _USERS, msgspec.json.format(msgspec.json.encode(self._book), indent=2) + b"\n")
         return made
+
+    def mend(self) -> None:
+        """Put right what a command left that was killed: seeds without a name or a user, configurations of other users."""
+        for draft in (self.path / "seeds").glob(f"*/*{_DRAFT}"):
+            path = draft.with_name(draft.name.removesuffix(_DRAFT))
+            if _key_of(draft) in {user.key for user in self._book.users}:
+                draft.replace(path)
+            else:
+                draft.unlink()
+        seeds = {self.seed_file(user.fleet, user.role, user.name) for user in self._book.users}
+        for path in (self.path / "seeds").glob("*/*.seed"):
+            if path not in seeds:
+                path.unlink()
+        for server in self._book.servers:
+            if self._outdated(server):
+                self.write_configuration(server)
+
+    def problems(self) -> list[str]:
+        """What is not as it must be, a sentence each: seeds of other keys, seeds of nobody, configurations of other users."""
+        found = []
+        known = {self.seed_file(user.fleet, user.role, user.name): user for user in self._book.users}
+        for path in sorted((self.path / "seeds").glob("*/*.seed")):
+            user = known.get(path)
+            if user is None:
+                found.append(f"{path} is the seed of nobody who may log in; delete it")
+            elif _key_of(path) != user.key:
+                words = " ".join(filter(None, ("kvplane auth add", user.role, user.name, "--replace")))
+                found.append(f"{path} is not the seed of the key that servers know; make a new one with `{words}`")
+        found += [f"{draft} was left by a command that was killed" for draft in self.path.glob(f"seeds/*/*{_DRAFT}")]
+        found += [
+            f"the configuration of server {server.name} is not that of the users; `kvplane auth init {self.path}` writes it "
+            "again, then SIGHUP"
+            for server in self._book.servers
+            if self._outdated(server)
+        ]
+        return found
+
+    def _outdated(self, server: Server) -> bool:
+        """Whether what a server includes is of other users."""
+        path = self.server_folder(server.name) / CLIENT
+        here = self.server_folder(server.name).absolute()
+        # `up` has it written as it sees it.
+        good = {client_configuration(self.users, seen).encode() for seen in (self._seen(server), PurePosixPath(here))}
+        return path.exists() and path.read_bytes() not in good
+
+    def _seen(self, server: Server) -> PurePosixPath:
+        """Where the server sees its folder."""
+        return PurePosixPath(server.seen or self.server_folder(server.name).absolute())
 
     def write_configuration(self, server: Server) -> None:
         """Write what a server includes."""
         folder = self.server_folder(server.name)
-        seen = PurePosixPath(server.seen or folder.absolute())
+        seen = self._seen(server)
         _private(folder / CLIENT, client_configuration(self.users, seen).encode())
         _private(folder / CLUSTER, cluster_configuration(seen).encode())
         # Of a folder that an older kvplane made it is not there until `auth init`; a server reads it at its start only.
@@ -202,7 +292,9 @@ class AuthFolder:
             raise BadCredentials(
                 f"{self.path} is for the servers {names}; make another with `kvplane auth init FOLDER`"
             )
-        self.write_configuration(msgspec.structs.replace(self._book.servers[0], seen=""))
+        with _locked(self.path):
+            self._load()
+            self.write_configuration(msgspec.structs.replace(self._book.servers[0], seen=""))
         return (self.server_folder(ALONE) / CLIENT).absolute()
 
     def ends(self) -> dict[str, datetime]:
@@ -233,6 +325,43 @@ class AuthFolder:
         _private(path, made.certificate)
         _private(folder / CA, authority)
         return True
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Nobody else changes the folder meanwhile. Raises `BadCredentials` when another does so for long."""
+    try:
+        _folder(path)
+        descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise BadCredentials(f"{path} can't be written ({error.strerror}); choose another folder") from None
+    try:
+        end = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    raise BadCredentials(
+                        f"another `kvplane auth` has been changing {path} for {LOCK_SECONDS:g} s; wait until it has ended"
+                    ) from None
+                time.sleep(_AGAIN_SECONDS)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _draft(path: Path) -> Path:
+    return path.with_name(path.name + _DRAFT)
+
+
+def _key_of(path: Path) -> str:
+    """Public key of a seed; empty when it holds none."""
+    try:
+        return public_key(path.read_text().strip())
+    except (BadCredentials, OSError, UnicodeDecodeError):
+        return ""
 
 
 def role_of(text: str) -> Role:

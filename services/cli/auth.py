@@ -50,10 +50,10 @@ def init(
     renew
         Make the servers' certificates anew.
     """
-    held = AuthFolder(folder)
-    held.set_servers(server, also=also, seen=server_path)
-    added = [role for role in FIRST if held.add(fleet, role)]
-    made = held.save(renew=renew)
+    with AuthFolder.changing(folder, create=True) as held:
+        held.set_servers(server, also=also, seen=server_path)
+        added = [role for role in FIRST if held.add(fleet, role)]
+        made = held.save(renew=renew)
     for role in added:
         _say(f"made {held.seed_file(fleet, role)}")
     for name in made:
@@ -92,13 +92,13 @@ def add(
     replace
         Make a new seed for one that is there; the old one is worth nothing then.
     """
-    held = AuthFolder.existing(auth)
     which = role_of(role)
-    if not held.add(fleet, which, name, replace=replace):
-        raise BadCredentials(
-            f"{held.seed_file(fleet, which, name)} was made already and is kept; --replace makes a new one"
-        )
-    held.save()
+    with AuthFolder.changing(auth) as held:
+        if not held.add(fleet, which, name, replace=replace):
+            raise BadCredentials(
+                f"{held.seed_file(fleet, which, name)} was made already and is kept; --replace makes a new one"
+            )
+        held.save()
     _say(f"made {held.seed_file(fleet, which, name)}")
     _say_reload(held)
 
@@ -118,9 +118,10 @@ def remove(role: str, name: str = "", *, auth: Auth = DEFAULT, fleet: Fleet = "d
     fleet
         Name of the fleet.
     """
-    held = AuthFolder.existing(auth)
-    held.remove(fleet, role_of(role), name)
-    held.save()
+    which = role_of(role)
+    with AuthFolder.changing(auth) as held:
+        held.remove(fleet, which, name)
+        held.save()
     _say(f"{role}{'/' if name else ''}{name} may log in no more")
     _say_reload(held)
 
@@ -142,6 +143,7 @@ def list_users(*, auth: Auth = DEFAULT, json: Json = False) -> None:
         show_json({
             "users": [_plain(held, user) for user in held.users],
             "certificates": {name: end.isoformat() for name, end in ends.items()},
+            "problems": held.problems(),
         })  # fmt: skip
         return
     show.table(
@@ -170,6 +172,8 @@ def _say(sentence: str) -> None:
 
 
 def _warn(held: AuthFolder) -> None:
+    for problem in held.problems():
+        show.say(Styled(f"{problem[0].upper()}{problem[1:]}.", "bold yellow"), error=True)
     for name, end in held.ends().items():
         if end - datetime.now(UTC) < SOON:
             renewed = (

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 from msgspec import to_builtins
 
+from kvplane.events.errors import BadCredentials
+from kvplane.services.auth.folder import AuthFolder
 from kvplane.services.cli import show
 from kvplane.services.cli.ask import CONNECT_SECONDS, Json, show_json
 from kvplane.services.cli.common import COMMON, Common, run_async, start
@@ -35,7 +38,7 @@ def doctor(*, monitor: Monitor = (), json: Json = False, common: Common = COMMON
         Print JSON.
     """
     start(common, quiet=True)
-    findings = run_async(_examine, monitor, common)
+    findings = [*run_async(_examine, monitor, common), *_credentials(common)]
     if json:
         show_json(to_builtins(findings))
     else:
@@ -47,6 +50,21 @@ def doctor(*, monitor: Monitor = (), json: Json = False, common: Common = COMMON
             ],
         )
     return 1 if any(finding.level == "problem" for finding in findings) else 0
+
+
+def _credentials(common: Common) -> list[Finding]:
+    """What is to be said of the folder of credentials, if it is where the seed lies that is used here."""
+    if common.credentials is None:
+        return []
+    folder = Path(common.credentials).absolute().parents[2]
+    try:
+        problems = AuthFolder.existing(folder).problems()
+    except BadCredentials:
+        # An admin elsewhere has it.
+        return []
+    return [Finding("problem", "credentials", problem) for problem in problems] or [
+        Finding("ok", "credentials", f"seeds and servers' configurations in {folder} are of the users that it names")
+    ]
 
 
 async def _examine(monitors: Sequence[str], common: Common) -> list[Finding]:

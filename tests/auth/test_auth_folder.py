@@ -146,9 +146,9 @@ def test_nonsense_is_answered_with_a_sentence(
 
 async def test_a_server_learns_of_new_users_and_of_those_that_are_none_any_more(fleet: Guarded) -> None:
     assert fleet.held.add(NAME, "node", "late")
+    fleet.held.save()
     with pytest.raises(LoginRefused, match="does not know the credentials U"):
         await fleet.connect("node", "late")
-    fleet.held.save()
     await reloaded(fleet.server)
     late = await fleet.connect("node", "late")
     kept = await fleet.connect("node", "node-b")
