@@ -84,7 +84,10 @@ class Live:
             await ask(self.admin, f"kv.{FLEET}.{endpoint}", messages.StatusRequest())
         state = self.coordinator.state
         return {
-            "nodes": {name: (node.epoch, node.lost, node.cordoned) for name, node in state.nodes.items()},
+            "nodes": {
+                name: (node.epoch, node.lost, node.cordoned, node.registered.address)
+                for name, node in state.nodes.items()
+            },
             "copies": {name: index.block_copies for name, index in state.caches.by_model.items()},
             "policy": (state.policy, str(state.parameters)),
             "sessions": list(state.sessions.items()),

@@ -87,7 +87,11 @@ PUBLISH: dict[Role, tuple[str, ...]] = {
         "$JS.API.STREAM.CREATE.{log}", "$JS.API.STREAM.PURGE.{log}", *_READ_LOG, *_READ_SNAPSHOTS, *_WRITE_SNAPSHOTS,
         *_ALL_CONSUMERS,
     ),
-    "router": ("kv.{f}.access.*", "kv.{f}.session.*", *_asks("router"), *_BE_REPLICA, *_READ_LOG, *_READ_SNAPSHOTS),
+    "router": (
+        "kv.{f}.access.*", "kv.{f}.session.*", *_asks("router"), *_BE_REPLICA, *_READ_LOG, *_READ_SNAPSHOTS,
+        # Whom it asks whether what a historian gives is true.
+        "$SRV.INFO.kvplane-coordinator", "$SRV.INFO.kvplane-router",
+    ),
     # One that can't work leaves the questions to others, if there are any.
     "historian": ("$SRV.INFO.kvplane-historian", INBOXES, *_READ_LOG, *_READ_SNAPSHOTS),
     "node": (

@@ -59,6 +59,7 @@ def coordinator(
     snapshot_commits: Annotated[int, Parameter(env_var="KVPLANE_SNAPSHOT_COMMITS")] = SNAPSHOT_COMMITS,
     snapshot_bytes: Annotated[int, Parameter(env_var="KVPLANE_SNAPSHOT_BYTES")] = SNAPSHOT_BYTES,
     policy_module: ServedPolicyModules = (),
+    trust_history: Annotated[bool, Parameter(negative="")] = False,
     http: Http = None,
     common: Common = COMMON,
 ) -> None:
@@ -74,6 +75,8 @@ def coordinator(
         Take one when so many bytes of commits have come, too.
     policy_module
         Modules from which policies of the form module:attr may be taken; they may lie in the current folder.
+    trust_history
+        Begin with what a historian gives, when the log was purged, no snapshot is left and no replica runs that vouches for it.
     http
         HOST:PORT of metrics and health (/metrics, /healthz, /readyz), such as 127.0.0.1:9464; default is none.
     """
@@ -85,16 +88,18 @@ def coordinator(
     for option, value in (("--snapshot-commits", snapshot_commits), ("--snapshot-bytes", snapshot_bytes)):
         if value < 1:
             raise BadRequest(f"{option} is {value}; it must be at least 1")
-    run_until_signal(_run_coordinator, replicas, snapshot_commits, snapshot_bytes, http, common)
+    run_until_signal(_run_coordinator, replicas, snapshot_commits, snapshot_bytes, trust_history, http, common)
 
 
 async def _run_coordinator(
-    replicas: int | None, snapshot_commits: int, snapshot_bytes: int, http: str | None, common: Common
-) -> None:
+    replicas: int | None, snapshot_commits: int, snapshot_bytes: int, trust_history: bool, http: str | None,  # noqa: FBT001 - as asked
+    common: Common,
+) -> None:  # fmt: skip
     async with common.connected("kvplane-coordinator") as client:
         service = Coordinator(
-            client, common.fleet, replicas=replicas, snapshot_commits=snapshot_commits, snapshot_bytes=snapshot_bytes
-        )
+            client, common.fleet, replicas=replicas, snapshot_commits=snapshot_commits, snapshot_bytes=snapshot_bytes,
+            trust_history=trust_history,
+        )  # fmt: skip
         await _observed(http, service)
 
 

@@ -170,6 +170,13 @@ class NoAnswer(ServiceFault):
     code = "no_answer"
 
 
+class NotVouched(ServiceFault):
+    """No running replica vouches for a past that a historian gives."""
+
+    status = 503
+    code = "not_vouched"
+
+
 class NotServed(KvplaneError):
     """A simulated fleet could serve no request at all."""
 

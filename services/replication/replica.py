@@ -20,9 +20,10 @@ from kvplane.projections.overview import summary
 from kvplane.projections.snapshot import load, peek
 from kvplane.services.process.hugepages import collapse
 from kvplane.services.process.version import package_version
-from kvplane.services.protocol.errors import LogAway, NotReady, ServiceFault, WorkerDied
+from kvplane.services.protocol.errors import LogAway, NotReady, NotVouched, ServiceFault, WorkerDied
 from kvplane.services.protocol.status import ReplicaStatus
 from kvplane.services.replication.checkpoints import SCHEDULE, Checkpoints, Schedule
+from kvplane.services.replication.vouching import check
 from kvplane.services.rpc.pieces import snapshot_at
 
 if TYPE_CHECKING:
@@ -49,13 +50,15 @@ _log = structlog.get_logger("kvplane.replica")
 class Replica:
     """One fold of a fleet's log. `before` is called before a message is applied, `observe` with what became of it.
 
-    With the name of a `writer` it takes part in the comparison of digests at checkpoints.
+    With the name of a `writer` it takes part in the comparison of digests at checkpoints. What it must have from a historian is
+    used only when running replicas vouch for it, or with `trust_history`.
     """
 
     def __init__(
         self, client: Client, fleet: str, observe: Callable[[Message, Applied], None] | None = None,
         *, before: Callable[[], None] | None = None, writer: str = "", recent_seconds: float = RECENT_SECONDS,
         schedule: Schedule = SCHEDULE,
+        trust_history: bool = False,
     ) -> None:  # fmt: skip
         self.writer = writer
         self.state = FleetState(fleet)
@@ -67,6 +70,9 @@ class Replica:
         """Bytes of commits that were applied since it began."""
         self.began = 0
         """Sequence of the snapshot that this replica began with; 0 when it began with the log."""
+        self._trust_history = trust_history
+        self._distrust = ""
+        """Why what a historian gave was not used."""
         self._observe = observe
         self._before = before
         self._recent = int(recent_seconds * 1e9)
@@ -144,6 +150,8 @@ class Replica:
             except LogPurged as error:
                 _log.warning("log_purged_meanwhile", applied=self.state.sequence, error=str(error))
                 if not await self._go_on():
+                    if self._distrust:
+                        raise LogPurged(f"{error}; what one gave was not used: {self._distrust}") from error
                     raise
 
     async def _go_on(self) -> bool:
@@ -190,8 +198,15 @@ class Replica:
         So it is when the log was purged and the fold of this kvplane is another one than that of the snapshots.
         """
         _log.warning("no_snapshot_to_begin_with", fleet=self.state.fleet, log_begins=first, asks="the historian")
+        self._distrust = ""
         try:
-            self._begin(await snapshot_at(self._client, self.state.fleet, first))
+            data = await snapshot_at(self._client, self.state.fleet, first)
+            if not self._trust_history:
+                await check(self._client, self.state.fleet, data, self.writer)
+            self._begin(data)
+        except NotVouched as error:
+            self._distrust = str(error)
+            _log.error("history_not_vouched_for", error=str(error))
         except (ServiceFault, BadSnapshot) as error:
             _log.error("history_does_not_help", error=str(error))
 

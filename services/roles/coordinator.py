@@ -83,6 +83,7 @@ class Coordinator:
         recent_seconds: float = RECENT_SECONDS, server: Callable[[], ServerStatus] | None = None,
         answer_seconds: float = ANSWER_SECONDS, readers_seconds: float = READERS_SECONDS,
         reading: ReadingLimits = READING_LIMITS, schedule: Schedule = SCHEDULE,
+        trust_history: bool = False,
     ) -> None:  # fmt: skip
         self.client = client
         self._answer_seconds, self._readers_seconds = answer_seconds, readers_seconds
@@ -91,7 +92,13 @@ class Coordinator:
         self.writer = new_writer("coordinator")
         self.unreported = Unreported()
         self.replica = Replica(
-            client, fleet, self._observe, writer=self.writer, recent_seconds=recent_seconds, schedule=schedule
+            client,
+            fleet,
+            self._observe,
+            writer=self.writer,
+            recent_seconds=recent_seconds,
+            schedule=schedule,
+            trust_history=trust_history,
         )
         self.state = self.replica.state
         self.compaction = Compaction(
