@@ -59,7 +59,7 @@ def coordinator(
     snapshot_commits: Annotated[int, Parameter(env_var="KVPLANE_SNAPSHOT_COMMITS")] = SNAPSHOT_COMMITS,
     snapshot_bytes: Annotated[int, Parameter(env_var="KVPLANE_SNAPSHOT_BYTES")] = SNAPSHOT_BYTES,
     policy_module: ServedPolicyModules = (),
-    trust_history: Annotated[bool, Parameter(negative="")] = False,
+    trust_history: Annotated[bool, Parameter(negative="", env_var="KVPLANE_TRUST_HISTORY")] = False,
     http: Http = None,
     common: Common = COMMON,
 ) -> None:

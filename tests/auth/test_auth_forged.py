@@ -18,7 +18,7 @@ from kvplane.events import codec, types
 from kvplane.events.hashing import pack_hashes
 from kvplane.events.log.append import Appender, new_writer
 from kvplane.events.log.follow import replay
-from kvplane.events.log.inboxes import CONSUMERS
+from kvplane.events.log.inboxes import consumer_names
 from kvplane.events.log.snapshots import SnapshotStore
 from kvplane.events.subjects import access_name, token
 from kvplane.projections.digest import digest
@@ -26,6 +26,7 @@ from kvplane.projections.fleet import FleetState
 from kvplane.services.process import logs
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import Refused
+from kvplane.services.roles import strays
 from kvplane.services.roles.coordinator import Coordinator
 from kvplane.services.rpc.client import ask
 from tests.support.waiting import until
@@ -94,7 +95,9 @@ class Watched:
 
 
 @pytest.fixture
-async def watched(tmp_path: Path) -> AsyncIterator[Watched]:
+async def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Watched]:
+    # What is aimed at others is to arrive there, before a coordinator takes it away.
+    monkeypatch.setattr(strays, "LOOK_SECONDS", 3600)
     async with guarded(tmp_path) as fleet:
         logs.configure("warning")
         admin = await fleet.connect("admin")
@@ -188,10 +191,13 @@ async def delivered(admin: Client, last: int) -> bool:
     )
 
 
-async def aimed(stranger: Stranger, target: str, body: bytes) -> dict[str, Any]:
+async def aimed(admin: Client, stranger: Stranger, target: str, body: bytes) -> dict[str, Any]:
     """Write a body where the stranger may, and have the server deliver it to a target; the server's answer."""
-    name = f"{stranger.key}-{TRIED.withstood % CONSUMERS}"
     await stranger.sent(f"kv.{NAME}.access.aimed", body)
+    TRIED.withstood += 1
+    taken = {info.name for info in await admin.jetstream().consumers_info(f"KV_{NAME}")}
+    # The service with the same key has one of its names.
+    name = next(name for name in consumer_names(stranger.key) if name not in taken)
     config = {"name": name, "deliver_subject": target, "deliver_policy": "all", "ack_policy": "none",
               "inactive_threshold": 10**10}  # fmt: skip
     if target.removeprefix(f"kv.{NAME}.") in [*COMMANDS, "complete"]:
@@ -199,7 +205,6 @@ async def aimed(stranger: Stranger, target: str, body: bytes) -> dict[str, Any]:
         config["deliver_group"] = DEFAULT_QUEUE_GROUP
     request = json.dumps({"stream_name": f"KV_{NAME}", "config": config}).encode()
     answer = await stranger.client.request(f"$JS.API.CONSUMER.CREATE.KV_{NAME}.{name}", request, timeout=5)
-    TRIED.withstood += 1
     created: dict[str, Any] = json.loads(answer.data)
     return created
 
@@ -215,7 +220,7 @@ async def test_a_consumer_that_is_aimed_at_a_service_or_a_stream_changes_nothing
     refused = 0
     for target in TARGETS:
         body = codec.encode([types.PolicyChanged("cascade", {})]) if target.startswith(f"kv.{OTHER}.") else policy
-        refused += "error" in await aimed(router, target, body)
+        refused += "error" in await aimed(watched.admin, router, target, body)
     assert refused == sum(target.startswith(LOGGED) for target in TARGETS)
     # Each consumer delivers all of the log.
     ends = await last_sequence(watched.admin)
@@ -238,7 +243,7 @@ async def test_a_consumer_that_is_aimed_at_someones_inbox_is_not_believed(watche
     follower = watched.coordinator.replica.follower
     assert follower.deliveries is not None
     inbox = follower.deliveries.inbox
-    assert "error" not in await aimed(router, inbox, b"junk")
+    assert "error" not in await aimed(watched.admin, router, inbox, b"junk")
     await router.sent(f"kv.{NAME}.access.more", b"junk")
     ends = await last_sequence(watched.admin)
     await until(lambda: delivered(watched.admin, ends))
