@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
 import duckdb
@@ -63,15 +64,25 @@ class Store:
         self.raised = False
         """Whether the file was of version 1 and has the columns of this one since it was opened."""
         try:
-            self.archive.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.archive.mkdir(mode=0o700, exist_ok=True)
             self.connection = self._open()
             # Not before: another process may have the history open, and spill there.
             shutil.rmtree(self.spill, ignore_errors=True)
-            self.spill.mkdir(exist_ok=True)
+            self.spill.mkdir(mode=0o700, exist_ok=True)
+            self._for_its_owner_alone()
         except OSError as error:
             raise BadHistory(
                 f"the history's folder can't be written ({error.strerror}); choose another with --history"
             ) from None
+
+    def _for_its_owner_alone(self) -> None:
+        """DuckDB makes files that all may read, and so did an older kvplane with folders."""
+        modes = {self.folder: 0o700, self.archive: 0o700} | dict.fromkeys(self.folder.glob(f"{FILE}*"), 0o600)
+        for path, mode in modes.items():
+            # A volume may be somebody else's; who may look into it is his to say.
+            with suppress(PermissionError):
+                path.chmod(mode)
 
     def _open(self) -> duckdb.DuckDBPyConnection:
         path = self.folder / FILE

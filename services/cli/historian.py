@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -58,6 +59,8 @@ async def run_alone(
 def keep(folder: Path, http: str | None, optional: bool, modules: tuple[str, ...], common: Common) -> None:  # noqa: FBT001
     """Run a historian as `up` does: where it can't work, it stays and answers why. HTTP is `optional` as in `observing`."""
     start(common)
+    # What is written from here on is for its owner alone: the log, the history, and what servers say of themselves.
+    os.umask(0o077)
     allow_modules(modules)
     # Before DuckDB starts its threads.
     give_way()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -108,6 +109,8 @@ def up(
         Folder of `kvplane auth init`: ask everyone for credentials, and encrypt.
     """
     start(common)
+    # What is written from here on is for its owner alone: the log, the history, and what servers say of themselves.
+    os.umask(0o077)
     if simulate < 0:
         raise BadRequest(f"--simulate is {simulate}; it must not be negative")
     if traffic and (bare or not simulate):

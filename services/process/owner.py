@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from kvplane.events.errors import KvplaneError
 
+PRIVATE = 0o700
+"""What is in such a folder is for its owner alone: prompts' hashes, requests, addresses."""
 LOCK = "owner.lock"
 RECORD = "owner.json"
 
@@ -154,7 +156,11 @@ class Owner:
 
     def take(self) -> None:
         """Become the owner. Raises `FolderTaken` when another one is, and `OSError` when the folder can't be written."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if (self.folder / LOCK).exists():
+            # An older kvplane let everybody read.
+            with suppress(PermissionError):
+                self.folder.chmod(PRIVATE)
+        self.folder.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
         begin = time.monotonic()
         while True:
             try:

@@ -285,6 +285,9 @@ def test_up_with_credentials_serves_those_that_have_some(tmp_path: Path) -> None
         assert refused.stderr.splitlines() == [
             "kvplane: these credentials may not ask kv.default.coordinator.node.cordon; use those of another role [not_allowed]"
         ]
+        data = [tmp_path / "data", *(tmp_path / "data").rglob("*")]
+        # What others could read: requests, addresses, hashes of prompts.
+        assert [path for path in data if path.exists() and path.stat().st_mode & 0o077 and not path.is_symlink()] == []
         nobody = run("node", "list", *ca, KVPLANE_SERVER=url)
         assert "give a seed file with --credentials" in nobody.stderr
         assert len(nobody.stderr.splitlines()) == 1
