@@ -2,7 +2,8 @@
 
 A historian's credentials let it answer for the history, not for the fleet's state. What it gives a replica to begin with is
 folded on to where running replicas are, and must have their digest there: that of all coordinators that answer, whose
-credentials nobody else has, or, where none runs, of more than half of the routers.
+credentials nobody else has, or, where none runs, of all routers. One that lies can keep a true past out, and can't let a false
+one in as long as another tells the truth; no majority is asked for, since one router can pretend to be many.
 """
 
 from __future__ import annotations
@@ -52,29 +53,24 @@ async def check(client: Client, fleet: str, data: bytes, own: str) -> None:
     Raises `NotVouched`, `LogUnavailable`, or `BadSnapshot`.
     """
     state = load(fleet, data)
-    claims = await _claims(client, fleet, "coordinator", own)
-    needed = len(claims)
-    if not claims:
-        claims = await _claims(client, fleet, "router", own)
-        needed = len(claims) // 2 + 1
+    claims = await _claims(client, fleet, "coordinator", own) or await _claims(client, fleet, "router", own)
     claims = [claim for claim in claims if claim.sequence >= state.sequence]
     if not claims:
         raise NotVouched(
             f"no replica of this version ({package_version()}) runs that could vouch for what a historian gives; if you trust "
             "the historian, start a coordinator with --trust-history"
         )
-    agree = 0
+    against = 0
     for claim in sorted(claims, key=lambda claim: claim.sequence):
-        if claim.digest == await _digest_at(client, state, claim.sequence):
-            agree += 1
-        else:
+        if claim.digest != await _digest_at(client, state, claim.sequence):
+            against += 1
             _log.error(
                 "history_differs", fleet=fleet, sequence=claim.sequence, replica=claim.writer,
                 remedy="`kvplane auth list` shows who may be a historian; take back the key of one that is not yours",
             )  # fmt: skip
-    if agree < needed:
+    if against:
         raise NotVouched(
-            f"what a historian gives is not the state of {len(claims) - agree} of {len(claims)} running replicas; is it yours?"
+            f"what a historian gives is not the state of {against} of {len(claims)} running replicas; is it yours?"
         )
 
 

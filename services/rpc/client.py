@@ -7,6 +7,7 @@ from uuid import uuid4
 
 import anyio
 import msgspec
+import structlog
 from nats.errors import Error as NatsError
 from nats.errors import NoRespondersError
 
@@ -27,8 +28,11 @@ AGAIN_SECONDS = 0.5
 """What is answered from memory is answered in milliseconds or never: it is asked again after so long, then after twice as
 long, and so on."""
 PAUSE_SECONDS = 0.02
+MOST_INSTANCES = 1000
+"""So many instances of a service are listed at the most."""
 NOBODY_SECONDS = 2.0
 """So long a route is asked again when no router is there: one that changes servers is back soon."""
+_log = structlog.get_logger("kvplane.rpc")
 _encode = msgspec.msgpack.Encoder().encode
 
 
@@ -104,6 +108,12 @@ async def _ask_until_answered(client: Client, subject: str, body: bytes, seconds
         await anyio.sleep(PAUSE_SECONDS)
 
 
+class _Listed(msgspec.Struct):
+    """What an instance says of itself, as far as it is read."""
+
+    metadata: dict[str, str]
+
+
 async def instances(
     client: Client, service: str, *, seconds: float, enough: int | None = None, quiet: float | None = None
 ) -> list[dict[str, str]]:  # fmt: skip
@@ -119,10 +129,15 @@ async def instances(
         await client.publish(f"$SRV.INFO.{service}", reply=inbox)
         with anyio.move_on_after(seconds) as scope:
             last = scope.deadline
-            while enough is None or len(found) < enough:
+            while len(found) < (MOST_INSTANCES if enough is None else enough):
                 message = await subscription.next_msg(timeout=2 * seconds)
                 if message.data:
-                    found.append(msgspec.json.decode(message.data)["metadata"])
+                    try:
+                        found.append(msgspec.json.decode(message.data, type=_Listed).metadata)
+                    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                        # Whoever may be listed can say anything.
+                        _log.debug("not_listed", service=service, error=str(error))
+                        continue
                     if quiet is not None:
                         scope.deadline = min(last, anyio.current_time() + quiet)
                 elif quiet is not None and (message.headers or {}).get("Status") == "503":

@@ -10,11 +10,13 @@ import pytest
 
 from kvplane.events.log.connection import connected
 from kvplane.services.protocol.messages import StatusRequest
+from kvplane.services.rpc import client as rpc
 from kvplane.services.rpc.client import instances
 from kvplane.services.rpc.server import Endpoint, serve
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
+    from nats.aio.msg import Msg
     from nats.aio.subscription import Subscription
 
     from kvplane.services.embedded.server import Server
@@ -48,3 +50,16 @@ async def test_a_service_is_listed_when_its_endpoints_answer(server: Server, cli
         group.start_soon(ask_when_listed)
         await serve(client, group, "late", "starts slowly", [endpoint], {})
     assert answers == [{"here": "yes"}]
+
+
+async def test_who_answers_nonsense_or_too_often_is_not_listed(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc, "MOST_INSTANCES", 5)
+    wrong = [b"junk", b"{}", b"[]", b'{"metadata": 1}', b'{"metadata": {"writer": 2}}', b"\xff\xfe"]
+    right = [b'{"metadata": {"writer": "%d"}}' % number for number in range(20)]
+
+    async def answer(message: Msg) -> None:
+        for data in (*wrong, *right):
+            await message.respond(data)
+
+    await client.subscribe("$SRV.INFO.odd", cb=answer)
+    assert await instances(client, "odd", seconds=10) == [{"writer": str(number)} for number in range(5)]
