@@ -7,6 +7,7 @@ key leaves nothing behind. Consumers of other names are the admin's, who alone m
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import anyio
@@ -87,6 +88,8 @@ class Strays:
                         delivers_to=info.config.deliver_subject,
                         remedy="`kvplane auth list` shows whose key it is; `kvplane auth remove` takes it back",
                     )  # fmt: skip
-                    await js.delete_consumer(stream, info.name)
-                    self.removed += 1
+                    # Another coordinator, or its owner, may have been first.
+                    with suppress(NotFoundError):
+                        await js.delete_consumer(stream, info.name)
+                        self.removed += 1
         return self.removed - before
