@@ -134,6 +134,8 @@ def test_who_is_too_slow_notes_fewer_of_the_same() -> None:
 
 
 async def test_a_replica_that_differs_says_so_is_named_and_takes_no_snapshots(fleet: Fleet) -> None:
+    # Who is judged before the third has spoken has nobody's majority against it, and none with it.
+    fleet.schedule = Schedule(wait_seconds=2)
     victim = await fleet.coordinator()
     others = [await fleet.router(), await fleet.router()]
     await live(fleet)
