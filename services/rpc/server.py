@@ -30,6 +30,7 @@ from kvplane.services.protocol.endpoints import served
 from kvplane.services.protocol.errors import AnswerTooLarge, NotYours, ServiceFault
 from kvplane.services.protocol.messages import decode_request, encode_answer, is_json
 from kvplane.services.protocol.traceparent import HEADER, in_headers, parse
+from kvplane.services.rpc.asker import REPLY
 from kvplane.services.rpc.tally import OK, Tally
 
 if TYPE_CHECKING:
@@ -210,6 +211,7 @@ def _in_turn(endpoint: Endpoint, tally: Tally) -> Callable[[Request], Awaitable[
             return
         begin = clock()
         traceparent = ""
+        REPLY.set(request._msg.reply)  # noqa: SLF001 - as above
         try:
             body = request.data
             asked = decode_request(body, form)
@@ -246,6 +248,7 @@ def _concurrent(endpoint: Endpoint, tally: Tally, group: TaskGroup) -> Callable[
     async def work(request: Request) -> None:
         begin = clock()
         traceparent = ""
+        REPLY.set(request._msg.reply)  # noqa: SLF001 - as below
         try:
             body = request.data
             asked = _owned(endpoint, request._msg, decode_request(body, form))  # noqa: SLF001 - as below
