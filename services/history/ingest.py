@@ -374,8 +374,10 @@ class Ingest:
         sequence = self.state.sequence
         try:
             self.snapshots.save(self.state)
-        except OSError as error:
+        except (OSError, BadSnapshot) as error:
+            # The history goes on without; there is another try after as many commits.
             _log.error("snapshot_not_written", error=str(error))
+            self._snapshot_at = sequence
             return 0
         self._snapshot_at = sequence
         self._snapshot_time = anyio.current_time()

@@ -25,6 +25,7 @@ from kvplane.events.subjects import heartbeat_subject
 from kvplane.projections.overview import node_row
 from kvplane.services.control import admission, commands, formats
 from kvplane.services.control.liveness import Liveness
+from kvplane.services.control.registrations import Registrations
 from kvplane.services.control.unreported import Unreported
 from kvplane.services.process.version import package_version
 from kvplane.services.protocol import messages
@@ -97,6 +98,7 @@ class Coordinator:
             client, self.replica, commits=snapshot_commits, size=snapshot_bytes, look_seconds=snapshot_look_seconds
         )
         self.liveness = Liveness()
+        self.registrations = Registrations()
         self.races_lost = 0
         self.conclusions = {"lost": 0, "recovered": 0, "failed": 0}
         """What it concluded of nodes from their heartbeats; `failed` are those that could not be committed."""
@@ -214,6 +216,9 @@ class Coordinator:
     async def register(self, request: messages.RegisterRequest) -> dict[str, object]:
         """Register a node; its epoch is in the answer."""
         self.replica.check_ready()
+        # What would be refused anyway does not count, nor is it remembered.
+        commands.register(self.state, request)
+        self.registrations.register(request.node, time.monotonic())
         _, sequence = await self.commit(commands.register, request, request.node)
         return {"node": request.node, "epoch": sequence, "sequence": sequence}
 

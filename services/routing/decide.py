@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 SORTED_NODES = 64
 """Up to so many candidates are simply sorted."""
+ROSTERS_LIMIT = 1_000
+"""Most models whose candidates are remembered; beyond it they are made anew."""
 HASHES_RECORDED = 65536
 """Longest request whose hashes are recorded, in blocks."""
 FALLBACKS = 3
@@ -121,6 +123,8 @@ class Chooser:
         roster = self._rosters.get(model)
         if roster is None or roster.made != (state.changes, state.caches.slots_made):
             self._rosters.pop(model, None)
+            if len(self._rosters) >= ROSTERS_LIMIT:
+                self._rosters.clear()
             roster = self._rosters[model] = Roster(state, model)
         return roster
 
