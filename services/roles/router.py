@@ -25,6 +25,7 @@ from kvplane.services.protocol.messages import CompleteRequest, RouteAnswer, Rou
 from kvplane.services.protocol.status import RouterStatus
 from kvplane.services.replication.checkpoints import SCHEDULE, Schedule
 from kvplane.services.replication.replica import RECENT_SECONDS, Replica
+from kvplane.services.roles.large import Large
 from kvplane.services.roles.leases import Leases
 from kvplane.services.routing.decide import Chooser, Query
 from kvplane.services.routing.overlay import Overlay
@@ -89,6 +90,7 @@ class Router:
         self.writers = Writers()
         self._access = self._writer(subject(fleet, "access", self.writer))
         self.leases = Leases(self._access.put)
+        self.large = Large(self._prepare)
         self._session_writers: dict[str, GroupWriter] = {}
         self._requests = 0
         self._warned = 0
@@ -112,6 +114,7 @@ class Router:
                     await stop(service)
             finally:
                 self.record_pending()
+                self.large.close()
                 self.leases.close()
                 await self.writers.close()
 
@@ -122,7 +125,7 @@ class Router:
             serving(
                 "router", self.fleet, self.writer,
                 {"route": self.route, "complete": self.complete, "status": self.status, "flush": self.flush},
-                in_turn={"route", "complete"}, after={"route": self.record_pending},
+                in_turn={"route", "complete"}, after={"route": self.record_pending}, large={"route": self.large.decode},
             ),
             {"fleet": self.fleet, "writer": self.writer}, self.tally,
         )  # fmt: skip
@@ -212,8 +215,11 @@ class Router:
             if tokens < count * size:
                 raise BadRequest(f"tokens_count {tokens} is less than {count} full blocks of {size} tokens")
         else:
-            ids = request.tokens if form == "tokens" else self._tokenize(request, roster)
-            lora = request.adapter or (request.model if roster.is_lora else "")
+            ids = request.tokens
+            if form == "prompt":
+                self._check_tokenizer(request, roster)
+                ids = list((request.prompt or "").encode())
+            lora = self._lora(request, roster)
             try:
                 hashes = block_hashes(ids or [], size, lora=lora, salt=request.salt)
             except BadHashes as error:
@@ -227,8 +233,21 @@ class Router:
         exclude = frozenset(request.exclude)
         return Query(identity, request.model, hashes, tokens, blocks, size, request.session, exclude, traceparent)
 
-    def _tokenize(self, request: RouteRequest, roster: Roster) -> list[int]:
-        """Token ids of a prompt. Only the byte tokenizer of simulated nodes is built in."""
+    def _prepare(self, request: RouteRequest) -> tuple[int, str]:
+        """What a prompt's hashes are made with: block size and LoRA."""
+        names((request.model, "model"))
+        roster = self.chooser.roster(request.model)
+        if request.prompt is not None:
+            self._check_tokenizer(request, roster)
+        return roster.block_size, self._lora(request, roster)
+
+    @staticmethod
+    def _lora(request: RouteRequest, roster: Roster) -> str:
+        return request.adapter or (request.model if roster.is_lora else "")
+
+    @staticmethod
+    def _check_tokenizer(request: RouteRequest, roster: Roster) -> None:
+        """Raise `NoTokenizer` unless it is known how to make tokens of a prompt: only simulated nodes' bytes are built in."""
         if not roster.nodes:
             # Who would know how to make tokens is not known, and does not matter.
             raise roster.nobody(request.model)
@@ -237,7 +256,6 @@ class Router:
             raise NoTokenizer(
                 f"no tokenizer is known for model {request.model[:80]!r}; send tokens, or hashes with tokens_count"
             )
-        return list((request.prompt or "").encode())
 
     def _record(self, query: Query, decision: Decision, now: int, applied: int) -> None:
         routed, assigned = self.chooser.count_in(query, decision, now, applied)
