@@ -158,6 +158,8 @@ class Load:
         """When the window's younger half began."""
         self.running: dict[str, Active] = {}
         """Requests that run, oldest first."""
+        self.running_bytes = 0
+        """Bytes of their hashes. It follows from them, so it is in no digest and no snapshot."""
         self.early: dict[str, Early] = {}
         """Completions without a request, oldest first: nodes and routers write by themselves, so an end may come first."""
         self.prefills: list[Prefills] = []
@@ -196,6 +198,7 @@ class Load:
         self.running[event.request] = Active(
             event.node, event.model, event.tokens, event.blocks, uncached, time, event.hashes
         )
+        self.running_bytes += len(event.hashes)
         at = self.ordinal[event.node]
         self.active[at] += 1
         self.blocks[at] += event.blocks
@@ -305,6 +308,7 @@ class Load:
                 self.decoding[at] += 1
         self.decoding[at] -= 1
         del self.running[request]
+        self.running_bytes -= len(active.hashes)
         self.active[at] -= 1
         self.blocks[at] -= active.blocks
         self.tokens[at] -= active.tokens
@@ -356,4 +360,4 @@ class Load:
             return
         self.free.append(at)
         for request in [request for request, active in self.running.items() if active.node == node]:
-            del self.running[request]
+            self.running_bytes -= len(self.running.pop(request).hashes)

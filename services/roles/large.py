@@ -76,7 +76,9 @@ class Large:
         answer = self._answers.get(key)
         if answer is None:
             if self._waiting[who] >= WAITING_OF_ONE or self._waiting.total() >= WAITING_LIMIT:
-                raise Overloaded(f"{self._waiting[who]} large requests of yours wait here; send fewer at once, or hashes")
+                raise Overloaded(
+                    f"{self._waiting[who]} large requests of yours wait here; send fewer at once, or hashes"
+                )
             answer = self._answers[key] = _Answer()
             self._waiting[who] += 1
             try:
