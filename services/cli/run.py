@@ -93,8 +93,9 @@ async def _run_coordinator(
 ) -> None:
     async with common.connected("kvplane-coordinator") as client:
         service = Coordinator(
-            client, common.fleet, replicas=replicas, snapshot_commits=snapshot_commits, snapshot_bytes=snapshot_bytes
-        )
+            client, common.fleet, replicas=replicas, snapshot_commits=snapshot_commits, snapshot_bytes=snapshot_bytes,
+            newest=True,
+        )  # fmt: skip
         await _observed(http, service)
 
 

@@ -80,7 +80,8 @@ class Coordinator:
     def __init__(
         self, client: Client, fleet: str, *, replicas: int | None = None, snapshot_commits: int = SNAPSHOT_COMMITS,
         snapshot_bytes: int = SNAPSHOT_BYTES, snapshot_look_seconds: float = SNAPSHOT_LOOK_SECONDS,
-        recent_seconds: float = RECENT_SECONDS, server: Callable[[], ServerStatus] | None = None,
+        recent_seconds: float = RECENT_SECONDS, newest: bool = False,
+        server: Callable[[], ServerStatus] | None = None,
         answer_seconds: float = ANSWER_SECONDS, readers_seconds: float = READERS_SECONDS,
         reading: ReadingLimits = READING_LIMITS, schedule: Schedule = SCHEDULE,
     ) -> None:  # fmt: skip
@@ -107,6 +108,8 @@ class Coordinator:
         self.serving = False
         self.engine_hashes = EngineHashes(client, fleet, f"kv.{fleet}.coordinator.{self.writer}.piece", reading)
         self._replicas = replicas
+        self._newest = newest
+        """Whether a log that has nothing yet begins in the newest format: nobody older reads it."""
         self.appender = Appender(client, fleet, self.writer)
         self.most_tries = 0
         """How often the unluckiest decision was made."""
@@ -120,6 +123,10 @@ class Coordinator:
         async with anyio.create_task_group() as group:
             group.start_soon(self.replica.run)
             await self.replica.follower.caught_up.wait()
+            if self._newest and not self.state.sequence:
+                await self.commit(
+                    partial(formats.raised, kvplane=package_version()), messages.FormatRequest(), "format"
+                )
             await group.start(self.engine_hashes.run)
             await self.client.subscribe(f"kv.{self.fleet}.pulse.*", cb=self._heartbeat)
             await serve(
