@@ -27,7 +27,7 @@ from kvplane.services.replication.checkpoints import SCHEDULE, Schedule
 from kvplane.services.replication.replica import RECENT_SECONDS, Replica
 from kvplane.services.roles.large import Large
 from kvplane.services.roles.leases import ABANDONED, Leases
-from kvplane.services.roles.shares import Held, Shares
+from kvplane.services.roles.shares import Shares
 from kvplane.services.routing.decide import Chooser, Query
 from kvplane.services.routing.overlay import Overlay
 from kvplane.services.rpc.asker import asker
@@ -169,7 +169,7 @@ class Router:
                 self.sessions[decision.session] += 1
             self._pending = (query, decision, now, self.state.sequence)
             kept = len(query.hashes) if query.recorded else 0
-            self.shares.add(query.id, Held(client, query.model, now, decision.node.name, kept))
+            self.shares.add(query.id, client, query.model, now, decision.node.name, kept)
             if request.lease_seconds:
                 self.leases.add(query.id, decision.node.name, request.lease_seconds, traceparent)
         return RouteAnswer(
@@ -247,7 +247,7 @@ class Router:
         self._requests += 1
         identity = request.request or f"{self.writer}.{self._requests:x}"
         exclude = frozenset(request.exclude)
-        recorded = count <= roster.most_blocks and self.shares.has_room(client, len(hashes))
+        recorded = count <= roster.most_blocks and self.shares.has_room(client, request.model, len(hashes))
         query = Query(
             identity, request.model, hashes, tokens, blocks, size, request.session, exclude, traceparent, recorded
         )

@@ -8,9 +8,7 @@ no limit.
 
 from __future__ import annotations
 
-from collections import Counter
-from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from kvplane.projections.load import ACTIVE_SECONDS
 from kvplane.services.protocol.errors import Overloaded
@@ -37,18 +35,24 @@ CLIENTS_LIMIT = 10_000
 LOOK_SECONDS = 1.0
 """Requests that ended without a word, as those of a node that is gone, are looked for no more often."""
 
+MODELS_KNOWN = 1_000
+"""Most models of which it is remembered who asks."""
+
 _NS = 1_000_000_000
+_NOW_AND_THEN = 255
 _HASH_BYTES = 8
 
 
-class Held(NamedTuple):
-    """A request that runs: who asked for it, for which model, when, where it went, and the bytes of its recorded hashes."""
+class Share:
+    """What one client has running of one model: requests, and bytes of their recorded hashes."""
 
-    client: str
-    model: str
-    time: int
-    node: str
-    bytes: int
+    __slots__ = ("bytes", "client", "count", "model")
+
+    def __init__(self, client: str, model: str) -> None:
+        self.client = client
+        self.model = model
+        self.count = 0
+        self.bytes = 0
 
 
 class Shares:
@@ -57,11 +61,10 @@ class Shares:
     def __init__(self, state: FleetState, overlay: Overlay) -> None:
         self._state = state
         self._overlay = overlay
-        self._held: dict[str, Held] = {}
-        """Oldest first."""
-        self._counts: Counter[tuple[str, str]] = Counter()
-        """Requests by client and model."""
-        self._bytes: Counter[str] = Counter()
+        # Tuples of what the collector need not look at.
+        self._held: dict[str, tuple[str, str, int, str, int]] = {}
+        """Of each request, oldest first: client, model, when, the node, and bytes of its recorded hashes."""
+        self._shares: dict[tuple[str, str], Share] = {}
         self._asked: dict[str, dict[str, int]] = {}
         """By model, when each client asked last, where nodes have limits; the last one last."""
         self._looked = 0
@@ -71,81 +74,99 @@ class Shares:
     def node_of(self, request: str) -> str:
         """Where a request that runs went; empty when it is not known here."""
         held = self._held.get(request)
-        return "" if held is None else held.node
+        return "" if held is None else held[3]
 
-    def has_room(self, client: str, size: int) -> bool:
+    def count(self, client: str, model: str) -> int:
+        """Requests that a client has running."""
+        share = self._shares.get((client, model))
+        return 0 if share is None else share.count
+
+    def has_room(self, client: str, model: str, size: int) -> bool:
         """Whether so many bytes of hashes may be kept for a client while its request runs."""
-        if not size:
-            return True
-        return (
-            not client or self._bytes[client] + size <= BYTES_OF_ONE
-        ) and self._state.load.running_bytes + size <= RUNNING_BYTES
+        if self._state.load.running_bytes + size > RUNNING_BYTES:
+            return not size
+        share = self._shares.get((client, model))
+        return share is None or share.bytes + size <= BYTES_OF_ONE or not client
 
-    def add(self, request: str, held: Held) -> None:
-        """A request runs from now on."""
-        self.over(request)
-        self._held[request] = held
-        self._counts[held.client, held.model] += 1
-        self._bytes[held.client] += held.bytes
-        before = held.time - ACTIVE_SECONDS * _NS
-        for old in [name for name, each in islice(self._held.items(), 2) if each.time < before]:
-            self.over(old)
+    def add(self, request: str, client: str, model: str, now: int, node: str, size: int) -> None:
+        """A request runs from now on, with so many bytes of recorded hashes."""
+        if request in self._held:
+            self.over(request)
+        key = client, model
+        share = self._shares.get(key)
+        if share is None:
+            share = self._shares[key] = Share(client, model)
+        share.count += 1
+        share.bytes += size
+        self._held[request] = (client, model, now, node, size)
+        if not share.count & _NOW_AND_THEN:
+            self._expire(now)
+
+    def _expire(self, now: int) -> None:
+        before = now - ACTIVE_SECONDS * _NS
+        old = []
+        for request, held in self._held.items():
+            if held[2] >= before:
+                break
+            old.append(request)
+        for request in old:
+            self.over(request)
 
     def over(self, request: str) -> None:
         """A request is over."""
         held = self._held.pop(request, None)
         if held is None:
             return
-        key = held.client, held.model
-        self._counts[key] -= 1
-        self._bytes[held.client] -= held.bytes
-        if not self._counts[key]:
-            del self._counts[key]
-        if not self._bytes[held.client]:
-            del self._bytes[held.client]
+        key = held[0], held[1]
+        share = self._shares[key]
+        share.count -= 1
+        share.bytes -= held[4]
+        if not share.count:
+            del self._shares[key]
 
     def check(self, client: str, model: str, roster: Roster, now: int) -> None:
         """Raise `Overloaded` when a client has all of a model's places that it may have now. For a roster with limits."""
         if self._full(client, model, roster, now):
             raise Overloaded(
-                f"you run {self._counts[client, model]} requests of model {model[:80]!r}, as many as one may while others ask; "
+                f"you run {self.count(client, model)} requests of model {model[:80]!r}, as many as one may while others ask; "
                 "complete those that ended, and try again later"
             )
 
     def _full(self, client: str, model: str, roster: Roster, now: int) -> bool:
-        asked = self._asked.setdefault(model, {})
+        asked = self._asked.get(model)
+        if asked is None:
+            asked = self._asked[model] = {}
+            if len(self._asked) > MODELS_KNOWN:
+                del self._asked[next(iter(self._asked))]
         asked.pop(client, None)
         asked[client] = now
         if len(asked) > CLIENTS_LIMIT:
             del asked[next(iter(asked))]
         if not client or len(asked) < 2:
             return False
-        places = float(roster.limits.sum())
-        most = places - max(1.0, places // LEFT_SHARE)
-        if self._counts[client, model] < most:
+        most = roster.places - max(1.0, roster.places // LEFT_SHARE)
+        if self.count(client, model) < most:
             return False
         other = next(name for name in reversed(asked) if name != client)
         if asked[other] < now - OTHERS_SECONDS * _NS:
             return False
         self._look(now)
-        return self._counts[client, model] >= most
+        return self.count(client, model) >= most
 
     def surplus(self, client: str, model: str, now: int) -> list[str]:
         """Requests to be given up, since there is no place for this client and another one has more than it."""
         self._look(now)
-        rivals = [
-            (count, name) for (name, of), count in self._counts.items() if of == model and name not in {"", client}
-        ]
-        count, rival = max(rivals, default=(0, ""))
-        if count <= self._counts[client, model] + 1:
+        rivals = [share for share in self._shares.values() if share.model == model and share.client not in {"", client}]
+        rival = max(rivals, key=lambda share: share.count, default=None)
+        if rival is None or rival.count <= self.count(client, model) + 1:
             return []
-        enough = max(1, count // LEFT_SHARE)
+        enough = max(1, rival.count // LEFT_SHARE)
         unheard, heard = now - UNHEARD_SECONDS * _NS, now - HEARD_SECONDS * _NS
         found: list[str] = []
-        for request, held in self._held.items():
-            if held.time > unheard or len(found) == enough:
+        for request, (asked, of, begun, _, _) in self._held.items():
+            if begun > unheard or len(found) == enough:
                 break
-            if (held.client, held.model) == (rival, model) and (held.time < heard or not self._was_heard(request)):
+            if (asked, of) == (rival.client, model) and (begun < heard or not self._was_heard(request)):
                 found.append(request)
         self.given_up += len(found)
         return found

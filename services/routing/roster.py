@@ -66,6 +66,8 @@ class Roster:
         self.position = {node.name: position for position, node in enumerate(self.nodes)}
         self.limits = np.array([node.registered.max_active or math.inf for node in self.nodes])
         self.limited = bool(np.isfinite(self.limits).any())
+        self.places = float(self.limits.sum())
+        """Requests that they may run at once."""
         self.zeros = np.zeros(len(self.nodes))
         self.tiered = [position for position, node in enumerate(self.nodes) if len(node.slots) > 1]
         self.block_size = serving[0].registered.block_size

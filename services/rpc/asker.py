@@ -15,5 +15,5 @@ _INBOX = "_INBOX"
 
 def asker() -> str:
     """Who asked what is being answered; empty when that is this process itself."""
-    first, _, rest = REPLY.get().partition(".")
-    return rest.partition(".")[0] if first == _INBOX else first
+    words = REPLY.get().split(".", 2)
+    return words[1] if words[0] == _INBOX and len(words) > 1 else words[0]

@@ -16,7 +16,7 @@ from kvplane.projections.snapshot import load as loaded
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import Overloaded, Refused
 from kvplane.services.roles import shares
-from kvplane.services.roles.shares import Held, Shares
+from kvplane.services.roles.shares import Shares
 from kvplane.services.routing import overlay as overlays
 from kvplane.services.routing.overlay import Overlay
 from kvplane.services.routing.roster import Roster
@@ -96,7 +96,7 @@ async def test_who_never_completes_takes_no_place_from_others(fleet: Fleet, monk
     for _ in range(4):
         await insist(other)
     # No more than half was taken.
-    counts = sorted(router.shares._counts.values())
+    counts = sorted(share.count for share in router.shares._shares.values())
     assert counts[0] == 6
     assert counts[1] >= 7
 
@@ -174,7 +174,7 @@ def test_what_was_heard_of_stays_longer(monkeypatch: pytest.MonkeyPatch) -> None
     held = Shares(given.state, Overlay())
     for number in range(4):
         given.routes(f"q{number}", "a", 10 * number, 10 * number + 1)
-        held.add(f"q{number}", Held("greedy", "m", START + number * SECOND, "a", 16))
+        held.add(f"q{number}", "greedy", "m", START + number * SECOND, "a", 16)
     given.stores("a", 0, 1)
     now = START + 10 * SECOND
     # Of the first one its prompt was stored.
