@@ -210,7 +210,7 @@ def decode_body(topic: Topic, body: bytes, in_force: int = versions.FORMAT) -> S
     Raises `BadCommit`.
     """
     events = _decoded(topic, body)
-    if in_force < versions.FORMAT:
+    if versions.SINCE and in_force < versions.FORMAT:
         versions.check_format(events, in_force)
     return versions.brought_up(topic, events)
 

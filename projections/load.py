@@ -6,7 +6,8 @@ holds the prompt's last full block, or that a request which came later is comput
 Each such word sets the node's queue right again (`prefill_done`) and measures how fast it really prefills, decoding
 beside it and long contexts included; between two words the queue drains at that pace. A single node's measurements are
 too noisy to send requests by: it is first of all taken to be as much slower than it says (`speed`) as all nodes are
-(`ratio`), and what it is beyond that (`pace`) is learned slowly.
+(`ratio`), and what it is beyond that (`pace`) is learned slowly. A node's word moves its own pace by all that it says, and the
+fleet's by a bounded step (`BOUNDED_FORMAT`): one late report must not make everybody slow.
 
 What was routed of late is summed over `WINDOW_SECONDS` in two halves, so that no clock and no power function is needed
 and every replica has the same numbers to the last bit.
@@ -41,6 +42,13 @@ TRUSTED_SECONDS = 2.0
 """How many measured seconds of prefill weigh as much as the speeds that nodes say of themselves."""
 TRUSTED_ALIKE_SECONDS = 100.0
 """How many measured seconds of one node weigh as much as what was measured of all."""
+
+BOUNDED_FORMAT = 2
+"""From this format of the log on, what one node is measured at moves the fleet's pace by a bounded step."""
+LEAST_STEP = 1.5
+MOST_STEP = 16.0
+"""So many times as fast or as slow as is believed a prefill may count for the fleet; in between, half as many as there are
+nodes: less than the others can make up for."""
 
 RUNNING_LIMIT = 1_000_000
 """Most requests that run at once; beyond it the oldest are taken as over."""
@@ -150,6 +158,8 @@ class Load:
         """Requests that run and whose prompts are known to be computed."""
         self.ratio = 1.0
         """How fast nodes really are, of what they say."""
+        self.bounded = False
+        """Whether the log is in a format in which one measurement moves `ratio` by a bounded step."""
         self.all_said = self.all_took = 0.0
         """Seconds of prefill that `ratio` is made of: as the nodes' speeds would have it, and as it was."""
         self.routed_recently = self.routed_half = 0
@@ -158,6 +168,8 @@ class Load:
         """When the window's younger half began."""
         self.running: dict[str, Active] = {}
         """Requests that run, oldest first."""
+        self.running_bytes = 0
+        """Bytes of their hashes. It follows from them, so it is in no digest and no snapshot."""
         self.early: dict[str, Early] = {}
         """Completions without a request, oldest first: nodes and routers write by themselves, so an end may come first."""
         self.prefills: list[Prefills] = []
@@ -196,6 +208,7 @@ class Load:
         self.running[event.request] = Active(
             event.node, event.model, event.tokens, event.blocks, uncached, time, event.hashes
         )
+        self.running_bytes += len(event.hashes)
         at = self.ordinal[event.node]
         self.active[at] += 1
         self.blocks[at] += event.blocks
@@ -272,8 +285,13 @@ class Load:
 
     def _measured(self, at: int, said: float, took: float) -> None:
         """Prefill of a node that by its speed takes `said` seconds took that many."""
+        heard = took
+        if self.bounded:
+            step = min(max(len(self.ordinal) / 2, LEAST_STEP), MOST_STEP)
+            believed = said / self.ratio
+            heard = min(max(took, believed / step), believed * step)
         self.all_said = self.all_said * MEASURED_DECAY + said
-        self.all_took = self.all_took * MEASURED_DECAY + took
+        self.all_took = self.all_took * MEASURED_DECAY + heard
         self.ratio = (self.all_said + TRUSTED_SECONDS) / (self.all_took + TRUSTED_SECONDS)
         self.said[at] = self.said[at] * MEASURED_DECAY + said / self.ratio
         self.took[at] = self.took[at] * MEASURED_DECAY + took
@@ -305,6 +323,7 @@ class Load:
                 self.decoding[at] += 1
         self.decoding[at] -= 1
         del self.running[request]
+        self.running_bytes -= len(active.hashes)
         self.active[at] -= 1
         self.blocks[at] -= active.blocks
         self.tokens[at] -= active.tokens
@@ -356,4 +375,4 @@ class Load:
             return
         self.free.append(at)
         for request in [request for request, active in self.running.items() if active.node == node]:
-            del self.running[request]
+            self.running_bytes -= len(self.running.pop(request).hashes)

@@ -82,9 +82,10 @@ class Caches:
         return slot
 
     def adopt(self, model: str, index: PrefixIndex, owners: list[str | None]) -> None:
-        """Take over the index of a model, with the node of each of its slots."""
+        """Take over the index of a model, with the node of each of its slots, if there is any."""
         self.by_model[model] = index
         self._owners[model] = owners
+        self.forget(model)
 
     def clear(self, node: Node) -> int:
         """Take all blocks from the node; return how many there were."""
@@ -92,13 +93,20 @@ class Caches:
         return sum(index.clear(slot) for slot in node.slots.values())
 
     def release(self, node: Node) -> int:
-        """Clear the node and free its slots."""
+        """Clear the node and free its slots; the index of a model that no node has any more goes."""
         cleared = self.clear(node)
         owners = self._owners.get(node.model, [])
         for slot in node.slots.values():
             owners[slot] = None
         node.slots.clear()
+        self.forget(node.model)
         return cleared
+
+    def forget(self, model: str) -> None:
+        """Let the index of a model go, if no slot of it has a node."""
+        if not any(self._owners.get(model, ())):
+            self.by_model.pop(model, None)
+            self._owners.pop(model, None)
 
     def held(self, node: Node, tier: Tier = "gpu") -> int:
         """Blocks that the node holds in a tier."""

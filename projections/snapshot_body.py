@@ -20,7 +20,7 @@ from kvplane.events.hashing import pack_hashes, unpack_hashes
 from kvplane.events.subjects import Place
 from kvplane.events.types import NodeRegistered, Tier  # noqa: TC001 - msgspec looks them up as it decodes
 from kvplane.events.versions import FORMAT
-from kvplane.projections.load import COLUMNS, Active, Early, Prefills
+from kvplane.projections.load import BOUNDED_FORMAT, COLUMNS, Active, Early, Prefills
 from kvplane.projections.nodes import Node
 from kvplane.projections.prefix import PrefixIndex
 from kvplane.projections.recency import Recency
@@ -295,6 +295,8 @@ def _put_load(state: FleetState, part: LoadPart) -> None:
         prefills.waiting, prefills.ends, prefills.since = each.waiting, each.ends, each.since
         load.prefills.append(prefills)
     load.running = part.running
+    load.bounded = state.format >= BOUNDED_FORMAT
+    load.running_bytes = sum(len(active.hashes) for active in part.running.values())
     load.early = part.early
     load.ratio, load.all_said, load.all_took = part.ratio, part.all_said, part.all_took
     load.routed_recently, load.routed_half, load.half_began = part.routed_recently, part.routed_half, part.half_began

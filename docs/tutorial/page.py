@@ -21,9 +21,10 @@ from kvplane.projections.history.archive import CLOSED_SECONDS, KEPT
 from kvplane.projections.history.store import Store
 from kvplane.projections.history.tables import TABLES
 from kvplane.projections.history.views import VIEWS
-from kvplane.services.history.pages import IDLE_SECONDS, Limits
+from kvplane.services.history.pages import Limits
+from kvplane.services.history.places import CONCURRENT, IDLE_SECONDS, MOST_OF_ONE, WANTED_SECONDS
 from kvplane.services.history.plain import plain
-from kvplane.services.history.query import CONCURRENT, Queries, harden
+from kvplane.services.history.query import Queries, harden
 from kvplane.services.protocol import messages
 from kvplane.services.simulation.world import FLEET
 
@@ -133,10 +134,12 @@ def _asking(page: Notebook, log: Sequence[Message]) -> None:
     limits = Limits()
     page.say(
         f"A query may take {limits.seconds:g} s of work and give {limits.rows:,} rows; {CONCURRENT} may run at once, "
-        f"and share {limits.memory / 1e9:g} GB of memory and {limits.spill / 1e9:g} GB of disk. `kvplane historian` "
-        "has `--timeout`, "
-        "`--max-rows` and `--memory-gb`. A result that is cut short ends with an error, never silently. Queries see "
-        "no files, no network and no settings."
+        f"{MOST_OF_ONE} of them of one client, and share {limits.memory / 1e9:g} GB of memory and "
+        f"{limits.spill / 1e9:g} GB of disk. `kvplane historian` has `--timeout`, `--max-rows` and `--memory-gb`. "
+        "Each runs in a process of its own, which the system ends when it takes more time or memory. While others wait, "
+        f"a result with pages left is closed {WANTED_SECONDS:g} s after the last one, and so is the last of several queries of "
+        "one client that has run as long. A result that is cut short ends with an error, never silently. Queries see no "
+        "files, no network and no settings."
     )
 
 

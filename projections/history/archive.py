@@ -16,18 +16,23 @@ from typing import TYPE_CHECKING, NamedTuple
 import duckdb
 
 from kvplane.projections.errors import BadHistory
+from kvplane.projections.history.pieces import query, sizes
 from kvplane.projections.history.store import LIVE, fault
 from kvplane.projections.history.tables import READABLE, TABLES, VERSION
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
     from pathlib import Path
 
     from kvplane.projections.history.store import Store
+    from kvplane.projections.history.tables import Table
 
 KEPT = ("node_changes", "policy_changes", "format_changes")
 """Tables that never expire: they are small, and without them nobody knows who is there."""
 CLOSED_SECONDS = 60
 """So long after its end an hour is closed."""
+PIECE_BYTES = 256 << 20
+"""So many bytes of rows are archived at once; an hour that has more is archived in pieces."""
 
 _HOUR_US = 3600 * 1_000_000
 _DAY_US = 24 * _HOUR_US
@@ -55,8 +60,20 @@ class File(NamedTuple):
     version: int = VERSION
 
 
-def closed(cursor: duckdb.DuckDBPyConnection, now: int) -> Part | None:
-    """The oldest closed hour that is not archived yet, at a time in unix microseconds."""
+def ends(
+    cursor: duckdb.DuckDBPyConnection, schema: str, tables: Sequence[Table], after: int, last: int, size: int
+) -> list[int]:
+    """The sequences that `pieces.query` gives; the last of them is `last`."""
+    rows = sizes(schema, tables, after, last)
+    ((total,),) = cursor.execute(f"SELECT coalesce(sum(size), 0)::BIGINT FROM ({rows})").fetchall()
+    if total <= size:
+        return [last]
+    found = cursor.execute(query(schema, tables, after, last, size)).fetchall()
+    return [*(int(sequence) for (sequence,) in found[:-1]), last]
+
+
+def closed(cursor: duckdb.DuckDBPyConnection, now: int, size: int = PIECE_BYTES) -> Part | None:
+    """What is to be archived next, at a time in unix microseconds: the oldest closed hour, or `size` bytes of it."""
     before = (now - CLOSED_SECONDS * 1_000_000) // _HOUR_US * _HOUR_US
     found = cursor.execute(
         f"SELECT min(epoch_us(time)), (SELECT archived FROM checkpoint) FROM {LIVE}.commits"
@@ -68,7 +85,7 @@ def closed(cursor: duckdb.DuckDBPyConnection, now: int) -> Part | None:
         f"SELECT strftime(make_timestamp(?), '%Y-%m-%d'), max(sequence) FROM {LIVE}.commits WHERE epoch_us(time) < ?",
         [hour, hour + _HOUR_US],
     ).fetchall()[0]
-    return Part(day, found[1], last)
+    return Part(day, found[1], ends(cursor, LIVE, TABLES, found[1], last, size)[0])
 
 
 def export(store: Store, part: Part, cursor: duckdb.DuckDBPyConnection) -> list[File]:
@@ -176,9 +193,12 @@ def _day(store: Store, day: str) -> int:
     return int(row[0])
 
 
-def sweep(store: Store) -> int:
-    """Remove the files that the list does not name; how many. For the one process that has the history open."""
-    names = {file.name for file in listed(store)}
+def sweep(store: Store, keep: Collection[str] = ()) -> int:
+    """Remove the files that the list does not name, but for those in `keep`; how many.
+
+    For the one process that has the history open.
+    """
+    names = {file.name for file in listed(store)}.union(keep)
     count = 0
     for path in [*store.archive.rglob("*.parquet"), *store.archive.rglob("*.unfinished")]:
         if str(path.relative_to(store.archive)) not in names:

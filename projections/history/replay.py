@@ -15,6 +15,8 @@ import numpy as np
 from kvplane.events import codec, types
 from kvplane.events.codec import BASED_ON, WRITER, WRITER_SEQ, Message
 from kvplane.events.subjects import subject
+from kvplane.projections.history.pieces import PIECE_BYTES, query
+from kvplane.projections.history.tables import BY_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -42,12 +44,13 @@ _NODE: dict[str, Any] = {
 def messages(
     fetch: Callable[[str], pa.Table], fleet: str, after: int, last: int, *, step: int = 20_000
 ) -> Iterator[Message]:
-    """Commits after a sequence, up to another, in order. `step` sequences are read at a time."""
+    """Commits after a sequence, up to another, in order. `step` sequences are read at a time, fewer when they are long."""
     while after < last:
         upto = min(last, after + step)
-        where = f"WHERE sequence > {after} AND sequence <= {upto}"
-        yield from _step(fetch, fleet, where)
-        after = upto
+        cuts = fetch(query("main", list(BY_NAME.values()), after, upto, PIECE_BYTES))["last"].to_pylist()
+        for cut in [*cuts[:-1], upto]:
+            yield from _step(fetch, fleet, f"WHERE sequence > {after} AND sequence <= {cut}")
+            after = cut
 
 
 def _step(fetch: Callable[[str], pa.Table], fleet: str, where: str) -> Iterator[Message]:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from kvplane.projections.history.rows import Rows
+    from kvplane.projections.history.tables import Table
+    from kvplane.projections.history.views import View
 
 FILE = "history.duckdb"
 ARCHIVE = "archive"
@@ -165,22 +167,12 @@ class Store:
 
     def refresh(self, connection: duckdb.DuckDBPyConnection) -> None:
         """Make the views over live and archived rows anew; in the transaction that changes the list of archived files."""
+        files = archived_files(connection)
         for table in TABLES:
-            files = connection.execute(
-                "SELECT version, list(name ORDER BY first_sequence) FROM archive_files WHERE table_name = ? "
-                "GROUP BY version ORDER BY version",
-                [table.name],
-            ).fetchall()
-            query = f"SELECT * FROM {LIVE}.{table.name}"
-            # Files of one version have the same columns; to look into each of them would make every query slow.
-            for _, names in files:
-                paths = ", ".join("'" + str(self.archive / name).replace("'", "''") + "'" for name in names)
-                query += f" UNION ALL BY NAME SELECT * FROM read_parquet([{paths}], hive_partitioning = false)"
-            connection.execute(f"CREATE OR REPLACE VIEW main.{table.name} AS {query}")
-            _comment(connection, table.name, table.meaning, [(c.name, c.meaning) for c in table.columns])
+            query = over_files(f"SELECT * FROM {LIVE}.{table.name}", self.archive, files.get(table.name, ()))
+            make_table_view(connection, table, query)
         for view in VIEWS:
-            connection.execute(f"CREATE OR REPLACE VIEW main.{view.name} AS {view.query}")
-            _comment(connection, view.name, view.meaning, view.columns)
+            make_view(connection, view)
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -284,6 +276,40 @@ class Store:
     def fetch(self, query: str) -> pa.Table:
         """What a query of our own gives, all at once."""
         return self.connection.sql(query).to_arrow_table()
+
+
+def archived_files(connection: duckdb.DuckDBPyConnection) -> dict[str, list[list[str]]]:
+    """Names of the archived files by table; those of one version, which have the same columns, together, by age."""
+    found: dict[str, list[list[str]]] = {}
+    for table, names in connection.execute(
+        "SELECT table_name, list(name ORDER BY first_sequence) FROM archive_files GROUP BY table_name, version "
+        "ORDER BY table_name, version"
+    ).fetchall():
+        found.setdefault(table, []).append(names)
+    return found
+
+
+def over_files(query: str, folder: Path, files: Iterable[Iterable[str]]) -> str:
+    """A query that gives the rows of files beside its own; `files` are names in the folder, grouped by their columns."""
+    for names in files:
+        # To look into each of them would make every query slow.
+        paths = ", ".join("'" + _quoted(str(folder / name)) + "'" for name in names)
+        query += f" UNION ALL BY NAME SELECT * FROM read_parquet([{paths}], hive_partitioning = false)"
+    return query
+
+
+def make_table_view(connection: duckdb.DuckDBPyConnection, table: Table, query: str, *, commented: bool = True) -> None:
+    """Make, or make anew, what is asked under a table's name: what this query gives."""
+    connection.execute(f"CREATE OR REPLACE VIEW main.{table.name} AS {query}")
+    if commented:
+        _comment(connection, table.name, table.meaning, [(c.name, c.meaning) for c in table.columns])
+
+
+def make_view(connection: duckdb.DuckDBPyConnection, view: View, *, commented: bool = True) -> None:
+    """Make, or make anew, a view that answers a frequent question, over those of the tables."""
+    connection.execute(f"CREATE OR REPLACE VIEW main.{view.name} AS {view.query}")
+    if commented:
+        _comment(connection, view.name, view.meaning, view.columns)
 
 
 def _comment(

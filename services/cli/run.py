@@ -98,7 +98,7 @@ async def _run_coordinator(
     async with common.connected("kvplane-coordinator") as client:
         service = Coordinator(
             client, common.fleet, replicas=replicas, snapshot_commits=snapshot_commits, snapshot_bytes=snapshot_bytes,
-            trust_history=trust_history,
+            trust_history=trust_history, newest=True,
         )  # fmt: skip
         await _observed(http, service)
 

@@ -213,7 +213,7 @@ async def _up(
 
         # Clients are entered after the server and so leave before it.
         if not bare:
-            coordinator = Coordinator(await client("coordinator"), inside.fleet, server=keeper.about)
+            coordinator = Coordinator(await client("coordinator"), inside.fleet, server=keeper.about, newest=True)
             services: list[Service] = [
                 Router(await client("router"), inside.fleet)
                 if gateway is None

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     )
 
 
+MODELS_LIMIT = 1_000
+"""Most models of a fleet whose caches nodes have; other names of them don't count."""
+
+
 class Proposal(NamedTuple):
     """An event to be committed, and where."""
 
@@ -86,6 +90,12 @@ def register(state: FleetState, request: RegisterRequest) -> Proposal:
     if not request.models:
         raise BadRequest("models is empty; name at least one model")
     proposal = propose("node", request.node, event)
+    caches = state.caches.by_model
+    if request.models[0] not in caches and len(caches) >= MODELS_LIMIT:
+        raise Conflict(
+            f"the fleet has {MODELS_LIMIT:,} models with caches of their own, more it can't have; remove nodes, or begin "
+            "another fleet"
+        )
     before = state.nodes.get(request.node)
     if before is None and len(state.nodes) >= NODES_LIMIT:
         raise Conflict(f"the fleet has {NODES_LIMIT:,} nodes, more it can't have; remove some, or begin another fleet")

@@ -26,9 +26,10 @@ from kvplane.events.log.follow import Follower, not_cut_off
 from kvplane.events.log.snapshots import SnapshotStore
 from kvplane.events.log.stream import open_stream
 from kvplane.events.subjects import stream_name
-from kvplane.projections.errors import BadHistory, BadSnapshot
+from kvplane.projections.errors import BadHistory, BadSnapshot, HistoryFull
 from kvplane.projections.fleet import FleetState
 from kvplane.projections.history import archive
+from kvplane.projections.history.pieces import LEAST_BYTES
 from kvplane.projections.history.replay import messages
 from kvplane.projections.history.rows import Rows
 from kvplane.projections.history.store import FILE, Store, fault
@@ -112,8 +113,8 @@ class Ingest:
         """How long it took to store each batch of rows."""
         self.opened: Callable[[], None] = lambda: None
         """Called when the store was opened, before anything else is done with it."""
-        self.closing: Callable[[], None] = lambda: None
-        """Called before the store is closed: nobody else may hold it then."""
+        self.reading: Callable[[], set[str]] = set
+        """Gives the names of archived files that are read now."""
         self._writing = anyio.CapacityLimiter(1)
         self._flushing = anyio.Lock()
         self._broken = False
@@ -291,7 +292,6 @@ class Ingest:
 
     def _write(self, rows: Rows, time: int) -> None:
         if self._broken:
-            self.closing()
             self.store.reopen()
             self.opened()
             self._broken = False
@@ -299,7 +299,7 @@ class Ingest:
             self.store.write(rows, time=time)
 
     def broken(self) -> None:
-        """The database failed under a query: it is opened anew before anything else is stored."""
+        """The database failed while it was read: it is opened anew before anything else is stored."""
         self._broken = True
         self._enough.set()
 
@@ -324,21 +324,41 @@ class Ingest:
         """Archive closed hours, let old files go, and write a snapshot if it is time; `now` in unix microseconds."""
         now = time.time_ns() // 1000 if now is None else now
         store = self.store
-        # What a query may still read of the files that went last time, it has read by now.
-        await self.in_thread(partial(archive.sweep, store))
-        while self.follower.caught_up.is_set():
-            part = await self.beside(partial(archive.closed, now=now))
-            if part is None:
-                break
-            # A long copy must not keep rows from being stored.
-            files = await self.beside(partial(archive.export, store, part))
-            await self.in_thread(partial(archive.adopt, store, part, files))
-            _log.info("hour_archived", day=part.day, last=part.last, bytes=sum(file.bytes for file in files))
+        await self.in_thread(partial(archive.sweep, store, keep=self.reading()))
+        failed: BadHistory | None = None
+        try:
+            await self._archive(now)
+        except BadHistory as error:
+            failed = error
+        # What can't be archived must not keep what is old.
         gone = await self.in_thread(
             partial(archive.expire, store, now, days=self.retention.days, size=self.retention.size)
         )
         if gone:
             _log.info("archive_expired", files=len(gone), upto=gone[-1].last)
+        if failed is not None:
+            raise failed
+
+    async def _archive(self, now: int) -> None:
+        """Archive closed hours in pieces, smaller ones where there is no memory for large ones. Raises `BadHistory`."""
+        store, size = self.store, archive.PIECE_BYTES
+        while self.follower.caught_up.is_set():
+            part = await self.beside(partial(archive.closed, now=now, size=size))
+            if part is None:
+                return
+            try:
+                # A long copy must not keep rows from being stored.
+                files = await self.beside(partial(archive.export, store, part))
+            except HistoryFull:
+                raise
+            except BadHistory as error:
+                size //= 4
+                if size < LEAST_BYTES:
+                    raise
+                _log.warning("hour_not_archived", day=part.day, last=part.last, error=str(error), tried_next=size)
+                continue
+            await self.in_thread(partial(archive.adopt, store, part, files))
+            _log.info("hour_archived", day=part.day, last=part.last, bytes=sum(file.bytes for file in files))
 
     async def _snapshot(self) -> None:
         if self.state.sequence - self._snapshot_at < SNAPSHOT_COMMITS:
@@ -354,8 +374,10 @@ class Ingest:
         sequence = self.state.sequence
         try:
             self.snapshots.save(self.state)
-        except OSError as error:
+        except (OSError, BadSnapshot) as error:
+            # The history goes on without; there is another try after as many commits.
             _log.error("snapshot_not_written", error=str(error))
+            self._snapshot_at = sequence
             return 0
         self._snapshot_at = sequence
         self._snapshot_time = anyio.current_time()
@@ -371,6 +393,4 @@ class Ingest:
         await self._close()
 
     async def _close(self) -> None:
-        with suppress(BadHistory):
-            await self.in_thread(self.closing)
         await self.in_thread(self.store.close)

@@ -72,7 +72,7 @@ class Walk:
         if state.sequence < min(sequence, way.rows_last):
             connection = duckdb.connect()
             for table in TABLES:
-                path = Path(way.rows) / f"{table.name}.parquet"
+                path = Path(way.rows) / f"{table.name}.*.parquet"
                 connection.read_parquet(str(path)).create_view(table.name)
             for message in messages(
                 lambda query: connection.sql(query).to_arrow_table(), way.fleet, state.sequence,

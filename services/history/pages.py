@@ -1,42 +1,58 @@
 """SQL over NATS: a result goes out in pages, each as large as a message may be.
 
-A result that is asked for no more is closed after a while: it holds a snapshot of the database and one of a few places.
+Every question is answered by a process of its own (`asked`), which the system limits and which ends with its last page. They
+are few, and given fairly (`places`).
 """
 
 from __future__ import annotations
 
-from collections import deque
+import shutil
+from contextlib import asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import anyio
 import anyio.to_thread
-import msgspec
-import pyarrow as pa
+import structlog
 from msgspec import Struct
 
-from kvplane.services.history.plain import plain
-from kvplane.services.history.query import PAGE_BYTES, ROW_BYTES, Queries, harden
+from kvplane.projections.errors import BadHistory, HistoryFull
+from kvplane.services.history import question
+from kvplane.services.history.live_rows import LiveRows
+from kvplane.services.history.places import CONCURRENT, IDLE_SECONDS, Places
+from kvplane.services.history.query import PAGE_BYTES, ROW_BYTES, harden
+from kvplane.services.history.question import Failed, Given, Needed, Page, Question
+from kvplane.services.history.statement import LONGEST
+from kvplane.services.process.confined import Confined, Forkserver, Killed
 from kvplane.services.protocol import messages
-from kvplane.services.protocol.errors import BadRequest, DatabaseFailed, QueryLimit
+from kvplane.services.protocol.errors import BadRequest, BadSql, DatabaseFailed, QueryLimit, Refused
+from kvplane.services.rpc.asker import asker
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
     from kvplane.services.history.ingest import Ingest
-    from kvplane.services.history.query import Result
+    from kvplane.services.history.places import Place
 
-IDLE_SECONDS = 30.0
-"""So long after its last page a result is closed."""
 SHARE = 4
-"""A page is no larger than this part of a message: there are the columns' names, too, and MessagePack of rows may be twice
-as large as the JSON by which they are measured."""
+"""A page is no larger than this part of a message, see `asked`."""
+OWN_BYTES = 256 << 20
+"""What a process may take beside the memory that DuckDB counts: values as it makes them, and the page that goes out."""
+ENDED_KNOWN = 1000
+"""Results whose places were taken back and of which the reason is kept."""
+OWN_SECONDS = 10.0
+"""How long a process may compute beside what its query may take: to begin, and to stop by itself."""
 
-
-_encode = msgspec.json.Encoder().encode
+_WORK = "kvplane.services.history.asked:answer"
+_log = structlog.get_logger("kvplane.history")
+FORKSERVER = Forkserver("kvplane.services.history.asked")
+"""What processes that answer are forked from, for all historians of this process."""
 
 
 class Limits(Struct, frozen=True, kw_only=True):
-    """What a query may take: seconds of work, rows, bytes of memory for all of them, bytes on the disk."""
+    """What a query may take: seconds of work and rows; and what all that run at once share: bytes of memory and on the disk."""
 
     seconds: float = 30.0
     rows: int = 1_000_000
@@ -44,21 +60,26 @@ class Limits(Struct, frozen=True, kw_only=True):
     spill: int = 10_000_000_000
     threads: int = 2
 
+    @property
+    def own_memory(self) -> int:
+        """Bytes of memory of one query, as DuckDB counts them."""
+        return self.memory // CONCURRENT
+
 
 class _Open:
-    """A result that has more pages."""
+    """A question that is being answered."""
 
-    def __init__(self, result: Result, request: messages.SqlRequest, stored: int, most: int) -> None:
-        self.result = result
-        self.page_bytes = min(PAGE_BYTES, most // SHARE)
-        self.row_bytes = most * 5 // 16
-        """Of one row as JSON."""
-        self.rows: deque[list[Any]] = deque()
-        """Plain rows that were made and not yet sent."""
-        self.request = request
-        self.stored = stored
-        self.asked = anyio.current_time()
+    def __init__(self, seconds: float) -> None:
+        self.name = uuid4().hex
+        self.place: Place | None = None
+        self.seconds = seconds
+        self.process: Confined | None = None
+        self.given: Given | None = None
         self.turn = anyio.Lock()
+        self.more = False
+        """Whether it has answered and has more pages."""
+        self.ended = ""
+        """Why it was ended, if it was."""
 
 
 class Pages:
@@ -68,170 +89,191 @@ class Pages:
         self.subject = subject
         self.limits = limits or Limits()
         self._ingest = ingest
+        self._places = Places()
         self._open: dict[str, _Open] = {}
-        self._queries: Queries | None = None
+        self._ended: dict[str, str] = {}
+        """Why results of late were ended before anybody asked for all of them."""
+        self._live: LiveRows | None = None
+        # One at a time writes live rows to files.
+        self._writing = anyio.Lock()
+        self._over: list[_Open] = []
+        self._some_over = anyio.Event()
         ingest.opened = self._opened
-        ingest.closing = self._closing
+        ingest.reading = self._reading
 
     @property
     def open(self) -> int:
         """Results that have more pages."""
-        return len(self._open)
+        return sum(kept.more for kept in self._open.values())
+
+    def processes(self) -> list[Confined]:
+        """Those that answer now."""
+        return [kept.process for kept in self._open.values() if kept.process is not None]
 
     def _opened(self) -> None:
-        """The database was opened: close it to everything outside, and take queries."""
+        """The database was opened: close it to everything outside."""
         store, limits = self._ingest.store, self.limits
         harden(
             store.connection, store.archive, temporary=store.spill, memory=f"{limits.memory}B", threads=limits.threads,
             spill=f"{limits.spill}B",
         )  # fmt: skip
-        self._queries = Queries(store.connection, hidden=[store.folder])
 
-    def _closing(self) -> None:
-        """The database is going to be closed."""
-        queries, self._queries = self._queries, None
-        if queries is not None:
-            queries.close()
+    def _reading(self) -> set[str]:
+        return self._live.reading() if self._live is not None else set()
 
     async def run(self) -> None:
         """Close what nobody asks for, until cancelled."""
-        while True:
-            await anyio.sleep(IDLE_SECONDS / 10)
-            before = anyio.current_time() - IDLE_SECONDS
-            idle = [name for name, kept in self._open.items() if kept.asked < before and not kept.turn.locked()]
-            for name in idle:
-                await self._close(name)
+        try:
+            while True:
+                with anyio.move_on_after(IDLE_SECONDS / 10):
+                    await self._some_over.wait()
+                self._some_over = anyio.Event()
+                self._places.close_idle()
+                over, self._over = self._over, []
+                for kept in over:
+                    # One that works is closed by the one who waits for its page.
+                    if not kept.turn.locked():
+                        await self._close(kept)
+        finally:
+            with anyio.CancelScope(shield=True):
+                for kept in list(self._open.values()):
+                    await self._close(kept)
 
     async def ask(self, request: messages.SqlRequest) -> messages.SqlAnswer:
         """The first page of a query's result. Raises `BadSql`, `QueryLimit` and other faults."""
-        queries = self._queries
-        if queries is None:
-            raise DatabaseFailed("the history is being opened anew; ask again in a moment")
         if not request.sql.strip():
             raise BadRequest("sql is empty; try: SHOW TABLES")
+        if len(request.sql) > LONGEST:
+            raise BadSql(f"the statement has {len(request.sql)} characters; at most {LONGEST} are taken: shorten it")
         limits = self.limits
-        stored = self._ingest.stored
-        most = self._ingest.client.max_payload
-        try:
-            result = await anyio.to_thread.run_sync(
-                partial(
-                    queries.run, request.sql, seconds=min(request.seconds or limits.seconds, limits.seconds),
-                    rows=min(request.rows or limits.rows, limits.rows),
-                    page_bytes=min(PAGE_BYTES, most // SHARE), row_bytes=min(ROW_BYTES, most // 2),
-                )
-            )  # fmt: skip
-        except DatabaseFailed:
-            self._ingest.broken()
-            raise
-        names = len(_stream(result.schema, [])) + sum(len(field.name.encode()) + 64 for field in result.schema)
-        if names > most // SHARE:
-            await anyio.to_thread.run_sync(result.close)
-            raise QueryLimit(
-                "memory_limit", f"the names of the columns take {names} bytes, at most {most // SHARE} are given: ask for "
-                "fewer columns, or name them with AS",
-            )  # fmt: skip
-        name = uuid4().hex
-        self._open[name] = _Open(result, request, stored, most)
-        return await self._page(name)
+        seconds = min(request.seconds or limits.seconds, limits.seconds)
+        kept = _Open(seconds)
+        place = await self._places.take(asker(), partial(self._end, kept))
+        kept.place = place
+        self._open[kept.name] = kept
+        async with self._turn(kept):
+            page = await self._first(kept, request)
+        return self._answer(kept, page)
 
     async def more(self, request: messages.SqlNextRequest) -> messages.SqlAnswer:
         """The next page."""
         kept = self._open.get(request.result)
-        if kept is None:
-            raise BadRequest(
-                f"there is no such result; it ended, or nobody asked for its next page in {IDLE_SECONDS:g} s"
-            )
+        if kept is None or not kept.more or kept.given is None:
+            why = self._ended.get(request.result, f"it ended, or nobody asked for its next page in {IDLE_SECONDS:g} s")
+            raise BadRequest(f"there is no such result; {why}")
         if request.close:
-            await self._close(request.result)
-            return messages.SqlAnswer(columns=[], stored=kept.stored)
-        return await self._page(request.result)
+            stored = kept.given.stored
+            await self._close(kept)
+            return messages.SqlAnswer(columns=[], stored=stored)
+        async with self._turn(kept):
+            page = await self._page(kept, b"")
+        return self._answer(kept, page)
 
-    async def _page(self, name: str) -> messages.SqlAnswer:
-        kept = self._open[name]
+    @asynccontextmanager
+    async def _turn(self, kept: _Open) -> AsyncIterator[None]:
+        """One page at a time. What fails, or has its last page, is closed."""
         try:
             async with kept.turn:
-                answer, ended = await anyio.to_thread.run_sync(self._make, name, kept)
+                if kept.place is not None:
+                    kept.place.works()
+                yield
+                if kept.place is not None:
+                    kept.place.waits()
         except BaseException:
             with anyio.CancelScope(shield=True):
-                await self._close(name)
+                await self._close(kept)
             raise
-        kept.asked = anyio.current_time()
-        if ended:
-            await self._close(name)
-        return answer
+        if not kept.more:
+            await self._close(kept)
 
-    def _make(self, name: str, kept: _Open) -> tuple[messages.SqlAnswer, bool]:
-        """A page, and whether it is the last one. Raises `QueryLimit` when rows beyond the limit were to come."""
-        result, schema = kept.result, kept.result.schema
-        rows: list[list[Any]] | None = None
-        data = b""
-        if kept.request.form == "arrow":
-            batches, ended = _batches(kept)
-            data, found = _stream(schema, batches), len(batches)
-        else:
-            rows, ended = _plain_rows(kept)
-            found = len(rows)
-        if not found and result.limit is not None:
-            raise result.limit
-        if found and result.limit is not None:
-            ended = False
-        answer = messages.SqlAnswer(
-            columns=[messages.Column(field.name, str(field.type)) for field in schema],
-            rows=rows, data=data, stored=kept.stored, result="" if ended else name, next="" if ended else self.subject,
+    def _answer(self, kept: _Open, page: Page) -> messages.SqlAnswer:
+        return messages.SqlAnswer(
+            columns=page.columns, rows=page.rows, data=page.data, stored=kept.given.stored if kept.given else 0,
+            result=kept.name if kept.more else "", next=self.subject if kept.more else "",
         )  # fmt: skip
-        return answer, ended
 
-    async def _close(self, name: str) -> None:
-        kept = self._open.pop(name, None)
-        if kept is not None:
-            await anyio.to_thread.run_sync(kept.result.close)
+    def _end(self, kept: _Open, reason: str) -> None:
+        """Its place is taken back."""
+        kept.ended = reason
+        self._ended[kept.name] = reason
+        if len(self._ended) > ENDED_KNOWN:
+            del self._ended[next(iter(self._ended))]
+        if kept.process is not None:
+            kept.process.kill()
+        self._over.append(kept)
+        self._some_over.set()
 
+    async def _close(self, kept: _Open) -> None:
+        """End its process, and let go what it had. Twice is once."""
+        if self._open.pop(kept.name, None) is None:
+            return
+        kept.more = False
+        if kept.place is not None:
+            self._places.give(kept.place)
+        if kept.process is not None:
+            kept.process.close()
+        if kept.given is not None and self._live is not None:
+            self._live.done(kept.given)
+        await anyio.to_thread.run_sync(partial(shutil.rmtree, self._temporary(kept), ignore_errors=True))
 
-def _batches(kept: _Open) -> tuple[list[pa.RecordBatch], bool]:
-    """The batches of a page, and whether they are the last."""
-    batches, size = [], 0
-    for batch in kept.result:
-        batches.append(batch)
-        size += pa.ipc.get_record_batch_size(batch)
-        # Another one of this size would still fit.
-        if size > kept.page_bytes // 2:
-            return batches, False
-    return batches, True
+    def _temporary(self, kept: _Open) -> Path:
+        return self._ingest.store.spill / f"query-{kept.name}"
 
+    async def _first(self, kept: _Open, request: messages.SqlRequest) -> Page:
+        ingest, limits = self._ingest, self.limits
+        store = ingest.store
+        if self._live is None:
+            self._live = LiveRows(store.spill / "rows")
+        live, most = self._live, ingest.client.max_payload
+        asked = Question(
+            sql=request.sql, form=request.form, seconds=kept.seconds, rows=min(request.rows or limits.rows, limits.rows),
+            archive=str(store.archive), live=str(live.folder), temporary=str(self._temporary(kept)), hidden=[str(store.folder)],
+            memory=limits.own_memory, spill=limits.spill // CONCURRENT, threads=limits.threads,
+            page_bytes=min(PAGE_BYTES, most // SHARE), row_bytes=min(ROW_BYTES, most // 2), message_bytes=most,
+        )  # fmt: skip
+        kept.process = await anyio.to_thread.run_sync(
+            partial(
+                FORKSERVER.start,
+                _WORK,
+                memory=limits.own_memory + OWN_BYTES,
+                cpu=kept.seconds * limits.threads + OWN_SECONDS,
+            )
+        )
+        needed = question.decode_needed(await self._said(kept, question.encode(asked)))
+        if isinstance(needed, Failed):
+            raise Refused(needed.status, needed.code, needed.sentence)
+        kept.given = await self._rows(live, needed)
+        return await self._page(kept, question.encode(kept.given))
 
-def _plain_rows(kept: _Open) -> tuple[list[list[Any]], bool]:
-    """The rows of a page as plain data, and whether they are the last: names and numbers may be far longer than in Arrow."""
-    rows: list[list[Any]] = []
-    left = kept.page_bytes
-    while True:
-        while not kept.rows:
-            batch = next(kept.result, None)
-            if batch is None:
-                return rows, True
-            kept.rows.extend([plain(value) for value in row.values()] for row in _rows(batch))
-        size = len(_encode(kept.rows[0])) + 1
-        if size > left and rows:
-            return rows, False
-        if size > kept.row_bytes:
-            raise QueryLimit(
-                "memory_limit", f"one row has {size} bytes as JSON, at most {kept.row_bytes} are given: ask for fewer "
-                "columns, or for Arrow",
-            )  # fmt: skip
-        left -= size
-        rows.append(kept.rows.popleft())
+    async def _rows(self, live: LiveRows, needed: Needed) -> Given:
+        async with self._writing:
+            try:
+                return await self._ingest.beside(partial(live.given, needed.tables))
+            except HistoryFull as error:
+                raise DatabaseFailed(str(error)) from None
+            except BadHistory:
+                self._ingest.broken()
+                raise DatabaseFailed("the history is being opened anew; ask again in a moment") from None
 
+    async def _page(self, kept: _Open, message: bytes) -> Page:
+        page: Page | Failed = question.decode_page(await self._said(kept, message))
+        if isinstance(page, Failed):
+            raise Refused(page.status, page.code, page.sentence)
+        kept.more = not page.ended
+        return page
 
-def _rows(batch: pa.RecordBatch) -> list[dict[int, Any]]:
-    """Rows by the columns' places: two columns may have one name."""
-    places = [str(place) for place in range(batch.num_columns)]
-    found: list[dict[int, Any]] = batch.rename_columns(places).to_pylist()
-    return found
-
-
-def _stream(schema: pa.Schema, batches: list[pa.RecordBatch]) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, schema) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
-    data: bytes = sink.getvalue().to_pybytes()
-    return data
+    async def _said(self, kept: _Open, message: bytes) -> bytes:
+        """What the process answers. Raises `QueryLimit` when it was ended."""
+        if kept.process is None or kept.ended:
+            raise QueryLimit("busy", f"the query was ended: {kept.ended}")
+        try:
+            return await kept.process.call(message, kept.seconds)
+        except Killed as error:
+            if kept.ended:
+                raise QueryLimit("busy", f"the query was ended: {kept.ended}") from None
+            _log.warning("query_killed", reason=error.reason, asker=kept.place.asker if kept.place else "")
+            if error.reason == "time":
+                sentence = f"stopped after {kept.seconds:g} s: raise the limit with --timeout or ask for less"
+                raise QueryLimit("time_limit", sentence) from None
+            sentence = f"the query needs more than {self.limits.own_memory + OWN_BYTES} bytes of memory: ask for less"
+            raise QueryLimit("memory_limit", sentence) from None

@@ -14,6 +14,8 @@ import anyio
 
 from kvplane.events.log.stream import open_stream
 from kvplane.projections.errors import BadHistory
+from kvplane.projections.history.archive import ends
+from kvplane.projections.history.pieces import PIECE_BYTES
 from kvplane.projections.history.replay import decision_events
 from kvplane.projections.history.tables import TABLES
 from kvplane.services.history import moment
@@ -217,13 +219,20 @@ def _recorded(event: RequestRouted) -> dict[str, Any]:
 
 def _export(folder: str, after: int, last: int, cursor: DuckDBPyConnection) -> int:
     """Write the rows of a range to files; sequence of the first commit that is there."""
+    begin = after
+    for upto in ends(cursor, "main", TABLES, after, last, PIECE_BYTES):
+        _write(folder, begin, upto, cursor)
+        begin = upto
+    ((first,),) = cursor.execute(f"SELECT min(sequence) FROM commits WHERE sequence > {after}").fetchall()
+    return last + 1 if first is None else int(first)
+
+
+def _write(folder: str, after: int, last: int, cursor: DuckDBPyConnection) -> None:
     for table in TABLES:
-        path = f"{folder}/{table.name}.parquet".replace("'", "''")
+        path = f"{folder}/{table.name}.{last:020}.parquet".replace("'", "''")
         cursor.execute(
             f"COPY (SELECT * FROM {table.name} WHERE sequence > {after} AND sequence <= {last}) TO '{path}' (FORMAT parquet)"
         )
-    ((first,),) = cursor.execute(f"SELECT min(sequence) FROM commits WHERE sequence > {after}").fetchall()
-    return last + 1 if first is None else int(first)
 
 
 def _own(

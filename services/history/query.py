@@ -1,7 +1,8 @@
-"""Questions in SQL about a database that this same process writes to.
+"""Questions in SQL about a database that others can't reach through them.
 
-DuckDB takes one writing process, so questions run in its threads, on cursors of the writer's instance. `harden` closes the
-instance to everything outside its directories; `Queries` answers one read-only statement at a time a cursor, within limits.
+`harden` closes an instance of DuckDB to everything outside its directories; `Queries` answers one read-only statement at a time
+a cursor, within the limits that DuckDB keeps itself. It does not keep all of them: `asked` runs this in a process that the
+system limits.
 """
 
 from __future__ import annotations
@@ -39,12 +40,13 @@ def harden(
     memory: str,
     threads: int,
     spill: str,
+    also: Sequence[Path] = (),
 ) -> None:
-    """Close the instance of `connection`, for good, to all files but those in `archive` and `temporary`.
+    """Close the instance of `connection`, for good, to all files but those in `archive`, `temporary` and `also`.
 
     `memory` and `spill` are sizes as DuckDB writes them, `2GB`. The writer can still COPY to files in `archive`.
     """
-    directories = [path.resolve() for path in (archive, temporary)]
+    directories = [path.resolve() for path in (archive, temporary, *also)]
     for path in directories:
         path.mkdir(parents=True, exist_ok=True)
     for name, value in (
@@ -82,8 +84,7 @@ def _literal(value: object) -> str:
 class Queries:
     """Answers questions about the database of `connection`, a few at a time. Any thread may ask.
 
-    `hidden` are directories that no error may name. A query is stopped when the process holds more than `ceiling` bytes:
-    DuckDB's own limit doesn't count single values. Table macros of the owner's must be there before.
+    `hidden` are directories that no error may name. Table macros of the owner's must be there before.
     """
 
     def __init__(
@@ -92,16 +93,16 @@ class Queries:
         *,
         hidden: Sequence[Path] = (),
         concurrent: int = CONCURRENT,
-        ceiling: int | None = None,
+        functions: Functions | None = None,
     ) -> None:
         self._root = connection.cursor()
         self._opening = threading.Lock()
         self._places = threading.BoundedSemaphore(concurrent)
-        self.watch = Watch(ceiling)
+        self.watch = Watch()
         self._memory = str(self._root.execute("SELECT current_setting('memory_limit')").fetchall()[0][0])
         self._spill = str(self._root.execute("SELECT current_setting('max_temp_directory_size')").fetchall()[0][0])
         self._hidden = sorted({str(form) for path in hidden for form in (path, path.resolve())}, key=len, reverse=True)
-        self.functions = Functions.read(self._root)
+        self.functions = Functions.read(self._root) if functions is None else functions
         self._open: set[Result] = set()
 
     def run(
@@ -113,8 +114,13 @@ class Queries:
         parameters: Sequence[object] | Mapping[str, object] = (),
         page_bytes: int = PAGE_BYTES,
         row_bytes: int = ROW_BYTES,
+        checked: bool = False,
+        spent: float = 0,
     ) -> Result:
-        """Start answering `sql`: at most `rows` rows, made in at most `seconds` of work. The caller closes the result."""
+        """Start answering `sql`: at most `rows` rows, made in at most `seconds` of work. The caller closes the result.
+
+        `checked` when `statement.check` has already let it pass, and `spent` of the seconds are gone.
+        """
         if not self._places.acquire(timeout=PATIENCE):
             raise QueryLimit("busy", "as many queries run as may at a time: ask again in a moment")
         try:
@@ -125,18 +131,16 @@ class Queries:
             if isinstance(fault, duckdb.Error):
                 raise self.fault(fault) from fault
             raise
-        result = Result(self, cursor, seconds=seconds, rows=rows, page_bytes=page_bytes, row_bytes=row_bytes)
+        result = Result(
+            self, cursor, seconds=seconds, left=seconds - spent, rows=rows, page_bytes=page_bytes, row_bytes=row_bytes
+        )
         self._open.add(result)
         try:
-            result.start(sql, parameters)
+            result.start(sql, parameters, checked=checked)
         except BaseException:
             result.close()
             raise
         return result
-
-    def relieve(self) -> int:
-        """Stop whatever is being computed now, because the writer needs the memory. Gives how many were stopped."""
-        return self.watch.stop("relieve")
 
     def close(self) -> None:
         """End every open result. The connection stays its owner's."""
@@ -196,6 +200,7 @@ class Result:
         cursor: DuckDBPyConnection,
         *,
         seconds: float,
+        left: float,
         rows: int,
         page_bytes: int,
         row_bytes: int,
@@ -205,7 +210,7 @@ class Result:
         self._queries = queries
         self._cursor = cursor
         self._seconds = seconds
-        self._left = seconds
+        self._left = left
         self._rows = rows
         self._page_bytes = page_bytes
         self._row_bytes = row_bytes
@@ -216,17 +221,23 @@ class Result:
         self._pending: list[pa.RecordBatch] = []
         self._schema = pa.schema([])
 
-    def start(self, sql: str, parameters: Sequence[object] | Mapping[str, object]) -> None:
+    def start(self, sql: str, parameters: Sequence[object] | Mapping[str, object], *, checked: bool = False) -> None:
         """Check the statement and begin to execute it in a read-only transaction."""
         given = dict(parameters) if hasattr(parameters, "keys") else list(parameters)
         with self._working():
             self._cursor.execute("BEGIN TRANSACTION READ ONLY")
-            check(self._cursor, sql, self._queries.functions)
+            if not checked:
+                check(self._cursor, sql, self._queries.functions)
             relation = self._cursor.sql(sql, params=given or None)
             if relation is None:
                 raise BadSql("only reading is allowed: send a SELECT")
             self._reader = relation.to_arrow_reader(VECTOR)
             self._schema = self._reader.schema
+
+    @property
+    def left(self) -> float:
+        """Seconds of work that it may still take."""
+        return self._left
 
     @property
     def schema(self) -> pa.Schema:
@@ -336,6 +347,4 @@ class Result:
 def _stopped(reason: str, seconds: float) -> ServiceFault:
     if reason == "time":
         return QueryLimit("time_limit", f"stopped after {seconds:g} s: raise the limit with --timeout or ask for less")
-    if reason in {"memory", "relieve"}:
-        return QueryLimit("memory_limit", "stopped: the process needs its memory for the log: ask for less")
     return BadRequest("the query was stopped: ask again")

@@ -146,8 +146,11 @@ class Relations:
         return cls(frozenset(known), frozenset(internal))
 
 
-def check(cursor: DuckDBPyConnection, sql: str, functions: Functions) -> None:
-    """Raise `BadSql` unless `sql` is one statement that may be asked on `cursor`."""
+def check(cursor: DuckDBPyConnection, sql: str, functions: Functions, relations: Relations | None = None) -> set[str]:
+    """Raise `BadSql` unless `sql` is one statement that may be asked; the names of what it reads, DuckDB's own included.
+
+    `relations` are those that there are; those of `cursor` if not given.
+    """
     if len(sql) > LONGEST:
         raise BadSql(f"the statement has {len(sql)} characters; at most {LONGEST} are taken: shorten it")
     if "\0" in sql or _depth(sql) > DEEPEST:
@@ -161,10 +164,12 @@ def check(cursor: DuckDBPyConnection, sql: str, functions: Functions) -> None:
         statements = tree["statements"]
         if len(statements) != 1:
             raise BadSql(_COUNT.format(len(statements)))
-        if _Walk(Relations.read(cursor), functions).weigh(statements[0], {}) > MOST_RELATIONS:
+        walk = _Walk(Relations.read(cursor) if relations is None else relations, functions)
+        if walk.weigh(statements[0], {}) > MOST_RELATIONS:
             raise BadSql(f"the statement reads more than {MOST_RELATIONS} tables, WITH parts written out: ask for less")
     except RecursionError:
         raise BadSql("the statement is nested too deep: write it flatter") from None
+    return walk.named
 
 
 _COUNT = "one statement is answered at a time, and there are {}: send a single SELECT"
@@ -212,6 +217,8 @@ class _Walk:
         self._relations = relations
         self._functions = functions
         self._lambdas = 0
+        self.named: set[str] = set()
+        """Tables and views, in lower case, without their schema."""
 
     def weigh(self, node: Any, parts: dict[str, int]) -> int:  # noqa: ANN401
         """The tables read below `node`; `parts` has the count of each WITH part in sight."""
@@ -272,6 +279,7 @@ class _Walk:
     def _table(self, path: list[str], parts: Mapping[str, int]) -> int:
         lowered = tuple(name.lower() for name in path)
         if lowered in self._relations.known or lowered in SYSTEM_VIEWS:
+            self.named.add(lowered[-1])
             return parts.get(lowered[0], 1) if len(lowered) == 1 else 1
         name = ".".join(path)
         if len(lowered) > 1 or lowered[0] in self._relations.internal or not NOT_A_FILE.fullmatch(path[0]):
@@ -289,9 +297,11 @@ class _Walk:
     def _shown(self, node: Mapping[str, Any]) -> None:
         path = node["qualified_name"]["path"]
         if not path or (len(path) == 1 and path[0] in SHOWN):
+            self.named.update(path or SHOWN)
             return
         if tuple(name.lower() for name in path) not in self._relations.known:
             raise BadSql(f"there is no table or view {'.'.join(path)!r} to show: see SHOW TABLES")
+        self.named.add(path[-1].lower())
 
 
 _LISTED = ", ".join(sorted(TABLE_FUNCTIONS))

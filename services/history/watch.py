@@ -1,4 +1,4 @@
-"""The clock beside running queries: it stops those whose time is up, and all when the process grows too large."""
+"""The clock beside running queries: it stops those whose time is up."""
 
 from __future__ import annotations
 
@@ -21,13 +21,12 @@ class Work(Protocol):
 
 
 class Watch:
-    """Stops work with a reason: `time`, `memory` (the process holds more than `ceiling` bytes), or the caller's own.
+    """Stops work with a reason: `time`, or the caller's own.
 
     DuckDB forgets an interruption that comes between two of its calls, so it is repeated until the work has ended.
     """
 
-    def __init__(self, ceiling: int | None = None) -> None:
-        self._ceiling = ceiling
+    def __init__(self) -> None:
         self._changed = threading.Condition()
         self._deadlines: dict[Work, float] = {}
         self._reasons: dict[Work, str] = {}
@@ -72,13 +71,10 @@ class Watch:
                 self._changed.wait_for(lambda: self._ended or bool(self._deadlines))
                 if self._ended:
                     return
-                grown = self._ceiling is not None and resident() > self._ceiling
                 now = time.monotonic()
                 for work, deadline in self._deadlines.items():
                     if now >= deadline:
                         self._reasons.setdefault(work, "time")
-                    elif grown:
-                        self._reasons.setdefault(work, "memory")
                     if work in self._reasons:
                         work.interrupt()
             time.sleep(TICK)

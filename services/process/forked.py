@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import anyio
 import anyio.to_thread
 
+from kvplane.events.errors import KvplaneError
 from kvplane.services.protocol.errors import WorkerDied
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 READ_BYTES = 1 << 18
 """How much is read at once: the event loop waits for so long as its copy takes."""
 NICENESS = 10
+_REFUSED = 3
+"""Exit status of a copy that gives a sentence instead: why there is no result."""
 
 
 class Copied(NamedTuple):
@@ -78,6 +81,8 @@ class Copy:
                     os.kill(self._child, signal.SIGKILL)
             with anyio.CancelScope(shield=True):
                 _, status = await anyio.to_thread.run_sync(os.waitpid, self._child, 0)
+        if os.waitstatus_to_exitcode(status) == _REFUSED:
+            raise WorkerDied(data.getvalue().decode(errors="replace"))
         if status:
             raise WorkerDied(
                 f"the process that wrote it down ended with status {status}; is there memory for a second one?"
@@ -97,10 +102,14 @@ def _child(function: Callable[[], bytes], writing: int) -> None:
     try:
         gc.disable()
         _leave_the_parents_things(writing)
-        data = memoryview(function())
+        try:
+            data, done = memoryview(function()), 0
+        except KvplaneError as error:
+            # Who waits for it shall know what is wrong.
+            data, done = memoryview(str(error).encode()), _REFUSED
         while data:
             data = data[os.write(writing, data) :]
-        code = 0
+        code = done
     finally:
         os._exit(code)
 

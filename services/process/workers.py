@@ -42,7 +42,7 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def _without_interrupts() -> Iterator[None]:
+def without_interrupts() -> Iterator[None]:
     """A terminal's Ctrl-C is for this process; those that are started in the block inherit that SIGINT is blocked.
 
     An interrupt waits for the end of the block: a worker that was half started would read the end of its orders, and complain.
@@ -65,7 +65,7 @@ def _without_interrupts() -> Iterator[None]:
 
 
 def _submit(executor: ProcessPoolExecutor, *call: Any) -> Future[Any]:  # noqa: ANN401 - passed through
-    with _without_interrupts():
+    with without_interrupts():
         return executor.submit(*call)
 
 
@@ -76,7 +76,7 @@ async def beside(function: Callable[..., object], *arguments: object, patience: 
     when this process is killed.
     """
     process = CONTEXT.Process(target=_called, args=(function, *arguments))
-    with _without_interrupts():
+    with without_interrupts():
         process.start()
     try:
         await anyio.to_thread.run_sync(process.join, abandon_on_cancel=True)

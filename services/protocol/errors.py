@@ -81,6 +81,13 @@ class Overloaded(ServiceFault):
     code = "overloaded"
 
 
+class TooOften(ServiceFault):
+    """It was asked for too often; later it may be again."""
+
+    status = 429
+    code = "too_often"
+
+
 class NotReady(ServiceFault):
     """The service has not yet read the log to its end."""
 

@@ -25,6 +25,7 @@ from kvplane.events.subjects import heartbeat_subject
 from kvplane.projections.overview import node_row
 from kvplane.services.control import admission, commands, formats
 from kvplane.services.control.liveness import Liveness
+from kvplane.services.control.registrations import Registrations
 from kvplane.services.control.unreported import Unreported
 from kvplane.services.process.version import package_version
 from kvplane.services.protocol import messages
@@ -80,7 +81,8 @@ class Coordinator:
     def __init__(
         self, client: Client, fleet: str, *, replicas: int | None = None, snapshot_commits: int = SNAPSHOT_COMMITS,
         snapshot_bytes: int = SNAPSHOT_BYTES, snapshot_look_seconds: float = SNAPSHOT_LOOK_SECONDS,
-        recent_seconds: float = RECENT_SECONDS, server: Callable[[], ServerStatus] | None = None,
+        recent_seconds: float = RECENT_SECONDS, newest: bool = False,
+        server: Callable[[], ServerStatus] | None = None,
         answer_seconds: float = ANSWER_SECONDS, readers_seconds: float = READERS_SECONDS,
         reading: ReadingLimits = READING_LIMITS, schedule: Schedule = SCHEDULE,
         trust_history: bool = False,
@@ -105,6 +107,7 @@ class Coordinator:
             client, self.replica, commits=snapshot_commits, size=snapshot_bytes, look_seconds=snapshot_look_seconds
         )
         self.liveness = Liveness()
+        self.registrations = Registrations()
         self.races_lost = 0
         self.conclusions = {"lost": 0, "recovered": 0, "failed": 0}
         """What it concluded of nodes from their heartbeats; `failed` are those that could not be committed."""
@@ -114,6 +117,8 @@ class Coordinator:
         self.engine_hashes = EngineHashes(client, fleet, f"kv.{fleet}.coordinator.{self.writer}.piece", reading)
         self.strays = Strays(client, fleet)
         self._replicas = replicas
+        self._newest = newest
+        """Whether a log that has nothing yet begins in the newest format: nobody older reads it."""
         self.appender = Appender(client, fleet, self.writer)
         self.most_tries = 0
         """How often the unluckiest decision was made."""
@@ -127,6 +132,10 @@ class Coordinator:
         async with anyio.create_task_group() as group:
             group.start_soon(self.replica.run)
             await self.replica.follower.caught_up.wait()
+            if self._newest and not self.state.sequence:
+                await self.commit(
+                    partial(formats.raised, kvplane=package_version()), messages.FormatRequest(), "format"
+                )
             await group.start(self.engine_hashes.run)
             await self.client.subscribe(f"kv.{self.fleet}.pulse.*", cb=self._heartbeat)
             await serve(
@@ -224,6 +233,9 @@ class Coordinator:
     async def register(self, request: messages.RegisterRequest) -> dict[str, object]:
         """Register a node; its epoch is in the answer."""
         self.replica.check_ready()
+        # What would be refused anyway does not count, nor is it remembered.
+        commands.register(self.state, request)
+        self.registrations.register(request.node, time.monotonic())
         _, sequence = await self.commit(commands.register, request, request.node)
         return {"node": request.node, "epoch": sequence, "sequence": sequence}
 

@@ -20,14 +20,17 @@ from kvplane.events.log.append import Appender, new_writer
 from kvplane.events.log.group import GroupWriter, Writers
 from kvplane.events.subjects import subject
 from kvplane.services.protocol import labels
-from kvplane.services.protocol.errors import BadRequest, NoTokenizer
+from kvplane.services.protocol.errors import BadRequest, NoTokenizer, Overloaded
 from kvplane.services.protocol.messages import CompleteRequest, RouteAnswer, RouteRequest, StatusRequest, names, one_of
 from kvplane.services.protocol.status import RouterStatus
 from kvplane.services.replication.checkpoints import SCHEDULE, Schedule
 from kvplane.services.replication.replica import RECENT_SECONDS, Replica
-from kvplane.services.roles.leases import Leases
+from kvplane.services.roles.large import Large
+from kvplane.services.roles.leases import ABANDONED, Leases
+from kvplane.services.roles.shares import Shares
 from kvplane.services.routing.decide import Chooser, Query
 from kvplane.services.routing.overlay import Overlay
+from kvplane.services.rpc.asker import asker
 from kvplane.services.rpc.readiness import Readiness, readiness
 from kvplane.services.rpc.server import serve, serving, stop
 from kvplane.services.rpc.tally import Tally
@@ -89,6 +92,8 @@ class Router:
         self.writers = Writers()
         self._access = self._writer(subject(fleet, "access", self.writer))
         self.leases = Leases(self._access.put)
+        self.large = Large(self._prepare)
+        self.shares = Shares(self.state, self.overlay)
         self._session_writers: dict[str, GroupWriter] = {}
         self._requests = 0
         self._warned = 0
@@ -112,6 +117,7 @@ class Router:
                     await stop(service)
             finally:
                 self.record_pending()
+                self.large.close()
                 self.leases.close()
                 await self.writers.close()
 
@@ -122,7 +128,7 @@ class Router:
             serving(
                 "router", self.fleet, self.writer,
                 {"route": self.route, "complete": self.complete, "status": self.status, "flush": self.flush},
-                in_turn={"route", "complete"}, after={"route": self.record_pending},
+                in_turn={"route", "complete"}, after={"route": self.record_pending}, large={"route": self.large.decode},
             ),
             {"fleet": self.fleet, "writer": self.writer}, self.tally,
         )  # fmt: skip
@@ -134,13 +140,19 @@ class Router:
         self.record_pending()
         # In microseconds, as it is recorded: a decision must be the same when it is made again.
         now = time.time_ns() // 1000 * 1000
-        query = self._query(request, traceparent)
+        client = asker()
+        query, roster = self._query(request, traceparent, client)
         failures = self.chooser.policy_failures
         begin = time.perf_counter()
         try:
+            if roster.limited:
+                self.shares.check(client, query.model, roster, now)
             decision = self.chooser.decide(query, now)
-        except Exception:
+        except Exception as error:
             self.decisions["refused"] += 1
+            if isinstance(error, Overloaded):
+                for surplus in self.shares.surplus(client, query.model, now):
+                    self._give_up(surplus)
             raise
         self.seconds.add(time.perf_counter() - begin)
         if self.chooser.policy_failures > failures and now - self._warned > _WARN_NS:
@@ -156,6 +168,8 @@ class Router:
             if decision.session:
                 self.sessions[decision.session] += 1
             self._pending = (query, decision, now, self.state.sequence)
+            kept = len(query.hashes) if query.recorded else 0
+            self.shares.add(query.id, client, query.model, now, decision.node.name, kept)
             if request.lease_seconds:
                 self.leases.add(query.id, decision.node.name, request.lease_seconds, traceparent)
         return RouteAnswer(
@@ -177,6 +191,11 @@ class Router:
             degraded=self.degraded,
         )
 
+    def _give_up(self, request: str) -> None:
+        """End a request of which nothing was heard: somebody else needs its place."""
+        self._access.put(types.RequestCompleted(request=request, node=self.shares.node_of(request), status=ABANDONED))
+        self.shares.over(request)
+
     def record_pending(self) -> None:
         """Record the last decision: behind its answer, and before anything else is decided or read from the log."""
         if self._pending is not None:
@@ -195,7 +214,7 @@ class Router:
             waiting=sum(writer.waiting for writer in self.writers), unrecorded=sum(w.dropped for w in self.writers),
         )  # fmt: skip
 
-    def _query(self, request: RouteRequest, traceparent: str) -> Query:
+    def _query(self, request: RouteRequest, traceparent: str, client: str) -> tuple[Query, Roster]:
         form = one_of(request)
         pairs = [(request.model, "model")]
         if request.session:
@@ -212,8 +231,11 @@ class Router:
             if tokens < count * size:
                 raise BadRequest(f"tokens_count {tokens} is less than {count} full blocks of {size} tokens")
         else:
-            ids = request.tokens if form == "tokens" else self._tokenize(request, roster)
-            lora = request.adapter or (request.model if roster.is_lora else "")
+            ids = request.tokens
+            if form == "prompt":
+                self._check_tokenizer(request, roster)
+                ids = list((request.prompt or "").encode())
+            lora = self._lora(request, roster)
             try:
                 hashes = block_hashes(ids or [], size, lora=lora, salt=request.salt)
             except BadHashes as error:
@@ -225,10 +247,27 @@ class Router:
         self._requests += 1
         identity = request.request or f"{self.writer}.{self._requests:x}"
         exclude = frozenset(request.exclude)
-        return Query(identity, request.model, hashes, tokens, blocks, size, request.session, exclude, traceparent)
+        recorded = count <= roster.most_blocks and self.shares.has_room(client, request.model, len(hashes))
+        query = Query(
+            identity, request.model, hashes, tokens, blocks, size, request.session, exclude, traceparent, recorded
+        )
+        return query, roster
 
-    def _tokenize(self, request: RouteRequest, roster: Roster) -> list[int]:
-        """Token ids of a prompt. Only the byte tokenizer of simulated nodes is built in."""
+    def _prepare(self, request: RouteRequest) -> tuple[int, str]:
+        """What a prompt's hashes are made with: block size and LoRA."""
+        names((request.model, "model"))
+        roster = self.chooser.roster(request.model)
+        if request.prompt is not None:
+            self._check_tokenizer(request, roster)
+        return roster.block_size, self._lora(request, roster)
+
+    @staticmethod
+    def _lora(request: RouteRequest, roster: Roster) -> str:
+        return request.adapter or (request.model if roster.is_lora else "")
+
+    @staticmethod
+    def _check_tokenizer(request: RouteRequest, roster: Roster) -> None:
+        """Raise `NoTokenizer` unless it is known how to make tokens of a prompt: only simulated nodes' bytes are built in."""
         if not roster.nodes:
             # Who would know how to make tokens is not known, and does not matter.
             raise roster.nobody(request.model)
@@ -237,7 +276,6 @@ class Router:
             raise NoTokenizer(
                 f"no tokenizer is known for model {request.model[:80]!r}; send tokens, or hashes with tokens_count"
             )
-        return list((request.prompt or "").encode())
 
     def _record(self, query: Query, decision: Decision, now: int, applied: int) -> None:
         routed, assigned = self.chooser.count_in(query, decision, now, applied)
@@ -269,9 +307,10 @@ class Router:
     def _observe(self, message: Message, applied: Applied) -> None:
         if applied.commit is not None:
             self.overlay.observe(applied.commit, message.time, self.state, self.writer, time.time_ns())
-            if self.leases:
+            if applied.commit.place.topic == "access":
                 for event in applied.commit.events:
-                    if isinstance(event, types.RequestCompleted):
+                    if type(event) is types.RequestCompleted:
+                        self.shares.over(event.request)
                         self.leases.completed(event.request)
             if self._completed is not None and self.replica.ready:
                 self._completed(applied.commit)

@@ -33,8 +33,10 @@ if TYPE_CHECKING:
 
 SORTED_NODES = 64
 """Up to so many candidates are simply sorted."""
-HASHES_RECORDED = 65536
-"""Longest request whose hashes are recorded, in blocks."""
+ROSTERS_LIMIT = 1_000
+"""Most models whose candidates are remembered; beyond it they are made anew."""
+HASHES_RECORDED = 16_384
+"""Longest request whose hashes are recorded, in blocks: DuckDB reads a history's rows by 2,048."""
 FALLBACKS = 3
 """How many further nodes a decision names, next best first."""
 
@@ -52,6 +54,8 @@ class Query(NamedTuple):
     exclude: frozenset[str] = frozenset()
     traceparent: str = ""
     """W3C traceparent; no decision depends on it."""
+    recorded: bool = True
+    """Whether there is room for its hashes while it runs."""
 
 
 class Decision(NamedTuple):
@@ -76,9 +80,10 @@ class Decision(NamedTuple):
     def event(self, query: Query, now: int, applied: int, known: Container[str]) -> RequestRouted:
         """A decision for the log, made at this time and sequence, when these nodes were known."""
         blocks = len(query.hashes) >> 3
+        hashes = query.hashes if query.recorded and blocks <= HASHES_RECORDED else b""
         return RequestRouted(
             request=query.id, model=query.model, node=self.node.name, match=self.match, blocks=blocks,
-            tokens=query.tokens, hashes=query.hashes if blocks <= HASHES_RECORDED else b"", session=query.session,
+            tokens=query.tokens, hashes=hashes, session=query.session,
             policy=self.policy, applied=applied, candidates=self.candidates, best=self.best, decided=now // 1000,
             exclude=sorted(name for name in query.exclude if name in known) if query.exclude else [], trace=query.traceparent,
         )  # fmt: skip
@@ -121,6 +126,8 @@ class Chooser:
         roster = self._rosters.get(model)
         if roster is None or roster.made != (state.changes, state.caches.slots_made):
             self._rosters.pop(model, None)
+            if len(self._rosters) >= ROSTERS_LIMIT:
+                self._rosters.clear()
             roster = self._rosters[model] = Roster(state, model)
         return roster
 

@@ -37,6 +37,9 @@ PENDING_SECONDS = 120.0
 RECENT_SECONDS = 60.0
 """What another router decided longer ago than this predicts nothing any more, so it need not be looked at."""
 
+PREDICTED_BYTES = 128 << 20
+"""Most bytes of block hashes that are predicted in one period; what comes then is predicted in the next one."""
+
 SET_BACK_PERIODS = 8
 """Time that is so many periods earlier than before is another clock's, not a late message's."""
 
@@ -86,6 +89,8 @@ class Overlay:
         """Assignments made here that are not on the log yet."""
         self._young: dict[str, Predictions] = {}
         self._old: dict[str, Predictions] = {}
+        self._predicted = [0, 0]
+        """Bytes of hashes that the young generation was given, and the old one."""
         self._ordinals: dict[str, int] = {}
         self._generation = 0
         """Number of the young generation: time in periods."""
@@ -130,6 +135,10 @@ class Overlay:
         if behind > 1:
             return
         indexes = self._old if behind else self._young
+        predicted = self._predicted[behind] + len(hashes)
+        if predicted > PREDICTED_BYTES:
+            return
+        self._predicted[behind] = predicted
         index = indexes.get(model)
         if index is None:
             index = indexes[model] = Predictions()
@@ -156,7 +165,8 @@ class Overlay:
         if generation <= self._generation:
             return
         # After a long pause both generations are too old.
-        self._old = self._young if generation == self._generation + 1 else {}
+        next_one = generation == self._generation + 1
+        self._old, self._predicted = (self._young, [0, self._predicted[0]]) if next_one else ({}, [0, 0])
         self._young = {}
         self._generation = generation
         # By the period, not by the moment: who looks first must make no difference.
@@ -166,7 +176,7 @@ class Overlay:
 
     def _set_back(self, generation: int, now: int) -> None:
         """The clock was ahead and is right again: what has its times would never expire."""
-        self._young, self._old = {}, {}
+        self._young, self._old, self._predicted = {}, {}, [0, 0]
         self._generation = generation
         for request in [request for request, pending in self.pending.items() if pending.time > now]:
             self.on_log(request)

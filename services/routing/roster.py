@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kvplane.projections.fleet import OVERFULL
 from kvplane.services.protocol.errors import NoNode, UnknownModel
 from kvplane.services.protocol.labels import is_lora
 
@@ -56,11 +57,17 @@ class Roster:
         self.ordinals = np.array([state.load.ordinal[node.name] for node in self.nodes], dtype=np.intp)
         self.columns = Columns.of(state.load)
         self.capacity = np.array([node.registered.capacity_blocks["gpu"] for node in self.nodes], dtype=np.float64)
+        self.most_blocks = OVERFULL * max(
+            (sum(node.registered.capacity_blocks.values()) for node in self.nodes), default=0
+        )
+        """More no node can say that it holds, so no longer request is matched to its end."""
         # Policies see this very array, decision after decision.
         self.capacity.setflags(write=False)
         self.position = {node.name: position for position, node in enumerate(self.nodes)}
         self.limits = np.array([node.registered.max_active or math.inf for node in self.nodes])
         self.limited = bool(np.isfinite(self.limits).any())
+        self.places = float(self.limits.sum())
+        """Requests that they may run at once."""
         self.zeros = np.zeros(len(self.nodes))
         self.tiered = [position for position, node in enumerate(self.nodes) if len(node.slots) > 1]
         self.block_size = serving[0].registered.block_size

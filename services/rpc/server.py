@@ -12,7 +12,7 @@ import asyncio
 import time
 from contextlib import nullcontext, suppress
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import anyio
 import msgspec
@@ -27,9 +27,10 @@ from kvplane.events.subjects import name_of
 from kvplane.events.versions import FORMAT
 from kvplane.services.process.version import package_version
 from kvplane.services.protocol.endpoints import served
-from kvplane.services.protocol.errors import AnswerTooLarge, NotYours, ServiceFault
+from kvplane.services.protocol.errors import AnswerTooLarge, BadRequest, NotYours, ServiceFault
 from kvplane.services.protocol.messages import decode_request, encode_answer, is_json
 from kvplane.services.protocol.traceparent import HEADER, in_headers, parse
+from kvplane.services.rpc.asker import REPLY
 from kvplane.services.rpc.tally import OK, Tally
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 
 STOP_SECONDS = 1.0
 LOGGED_CHARACTERS = 200
+LARGE_BYTES = 256 << 10
+"""A longer request may take others' time to decode: a prompt of some 50,000 tokens, say."""
 _NOT_INBOXES = ("kv.", "$", "_DELIVER")
 
 _log = structlog.get_logger("kvplane.micro")
@@ -66,6 +69,8 @@ class Endpoint(NamedTuple):
     after: Callable[[], None] | None = None
     traced: bool = False
     """Whether `answer` takes the request's traceparent as its second argument; its form has a field for it, too."""
+    large: Callable[[bytes], Awaitable[Any]] | None = None
+    """Decodes a request of more than `LARGE_BYTES`, somewhere else than in the event loop, for one that answers at once."""
     unasked: bool = False
     """Whether a request without a reply subject is accepted. What a server answers on its own has none either."""
 
@@ -73,8 +78,9 @@ class Endpoint(NamedTuple):
 def serving(
     server: Server, fleet: str, name: str, answers: dict[str, Callable[..., Any]], *, in_turn: Collection[str] = (),
     after: Mapping[str, Callable[[], None]] = MappingProxyType({}),
+    large: Mapping[str, Callable[[bytes], Awaitable[Any]]] = MappingProxyType({}),
 ) -> list[Endpoint]:  # fmt: skip
-    """The endpoints of one service, by the table. `answers` are by endpoint, and so is `after`; `name` is the service's own.
+    """The endpoints of one service, by the table. `answers`, `after` and `large` are by endpoint; `name` is the service's own.
 
     Those `in_turn` answer at once. Raises `ValueError` unless every endpoint has its answer.
     """
@@ -84,7 +90,7 @@ def serving(
     return [
         Endpoint(
             spec.name, spec.at(fleet, name), spec.request, answers[spec.name], concurrent=spec.name not in in_turn,
-            after=after.get(spec.name), traced=spec.traced, unasked=spec.unasked,
+            after=after.get(spec.name), traced=spec.traced, large=large.get(spec.name), unasked=spec.unasked,
         )
         for spec in specs
     ]  # fmt: skip
@@ -139,7 +145,7 @@ async def serve(
     )
     for endpoint in endpoints:
         tally.expect(endpoint.name, waits=endpoint.concurrent)
-        handler = _concurrent(endpoint, tally, group) if endpoint.concurrent else _in_turn(endpoint, tally)
+        handler = (_concurrent if endpoint.concurrent else _in_turn)(endpoint, tally, group)
         await service.add_endpoint(name=endpoint.name, subject=endpoint.subject, handler=handler)
     # Last, so that whoever is listed can be asked. A connection that is replaced just now subscribes again by itself.
     with suppress(FlushTimeoutError):
@@ -206,24 +212,36 @@ class _Soon:
         self._call()
 
 
-def _in_turn(endpoint: Endpoint, tally: Tally) -> Callable[[Request], Awaitable[None]]:
+async def _too_large(body: bytes) -> NoReturn:
+    raise BadRequest(f"the request has {len(body)} bytes, more than {LARGE_BYTES}; nothing here takes as many")
+
+
+def _in_turn(endpoint: Endpoint, tally: Tally, group: TaskGroup) -> Callable[[Request], Awaitable[None]]:
     name, answer, form, after, traced = endpoint.name, endpoint.answer, endpoint.form, endpoint.after, endpoint.traced
+    large = endpoint.large
     clock = time.perf_counter
     afterwards = _Soon(after) if after is not None else None
 
     async def handle(request: Request) -> None:
         if not _genuine(endpoint, request._msg):  # noqa: SLF001 - nothing public has the reply subject
             return
+        if len(request.data) > LARGE_BYTES:
+            group.start_soon(work, request, large or _too_large)
+        else:
+            await work(request)
+
+    async def work(request: Request, decode: Callable[[bytes], Awaitable[Any]] | None = None) -> None:
         begin = clock()
         traceparent = ""
+        REPLY.set(request._msg.reply)  # noqa: SLF001 - as above
         try:
             body = request.data
-            asked = decode_request(body, form)
+            asked: Any = decode_request(body, form) if decode is None else await decode(body)
             if traced:
                 headers = request.headers
                 header = in_headers(headers) if headers else ""
-                if header or asked.traceparent:  # type: ignore[attr-defined]
-                    traceparent = _traced(endpoint, tally, header, asked.traceparent)  # type: ignore[attr-defined]
+                if header or asked.traceparent:
+                    traceparent = _traced(endpoint, tally, header, asked.traceparent)
                 with bound_contextvars(trace=traceparent) if traceparent else _NOTHING:
                     found = answer(asked, traceparent)
             else:
@@ -252,6 +270,7 @@ def _concurrent(endpoint: Endpoint, tally: Tally, group: TaskGroup) -> Callable[
     async def work(request: Request) -> None:
         begin = clock()
         traceparent = ""
+        REPLY.set(request._msg.reply)  # noqa: SLF001 - as below
         try:
             body = request.data
             asked = _owned(endpoint, request._msg, decode_request(body, form))  # noqa: SLF001 - as below

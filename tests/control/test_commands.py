@@ -13,8 +13,18 @@ from kvplane.events.codec import Message
 from kvplane.events.hashing import pack_hashes, unpack_hashes
 from kvplane.projections.fleet import FleetState
 from kvplane.services.control import admission, commands
+from kvplane.services.control import registrations as often
 from kvplane.services.control.commands import Proposal
-from kvplane.services.protocol.errors import BadRequest, Conflict, NodeExists, NoRoom, ServiceFault, UnknownModel
+from kvplane.services.control.registrations import AT_ONCE, EVERY_SECONDS, Registrations
+from kvplane.services.protocol.errors import (
+    BadRequest,
+    Conflict,
+    NodeExists,
+    NoRoom,
+    ServiceFault,
+    TooOften,
+    UnknownModel,
+)
 from kvplane.services.protocol.messages import (
     AdmitRequest,
     BlocksRequest,
@@ -304,3 +314,41 @@ def test_what_is_malformed_is_refused_with_a_sentence() -> None:
     for both in (BlocksRequest(node="a"), BlocksRequest(node="a", hashes=bytes(8), count=1)):
         with pytest.raises(BadRequest, match="either hashes or count"):
             admission.evict(given_.state, both)
+
+
+def test_a_fleet_has_no_more_models_than_it_can_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "MODELS_LIMIT", 2)
+    ground = Given("a")
+    ground.accept(commands.register(ground.state, registration("b", models=["n"])))
+    with pytest.raises(Conflict, match="the fleet has 2 models with caches of their own"):
+        commands.register(ground.state, registration("c", models=["o"]))
+    ground.accept(commands.register(ground.state, registration("c", models=["n", "o"])))
+    # The last node of a model takes its index with it.
+    ground.accept(commands.register(ground.state, registration("a", models=["n"], replace=True)))
+    ground.accept(commands.register(ground.state, registration("d", models=["o"])))
+
+
+def test_a_node_registers_often_and_not_for_ever() -> None:
+    registrations = Registrations()
+    for _ in range(AT_ONCE):
+        registrations.register("a", 100.0)
+    for now in (100.0, 100.0 + EVERY_SECONDS / 2):
+        with pytest.raises(TooOften, match=f"has registered {AT_ONCE} times"):
+            registrations.register("a", now)
+    registrations.register("b", 100.0)
+    registrations.register("a", 100.0 + EVERY_SECONDS)
+    with pytest.raises(TooOften):
+        registrations.register("a", 100.0 + EVERY_SECONDS)
+    later = 100.0 + (AT_ONCE + 2) * EVERY_SECONDS
+    for _ in range(AT_ONCE):
+        registrations.register("a", later)
+    with pytest.raises(TooOften):
+        registrations.register("a", later)
+
+
+def test_not_every_node_that_ever_registered_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(often, "NAMES_LIMIT", 3)
+    registrations = Registrations()
+    for number in range(10):
+        registrations.register(f"n{number}", 1.0)
+    assert list(registrations._full) == ["n7", "n8", "n9"]

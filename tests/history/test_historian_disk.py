@@ -9,8 +9,10 @@ import anyio
 import pytest
 
 from kvplane.projections.errors import BadHistory, HistoryFull
+from kvplane.projections.history import archive
 from kvplane.projections.history.store import Store
 from kvplane.services.history import ingest as ingestion
+from kvplane.services.history.ingest import Retention
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import ServiceFault
 from tests.support.disks import filled
@@ -32,8 +34,10 @@ from tests.support.waiting import until
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from duckdb import DuckDBPyConnection
     from nats.aio.client import Client
 
+    from kvplane.projections.history.archive import File, Part
     from kvplane.services.embedded.server import Server
 
 pytestmark = pytest.mark.anyio
@@ -142,3 +146,40 @@ async def test_the_history_is_opened_anew_while_somebody_still_reads_it(
         reading.close()
         answer = await question(client, "sql", messages.SqlRequest(sql="SELECT count(*) FROM commits"))
         assert answer["rows"] == [[last]]
+
+
+async def test_an_hour_that_is_too_much_is_archived_in_pieces_and_keeps_nothing_from_expiring(
+    server: Server, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scribe, export = Scribe(client), archive.export
+    first = await scribe.write(200)
+    async with historian(server.url, tmp_path / "h", retention=Retention(days=1)) as running:
+        ingest = running.ingest
+        await ingest.maintain()
+        ingest.retention.days = None
+        await ingest.maintain(FAR)
+        assert ingest.store.checkpoint.archived == first
+        last = await scribe.write(300)
+        assert await ingest.reached(last, seconds=10)
+        most = 0
+
+        def small(store: Store, part: Part, cursor: DuckDBPyConnection) -> list[File]:
+            if part.last - part.archived > most:
+                raise BadHistory("no memory")
+            return export(store, part, cursor)
+
+        monkeypatch.setattr(archive, "export", small)
+        ingest.retention.days = 1
+        with pytest.raises(BadHistory, match="no memory"):
+            await ingest.maintain(FAR)
+        # Nothing was archived, and what is old is gone all the same.
+        assert {file.table for file in archive.listed(ingest.store)} <= set(archive.KEPT)
+        assert ingest.store.checkpoint.archived == first
+        most = 50
+        monkeypatch.setattr(archive, "PIECE_BYTES", 1 << 20)
+        ingest.retention.days = None
+        await ingest.maintain(FAR)
+        assert ingest.store.checkpoint.archived == last
+        parts = {file.last for file in archive.listed(ingest.store) if file.last > first}
+        assert len(parts) >= 6
+        assert counted_rows(ingest.store, first) == counted(await messages_of(client), first)

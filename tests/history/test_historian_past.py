@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 
+from kvplane.projections import snapshot_body
 from kvplane.projections.digest import digest
 from kvplane.projections.fleet import FleetState
 from kvplane.projections.history import archive
+from kvplane.services.history import ingest as ingestion
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import Refused
 from tests.support.historians import FAR, Scribe, historian, messages_of, purge, question
@@ -126,3 +128,22 @@ async def test_a_time_means_the_last_commit_before_it(server: Server, client: Cl
             await question(client, "history.changes", messages.ChangesRequest(first="20", second="10"))
         with pytest.raises(Refused, match="no node 'nobody' was there at sequence 20"):
             await question(client, "history.state", messages.MomentRequest(at="20", node="nobody"))
+
+
+async def test_a_historian_that_can_not_make_a_snapshot_goes_on(
+    server: Server, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshot_body, "MOST_SLOTS", 0)
+    monkeypatch.setattr(ingestion, "SNAPSHOT_COMMITS", 20)
+    scribe = Scribe(client)
+    await scribe.write(10)
+    async with historian(server.url, tmp_path / "h") as running:
+        for _ in range(3):
+            last = await scribe.write(30)
+            assert await running.ingest.reached(last, seconds=10)
+        assert await running.ingest.save_snapshot() == 0
+        last = await scribe.write(30)
+        assert await running.ingest.reached(last, seconds=10)
+    # It ended in good order, too.
+    async with historian(server.url, tmp_path / "h") as running:
+        assert await running.ingest.reached(last, seconds=10)

@@ -74,14 +74,6 @@ def test_memory_is_limited_and_the_writer_goes_on(tmp_path: Path) -> None:
     ground.close()
 
 
-def test_a_process_that_grows_stops_its_queries(ground: Ground) -> None:
-    queries = Queries(ground.writer, ceiling=1)
-    with pytest.raises(QueryLimit) as caught:
-        list(queries.run(LONG, seconds=20, rows=10))
-    assert caught.value.code == "memory_limit"
-    queries.close()
-
-
 def test_rows_are_limited_and_it_is_said(ground: Ground) -> None:
     with ground.queries.run("SELECT i FROM t ORDER BY i", seconds=5, rows=10) as result:
         assert [row["i"] for batch in result for row in batch.to_pylist()] == list(range(10))
@@ -170,23 +162,6 @@ def test_closing_from_another_thread_stops_the_work(ground: Ground) -> None:
     assert not reader.is_alive()
     assert time.monotonic() - began < 5
     assert isinstance(outcome[0], BadRequest)
-
-
-def test_relieving_the_writer_stops_queries(ground: Ground) -> None:
-    outcome: list[QueryLimit] = []
-
-    def read() -> None:
-        with pytest.raises(QueryLimit) as caught:
-            ground.ask(LONG, seconds=60)
-        outcome.append(caught.value)
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    run_begins(ground)
-    assert ground.queries.relieve() == 1
-    reader.join(10)
-    assert outcome[0].code == "memory_limit"
-    assert ground.queries.relieve() == 0
 
 
 def test_the_writer_commits_while_a_query_runs_and_a_reader_sees_one_moment(ground: Ground) -> None:

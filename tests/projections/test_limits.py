@@ -10,8 +10,9 @@ import pytest
 
 from kvplane.events import types
 from kvplane.events.hashing import pack_hashes
-from kvplane.projections import fleet, load
+from kvplane.projections import fleet, load, snapshot, snapshot_body
 from kvplane.projections.digest import digest
+from kvplane.projections.fleet import FleetState
 from tests.support.fold_given import Given, registered, replayed
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "limits.md"
@@ -83,6 +84,34 @@ def test_subjects_that_nobody_registered_are_not_remembered_without_end(monkeypa
         given.raw(f"kv.f.node.junk{number}", b"junk")
     assert list(given.state.heads.values()) == [4, 5, 6]
     assert (given.state.head("kv.f.node.junk4"), given.state.head("kv.f.node.a")) == (6, None)
+
+
+def test_a_node_that_registers_again_and_again_with_other_models_leaves_nothing() -> None:
+    """Beyond `MOST_SLOTS` slots there would be no snapshot any more, and so no compaction."""
+    given = Given()
+    given.node(registered("a", models=["kept"]))
+    given.node(registered("b", models=["kept"]))
+    for number in range(300):
+        given.node(registered("b", models=[f"m{number}"]))
+        given.stores("b", 1, 2, number)
+    caches = given.state.caches
+    assert set(caches.by_model) == {"kept", "m299"}
+    assert given.put("node", "b", types.NodeRemoved("b")) is None
+    assert set(caches.by_model) == {"kept"}
+    assert sum(len(caches.owners(model)) for model in caches.by_model) == 2
+    assert digest(given.state) == digest(replayed(given.messages))
+    again = snapshot.load("f", snapshot.dump(given.state), verify=True)
+    assert set(again.caches.by_model) == {"kept"}
+
+
+def test_a_snapshot_of_one_that_kept_empty_indexes_is_read_without_them() -> None:
+    given = Given()
+    given.node(registered("a"))
+    body = snapshot_body.take(given.state)
+    body.indexes.append(snapshot_body.IndexPart("gone", 2, []))
+    state = FleetState("f")
+    snapshot_body.put(state, body)
+    assert set(state.caches.by_model) == {"m"}
 
 
 ROWS = re.findall(r"^\| .*\| `([a-z_.]+)\.([A-Z_]+)` \| ([^|]+) \|", PAGE.read_text(), re.MULTILINE)

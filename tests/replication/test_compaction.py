@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import anyio.lowlevel
 import pytest
+from msgspec import structs
 
 from kvplane.events import types
 from kvplane.events.errors import LogCorrupt, LogPurged
@@ -17,13 +18,15 @@ from kvplane.events.log.follow import Follower, replay, single
 from kvplane.events.log.snapshots import SnapshotStore
 from kvplane.events.log.stream import open_stream
 from kvplane.events.subjects import stream_name
+from kvplane.projections import snapshot_body
 from kvplane.projections.digest import digest
 from kvplane.projections.fleet import FleetState
 from kvplane.projections.snapshot import dump
+from kvplane.services.control import registrations
 from kvplane.services.history.historian import Historian
 from kvplane.services.process.forked import in_copy
 from kvplane.services.protocol import messages
-from kvplane.services.protocol.errors import WorkerDied
+from kvplane.services.protocol.errors import Refused, WorkerDied
 from kvplane.services.replication.compaction import KEPT
 from kvplane.services.replication.replica import Replica
 from tests.support.eventful_fleet import live
@@ -284,6 +287,26 @@ async def test_what_is_computed_in_a_copy_sees_the_moment_of_the_fork() -> None:
     assert state == [7, 99]
     with pytest.raises(WorkerDied):
         await in_copy(partial(bytes, -1))
+
+
+async def test_who_can_not_make_a_snapshot_goes_on_and_says_why(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    coordinator = await fleet.coordinator()
+    request = messages.RegisterRequest(node="a", address="x", models=["m"], block_size=16, capacity_blocks={"gpu": 4})
+    await fleet.ask("coordinator.node.register", request)
+    monkeypatch.setattr(snapshot_body, "MOST_SLOTS", 0)
+    with pytest.raises(Refused, match="no snapshot can be made: the fleet has 1 slots, a snapshot holds 0"):
+        await fleet.ask("coordinator.snapshot", messages.StatusRequest())
+    monkeypatch.setattr(registrations, "AT_ONCE", 3)
+    again = structs.replace(request, replace=True)
+    for _ in range(2):
+        await fleet.ask("coordinator.node.register", again)
+    before = coordinator.state.sequence
+    with pytest.raises(Refused, match="node 'a' has registered 3 times") as caught:
+        await fleet.ask("coordinator.node.register", again)
+    assert caught.value.code == "too_often"
+    await fleet.ask("coordinator.node.cordon", messages.NodeRequest(node="a"))
+    # The log has the cordon and no fourth registration.
+    assert coordinator.state.sequence == before + 1
 
 
 async def test_without_a_usable_snapshot_replicas_begin_with_what_the_history_has(fleet: Fleet, tmp_path: Path) -> None:
