@@ -77,7 +77,7 @@ class Scene(NamedTuple):
 async def scene(fleet: Fleet, tmp_path: Path) -> Scene:
     coordinator, router = await fleet.coordinator(), await fleet.router()
     # As fast as an answer: what takes long is no defect here.
-    fast = {"prefill_speed": 1e12, "decode_speed": 1e12}
+    fast: dict[str, Any] = {"prefill_speed": 1e12, "decode_speed": 1e12}
     await fleet.nodes(NodeConfig(name="a", **fast), NodeConfig(name="m", model="managed", cache_mode="managed", **fast))
     historian = Historian(await fleet.connect("historian"), fleet.name, tmp_path / "history", servers=[fleet.url])
     await fleet.start(historian.run)

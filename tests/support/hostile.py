@@ -36,7 +36,7 @@ def deep(levels: int = DEEP) -> Any:
     return made
 
 
-WRONG = (None, True, [], {}, [None], {"a": {"b": {}}}, "text", 7, 1.5, {"type": "x"}, [[]], {"": ""})
+WRONG: tuple[Any, ...] = (None, True, [], {}, [None], {"a": {"b": {}}}, "text", 7, 1.5, {"type": "x"}, [[]], {"": ""})
 """Values of any type, most of which are of a wrong one."""
 
 
