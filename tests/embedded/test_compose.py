@@ -63,12 +63,14 @@ async def test_a_single_server_is_there_for_this_machine_alone(tmp_path: Path) -
     process = await anyio.open_process(
         [server_binary(), "-c", "single.conf"], cwd=tmp_path, stdout=DEVNULL, stderr=DEVNULL
     )
-    async with process:
+    try:
         async with connected([f"nats://127.0.0.1:{port}"], "test", connect_seconds=20):
             # The whole of 127/8 is this machine's: who listens everywhere answers there, too.
             with pytest.raises(OSError, match="111|refused|failed"):
                 await anyio.connect_tcp("127.0.0.2", port)
+    finally:
         process.terminate()
+        await process.aclose()
 
 
 def test_every_setting_of_the_servers_is_given_and_no_other() -> None:
