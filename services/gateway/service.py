@@ -74,7 +74,8 @@ class Gateway:
         self.breaker = Breaker()
         self.measured = Measured()
         self.access = AccessLog()
-        self.server = Server(self._handle, _refusal)
+        # A client's, an engine's that works for it, and one that is kept for the next.
+        self.server = Server(self._handle, _refusal, descriptors=3)
         self.address = ("", 0)
         self._where, self._tls = where, tls
         self._pool: Pool

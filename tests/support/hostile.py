@@ -103,10 +103,10 @@ class Hostile:
                 return rng.choice([*TEXTS, *("x" * (longest + by) for by in (0, 1) if longest < 1 << 18)])
         return rng.choice([*WRONG, *FAR])
 
-    def request(self, form: str, known: dict[str, Any]) -> Any:
-        """A request of a form, with one to three of its fields extreme, one more, or one less."""
+    def request(self, form: str | Schema, known: dict[str, Any]) -> Any:
+        """A request of a form, or of a schema, with up to three of its fields extreme, one more, or one less."""
         rng = self.rng
-        schema = self._meant(self.schemas[form])
+        schema = self._meant(self.schemas[form] if isinstance(form, str) else form)
         if rng.random() < 0.03:
             return rng.choice([*WRONG, deep()])
         made: dict[str, Any] = self.plain(schema, known)
