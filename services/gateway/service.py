@@ -326,5 +326,5 @@ def _model_of(body: bytes) -> str:
     """The model that a body names, if it is one that does."""
     try:
         return msgspec.json.decode(body, type=_Model).model
-    except (msgspec.MsgspecError, UnicodeError):
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
         return ""

@@ -185,7 +185,7 @@ class Checkpoints:
         try:
             checkpoint = _decode(message.data)
             spoken_for = message.subject == checkpoint_subject(self._state.fleet, checkpoint.writer)
-        except (msgspec.DecodeError, BadName, UnicodeError) as error:
+        except (msgspec.DecodeError, BadName, UnicodeError, RecursionError) as error:
             _log.debug("bad_checkpoint", subject=message.subject, error=str(error))
             return
         if spoken_for and checkpoint.writer != self.writer:
