@@ -146,20 +146,23 @@ class Harm:
                 yield member.name, _bytes(member.process.pid)
 
     async def _watch(self) -> None:
-        """Look at everybody's memory; what has outgrown the bound is killed, so that the machine goes on."""
         while True:
-            for name, size in list(self._sizes()):
-                self.most_bytes[name] = max(self.most_bytes.get(name, 0), size)
-                if size > MOST_BYTES:
-                    self._checker.say("memory", f"{name} has {size >> 20:,} MiB, the bound is {MOST_BYTES >> 20:,} MiB")
-                    self.killed += 1
-                    if name in self._world.services:
-                        await self._world.services[name].end(signal.SIGKILL)
-                        await self._world.services[name].start()
-                    else:
-                        await self._world.servers.kill(name)
-                        await self._world.servers.begin(name)
+            await self.look()
             await anyio.sleep(LOOK_SECONDS)
+
+    async def look(self) -> None:
+        """Look at everybody's memory; what has outgrown the bound is killed, so that the machine goes on."""
+        for name, size in list(self._sizes()):
+            self.most_bytes[name] = max(self.most_bytes.get(name, 0), size)
+            if size > MOST_BYTES:
+                self._checker.say("memory", f"{name} has {size >> 20:,} MiB, the bound is {MOST_BYTES >> 20:,} MiB")
+                self.killed += 1
+                if name in self._world.services:
+                    await self._world.services[name].end(signal.SIGKILL)
+                    await self._world.services[name].start()
+                else:
+                    await self._world.servers.kill(name)
+                    await self._world.servers.begin(name)
 
     def times(self) -> dict[str, Any]:
         """How long honest routes took; says so when that is too long."""
