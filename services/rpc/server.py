@@ -112,15 +112,15 @@ class _Service(Service):
     """A micro service that lists itself to inboxes only."""
 
     async def _handle_ping_request(self, msg: Msg) -> None:
-        if answerable(msg.reply):
+        if msg.reply and answerable(msg.reply):
             await super()._handle_ping_request(msg)
 
     async def _handle_info_request(self, msg: Msg) -> None:
-        if answerable(msg.reply):
+        if msg.reply and answerable(msg.reply):
             await super()._handle_info_request(msg)
 
     async def _handle_stats_request(self, msg: Msg) -> None:
-        if answerable(msg.reply):
+        if msg.reply and answerable(msg.reply):
             await super()._handle_stats_request(msg)
 
 

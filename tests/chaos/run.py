@@ -106,7 +106,14 @@ class Run:
                                 await self.harm.usual()
                         number = 0
                         while not number or anyio.current_time() + 15 < deadline:
-                            await self._round(world, load, probe, rest, client, number)
+                            try:
+                                await self._round(world, load, probe, rest, client, number)
+                            except TimeoutError:
+                                if self.harm is None:
+                                    raise
+                                # What hostile members did keeps the fleet from coming to rest, and would for ever.
+                                self.checker.say("at rest", f"round {number} did not end")
+                                break
                             number += 1
                         if self.harm is not None:
                             await self.harm.revoke()
