@@ -13,6 +13,7 @@ from tempfile import mkdtemp
 import anyio
 import structlog
 
+from tests.chaos.harm import ATTACKERS
 from tests.chaos.run import ROUND_SECONDS, Run, Settings
 
 
@@ -33,15 +34,20 @@ def main() -> int:
         "--drills", type=int, help="kill the leader so often before, alone (default: 5 in a run of 5 minutes)"
     )
     parser.add_argument(
-        "--hostile", action="store_true", help="a node, a client and a historian with valid credentials do their worst"
+        "--hostile",
+        nargs="*",
+        choices=ATTACKERS,
+        metavar="ROLE",
+        help="members with valid credentials do their worst: node, client, historian (default: all three)",
     )
     parser.add_argument("--out", type=Path, help="where the report goes, as JSON")
     parser.add_argument("--folder", type=Path, help="where logs, ledger and schedules go (default: a new one)")
     options = parser.parse_args()
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(1_000_000)
     folder = options.folder or Path(mkdtemp(prefix="kvplane-chaos-"))
+    hostile = () if options.hostile is None else tuple(options.hostile) or ATTACKERS
     settings = Settings(
-        seed=seed, hostile=options.hostile, minutes=options.minutes,
+        seed=seed, hostile=hostile, minutes=options.minutes,
         servers=options.servers, cuts=options.cuts, round_seconds=options.round,
         drills=options.drills if options.drills is not None else 5 if options.minutes >= 5 and options.servers > 1 else 0,
     )  # fmt: skip

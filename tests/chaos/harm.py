@@ -55,10 +55,11 @@ class Phase(NamedTuple):
 class Harm:
     """Hostile members of one world."""
 
-    def __init__(self, world: World, checker: Checker, seed: int) -> None:
+    def __init__(self, world: World, checker: Checker, seed: int, roles: Sequence[Role] = ATTACKERS) -> None:
         self._world = world
         self._checker = checker
         self._seed = seed
+        self._roles = roles
         self._round = 0
         self._file = world.folder / "witness.txt"
         self._usual: Phase | None = None
@@ -100,7 +101,7 @@ class Harm:
             anyio.create_task_group() as group,
         ):
             group.start_soon(self._watch)
-            for role in ATTACKERS:
+            for role in self._roles:
                 self._seeds[role] = self._world.let_in(role, EVIL)
             yield
             group.cancel_scope.cancel()
@@ -116,7 +117,7 @@ class Harm:
         """Hostile members for the length of a block; with `measured`, honest routes must be nearly as fast as usual."""
         self._round += 1
         async with anyio.create_task_group() as group:
-            for role in ATTACKERS:
+            for role in self._roles:
                 await group.start(self._attack, role)
             begin = time.monotonic()
             yield
@@ -179,7 +180,7 @@ class Harm:
             "usual": before, "attacked": under, "most_bytes": self.most_bytes, "killed": self.killed,
             "left": self.left, "moves": self._moves(),
         }  # fmt: skip
-        idle = [role for role in ATTACKERS if not any(self._world.folder.glob(f"hostile-{role}-*.json"))]
+        idle = [role for role in self._roles if not any(self._world.folder.glob(f"hostile-{role}-*.json"))]
         if idle:
             self._checker.say("attacked", f"hostile members of role {', '.join(idle)} did nothing")
         if usual and attacked:
@@ -207,7 +208,7 @@ class Harm:
         world = self._world
         assert world.held is not None
         keys = [user.key for user in world.held.users if user.name == EVIL]
-        for role in ATTACKERS:
+        for role in self._roles:
             world.held.remove(world.fleet, role, EVIL)
         world.held.save()
         world.servers.reload()

@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from kvplane.events.log.follow import Follower, single
 from kvplane.events.log.stream import open_stream
+from kvplane.services.auth.roles import Role  # noqa: TC001 - fields of a Struct
 from tests.chaos.checker import SHOWN, Checker
 from tests.chaos.faults import schedule
 from tests.chaos.harm import Harm
@@ -47,8 +48,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     cuts: str = "auto"
     round_seconds: float = ROUND_SECONDS
     drills: int = 0
-    hostile: bool = False
-    """A node, a client and a historian with valid credentials do their worst; every other round nothing else is done."""
+    hostile: tuple[Role, ...] = ()
+    """Members of these roles, with valid credentials, do their worst; every other round nothing else is done."""
 
 
 class Run:
@@ -59,7 +60,7 @@ class Run:
         self.settings = settings
         folder.mkdir(parents=True, exist_ok=True)
         self.ledger = Ledger(folder / "ledger.jsonl")
-        self.checker = Checker(FLEET)
+        self.checker = Checker(FLEET, strangers=bool(settings.hostile))
         self.messages: list[Message] = []
         self.rests: list[float] = []
         self.rounds: list[dict[str, Any]] = []
@@ -79,7 +80,7 @@ class Run:
         deadline = anyio.current_time() + settings.minutes * 60
         try:
             async with world_in(
-                self.folder, self.ledger, servers=settings.servers, cuts=settings.cuts, guarded=settings.hostile
+                self.folder, self.ledger, servers=settings.servers, cuts=settings.cuts, guarded=bool(settings.hostile)
             ) as world:
                 self._say(
                     f"seed {settings.seed}, {len(world.names)} servers, cuts by {world.net.kind}, in {self.folder}"
@@ -99,7 +100,7 @@ class Run:
                             for _ in range(settings.drills):
                                 await Play(world, -1).drill()
                     if settings.hostile:
-                        self.harm = Harm(world, self.checker, settings.seed)
+                        self.harm = Harm(world, self.checker, settings.seed, settings.hostile)
                     async with self.harm.witnessed() if self.harm is not None else nullcontext():
                         if self.harm is not None:
                             async with load.on():
@@ -108,8 +109,8 @@ class Run:
                         while not number or anyio.current_time() + 15 < deadline:
                             try:
                                 await self._round(world, load, probe, rest, client, number)
-                            except TimeoutError:
-                                if self.harm is None:
+                            except (TimeoutError, BaseExceptionGroup) as error:
+                                if self.harm is None or not _timed_out(error):
                                     raise
                                 # What hostile members did keeps the fleet from coming to rest, and would for ever.
                                 self.checker.say("at rest", f"round {number} did not end")
@@ -225,3 +226,10 @@ class Run:
         }  # fmt: skip
         (self.folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
         return report
+
+
+def _timed_out(error: BaseException) -> bool:
+    """Whether an error is nothing but time that ran out."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(map(_timed_out, error.exceptions))
+    return isinstance(error, TimeoutError)
