@@ -22,7 +22,7 @@ TEXTS = (
     "", "\0", "\x1b[2J", "\u202eabc", "\ud800", "a\nb", "*", ">", "a.b", " ", "%zz", "%00", "../../x", "x" * 129, "y" * 5000,
     "\U0001f600" * 200, "é", "1e999", "NaN", "'; DROP TABLE x; --", "__class__", "module:attr", "x,y", "$SYS.>", "_INBOX.>",
 )  # fmt: skip
-LARGE = 70_000
+LARGE = 9_000
 """Elements of a list that has many."""
 DEEP = 3000
 """Levels of what is nested deeply."""
