@@ -8,6 +8,7 @@ ROOM ?=
 # Tests wait for servers and processes half of their time: some more workers than cores.
 WORKERS ?= $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) * 3 + 1) / 2 )))
 SEED ?=
+HOSTILE ?=
 
 .PHONY: help demo test chaos test-engine check docs bench lock clean
 .DEFAULT_GOAL := help
@@ -29,8 +30,8 @@ demo: $(READY) ## start a fleet, show every feature, kill it, bring it back
 test: $(READY) ## run the tests, or those of one room: make test ROOM=routing
 	$(BIN)/pytest -q --durations=20 -n $(WORKERS) --dist worksteal tests/$(ROOM)
 
-chaos: $(READY) ## kill, stop and cut a fleet under load: make chaos MINUTES=30 SEED=1, report in build/chaos.json
-	$(BIN)/python -m tests.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) --out build/chaos.json
+chaos: $(READY) ## kill, stop and cut a fleet under load: make chaos MINUTES=30 SEED=1 HOSTILE=1, report in build/chaos.json
+	$(BIN)/python -m tests.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(if $(HOSTILE),--hostile) --out build/chaos.json
 
 test-engine: $(READY) ## run two real vLLM engines behind a router (installs 3.5 GB into build/)
 	$(BIN)/python -m tests.engines.live

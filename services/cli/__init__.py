@@ -15,7 +15,7 @@ from cyclopts import App, Parameter
 from kvplane.events.errors import KvplaneError, first_known
 from kvplane.services.process import ending
 from kvplane.services.process.later import later
-from kvplane.services.process.terminal import printable
+from kvplane.services.process.terminal import paragraph, show_uncaught
 from kvplane.services.protocol.errors import OutputFailed
 
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ def _run(called: App, arguments: Sequence[str] | None) -> int:
     try:
         command, bound, _ = called.parse_args(arguments, exit_on_error=True)
         if arguments is None:
+            sys.excepthook = show_uncaught
             ending.interruptible()
         result = command(*bound.args, **bound.kwargs)
     except KvplaneError as error:
@@ -138,5 +139,5 @@ def _run(called: App, arguments: Sequence[str] | None) -> int:
 def fail(error: KvplaneError) -> NoReturn:
     """Say what went wrong and leave."""
     with suppress(BrokenPipeError):
-        sys.stderr.write(f"kvplane: {printable(str(error), lines=True)} [{error.code}]\n")
+        sys.stderr.write(f"kvplane: {paragraph(str(error))} [{error.code}]\n")
     sys.exit(1)

@@ -17,6 +17,7 @@ from cyclopts import Parameter
 from kvplane.events.log.connection import DEFAULT_URL, connected
 from kvplane.events.subjects import check_fleet
 from kvplane.services.process import logs
+from kvplane.services.process.descriptors import raise_limit
 from kvplane.services.process.modules import look_here
 from kvplane.services.protocol.errors import BadRequest
 
@@ -111,6 +112,7 @@ def run_until_signal(function: Callable[..., Awaitable[object]], *arguments: Any
 
     One that has not ended `STOP_SECONDS` after the signal is ended hard, with exit code 1.
     """
+    raise_limit()
 
     async def main() -> None:
         async with anyio.create_task_group() as group:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.csv
 import pyarrow.parquet
 from cyclopts import Parameter
@@ -24,7 +25,7 @@ from kvplane.services.cli.show import Column, Styled
 from kvplane.services.cli.words import hexadecimal
 from kvplane.services.history.client import pages
 from kvplane.services.history.plain import exact, plain
-from kvplane.services.process.terminal import json_text
+from kvplane.services.process.terminal import json_text, paragraph, spreadsheet
 from kvplane.services.protocol.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ SHOWN_ROWS = 200
 """Rows that a table on the terminal has at the most."""
 SHOWN_PARTS = 16
 """Most elements of a list in such a table; it says how many more there are."""
+_ODD_TEXT = r"^\s*[=+\-@]|[^ -~]"
+"""What CSV may not have as it is."""
 
 HELP = """\
 A query may take several lines and ends with a semicolon. Tab completes names.
@@ -67,7 +70,8 @@ def sql(
     json
         Print one JSON object a row. Integers beyond 2^53, such as block hashes, are strings.
     csv
-        Print CSV.
+        Print CSV for spreadsheets: text that they would compute has an apostrophe before it, control characters are
+        escaped. The other forms are exact.
     parquet
         Write the result to this file, as Parquet.
     arrow
@@ -145,20 +149,12 @@ def _as_json(_: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
 
 @contextmanager
 def _as_csv(schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
-    nested = {field.name for field in schema if pa.types.is_nested(field.type) or pa.types.is_binary(field.type)}
+    names = [spreadsheet(field.name) for field in schema]
     header = True
 
     def take(page: pa.Table) -> None:
         nonlocal header
-        columns = [
-            pa.array(
-                [None if value is None else msgspec.json.encode(exact(value)).decode() for value in column.to_pylist()]
-            )
-            if name in nested
-            else column
-            for name, column in zip(page.column_names, page.columns, strict=True)
-        ]
-        flat = pa.table(columns, names=page.column_names)
+        flat = pa.table([_csv_column(column) for column in page.columns], names=names)
         options = pa.csv.WriteOptions(include_header=header)
         header = False
         sink = pa.BufferOutputStream()
@@ -167,6 +163,23 @@ def _as_csv(schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
 
     yield take
     sys.stdout.flush()
+
+
+def _csv_column(column: Any) -> Any:  # noqa: ANN401 - an array of pyarrow's
+    """A column as CSV has it: a row stays one line, what is nested is JSON, and nothing is a formula."""
+    kind = column.type
+    if pa.types.is_nested(kind) or pa.types.is_binary(kind):
+        return pa.array(
+            [None if value is None else json_text(msgspec.json.encode(exact(value))) for value in column.to_pylist()]
+        )
+    if pa.types.is_dictionary(kind):
+        column = column.cast(pa.string())
+    elif not pa.types.is_string(kind):
+        return column
+    # Most columns have nothing of it, and the search is many times faster than Python.
+    if not pa.compute.any(pa.compute.match_substring_regex(column, _ODD_TEXT)).as_py():
+        return column
+    return pa.array([None if value is None else spreadsheet(value) for value in column.to_pylist()], pa.string())
 
 
 @contextmanager
@@ -363,7 +376,7 @@ async def _prompt(
             try:
                 await _run(client, common.fleet, query, writer, seconds, rows)
             except KvplaneError as error:
-                for part in str(error).splitlines():
+                for part in paragraph(str(error)).split("\n"):
                     show.say(Styled(part, "red"))
 
 

@@ -35,7 +35,7 @@ def field(value: object) -> str:
             plain = value and not any(each.isspace() or each == '"' for each in value)
             return value if plain else '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
         case Mapping():
-            return "{" + ",".join(f"{key}:{field(part)}" for key, part in value.items()) + "}"
+            return "{" + ",".join(f"{field(key)}:{field(part)}" for key, part in value.items()) + "}"
         case Sequence():
             return "[" + ",".join(map(field, value)) + "]"
     return str(value)

@@ -49,7 +49,11 @@ class Proposal(NamedTuple):
 def propose(topic: Topic, name: str, event: types.Event) -> Proposal:
     """A proposal that every reader will take as valid. Raises `BadRequest` for one that none would."""
     try:
-        validate(Place(topic, name), decode_body(topic, encode([event])))
+        encoded = encode([event])
+    except (OverflowError, UnicodeEncodeError) as error:
+        raise BadRequest(f"a value can't be written to the log: {error}") from None
+    try:
+        validate(Place(topic, name), decode_body(topic, encoded))
     except BadCommit as error:
         raise BadRequest(str(error)) from None
     return Proposal(topic, name, event)

@@ -189,7 +189,7 @@ class Engine:
             if status == 200:
                 try:
                     return json.loads(text)
-                except ValueError:
+                except (ValueError, RecursionError):
                     continue
         return None
 

@@ -8,6 +8,8 @@ from typing import IO, TYPE_CHECKING
 
 import msgspec
 
+from kvplane.services.process.terminal import json_text
+
 if TYPE_CHECKING:
     from kvplane.services.gateway.forward import Outcome
     from kvplane.services.http.server import Exchange
@@ -38,6 +40,6 @@ class AccessLog:
             }  # fmt: skip
         if traceparent:
             line["traceparent"] = traceparent
-        self.stream.write(msgspec.json.encode(line).decode() + "\n")
+        self.stream.write(json_text(msgspec.json.encode(line)) + "\n")
         if self.stream is sys.stderr:
             self.stream.flush()

@@ -97,7 +97,7 @@ def token_ids(asked: Asked) -> list[int] | None:
         return None
     try:
         ids = _tokens(raw)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, RecursionError):
         # Several prompts in one request, or texts: the engine answers them all, from wherever they lie.
         return None
     if not ids:

@@ -155,7 +155,7 @@ def _ids(answer: bytes) -> list[int] | None:
             rendered: Any = several[0] if len(several) == 1 else _Rendered()
         else:
             rendered = _rendered(answer)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, RecursionError):
         return None
     ids = rendered.token_ids or rendered.prompt_token_ids or rendered.tokens
     if not ids or min(ids) < 0 or max(ids) >= 1 << 32:

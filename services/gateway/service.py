@@ -74,7 +74,8 @@ class Gateway:
         self.breaker = Breaker()
         self.measured = Measured()
         self.access = AccessLog()
-        self.server = Server(self._handle, _refusal)
+        # A client's, an engine's that works for it, and one that is kept for the next.
+        self.server = Server(self._handle, _refusal, descriptors=3)
         self.address = ("", 0)
         self._where, self._tls = where, tls
         self._pool: Pool
@@ -325,5 +326,5 @@ def _model_of(body: bytes) -> str:
     """The model that a body names, if it is one that does."""
     try:
         return msgspec.json.decode(body, type=_Model).model
-    except (msgspec.MsgspecError, UnicodeError):
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
         return ""

@@ -75,7 +75,7 @@ def _of_user(given: object) -> str:
         return found.group(1)
     try:
         decoded = msgspec.json.decode(given)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, RecursionError):
         return ""
     session = decoded.get("session_id") if isinstance(decoded, dict) else None
     return session if isinstance(session, str) else ""
@@ -91,6 +91,6 @@ def _begun(fields: Fields) -> str:
             if _message(item).role == "assistant":
                 begun = [bytes(fields.system), *(bytes(each) for each in items[:count])]
                 return "~" + xxh3_128_hexdigest(b"\0".join(begun))
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, RecursionError):
         pass
     return ""

@@ -76,7 +76,7 @@ def in_answer(body: bytes) -> Usage:
         return Usage()
     try:
         return _in_chunk(_decode(body)) or Usage()
-    except (msgspec.MsgspecError, UnicodeError):
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
         return Usage()
 
 
@@ -154,7 +154,7 @@ class Events:
             return None
         try:
             chunk = _decode(event[at + 5 :].strip())
-        except (msgspec.MsgspecError, UnicodeError):
+        except (msgspec.MsgspecError, UnicodeError, RecursionError):
             return None
         found = _in_chunk(chunk)
         if found is not None:

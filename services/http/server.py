@@ -18,6 +18,7 @@ import anyio
 import structlog
 
 from kvplane.services.http.reader import BODY_BYTES, Request, RequestReader
+from kvplane.services.process.descriptors import spared
 from kvplane.services.protocol.errors import BadHttp, HttpFailed
 
 if TYPE_CHECKING:
@@ -26,10 +27,16 @@ if TYPE_CHECKING:
 
 BACKLOG = 4096
 CONNECTIONS_LIMIT = 20_000
-"""Most connections of a process; one more is answered 503 and closed."""
+"""Most connections of a server, if the process may have as many descriptors. One more takes the place of the one that has been
+without a whole request for the longest time; where all are at work, it is answered 503 and closed."""
 HEAD_SECONDS = 10.0
-"""How long the head of a request may take, from its first byte or the connection's start."""
+"""How long the head of a request may take, from its first byte, or from the connection's start the handshake of TLS."""
 BODY_SECONDS = 300.0
+"""How long a request may take, from its first byte."""
+SLOW_SECONDS = 120.0
+"""How long a client may read nothing of its answer while more of it waits."""
+MADE_ROOM = 16
+"""So many parts of all connections go at once where there is no place for a new one, one at least."""
 IDLE_SECONDS = 75.0
 """How long a connection may be without a request."""
 PIPELINED_LIMIT = 16
@@ -60,25 +67,30 @@ def bound(host: str, port: int, *, share: bool = False) -> socket.socket:
     With `share` other processes may listen at the same port. Raises `HttpFailed`.
     """
     try:
-        family, kind, _, _, at = socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        made = socket.socket(family, kind)
-        try:
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if share:
-                made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            made.bind(at)
-            # Else another could be bound to the same address until this one listens.
-            made.listen(BACKLOG)
-        except OSError:
-            made.close()
-            raise
+        return bind(host, port, share=share)
     except OSError as error:
         where = f"{host or '*'}:{port}"
         raise HttpFailed(
             f"HTTP can't be served at {where} ({error.strerror or error}); choose another address"
         ) from None
+
+
+def bind(host: str, port: int, *, share: bool = False) -> socket.socket:
+    """As `bound`, for those who say themselves what failed. Raises `OSError`."""
+    family, kind, _, _, at = socket.getaddrinfo(
+        host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]  # fmt: skip
+    made = socket.socket(family, kind)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if share:
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        made.bind(at)
+        # Else another could be bound to the same address until this one listens.
+        made.listen(BACKLOG)
+    except OSError:
+        made.close()
+        raise
     made.setblocking(False)  # noqa: FBT003 - as sockets have it
     return made
 
@@ -191,6 +203,8 @@ class _Connection(asyncio.Protocol):
         self.slow = False
         self.peer = ""
         self.since = server.now
+        """Since when it has been as it is: idle, or with a request that has begun and is not whole."""
+        self._slow_since = server.now
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
@@ -215,6 +229,7 @@ class _Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._refused is not None:
             return
+        inside = self._reader.inside
         try:
             requests = self._reader.feed(data)
         except BadHttp as error:
@@ -222,7 +237,8 @@ class _Connection(asyncio.Protocol):
             if self.exchange is None:
                 self._refuse(error)
             return
-        if self.exchange is None:
+        # Not at every piece: who sends a byte now and then would have all the time in the world.
+        if self.exchange is None and (requests or not inside):
             self.since = self._server.now
         for request in requests:
             self._waiting.append(request)
@@ -233,6 +249,7 @@ class _Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self.slow = True
+        self._slow_since = self._server.now
         if self.exchange is not None and self.exchange.on_slow is not None:
             self.exchange.on_slow()
 
@@ -271,8 +288,12 @@ class _Connection(asyncio.Protocol):
         self._next()
 
     def sweep(self, now: float) -> None:
-        """Leave when nothing was asked for too long."""
-        if self.exchange is not None or self.closed:
+        """Leave when nothing was asked for too long, or when the answer is not taken."""
+        if self.closed:
+            return
+        if self.slow and now - self._slow_since > SLOW_SECONDS:
+            self.break_off()
+        if self.exchange is not None:
             return
         quiet = now - self.since
         if not self._reader.inside:
@@ -280,6 +301,14 @@ class _Connection(asyncio.Protocol):
                 self._transport.close()
         elif quiet > (BODY_SECONDS if self._reader.in_body else HEAD_SECONDS):
             self._refuse(BadHttp(408, "the request did not come whole in time"))
+
+    def make_room(self) -> None:
+        """Leave, so that another has a place."""
+        if self._reader.inside:
+            self._refuse(BadHttp(408, "the request did not come whole in time, and others want its place"))
+        else:
+            self._transport.close()
+        self.closed = True
 
     def _pause(self) -> None:
         if not self._paused:
@@ -304,15 +333,19 @@ class _Connection(asyncio.Protocol):
 
 
 class Server:
-    """Serves HTTP with a handler. `refusal` makes the body of an answer to what can't be read."""
+    """Serves HTTP with a handler. `refusal` makes the body of an answer to what can't be read.
+
+    A connection takes `descriptors` descriptors, those that the handler uses for it included.
+    """
 
     def __init__(
         self, handler: Callable[[Exchange], Awaitable[None]], refusal: Callable[[BadHttp], bytes], *,
-        connections: int = CONNECTIONS_LIMIT, body_bytes: int = BODY_BYTES,
+        connections: int = CONNECTIONS_LIMIT, descriptors: int = 1, body_bytes: int = BODY_BYTES,
     ) -> None:  # fmt: skip
         self._handler = handler
         self.refusal = refusal
-        self._limit = connections
+        self.limit = spared(connections, descriptors)
+        """Most connections."""
         self.body_bytes = body_bytes
         self.draining = False
         self.now = 0.0
@@ -337,7 +370,10 @@ class Server:
         self._loop = loop = asyncio.get_running_loop()
         self.now = loop.time()
         async with anyio.create_task_group() as group:
-            server = await loop.create_server(lambda: _Connection(self), sock=where, backlog=BACKLOG, ssl=tls)
+            server = await loop.create_server(
+                lambda: _Connection(self), sock=where, backlog=BACKLOG, ssl=tls,
+                ssl_handshake_timeout=HEAD_SECONDS if tls is not None else None,
+            )  # fmt: skip
             group.start_soon(self._sweep)
             try:
                 yield where.getsockname()[:2]
@@ -360,11 +396,17 @@ class Server:
 
     def add(self, connection: _Connection) -> bool:
         """A connection has come; whether it is taken."""
+        if len(self._connections) >= self.limit:
+            # Several at once: looking for them again for each that comes would be work.
+            waiting = sorted((each for each in self._connections if each.exchange is None), key=lambda each: each.since)
+            for each in waiting[: len(self._connections) // MADE_ROOM or 1]:
+                each.make_room()
+                self._connections.discard(each)
+        if len(self._connections) >= self.limit:
+            self.refused_connections += 1
+            return False
         self._connections.add(connection)
-        if len(self._connections) <= self._limit:
-            return True
-        self.refused_connections += 1
-        return False
+        return True
 
     def remove(self, connection: _Connection) -> None:
         """A connection has gone."""

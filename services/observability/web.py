@@ -5,26 +5,38 @@ An answer shows by itself that the loop turns: where it is late, the service is.
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import socket
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs
 
 import anyio
 import structlog
-from aiohttp import web
-from prometheus_client.aiohttp import make_aiohttp_handler
+from prometheus_client.exposition import choose_encoder
 
+from kvplane.services.http.server import Server, bind
 from kvplane.services.observability.collect import FOLLOWING, Observed, registry
 from kvplane.services.observability.lifeline import Lifeline
 from kvplane.services.protocol.errors import BadRequest, HttpFailed
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
+    from prometheus_client import CollectorRegistry
+
+    from kvplane.services.http.server import Exchange
     from kvplane.services.observability.collect import Service
+    from kvplane.services.protocol.errors import BadHttp
 
 LOOK_SECONDS = 1.0
+CONNECTIONS_LIMIT = 64
+"""Most connections: for scrapers and supervisors, not for a crowd."""
+BODY_BYTES = 1 << 16
+"""Longest body of a request; none is needed."""
+_JSON = [(b"content-type", b"application/json; charset=utf-8")]
 REPEAT_SECONDS = 10.0
 """How often a service that is not ready says why."""
 
@@ -94,55 +106,75 @@ async def listening(http: str | None, observed: Sequence[Observed], *, optional:
         yield None
         return
     host, port = address(http)
-    runner = web.AppRunner(_application(observed), access_log=None, handle_signals=False, shutdown_timeout=1)
-    await runner.setup()
     try:
-        site = web.TCPSite(runner, host, port)
-        try:
-            await site.start()
-        except socket.gaierror:
-            raise HttpFailed(f"--http: no address is known for host {host!r}; give one of this machine's") from None
-        except OSError as error:
-            # Tried, not looked at before: between a look and this somebody else could take it.
-            if not optional:
-                raise HttpFailed(
-                    f"--http {http} can't be listened on ({os.strerror(error.errno or 0)}); choose another, or stop what has it"
-                ) from None
-            _log.warning("http_taken", address=http, instead="nothing; choose another with --http")
-            yield None
+        where = bind(host, port)
+    except socket.gaierror:
+        raise HttpFailed(f"--http: no address is known for host {host!r}; give one of this machine's") from None
+    except OSError as error:
+        # Tried, not looked at before: between a look and this somebody else could take it.
+        if not optional:
+            raise HttpFailed(
+                f"--http {http} can't be listened on ({os.strerror(error.errno or 0)}); choose another, or stop what has it"
+            ) from None
+        _log.warning("http_taken", address=http, instead="nothing; choose another with --http")
+        yield None
+        return
+    server = Server(_handler(observed), _refusal, connections=CONNECTIONS_LIMIT, descriptors=2, body_bytes=BODY_BYTES)
+    async with server.listening(where):
+        _log.info("http_listens", address=http)
+        yield http
+
+
+def _handler(observed: Sequence[Observed]) -> Callable[[Exchange], Awaitable[None]]:
+    measured = registry(observed)
+
+    async def handle(exchange: Exchange) -> None:
+        request = exchange.request
+        if request.method not in {b"GET", b"HEAD"}:
+            _plain(exchange, 405, "only GET is answered here", [(b"allow", b"GET, HEAD")])
+        elif request.path == b"/metrics":
+            _metrics(exchange, measured)
+        elif request.path == b"/healthz":
+            _answer(exchange, "alive", {one.service.role: _alive(one) for one in observed})
+        elif request.path == b"/readyz":
+            found = {one.service.role: one.service.readiness() for one in observed}
+            _answer(exchange, "ready", {role: {"reason": one.reason, **one.facts} for role, one in found.items()})
         else:
-            _log.info("http_listens", address=http)
-            yield http
-    finally:
-        with anyio.CancelScope(shield=True):
-            await runner.cleanup()
+            _plain(exchange, 404, "there are /metrics, /healthz and /readyz here")
+
+    return handle
 
 
-def _application(observed: Sequence[Observed]) -> web.Application:
-    async def healthz(_: web.Request) -> web.Response:
-        states = {
-            one.service.role: {
-                "reason": "the connection's read loop has ended" if one.lifeline.deaf else "",
-                "connected": one.service.client.is_connected,
-                "read_loop_failures": one.lifeline.failures,
-            }
-            for one in observed
-        }
-        return _answer("alive", states)
-
-    async def readyz(_: web.Request) -> web.Response:
-        found = {one.service.role: one.service.readiness() for one in observed}
-        return _answer("ready", {role: {"reason": one.reason, **one.facts} for role, one in found.items()})
-
-    application = web.Application()
-    application.router.add_get("/metrics", make_aiohttp_handler(registry(observed)))
-    application.router.add_get("/healthz", healthz)
-    application.router.add_get("/readyz", readyz)
-    return application
+def _metrics(exchange: Exchange, measured: CollectorRegistry) -> None:
+    request = exchange.request
+    encoder, kind = choose_encoder(request.header(b"accept").decode("latin-1"))
+    names = parse_qs(request.target.partition(b"?")[2].decode("latin-1")).get("name[]")
+    body = encoder(measured if names is None else measured.restricted_registry(names))
+    headers = [(b"content-type", kind.encode())]
+    if b"gzip" in request.header(b"accept-encoding"):
+        body = gzip.compress(body, 1)
+        headers.append((b"content-encoding", b"gzip"))
+    exchange.send(200, headers, body)
 
 
-def _answer(what: str, states: dict[str, dict[str, Any]]) -> web.Response:
+def _alive(one: Observed) -> dict[str, Any]:
+    return {
+        "reason": "the connection's read loop has ended" if one.lifeline.deaf else "",
+        "connected": one.service.client.is_connected,
+        "read_loop_failures": one.lifeline.failures,
+    }
+
+
+def _answer(exchange: Exchange, what: str, states: dict[str, dict[str, Any]]) -> None:
     """200, or 503 with the reasons of all services that are not so."""
     reasons = [f"{role}: {state['reason']}" for role, state in states.items() if state["reason"]]
     body = {what: not reasons, "reason": "; ".join(reasons), "services": states}
-    return web.json_response(body, status=503 if reasons else 200)
+    exchange.send(503 if reasons else 200, _JSON, json.dumps(body).encode())
+
+
+def _plain(exchange: Exchange, status: int, sentence: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+    exchange.send(status, [(b"content-type", b"text/plain; charset=utf-8"), *headers], sentence.encode())
+
+
+def _refusal(error: BadHttp) -> bytes:
+    return json.dumps({"error": str(error)}).encode()

@@ -69,9 +69,18 @@ def configure(level: Level = "info", form: Literal["auto", "text", "json"] = "au
     if as_json:
         processors += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     else:
-        processors.append(log_printable)
-        processors.append(structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()))
+        processors += [
+            structlog.processors.format_exc_info,
+            log_printable,
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+            ),
+        ]
     logging.getLogger("asyncio").addFilter(_worth_saying)
+    if logging.lastResort is not None:
+        # What libraries log on their own: the same form, with the same care for what came from outside.
+        steps = [structlog.stdlib.ProcessorFormatter.remove_processors_meta, *processors]
+        logging.lastResort.setFormatter(structlog.stdlib.ProcessorFormatter(processors=steps))
     structlog.configure(
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),

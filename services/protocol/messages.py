@@ -13,7 +13,7 @@ from msgspec import Meta, Struct
 from kvplane.events.errors import BadHashes, BadName
 from kvplane.events.hashing import MOST_TOKENS, format_hash, pack_hashes, parse_hash, unpack_hashes
 from kvplane.events.subjects import check_name
-from kvplane.events.types import HASHES_LIMIT, Count, EngineHash, Length, Seconds, Tier
+from kvplane.events.types import HASHES_LIMIT, Count, EngineHash, Length, Tier
 from kvplane.services.protocol.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -21,9 +21,13 @@ if TYPE_CHECKING:
 
 _HASH_BYTES = 8
 _PROMPT_LIMIT = 1 << 26
+SECONDS_LIMIT = 1_000_000
+"""Longest time that a completion may say, in seconds; 11 days."""
 LEASE_LIMIT = 900
 """Longest lease of a request, in seconds; after as long without a completion every request is taken as over."""
 
+Took = Annotated[float, Meta(ge=0, le=SECONDS_LIMIT)]
+"""How long something took, in seconds."""
 Moment = str | Count
 """A sequence, or a time (ISO 8601, UTC unless it says otherwise)."""
 Packed = Annotated[bytes, Meta(max_length=HASHES_LIMIT * _HASH_BYTES)]
@@ -94,8 +98,8 @@ class CompleteRequest(_Request, frozen=True, kw_only=True):
     prompt_tokens: Count = 0
     cached_tokens: Count = 0
     output_tokens: Count = 0
-    ttft: Seconds = 0.0
-    duration: Seconds = 0.0
+    ttft: Took = 0.0
+    duration: Took = 0.0
     traceparent: str = ""
 
 
@@ -226,8 +230,8 @@ class ServeRequest(_Request, frozen=True, kw_only=True):
 
     request: str
     hashes: Packed
-    tokens: Count
-    output_tokens: Count = 16
+    tokens: Length
+    output_tokens: Length = 16
     traceparent: str = ""
 
 

@@ -218,7 +218,7 @@ class Checkpoints:
             checkpoint = _decode(message.data)
             role = message.subject.split(".")[3]
             spoken_for = message.subject == checkpoint_subject(self._state.fleet, role, checkpoint.writer)
-        except (msgspec.DecodeError, BadName, UnicodeError, IndexError) as error:
+        except (msgspec.DecodeError, BadName, UnicodeError, IndexError, RecursionError) as error:
             _log.debug("bad_checkpoint", subject=message.subject, error=str(error))
             return
         if spoken_for and checkpoint.writer != self.writer:

@@ -347,7 +347,7 @@ class Coordinator:
     async def _heartbeat(self, message: Msg) -> None:
         try:
             heartbeat = _decode_heartbeat(message.data)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             self.bad_heartbeats += 1
             _log.warning("bad_heartbeat", subject=message.subject, error=str(error))
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
 
@@ -10,9 +11,11 @@ import msgspec
 import structlog
 from nats.errors import Error as NatsError
 from nats.errors import NoRespondersError
+from nats.errors import TimeoutError as NatsTimeoutError
 
 from kvplane.events.errors import ConnectionLost
 from kvplane.events.log.servers import request as ask_once
+from kvplane.services.protocol import signs
 from kvplane.services.protocol.endpoints import of_subject
 from kvplane.services.protocol.errors import BadRequest, NoAnswer, Refused
 from kvplane.services.protocol.messages import RouteRequest, StatusRequest
@@ -42,8 +45,8 @@ async def ask(
     """Send a request in MessagePack and return the answer, as `form` or as plain data.
 
     What is read from memory is asked again when its answer does not come; so is a route, under one id, so that it counts
-    once. Anything else is asked once. Raises `Refused` with the service's own code and sentence, `BadRequest` for more than the
-    server takes, or `NoAnswer`.
+    once. Anything else is asked once; where it may take longer than `ASK_SECONDS`, the service gives signs of life. Raises
+    `Refused` with the service's own code and sentence, `BadRequest` for more than the server takes, or `NoAnswer`.
     """
     if isinstance(request, RouteRequest) and not request.request:
         request = msgspec.structs.replace(request, request=uuid4().hex)
@@ -58,6 +61,8 @@ async def ask(
             answer = await _ask_until_answered(client, subject, asked, seconds, min(NOBODY_SECONDS, seconds))
         elif _again(subject, request):
             answer = await _ask_until_answered(client, subject, asked, seconds, 0)
+        elif seconds > ASK_SECONDS:
+            answer = await _ask_watching(client, subject, asked, seconds)
         else:
             answer = await client.request(subject, asked, timeout=seconds)
     except NoRespondersError:
@@ -89,6 +94,37 @@ def _again(subject: str, request: msgspec.Struct) -> bool:
     """Whether the answer changes nothing and takes no time to make, so that it may be asked for again; a digest takes some."""
     spec = of_subject(subject)
     return spec is not None and spec.again and not (isinstance(request, StatusRequest) and request.digest)
+
+
+async def _ask_watching(client: Client, subject: str, body: bytes, seconds: float) -> Msg:
+    """Ask for what takes long, and wait for no service that has died meanwhile. Raises `NoAnswer` and errors of NATS."""
+    inbox = client.new_inbox()
+    subscription = await client.subscribe(inbox)
+    try:
+        await client.publish(subject, body, reply=inbox, headers={signs.WANTED: "1"})
+        give_up = anyio.current_time() + seconds
+        patience = seconds
+        while True:
+            left = give_up - anyio.current_time()
+            try:
+                message = await subscription.next_msg(timeout=max(0.001, min(patience, left)))
+            except NatsTimeoutError:
+                if left <= patience:
+                    raise
+                raise NoAnswer(
+                    f"what worked on {subject} gave no sign of life for {patience:g} s: it was stopped, or can't be reached; "
+                    "ask again"
+                ) from None
+            headers = message.headers or {}
+            if signs.SIGN in headers:
+                patience = signs.SILENT_SECONDS
+            elif headers.get("Status") == "503" and not message.data:
+                raise NoRespondersError
+            else:
+                return message
+    finally:
+        with suppress(NatsError, OSError):
+            await subscription.unsubscribe()
 
 
 async def _ask_until_answered(client: Client, subject: str, body: bytes, seconds: float, nobody: float) -> Msg:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -26,6 +26,7 @@ from kvplane.events.errors import BadName, KvplaneError
 from kvplane.events.subjects import name_of
 from kvplane.events.versions import FORMAT
 from kvplane.services.process.version import package_version
+from kvplane.services.protocol import signs
 from kvplane.services.protocol.endpoints import served
 from kvplane.services.protocol.errors import AnswerTooLarge, BadRequest, NotYours, ServiceFault
 from kvplane.services.protocol.messages import decode_request, encode_answer, is_json
@@ -34,7 +35,7 @@ from kvplane.services.rpc.asker import REPLY
 from kvplane.services.rpc.tally import OK, Tally
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection, Mapping
+    from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 
     from anyio.abc import TaskGroup
     from nats.aio.client import Client
@@ -280,7 +281,8 @@ def _concurrent(endpoint: Endpoint, tally: Tally, group: TaskGroup) -> Callable[
                 with bound_contextvars(trace=traceparent) if traceparent else _NOTHING:
                     result = await answer(asked, traceparent)
             else:
-                result = await answer(asked)
+                with _signing(request, group) if signs.WANTED in (request.headers or {}) else _NOTHING:
+                    result = await answer(asked)
             reply = encode_answer(result, as_json=is_json(body))
         except Exception as error:  # noqa: BLE001 - every error is answered
             tally.add(name, _code(error), clock() - begin)
@@ -294,6 +296,24 @@ def _concurrent(endpoint: Endpoint, tally: Tally, group: TaskGroup) -> Callable[
             group.start_soon(work, request)
 
     return handle
+
+
+@contextmanager
+def _signing(request: Request, group: TaskGroup) -> Iterator[None]:
+    """Signs of life for the one who asked, at once and then again and again, for the length of a block."""
+    scope = anyio.CancelScope()
+
+    async def sign() -> None:
+        with scope, suppress(NatsError, ValueError, OSError):
+            while True:
+                await request.respond(b"", {signs.SIGN: "1"})
+                await anyio.sleep(signs.SIGN_SECONDS)
+
+    group.start_soon(sign)
+    try:
+        yield
+    finally:
+        scope.cancel()
 
 
 async def _respond(request: Request, reply: bytes, traceparent: str = "") -> None:

@@ -13,6 +13,7 @@ from tempfile import mkdtemp
 import anyio
 import structlog
 
+from tests.chaos.harm import ATTACKERS
 from tests.chaos.run import ROUND_SECONDS, Run, Settings
 
 
@@ -32,16 +33,26 @@ def main() -> int:
     parser.add_argument(
         "--drills", type=int, help="kill the leader so often before, alone (default: 5 in a run of 5 minutes)"
     )
+    parser.add_argument(
+        "--hostile",
+        nargs="*",
+        choices=ATTACKERS,
+        metavar="ROLE",
+        help="members with valid credentials do their worst: node, client, historian (default: all three)",
+    )
     parser.add_argument("--out", type=Path, help="where the report goes, as JSON")
     parser.add_argument("--folder", type=Path, help="where logs, ledger and schedules go (default: a new one)")
     options = parser.parse_args()
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(1_000_000)
     folder = options.folder or Path(mkdtemp(prefix="kvplane-chaos-"))
+    hostile = () if options.hostile is None else tuple(options.hostile) or ATTACKERS
     settings = Settings(
-        seed=seed, minutes=options.minutes, servers=options.servers, cuts=options.cuts, round_seconds=options.round,
+        seed=seed, hostile=hostile, minutes=options.minutes,
+        servers=options.servers, cuts=options.cuts, round_seconds=options.round,
         drills=options.drills if options.drills is not None else 5 if options.minutes >= 5 and options.servers > 1 else 0,
     )  # fmt: skip
     # The fleet's own logs lie in the folder; what this process's clients live through is no news.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
 
     def say(line: str) -> None:

@@ -73,8 +73,10 @@ class Stored(NamedTuple):
 class Checker:
     """Both folds and what they found, as far as the log was fed."""
 
-    def __init__(self, fleet: str) -> None:
+    def __init__(self, fleet: str, *, strangers: bool = False) -> None:
         self.fleet = fleet
+        self._strangers = strangers
+        """Whether somebody may give two requests one id: then only ids that routers gave are judged."""
         self.state = FleetState(fleet)
         self.naive = NaiveFleet()
         self.found: list[Violation] = []
@@ -152,7 +154,7 @@ class Checker:
                 self.say("capacity", f"{commit.place.name!r} holds {held} of {most} blocks at {sequence}")
 
     def _decision(self, sequence: int, event: types.RequestRouted) -> None:
-        if event.request in self.decisions:
+        if event.request in self.decisions and not (self._strangers and not event.request.startswith("router-")):
             self.say(
                 "once",
                 f"request {event.request} has a decision at {self.decisions[event.request].sequence} and {sequence}",

@@ -17,8 +17,8 @@ from kvplane.events import codec, types
 from kvplane.events.errors import LogError, LostRace
 from kvplane.events.hashing import pack_hashes
 from kvplane.events.log.append import Appender, new_writer
-from kvplane.events.log.connection import connected
 from kvplane.events.log.group import GroupWriter
+from kvplane.events.subjects import token
 from kvplane.services.demo.workload import conversations
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import NoAnswer, Refused, ServiceFault
@@ -134,7 +134,7 @@ class Load:
                 self.resting.set()
 
     async def _client(self, name: str, task: Callable[[Client], Awaitable[None]]) -> None:
-        async with connected(self.world.urls("harness"), name, connect_seconds=60) as client:
+        async with self.world.client(name) as client:
             await task(client)
 
     async def ask(self, client: Client, endpoint: str, request: Any, seconds: float = ASK_SECONDS) -> Any:
@@ -275,7 +275,8 @@ class Load:
             request=answer["request"], hashes=hashes, tokens=len(hashes) // 8 * BLOCK + 5, output_tokens=8
         )  # fmt: skip
         with suppress(ServiceFault):
-            await ask(client, answer["address"], serve, seconds=ASK_SECONDS)
+            # By its subject: its address is that of an engine's HTTP.
+            await ask(client, f"kv.{self.fleet}.serve.{token(answer['node'])}", serve, seconds=ASK_SECONDS)
             self.count("served")
 
     async def route_own(self, client: Client) -> None:

@@ -11,7 +11,6 @@ import anyio
 
 from kvplane.events import types
 from kvplane.events.errors import LogError
-from kvplane.events.log.connection import connected
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import ServiceFault
 from kvplane.services.rpc.client import ask
@@ -45,7 +44,7 @@ class Probe:
                 group.start_soon(self._route, url)
 
     async def _write(self) -> None:
-        async with connected(self._world.urls("harness"), "probe", connect_seconds=60) as client:
+        async with self._world.client("probe") as client:
             appender = Noted(client, self._world.fleet, self._world.ledger)
             subject = f"kv.{self._world.fleet}.cache.probe"
             batch = 0
@@ -63,7 +62,7 @@ class Probe:
     async def _route(self, url: str) -> None:
         """Ask by one server only: which of them is gone must not decide whether routers are."""
         request = messages.RouteRequest(model=OWN, tokens=[1, 2, 3], dry_run=True)
-        async with connected([url], "probe", connect_seconds=60) as client:
+        async with self._world.client("probe", url) as client:
             while True:
                 try:
                     await ask(client, f"kv.{self._world.fleet}.route", request, seconds=ROUTE_SECONDS)

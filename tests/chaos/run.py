@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import anyio
 from msgspec import Struct
 
-from kvplane.events.log.connection import connected
 from kvplane.events.log.follow import Follower, single
 from kvplane.events.log.stream import open_stream
+from kvplane.services.auth.roles import Role  # noqa: TC001 - fields of a Struct
 from tests.chaos.checker import SHOWN, Checker
 from tests.chaos.faults import schedule
+from tests.chaos.harm import Harm
 from tests.chaos.ledger import Ledger
 from tests.chaos.load import Load
 from tests.chaos.play import Play
@@ -46,6 +48,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     cuts: str = "auto"
     round_seconds: float = ROUND_SECONDS
     drills: int = 0
+    hostile: tuple[Role, ...] = ()
+    """Members of these roles, with valid credentials, do their worst; every other round nothing else is done."""
 
 
 class Run:
@@ -56,12 +60,13 @@ class Run:
         self.settings = settings
         folder.mkdir(parents=True, exist_ok=True)
         self.ledger = Ledger(folder / "ledger.jsonl")
-        self.checker = Checker(FLEET)
+        self.checker = Checker(FLEET, strangers=bool(settings.hostile))
         self.messages: list[Message] = []
         self.rests: list[float] = []
         self.rounds: list[dict[str, Any]] = []
         self.schedules: list[list[str]] = []
         self.violations: list[dict[str, str]] = []
+        self.harm: Harm | None = None
         self._say = say
 
     def _read(self, message: Message) -> None:
@@ -74,13 +79,15 @@ class Run:
         settings = self.settings
         deadline = anyio.current_time() + settings.minutes * 60
         try:
-            async with world_in(self.folder, self.ledger, servers=settings.servers, cuts=settings.cuts) as world:
+            async with world_in(
+                self.folder, self.ledger, servers=settings.servers, cuts=settings.cuts, guarded=bool(settings.hostile)
+            ) as world:
                 self._say(
                     f"seed {settings.seed}, {len(world.names)} servers, cuts by {world.net.kind}, in {self.folder}"
                 )
                 load, probe = Load(world, settings.seed), Probe(world)
                 async with (
-                    connected(world.urls("harness"), "checker", connect_seconds=60) as client,
+                    world.client("checker") as client,
                     anyio.create_task_group() as group,
                 ):
                     follower = Follower(client, FLEET, self._read)
@@ -92,10 +99,25 @@ class Run:
                         async with load.on():
                             for _ in range(settings.drills):
                                 await Play(world, -1).drill()
-                    number = 0
-                    while not number or anyio.current_time() + 15 < deadline:
-                        await self._round(world, load, probe, rest, client, number)
-                        number += 1
+                    if settings.hostile:
+                        self.harm = Harm(world, self.checker, settings.seed, settings.hostile)
+                    async with self.harm.witnessed() if self.harm is not None else nullcontext():
+                        if self.harm is not None:
+                            async with load.on():
+                                await self.harm.usual()
+                        number = 0
+                        while not number or anyio.current_time() + 15 < deadline:
+                            try:
+                                await self._round(world, load, probe, rest, client, number)
+                            except (TimeoutError, BaseExceptionGroup) as error:
+                                if self.harm is None or not _timed_out(error):
+                                    raise
+                                # What hostile members did keeps the fleet from coming to rest, and would for ever.
+                                self.checker.say("at rest", f"round {number} did not end")
+                                break
+                            number += 1
+                        if self.harm is not None:
+                            await self.harm.revoke()
                     group.cancel_scope.cancel()
                 servers = world.net.kind
         except BaseExceptionGroup as errors:
@@ -105,8 +127,10 @@ class Run:
             self.ledger.close()
         self._keep()
         rest.processes()
+        hostile = self.harm.times() if self.harm is not None else None
         self._judge()
-        return self._report(begin, load, probe, rest, servers)
+        report = self._report(begin, load, probe, rest, servers)
+        return report if hostile is None else {**report, "hostile": hostile}
 
     async def _round(
         self, world: World, load: Load, probe: Probe, rest: Rest, client: Client, number: int
@@ -114,6 +138,10 @@ class Run:
         # The same in every run with these settings: a schedule is drawn for its length.
         seconds = min(self.settings.round_seconds, self.settings.minutes * 40)
         faults = schedule(self.settings.seed, number, seconds, world.ground)
+        alone = self.harm is not None and not number % 2
+        if alone:
+            # How long others' routes take is measured when nothing else slows them.
+            faults = []
         lines = [fault.line() for fault in faults]
         self.schedules.append(lines)
         self._say(f"round {number}: {len(faults)} faults in {seconds:.0f} s")
@@ -122,7 +150,10 @@ class Run:
         (self.folder / f"schedule-{number}.txt").write_text("\n".join(lines) + "\n")
         with anyio.fail_after(seconds * 2 + DRAIN_SECONDS * 3):
             async with load.on():
-                await Play(world, number).run(faults)
+                async with self.harm.attacking(measured=alone) if self.harm is not None else nullcontext():
+                    await Play(world, number).run(faults)
+                    if alone:
+                        await anyio.sleep(seconds)
                 over = self.ledger.now
                 await world.restore()
             probe.resting = True
@@ -195,3 +226,10 @@ class Run:
         }  # fmt: skip
         (self.folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
         return report
+
+
+def _timed_out(error: BaseException) -> bool:
+    """Whether an error is nothing but time that ran out."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(map(_timed_out, error.exceptions))
+    return isinstance(error, TimeoutError)

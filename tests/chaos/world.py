@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import anyio
 
+from kvplane.events.log.connection import connected
+from kvplane.services.auth.folder import FIRST, AuthFolder
 from kvplane.services.embedded.server import server_binary
 from tests.chaos.faults import Ground
 from tests.chaos.network import network
@@ -20,10 +23,13 @@ from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+    from contextlib import AbstractAsyncContextManager
     from pathlib import Path
 
     from anyio.abc import TaskGroup
+    from nats.aio.client import Client
 
+    from kvplane.services.auth.roles import Role
     from tests.chaos.ledger import Ledger
     from tests.chaos.network import Network
 
@@ -52,9 +58,11 @@ class Servers(Cluster):
     """The servers of a world, each where the network puts it."""
 
     def __init__(
-        self, folder: Path, net: Network, names: tuple[str, ...], settings: Callable[[str], str] = str
+        self, folder: Path, net: Network, names: tuple[str, ...], settings: Callable[[str], str] = str,
+        held: AuthFolder | None = None,
     ) -> None:  # fmt: skip
         super().__init__(folder, auth=None)
+        self._held = held
         self._settings = settings
         """What becomes of the configuration's text before it is used."""
         self.members = {name: Member(name, folder / name, net.host(name), net.prefix(name)) for name in names}
@@ -69,8 +77,13 @@ class Servers(Cluster):
         if len(self.members) > 1:
             auth = member.folder / "auth"
             if not auth.exists():
-                auth.mkdir(parents=True)
+                member.folder.mkdir(parents=True)
                 (member.folder / CONFIGURATION.name).write_text(self._settings(CONFIGURATION.read_text()))
+                if self._held is not None:
+                    shutil.copytree(self._held.server_folder(member.name), auth)
+                    await super()._open(member)
+                    return
+                auth.mkdir()
                 (auth / "client.conf").touch()
                 (auth / "monitor.conf").touch()
                 # Otherwise servers tell clients and each other of ways around the proxies; nobody listens on port 1.
@@ -80,15 +93,27 @@ class Servers(Cluster):
             return
         member.folder.mkdir(parents=True, exist_ok=True)
         single = member.folder / "single.conf"
-        single.write_text(self._settings(CONFIGURATION.with_name("single.conf").read_text()))
+        text = self._settings(CONFIGURATION.with_name("single.conf").read_text())
+        if self._held is not None:
+            shutil.copytree(self._held.server_folder(member.name), member.folder / "auth", dirs_exist_ok=True)
+            text = text.replace('# include "auth', 'include "auth')
+        # A server whose name is given as an option can't read its configuration again.
+        single.write_text(f"server_name: {member.name}\n{text}")
         command = [server_binary(), "-c", str(single), "-a", member.host, "-p", str(member.port)]
-        command += ["-m", str(member.monitor_port), "-n", member.name]
+        command += ["-m", str(member.monitor_port)]
         with member.log.open("ab") as log:
             member.process = await anyio.open_process(
                 [*member.prefix, *command], cwd=member.folder, env=dict(os.environ), stdin=DEVNULL, stdout=log, stderr=STDOUT,
                 start_new_session=True,
             )  # fmt: skip
         member.paused = False
+
+    def reload(self) -> None:
+        """Give the servers that run what the credentials' folder says now."""
+        assert self._held is not None
+        for member in self.members.values():
+            shutil.copytree(self._held.server_folder(member.name), member.folder / "auth", dirs_exist_ok=True)
+            member.send(signal.SIGHUP)
 
     async def settled(self) -> None:
         """Wait until the servers are what they should be."""
@@ -112,13 +137,17 @@ class Servers(Cluster):
 class World:
     """All processes by name."""
 
-    def __init__(self, folder: Path, net: Network, ledger: Ledger, *, servers: int = 3) -> None:
+    def __init__(
+        self, folder: Path, net: Network, ledger: Ledger, *, servers: int = 3, guarded: bool = False
+    ) -> None:  # fmt: skip
         self.folder = folder
         self.net = net
         self.ledger = ledger
         self.names = NAMES[:servers]
         self.fleet = FLEET
         self.services: dict[str, Service] = {}
+        self.held = AuthFolder(folder / "auth") if guarded else None
+        """Credentials, when everybody must have some; then each simulated node is a process of its own."""
         self.servers: Servers
 
     @property
@@ -134,15 +163,54 @@ class World:
             found.append(f"nats://{host}:{port}")
         return found
 
+    def client(self, name: str, *urls: str) -> AbstractAsyncContextManager[Client]:
+        """A client of the harness, who may do anything; by all servers, unless some are named."""
+        at = urls or self.urls("harness")
+        if self.held is None:
+            return connected(at, name, connect_seconds=60)
+        seed = self.held.seed_file(self.fleet, "admin")
+        return connected(at, name, connect_seconds=60, credentials=seed, ca=self.held.ca)
+
+    def _make_credentials(self) -> None:
+        held = self.held
+        if held is None:
+            return
+        # On one machine a server has no name but its addresses; what it reads, it finds beside its configuration.
+        held.set_servers(list(self.names), also=[self.net.host(name) for name in self.names], seen="auth")
+        for role in FIRST:
+            held.add(self.fleet, role)
+        for node in (node for command in COMMANDS.values() for node in _nodes(command)):
+            held.add(self.fleet, "node", node)
+        held.save()
+
+    def let_in(self, role: Role, name: str) -> Path:
+        """Let another user in; the seed's file."""
+        assert self.held is not None
+        self.held.add(self.fleet, role, name)
+        self.held.save()
+        self.servers.reload()
+        return self.held.seed_file(self.fleet, role, name)
+
+    def _own_options(self, name: str, command: list[str]) -> list[str]:
+        own = ["--history", str(self.folder / "history")] if name == "historian" else []
+        if self.held is not None:
+            role: Role = "node" if command[0] == "simnode" else command[0]  # type: ignore[assignment]
+            seed = self.held.seed_file(self.fleet, role, command[1] if role == "node" else "")
+            own += ["--credentials", str(seed), "--ca", str(self.held.ca)]
+        return own
+
     async def open(self, group: TaskGroup) -> None:
         """Start everything and wait until it is ready."""
         await self.net.open(self.names, list(COMMANDS), group)
-        self.servers = Servers(self.folder / "servers", self.net, self.names)
+        self._make_credentials()
+        self.servers = Servers(self.folder / "servers", self.net, self.names, held=self.held)
         await self.servers.start(*self.names)
         for name, command in COMMANDS.items():
-            own = ["--history", str(self.folder / "history")] if name == "historian" else []
+            if self.held is not None and (more := _nodes(command)[1:]):
+                # Credentials are of one node.
+                command = [word for word in command if word not in more]  # noqa: PLW2901 - the same, with fewer words
             self.services[name] = Service(
-                name, [*command, *own, "--fleet", self.fleet, "--log-format", "json"],
+                name, [*command, *self._own_options(name, command), "--fleet", self.fleet, "--log-format", "json"],
                 partial(self.urls, name), self.folder, self.ledger, self.net.prefix(name),
             )  # fmt: skip
             group.start_soon(self.services[name].watch)
@@ -194,12 +262,19 @@ class World:
             await self.net.close()
 
 
+def _nodes(command: list[str]) -> list[str]:
+    """Nodes that a command simulates."""
+    return [word for word in command[1:4] if "-" in word.strip("-")] if command[0] == "simnode" else []
+
+
 @asynccontextmanager
-async def world_in(folder: Path, ledger: Ledger, *, servers: int = 3, cuts: str = "auto") -> AsyncIterator[World]:
+async def world_in(
+    folder: Path, ledger: Ledger, *, servers: int = 3, cuts: str = "auto", guarded: bool = False
+) -> AsyncIterator[World]:
     """A world for the length of a block."""
     folder.mkdir(parents=True, exist_ok=True)
     async with anyio.create_task_group() as group:
-        world = World(folder, await network(cuts), ledger, servers=servers)
+        world = World(folder, await network(cuts), ledger, servers=servers, guarded=guarded)
         try:
             await world.open(group)
             yield world

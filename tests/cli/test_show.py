@@ -159,3 +159,48 @@ def test_commands_show_tables_in_one_way() -> None:
 )
 def test_the_rule_of_one_way_bites(source: str) -> None:
     assert other_ways(source)
+
+
+SAFE = ("json_text(", "printable(", "paragraph(", "tabs(")
+"""What makes text from outside fit for a terminal."""
+OWN_TEXT = {
+    # CSV, whose cells went through `spreadsheet`; requests that were generated here.
+    "services/cli/sql.py": {"sys.stdout.write(sink.getvalue().to_pybytes().decode())"},
+    "services/cli/simulate.py": {"sys.stdout.buffer.write(lines)"},
+}
+
+
+def raw_writes(source: str) -> set[str]:
+    """What a source text writes to a standard stream without a look at it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+            continue
+        to, arguments = ast.unparse(node.func.value), ", ".join(map(ast.unparse, node.args))
+        if (
+            node.func.attr in {"write", "writelines"}
+            and to.removesuffix(".buffer").endswith(("sys.stdout", "sys.stderr", "self.stream"))
+            and not any(name in arguments for name in SAFE)
+            and not all(isinstance(each, ast.Constant) for each in node.args)
+        ):
+            found.add(ast.unparse(node))
+    return found
+
+
+def test_nothing_is_written_raw() -> None:
+    found = {}
+    # Those that are run by themselves make documents from the source.
+    for path in sorted(set((ROOT / "services").rglob("*.py")) - set((ROOT / "services").rglob("__main__.py"))):
+        name = str(path.relative_to(ROOT))
+        left = raw_writes(path.read_text()) - OWN_TEXT.get(name, set())
+        if left:
+            found[name] = left
+    assert found == {}
+
+
+@pytest.mark.parametrize(
+    "source", ["sys.stderr.write(f'{error}')", "self.stream.write(line)", "sys.stdout.buffer.write(x)"]
+)
+def test_the_rule_of_raw_writes_bites(source: str) -> None:
+    assert raw_writes(source)
+    assert not raw_writes("sys.stdout.write(json_text(x))")

@@ -13,7 +13,9 @@ from typing import Any
 import aiohttp
 import anyio
 import pytest
+import yaml
 
+from kvplane.events.log.connection import connected
 from kvplane.services.auth.folder import AuthFolder
 from kvplane.services.cli import app
 from kvplane.services.embedded.server import configuration, server_binary
@@ -22,6 +24,8 @@ from tests.support.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE = ROOT / "compose"
+pytestmark = pytest.mark.anyio
+
 TEXT = (COMPOSE / "compose.yaml").read_text()
 CLUSTER = (COMPOSE / "nats" / "cluster.conf").read_text()
 
@@ -32,6 +36,45 @@ def services() -> dict[str, str]:
     assert body is not None
     parts = re.split(r"^  ([a-z0-9-]+):", body.group(1), flags=re.MULTILINE)[1:]
     return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def test_no_container_has_more_rights_than_it_needs() -> None:
+    for name, service in yaml.safe_load(TEXT)["services"].items():
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges"], name
+        for port in service.get("ports", []):
+            assert port.startswith(("127.0.0.1:", "${KVPLANE_BIND:-127.0.0.1}:")), name
+        assert service["image"].endswith("}"), name
+        assert not any(str(value).lower() == "admin" for value in service.get("environment", {}).values()), name
+
+
+def test_images_are_named_by_what_they_hold() -> None:
+    """A tag is another image tomorrow."""
+    texts = [TEXT, (COMPOSE / "Dockerfile").read_text()]
+    named = [found for text in texts for found in re.findall(r"(?:_IMAGE:-|BASE:-|ARG BASE=)([^}\s]+)", text)]
+    others = [name for name in named if name != "kvplane"]
+    assert len(others) == 4
+    for name in others:
+        assert re.fullmatch(r"[a-z/]+:[\w.-]+@sha256:[0-9a-f]{64}", name), name
+    assert len(set(others)) == 3, "the image is built on one base, wherever it is named"
+
+
+async def test_a_single_server_is_there_for_this_machine_alone(tmp_path: Path) -> None:
+    port = free_port()
+    text = (COMPOSE / "nats" / "single.conf").read_text().replace("port: 4222", f"port: {port}")
+    (tmp_path / "single.conf").write_text(text)
+    process = await anyio.open_process(
+        [server_binary(), "-c", "single.conf"], cwd=tmp_path, stdout=DEVNULL, stderr=DEVNULL
+    )
+    try:
+        async with connected([f"nats://127.0.0.1:{port}"], "test", connect_seconds=20):
+            # The whole of 127/8 is this machine's: who listens everywhere answers there, too.
+            with pytest.raises(OSError, match="111|refused|failed"):
+                await anyio.connect_tcp("127.0.0.2", port)
+    finally:
+        process.terminate()
+        await process.aclose()
 
 
 def test_every_setting_of_the_servers_is_given_and_no_other() -> None:

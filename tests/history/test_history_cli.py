@@ -97,6 +97,18 @@ def test_an_interval_is_text_where_the_form_has_none(url: str, tmp_path: Path) -
     assert pa.parquet.read_table(out)["it"].to_pylist() == ["2 days 00:00:01.5", None]
 
 
+def test_csv_is_safe_to_open(url: str) -> None:
+    """What came from outside is no formula and no command; numbers and names are as they are."""
+    query = """SELECT '=HYPERLINK("http://x")' AS "@a", 'a' || chr(27) || '[2J' || chr(10) || 'b' AS b, -1 AS c,
+        ['=1', chr(8238)] AS d, '=1'::ENUM('=1') AS e, 'node-a' AS f"""
+    done = run("sql", query, "--csv", KVPLANE_SERVER=url)
+    assert done.returncode == 0, done.stderr
+    assert list(csv.reader(io.StringIO(done.stdout))) == [
+        ["'@a", "b", "c", "d", "e", "f"],
+        ['\'=HYPERLINK("http://x")', r"a\x1b[2J\nb", "-1", r'["=1","\u202e"]', "'=1", "node-a"],
+    ]
+
+
 @pytest.mark.parametrize(
     ("query", "code"),
     [

@@ -8,13 +8,17 @@ import anyio
 import msgspec
 import pytest
 
-from kvplane.services.protocol import messages
-from kvplane.services.protocol.errors import NoAnswer
+from kvplane.events.log.connection import connected
+from kvplane.services.protocol import messages, signs
+from kvplane.services.protocol.errors import NoAnswer, Refused
 from kvplane.services.rpc.client import ask
+from kvplane.services.rpc.server import Endpoint, serve
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
     from nats.aio.msg import Msg
+
+    from kvplane.services.embedded.server import Server
 
 pytestmark = pytest.mark.anyio
 
@@ -68,6 +72,62 @@ async def test_what_changes_something_or_takes_long_is_asked_once(
     with pytest.raises(NoAnswer, match=rf"no answer on kv\.asking\.{endpoint} in 1\.6 s"):
         await ask(client, f"kv.asking.{endpoint}", request_, seconds=1.6)
     assert len(received) == 1
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signs, "SIGN_SECONDS", 0.05)
+    monkeypatch.setattr(signs, "SILENT_SECONDS", 0.5)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_one_that_dies_with_a_long_question_is_not_waited_for(server: Server, client: Client) -> None:
+    began = anyio.Event()
+
+    async def work(_: messages.StatusRequest) -> None:
+        began.set()
+        await anyio.sleep_forever()
+
+    endpoint = Endpoint("snapshot", "kv.asking.coordinator.snapshot", messages.StatusRequest, work, concurrent=True)
+    async with anyio.create_task_group() as group:
+
+        async def die() -> None:
+            async with connected([server.url], "dying") as dying, anyio.create_task_group() as working:
+                await serve(dying, working, "dying", "", [endpoint], {})
+                serving.set()
+                await began.wait()
+                working.cancel_scope.cancel()
+
+        serving = anyio.Event()
+        group.start_soon(die)
+        await serving.wait()
+        with anyio.fail_after(20), pytest.raises(NoAnswer, match="no sign of life for 0.5 s"):
+            await ask(client, endpoint.subject, messages.StatusRequest(), seconds=600)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_one_that_works_on_is_waited_for(client: Client) -> None:
+    async def work(request: messages.StatusRequest) -> dict[str, bool]:
+        await anyio.sleep(1.2)
+        return {"digest": request.digest}
+
+    async with anyio.create_task_group() as group:
+        endpoint = Endpoint("slow", "kv.asking.slow", messages.StatusRequest, work, concurrent=True)
+        await serve(client, group, "slow", "", [endpoint], {})
+        assert await ask(client, "kv.asking.slow", messages.StatusRequest(digest=True), seconds=600) == {"digest": True}
+        with pytest.raises(Refused, match="unknown field"):
+            await ask(client, "kv.asking.slow", messages.ListRequest(model="m"), seconds=600)
+        group.cancel_scope.cancel()
+
+
+async def test_an_older_one_gives_no_signs_and_is_waited_for(client: Client) -> None:
+    async def older(message: Msg) -> None:
+        await message.respond(msgspec.msgpack.encode({"format": 1}))
+
+    await client.subscribe("kv.asking.older", cb=older)
+    assert await ask(client, "kv.asking.older", messages.StatusRequest(), seconds=600) == {"format": 1}
+    with anyio.fail_after(10), pytest.raises(NoAnswer, match="no service answers on kv.asking.nobody"):
+        await ask(client, "kv.asking.nobody", messages.StatusRequest(), seconds=600)
 
 
 async def test_where_nobody_is_a_question_ends_at_once(client: Client) -> None:

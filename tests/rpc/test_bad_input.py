@@ -120,6 +120,7 @@ async def test_malformed_bytes_are_answered_and_the_service_goes_on(small: Fleet
         ("route", {"model": "m", "hashes": [1], "exclude": ["a"]}, "no_node"),
         ("complete", {"request": "", "node": "a"}, "bad_request"),
         ("complete", {"request": "r", "node": "a", "ttft": -1}, "bad_request"),
+        ("complete", {"request": "r", "node": "a", "duration": 1e9}, "bad_request"),
         ("coordinator.node.register", NODE, "node_exists"),
         ("coordinator.node.register", NODE | {"node": "b", "block_size": 0}, "bad_request"),
         ("coordinator.node.register", NODE | {"node": "b", "block_size": 32}, "conflict"),
@@ -129,6 +130,8 @@ async def test_malformed_bytes_are_answered_and_the_service_goes_on(small: Fleet
         ("coordinator.node.register", NODE | {"node": "b", "models": []}, "bad_request"),
         ("coordinator.node.register", NODE | {"node": "b", "models": [""]}, "bad_request"),
         ("coordinator.node.register", NODE | {"node": "b", "max_active": -1}, "bad_request"),
+        ("coordinator.node.register", NODE | {"node": "b", "max_active": 10**30}, "bad_request"),
+        ("coordinator.node.register", NODE | {"node": "b", "block_size": 10**30}, "bad_request"),
         ("coordinator.node.register", NODE | {"node": "b", "cache_mode": "magic"}, "bad_request"),
         ("coordinator.node.register", NODE | {"node": "b", "pulse_seconds": -1}, "bad_request"),
         ("coordinator.node.register", NODE | {"node": "b\x00"}, "bad_request"),
@@ -345,7 +348,9 @@ async def test_one_bad_request_does_not_cost_the_decisions_of_others(small: Flee
     honest = await small.ask("route", messages.RouteRequest(model="m", hashes=pack_hashes([1])))
     body = json.dumps({"model": "m", "hashes": [], "tokens_count": 1 << 40}).encode()
     assert (await sent(small, "route", body))[0] == "400"
-    await small.ask("complete", messages.CompleteRequest(request=honest["request"], node="a", ttft=float("inf")))
+    endless = messages.CompleteRequest(request=honest["request"], node="a", ttft=float("inf"))
+    assert await small.refused("complete", endless) == "bad_request"
+    await small.ask("complete", messages.CompleteRequest(request=honest["request"], node="a", ttft=0.5))
 
     async def completed() -> bool:
         log = await messages_of(small.client)

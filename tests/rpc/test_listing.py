@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import msgspec
 import pytest
+from structlog.testing import capture_logs
 
 from kvplane.events.log.connection import connected
 from kvplane.services.protocol.messages import StatusRequest
@@ -63,3 +64,18 @@ async def test_who_answers_nonsense_or_too_often_is_not_listed(client: Client, m
 
     await client.subscribe("$SRV.INFO.odd", cb=answer)
     assert await instances(client, "odd", seconds=10) == [{"writer": str(number)} for number in range(5)]
+
+
+async def test_heartbeats_of_a_consumer_that_is_aimed_at_the_listing_are_nothing(
+    server: Server, client: Client
+) -> None:
+    """They have no reply subject, and may come by the thousand."""
+    async with anyio.create_task_group() as group, connected([server.url], "listed") as listed:
+        with capture_logs() as logged:
+            await serve(listed, group, "aimed-at", "is listed", [], {})
+            for verb in ("PING", "INFO", "STATS"):
+                await client.publish(f"$SRV.{verb}", b"", headers={"Status": "100 Idle Heartbeat"})
+                # Each has its own queue; what comes behind is answered when the heartbeat was handled.
+                await client.request(f"$SRV.{verb}.aimed-at", b"", timeout=5)
+                await client.request(f"$SRV.{verb}", b"", timeout=5)
+        assert [entry for entry in logged if entry["log_level"] in {"warning", "error"}] == []

@@ -18,7 +18,7 @@ from kvplane.services.rpc.client import ask
 from kvplane.services.simulation.simnode import NodeConfig, run_nodes
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable, Coroutine
 
     import msgspec
     from nats.aio.client import Client
@@ -60,6 +60,10 @@ class Fleet:
     async def nodes(self, *configs: NodeConfig) -> None:
         client = await self.connect("nodes")
         await self._group.start(run_nodes, client, self.name, list(configs))
+
+    async def start(self, run: Callable[..., Coroutine[Any, Any, None]]) -> None:
+        """Have another service run until the fleet ends; started when it says so."""
+        await self._group.start(run)
 
     async def ask(self, endpoint: str, request: msgspec.Struct, form: type[T] | None = None) -> Any:
         return await ask(self.client, f"kv.{self.name}.{endpoint}", request, form)
