@@ -142,8 +142,9 @@ class Way:
             where = origin(decision.address)
             own = self._headers + self._own(decision)
             head = request_head(where, b"POST", self.exchange.request.target, len(self.asked.body), own)
-            call = await self._pool.send(where, head, self.asked.body, patience=FIRST_BYTE_SECONDS)
-            self._record_pending()
+            call = await self._pool.send(
+                where, head, self.asked.body, patience=FIRST_BYTE_SECONDS, sent=self._record_pending
+            )
             if call.status >= 500 or call.status in _BUSY:
                 body = (await call.read(1 << 16))[:300].decode("utf-8", "replace")
                 raise EngineFailed(f"it answers {call.status}: {body}")  # noqa: TRY301 - recorded below
@@ -198,7 +199,13 @@ class Way:
 
     def _answered(self, headers: Headers, decision: RouteAnswer) -> tuple[Headers, bool]:
         """Headers of the client's answer, and whether it is a stream of events."""
-        kept = [pair for pair in headers if pair[0] not in _DROPPED]
+        kept = []
+        streams = False
+        for pair in headers:
+            if pair[0] not in _DROPPED:
+                kept.append(pair)
+                if pair[0] == b"content-type":
+                    streams = pair[1].startswith(b"text/event-stream")
         kept += [
             (b"x-request-id", self.question.request.encode()), (b"x-kvplane-node", decision.node.encode()),
             (b"x-kvplane-match", b"%d/%d" % (decision.matched_tokens, decision.tokens)),
@@ -207,7 +214,7 @@ class Way:
             kept.append((b"traceparent", self.question.traceparent.encode()))
         if self._explain:
             kept.append((b"x-kvplane-decision", api.shown(decision)))
-        return kept, any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in headers)
+        return kept, streams
 
     def break_off(self, status: int, code: str, sentence: str) -> None:
         """End an answer that has begun with an event that says why."""

@@ -59,15 +59,23 @@ class _Chunk(msgspec.Struct, frozen=True, gc=False):
     choices: Any = None
 
 
+class _Answer(msgspec.Struct, frozen=True, gc=False):
+    usage: Any = None
+    message: Any = None
+    response: Any = None
+
+
 _decode = msgspec.json.Decoder(_Chunk).decode
+_decode_answer = msgspec.json.Decoder(_Answer).decode
 
 
-def _in_chunk(chunk: _Chunk) -> Usage | None:
-    for part in (chunk, chunk.message, chunk.response):
-        found = usage(part.usage if isinstance(part, _Chunk) else part.get("usage") if isinstance(part, dict) else None)
-        if found is not None:
-            return found
-    return None
+def _in_chunk(chunk: _Chunk | _Answer) -> Usage | None:
+    found = usage(chunk.usage)
+    if found is None:
+        # Anthropic's `message_start`, and the last event of responses.
+        for part in (chunk.message, chunk.response):
+            found = found or usage(part.get("usage") if isinstance(part, dict) else None)
+    return found
 
 
 def in_answer(body: bytes) -> Usage:
@@ -75,7 +83,7 @@ def in_answer(body: bytes) -> Usage:
     if len(body) > ANSWER_BYTES or b'"usage"' not in body:
         return Usage()
     try:
-        return _in_chunk(_decode(body)) or Usage()
+        return _in_chunk(_decode_answer(body)) or Usage()
     except (msgspec.MsgspecError, UnicodeError):
         return Usage()
 
