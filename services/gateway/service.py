@@ -81,6 +81,7 @@ class Gateway:
         self.server = Server(self._handle, _refusal)
         self.address = ("", 0)
         self._names: list[str] = []
+        self._behind = anyio.CancelScope(shield=True)
         self._where, self._tls = where, tls
         self._pool: Pool
         self._prompts: Prompts
@@ -91,12 +92,22 @@ class Gateway:
         self._prompts = Prompts(self._pool, self._pool.clock)
         gc.set_threshold(_YOUNG_OBJECTS, *gc.get_threshold()[1:])
         async with anyio.create_task_group() as group:
-            await group.start(self.router.run)
-            group.start_soon(self._pool.sweep)
-            async with self.server.listening(self._where, tls=self._tls) as self.address:
-                _log.info("gateway_ready", fleet=self.fleet, at="{}:{}".format(*self.address))
+            try:
+                await group.start(self._run_behind)
+                async with self.server.listening(self._where, tls=self._tls) as self.address:
+                    _log.info("gateway_ready", fleet=self.fleet, at="{}:{}".format(*self.address))
+                    task_status.started()
+                    await anyio.sleep_forever()
+            finally:
+                self._behind.cancel()
+
+    async def _run_behind(self, *, task_status: TaskStatus[None]) -> None:
+        """Router and connections, which end after the last answer: it is decided and recorded as any other."""
+        with self._behind:
+            async with anyio.create_task_group() as group:
+                group.start_soon(self._pool.sweep)
+                await group.start(self.router.run)
                 task_status.started()
-                await anyio.sleep_forever()
 
     def _name(self) -> str:
         """A name for a request that came with none: 128 random bits."""

@@ -54,10 +54,11 @@ def head_of(status: int, headers: Iterable[tuple[bytes, bytes]], framing: bytes)
     return b"HTTP/1.1 %d %b\r\n%b%b\r\n" % (status, _REASONS.get(status, b"Status"), lines, framing)
 
 
-def bound(host: str, port: int, *, share: bool = False) -> socket.socket:
+def bound(host: str, port: int, *, share: bool = False, listen: bool = True) -> socket.socket:
     """A socket at an address, for a server to listen on; an empty host is every address.
 
-    With `share` other processes may listen at the same port. Raises `HttpFailed`.
+    With `share` other processes of this user may listen at the same port: connections go to those that `listen`. Raises
+    `HttpFailed`.
     """
     try:
         family, kind, _, _, at = socket.getaddrinfo(
@@ -69,8 +70,9 @@ def bound(host: str, port: int, *, share: bool = False) -> socket.socket:
             if share:
                 made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             made.bind(at)
-            # Else another could be bound to the same address until this one listens.
-            made.listen(BACKLOG)
+            if listen:
+                # Else another could be bound to the same address until this one listens.
+                made.listen(BACKLOG)
         except OSError:
             made.close()
             raise

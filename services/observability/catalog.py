@@ -124,6 +124,9 @@ GATEWAY = Group("Gateway, beside what its router has", (
     _of("kvplane_gateway_open_requests", "gauge", "", "requests on their way"),
     _of("kvplane_gateway_connections", "gauge", "", "clients' connections"),
     _of("kvplane_gateway_refused_connections_total", "counter", "", "connections beyond the limit", "any"),
+    Family("kvplane_gateway_workers", "gauge", (), "processes of `--workers` that answer; their metrics have a label `worker`",
+            "fewer than were asked for"),
+    Family("kvplane_gateway_worker_restarts_total", "counter", (), "processes that ended and were started again", "any"),
 ))  # fmt: skip
 
 COORDINATOR = Group("Coordinator", (

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from kvplane.services.observability.collect import Service
 
+UNIX = "unix:"
+"""How an address begins that is a socket's path: processes of one service are asked there by the one that started them."""
 LOOK_SECONDS = 1.0
 REPEAT_SECONDS = 10.0
 """How often a service that is not ready says why."""
@@ -89,15 +91,22 @@ def check_address(http: str | None) -> None:
 
 @asynccontextmanager
 async def listening(http: str | None, observed: Sequence[Observed], *, optional: bool) -> AsyncIterator[str | None]:
-    """Answer HTTP at an address, if there is one; gives where."""
+    """Answer HTTP about services at an address, if there is one; gives where."""
     if not http:
         yield None
         return
-    host, port = address(http)
-    runner = web.AppRunner(_application(observed), access_log=None, handle_signals=False, shutdown_timeout=1)
+    async with served(http, _application(observed), optional=optional) as where:
+        yield where
+
+
+@asynccontextmanager
+async def served(http: str, application: web.Application, *, optional: bool = False) -> AsyncIterator[str | None]:
+    """Serve an application at HOST:PORT, or at `unix:PATH`; gives where. Raises `HttpFailed`."""
+    runner = web.AppRunner(application, access_log=None, handle_signals=False, shutdown_timeout=1)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, host, port)
+        host, port = ("", 0) if http.startswith(UNIX) else address(http)
+        site = web.TCPSite(runner, host, port) if host else web.UnixSite(runner, http.removeprefix(UNIX))
         try:
             await site.start()
         except socket.gaierror:

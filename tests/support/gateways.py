@@ -24,6 +24,22 @@ if TYPE_CHECKING:
     from tests.support.fleet import Fleet
 
 
+async def recorded(fleet: Fleet) -> tuple[list[RequestRouted], list[RequestCompleted]]:
+    """Decisions and completions that are on a fleet's log now."""
+    found: list[Message] = []
+    await replay(fleet.client, fleet.name, found.append)
+    routed: list[RequestRouted] = []
+    completed: list[RequestCompleted] = []
+    for message in found:
+        try:
+            events = codec.decode(fleet.name, message).events
+        except BadCommit:
+            continue
+        routed += [event for event in events if isinstance(event, RequestRouted)]
+        completed += [event for event in events if isinstance(event, RequestCompleted)]
+    return routed, completed
+
+
 class Scene:
     """A gateway, and an HTTP client that knows where it is."""
 
@@ -40,18 +56,7 @@ class Scene:
     async def recorded(self) -> tuple[list[RequestRouted], list[RequestCompleted]]:
         """Decisions and completions on the log, when everything decided so far is there."""
         await self.gateway.router.writers.flush()
-        found: list[Message] = []
-        await replay(self.fleet.client, self.fleet.name, found.append)
-        routed: list[RequestRouted] = []
-        completed: list[RequestCompleted] = []
-        for message in found:
-            try:
-                events = codec.decode(self.fleet.name, message).events
-            except BadCommit:
-                continue
-            routed += [event for event in events if isinstance(event, RequestRouted)]
-            completed += [event for event in events if isinstance(event, RequestCompleted)]
-        return routed, completed
+        return await recorded(self.fleet)
 
     async def idle(self) -> None:
         """Wait until nothing is on its way."""
