@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from msgspec import Struct
 
+from kvplane.services.dataplane.endings import FAILED
+
 TRIP = 3
 BREAK_SECONDS = 2.0
 LONGEST_SECONDS = 60.0
 NODES_LIMIT = 10_000
-FAILED = "failed: "
-"""How the status of a completion begins whose engine failed; what a client or the request itself ended begins otherwise."""
 
 
 class _Node(Struct):

@@ -15,8 +15,9 @@ import structlog
 from msgspec.structs import replace
 
 from kvplane.events.errors import KvplaneError
+from kvplane.services.dataplane import prompts
+from kvplane.services.dataplane.endings import CANCELLED, FAILED, LONGEST, REFUSED
 from kvplane.services.gateway import api, errors
-from kvplane.services.gateway.breaker import FAILED
 from kvplane.services.gateway.usage import ANSWER_BYTES, Events, Usage, in_answer
 from kvplane.services.http.pool import origin, request_head
 from kvplane.services.protocol.errors import EngineFailed, NoNode, Overloaded
@@ -136,7 +137,7 @@ class Way:
         self._begin = time.perf_counter()
         self._first, self._pieces = 0.0, 0
         self._usage = Usage()
-        status = "cancelled"
+        status = CANCELLED
         call: Call | None = None
         try:
             where = origin(decision.address)
@@ -149,9 +150,9 @@ class Way:
                 body = (await call.read(1 << 16))[:300].decode("utf-8", "replace")
                 raise EngineFailed(f"it answers {call.status}: {body}")  # noqa: TRY301 - recorded below
             await self._answer(call, decision)
-            status = "ok" if call.status < 400 else f"refused: {call.status}"
+            status = "ok" if call.status < 400 else f"{REFUSED}{call.status}"
         except EngineFailed as error:
-            status = f"{FAILED}{error}"[:512]
+            status = f"{FAILED}{error}"[:LONGEST]
             raise
         finally:
             if call is not None:
@@ -260,8 +261,7 @@ def forwarded(headers: Headers) -> bytes:
 
 def question(asked: Asked, prompt: Prompt, session: str, request: str, traceparent: str) -> RouteRequest:
     """What is asked of the router."""
-    known = prompt.ids is not None
-    return RouteRequest(
-        model=asked.model, tokens=prompt.ids, hashes=None if known else b"", tokens_count=None if known else prompt.tokens,
-        session=session, salt=api.salt(asked.fields), request=request, traceparent=traceparent,
+    return prompts.query(
+        asked.model, prompt.ids, prompt.tokens, session=session, salt=api.salt(asked.fields), request=request,
+        traceparent=traceparent,
     )  # fmt: skip

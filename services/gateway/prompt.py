@@ -7,12 +7,13 @@ which leaves out what it does not know. A prompt whose tokens no engine gives is
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import structlog
 
 from kvplane.services.dataplane import openai
+from kvplane.services.dataplane.prompts import NO_SUCH_ENDPOINT, RENDER, TOKENIZE, Lacking, told
 from kvplane.services.gateway import api
 from kvplane.services.http.pool import Pool, origin, request_head
 from kvplane.services.protocol.errors import EngineFailed
@@ -26,8 +27,6 @@ RENDER_SECONDS = 10.0
 ATTEMPTS = 3
 TOKENS_BYTES = 64 << 20
 """Longest list of tokens that is taken from an engine."""
-FORGET_SECONDS = 60.0
-"""So long an engine that has no such endpoint is not asked for it again."""
 BYTES_A_TOKEN = 4
 """Guessed of a prompt whose tokens nobody gives."""
 
@@ -35,16 +34,7 @@ _log = structlog.get_logger("kvplane.gateway")
 
 
 _JSON = b"content-type: application/json\r\n"
-
-
-class _Rendered(msgspec.Struct):
-    token_ids: list[int] | None = None
-    prompt_token_ids: list[int] | None = None
-    tokens: list[int] | None = None
-
-
-_rendered = msgspec.json.Decoder(_Rendered).decode
-_rendered_list = msgspec.json.Decoder(list[_Rendered]).decode
+_MEDIA = (b'"image', b'"audio', b'"video', b'"input_', b'"file', b'_embeds"')
 
 
 class Prompt(NamedTuple):
@@ -68,8 +58,7 @@ class Prompts:
     def __init__(self, pool: Pool, clock: Callable[[], float]) -> None:
         self._pool = pool
         self._clock = clock
-        self._without: dict[tuple[str, str], float] = {}
-        """Engines that have no such endpoint, and until when that is believed."""
+        self._lacking = Lacking()
         self._warned: set[tuple[str, str]] = set()
 
     async def prompt(self, asked: Asked, credentials: bytes, anyone: Callable[[frozenset[str]], Anyone]) -> Prompt:
@@ -78,7 +67,7 @@ class Prompts:
         `anyone` names an engine of the model that is not one of those; it raises when there is none.
         """
         guess = api.length(asked) // BYTES_A_TOKEN
-        if asked.path not in {api.CHAT, api.COMPLETIONS}:
+        if asked.path not in {api.CHAT, api.COMPLETIONS} or _has_media(asked.body):
             return Prompt(None, guess, "none")
         tried: frozenset[str] = frozenset()
         for _ in range(ATTEMPTS):
@@ -97,28 +86,29 @@ class Prompts:
 
     async def _ask(self, engine: Anyone, asked: Asked, credentials: bytes) -> tuple[list[int], str] | None:
         """Token ids by one engine, and which endpoint gave them; none when it won't. Raises `EngineFailed`."""
-        if self._may(engine.node, "render"):
+        now = self._clock()
+        if self._lacking.may(engine.node, RENDER, now):
             status, answer = await self._post(engine, asked.path + "/render", asked.body, credentials)
             if status == 200:
-                ids = _ids(answer)
+                ids = told(answer)
                 if ids is not None:
                     # The engine has truncated them already.
-                    return ids, "render"
-            if status in {404, 405, 501}:
-                self._without[engine.node, "render"] = self._clock() + FORGET_SECONDS
+                    return ids, RENDER
+            if status in NO_SUCH_ENDPOINT:
+                self._lacking.note(engine.node, RENDER, now)
             elif 400 <= status < 500:
                 # What is wrong with the request, the engine says when it gets it.
                 return None
-        if not self._may(engine.node, "tokenize"):
+        if not self._lacking.may(engine.node, TOKENIZE, now):
             return None
         question = openai.question(msgspec.json.decode(asked.body))
         status, answer = await self._post(engine, "/tokenize", msgspec.json.encode(question), credentials)
         if status == 200:
-            ids = _ids(answer)
+            ids = told(answer)
             known = api.kept(asked.fields, ids) if ids is not None else None
-            return (known, "tokenize") if known is not None else None
-        if status in {404, 405, 501}:
-            self._without[engine.node, "tokenize"] = self._clock() + FORGET_SECONDS
+            return (known, TOKENIZE) if known is not None else None
+        if status in NO_SUCH_ENDPOINT:
+            self._lacking.note(engine.node, TOKENIZE, now)
         return None
 
     async def _post(self, engine: Anyone, path: str, body: bytes, credentials: bytes) -> tuple[int, bytes]:
@@ -132,32 +122,13 @@ class Prompts:
         finally:
             call.release()
 
-    def _may(self, node: str, endpoint: str) -> bool:
-        until = self._without.get((node, endpoint))
-        if until is None:
-            return True
-        if self._clock() < until:
-            return False
-        del self._without[node, endpoint]
-        return True
-
     def _warn(self, model: str, hint: str) -> None:
         if (model, hint) not in self._warned:
             self._warned.add((model, hint))
             _log.warning("tokens_not_known", model=model, hint=hint)
 
 
-def _ids(answer: bytes) -> list[int] | None:
-    """Token ids in the answer of `/render` (one prompt, or a list of one) or `/tokenize`."""
-    try:
-        if answer.lstrip().startswith(b"["):
-            several = _rendered_list(answer)
-            rendered: Any = several[0] if len(several) == 1 else _Rendered()
-        else:
-            rendered = _rendered(answer)
-    except msgspec.MsgspecError:
-        return None
-    ids = rendered.token_ids or rendered.prompt_token_ids or rendered.tokens
-    if not ids or min(ids) < 0 or max(ids) >= 1 << 32:
-        return None
-    return list(ids)
+def _has_media(body: bytes) -> bool:
+    """Whether a request holds images or the like, whose blocks have keys that only the engine knows."""
+    # Inside of a text quotes are escaped, so that hardly any body must be looked at.
+    return any(mark in body for mark in _MEDIA) and openai.has_media(msgspec.json.decode(body))

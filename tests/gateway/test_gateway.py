@@ -149,6 +149,19 @@ async def test_a_conversation_stays_where_it_is_without_a_word(fleet: Fleet) -> 
         assert routed[0].session.startswith("~")
 
 
+async def test_what_only_the_engine_knows_the_blocks_of_is_routed_without_guessing(fleet: Fleet) -> None:
+    words = {"type": "text", "text": 'What is an "image_url"? ' * 20}
+    others = {"type": "text", "text": 'Is there no "image_url" here? ' * 20}
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 9000}}
+    async with on_simulated(fleet, 1) as scene:
+        for parts, known in (([words, image], False), ([others], True)):
+            for again in (False, True):
+                body = {"model": "sim", "messages": [{"role": "user", "content": parts}], "max_tokens": 2}
+                answer = await scene.http.post("/v1/chat/completions", json=body)
+                predicted = int(answer.headers["x-kvplane-match"].partition("/")[0])
+                assert (predicted > 100) == (known and again), answer.headers
+
+
 @pytest.mark.parametrize(
     "fails",
     [
