@@ -23,7 +23,7 @@ from kvplane.services.cli.common import (
     start,
 )  # fmt: skip
 from kvplane.services.gateway.service import Gateway
-from kvplane.services.http.server import bound
+from kvplane.services.http.listener import bound
 from kvplane.services.observability.joined import application
 from kvplane.services.observability.web import UNIX, check_address, observing, served
 from kvplane.services.process.workers import beside

@@ -55,6 +55,10 @@ class Breaker:
             known.breaks += 1
             self.tripped += 1
 
+    def forget(self, node: str) -> None:
+        """It has come, or come back: what it was says nothing."""
+        self._nodes.pop(node, None)
+
     def left_out(self, now: float) -> list[str]:
         """Nodes that are left out now."""
         return [name for name, node in self._nodes.items() if node.until > now]

@@ -73,13 +73,15 @@ class Way:
     def __init__(
         self, exchange: Exchange, asked: Asked, question: RouteRequest, *, pool: Pool,
         route: Callable[[RouteRequest], RouteAnswer], record: Callable[[CompleteRequest], None],
-        record_pending: Callable[[], None], left_out: Callable[[], list[str]], attempts: int = ATTEMPTS, explain: bool = False,
+        record_pending: Callable[[], None], left_out: Callable[[], list[str]], epoch: Callable[[str], int],
+        attempts: int = ATTEMPTS, explain: bool = False,
     ) -> None:  # fmt: skip
         self.exchange = exchange
         self.asked = asked
         self.question = question
         self._pool = pool
         self._route, self._record, self._record_pending, self._left_out = route, record, record_pending, left_out
+        self._epoch = epoch
         self._attempts = attempts
         self._explain = explain
         self._usage = Usage()
@@ -94,17 +96,19 @@ class Way:
 
     async def run(self) -> None:
         """Go until the answer is sent. Raises what is answered to the client as an error: nothing has been sent then."""
-        exclude: list[str] = []
+        tried: dict[str, int] = {}
         failed: list[str] = []
         while True:
-            decision = self._decide(exclude, failed)
+            # One that has come back meanwhile is another one.
+            decision = self._decide([node for node, epoch in tried.items() if self._epoch(node) == epoch], failed)
+            epoch = self._epoch(decision.node)
             self.decision = decision
             self.tries += 1
             try:
                 await self._attempt(decision)
             except EngineFailed as error:
                 failed.append(f"{decision.node}: {error}")
-                exclude.append(decision.node)
+                tried[decision.node] = epoch
                 if self.exchange.begun:
                     self.break_off(502, "engine_failed", f"the engine broke off: {error}")
                     return

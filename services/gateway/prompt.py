@@ -16,7 +16,7 @@ from kvplane.services.dataplane import openai
 from kvplane.services.dataplane.prompts import NO_SUCH_ENDPOINT, RENDER, TOKENIZE, Lacking, told
 from kvplane.services.gateway import api
 from kvplane.services.http.pool import Pool, origin, request_head
-from kvplane.services.protocol.errors import EngineFailed
+from kvplane.services.protocol.errors import EngineFailed, NoNode, Overloaded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,7 +71,13 @@ class Prompts:
             return Prompt(None, guess, "none")
         tried: frozenset[str] = frozenset()
         for _ in range(ATTEMPTS):
-            engine = anyone(tried)
+            try:
+                engine = anyone(tried)
+            except (NoNode, Overloaded):
+                if not tried:
+                    raise
+                # Whether they can answer the request itself is another question.
+                break
             try:
                 found = await self._ask(engine, asked, credentials)
             except EngineFailed as error:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import anyio
 import msgspec
 import structlog
+from msgspec.structs import replace
 
-from kvplane.events.types import RequestCompleted
+from kvplane.events.types import NodeRegistered, RequestCompleted
 from kvplane.services.dataplane.measured import Measured
 from kvplane.services.gateway import api, errors, sessions
 from kvplane.services.gateway.access import AccessLog
@@ -24,7 +25,7 @@ from kvplane.services.gateway.forward import Way, forwarded, question
 from kvplane.services.gateway.prompt import Anyone, Prompt, Prompts
 from kvplane.services.http.pool import Pool, origin, request_head
 from kvplane.services.http.server import Server
-from kvplane.services.protocol.errors import BadHttp, BadRequest, EngineFailed, NoNode
+from kvplane.services.protocol.errors import BadHttp, BadRequest, EngineFailed, NoNode, Overloaded
 from kvplane.services.protocol.messages import CompleteRequest, RouteAnswer, RouteRequest, decode_request, encode_answer
 from kvplane.services.protocol.traceparent import parse
 from kvplane.services.roles.router import Router
@@ -122,11 +123,13 @@ class Gateway:
         return self.router.readiness()
 
     def _completed(self, commit: Commit) -> None:
-        """What the log says of requests that have ended, everybody's."""
+        """What the log says of requests that have ended, everybody's, and of nodes that are new."""
         now = time.monotonic()
         for event in commit.events:
             if type(event) is RequestCompleted:
                 self.breaker.saw(event.node, event.status, now)
+            elif type(event) is NodeRegistered:
+                self.breaker.forget(event.node)
 
     async def _handle(self, exchange: Exchange) -> None:
         request = exchange.request
@@ -199,6 +202,7 @@ class Gateway:
         way = passage.way = Way(
             exchange, asked, question(asked, prompt, session, passage.request, passage.traceparent), pool=self._pool,
             route=self._route, record=self._record, record_pending=self.router.record_pending, left_out=self._left_out,
+            epoch=self._epoch,
             explain=request.header(b"x-kvplane-explain") == b"1",
         )  # fmt: skip
         await way.run()
@@ -215,6 +219,10 @@ class Gateway:
     def _left_out(self) -> list[str]:
         return self.breaker.left_out(time.monotonic()) if self.breaker.known else []
 
+    def _epoch(self, node: str) -> int:
+        known = self.router.state.nodes.get(node)
+        return known.epoch if known is not None else 0
+
     def _route(self, asked: RouteRequest) -> RouteAnswer:
         return self.router.route(asked, asked.traceparent)
 
@@ -223,16 +231,16 @@ class Gateway:
         self.router.complete(done, done.traceparent)
 
     def _anyone(self, model: str, tried: frozenset[str]) -> Anyone:
-        """An engine of the model that can be asked something; no decision about a request."""
-        answer = self.router.route(
-            RouteRequest(
-                model=model,
-                hashes=b"",
-                tokens_count=1,
-                exclude=[*tried, *self._left_out()],
-                dry_run=True,
-            )
-        )
+        """An engine of the model that can be asked something; no decision about a request. Raises `NoNode`, `Overloaded`."""
+        asked = RouteRequest(model=model, hashes=b"", tokens_count=1, exclude=list(tried), dry_run=True)
+        left_out = self._left_out()
+        try:
+            answer = self.router.route(replace(asked, exclude=[*tried, *left_out]))
+        except (NoNode, Overloaded):
+            if not left_out:
+                raise
+            # Better one that may fail than none.
+            answer = self.router.route(asked)
         return Anyone(answer.node, answer.address)
 
     async def _pass(self, exchange: Exchange, path: str) -> None:

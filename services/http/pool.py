@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import anyio
 
+from kvplane.services.http import alive
 from kvplane.services.http.reader import AnswerReader
 from kvplane.services.protocol.errors import BadAnswer, BadRequest, EngineFailed
 
@@ -99,6 +100,7 @@ class Call(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """For the loop."""
         self._transport = cast("asyncio.Transport", transport)
+        alive.watch(self._transport)
 
     def connection_lost(self, error: Exception | None) -> None:
         """For the loop."""

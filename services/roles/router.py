@@ -64,7 +64,7 @@ class Router:
         completed: Callable[[Commit], None] | None = None,
     ) -> None:  # fmt: skip
         self._completed = completed
-        """Told of commits of requests, those of others included."""
+        """Told of commits, those of others included."""
         self.client = client
         self.fleet = fleet
         self.writer = new_writer("router")

@@ -19,10 +19,12 @@ from kvplane.events.hashing import pack_hashes
 from kvplane.events.log.append import Appender, new_writer
 from kvplane.events.log.connection import connected
 from kvplane.events.log.group import GroupWriter
+from kvplane.events.subjects import token
 from kvplane.services.demo.workload import conversations
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import NoAnswer, Refused, ServiceFault
 from kvplane.services.rpc.client import ask
+from tests.chaos.talk import TALKERS, Talker
 from tests.chaos.world import MANAGED, MODEL
 
 if TYPE_CHECKING:
@@ -126,6 +128,8 @@ class Load:
         ]  # fmt: skip
         self.resting = anyio.Event()
         async with anyio.create_task_group() as group:
+            for number in range(TALKERS):
+                group.start_soon(Talker(self, f"{self.rng.random()}").run, number)
             for number, task in enumerate(tasks):
                 group.start_soon(self._client, f"load-{number}", task)
             try:
@@ -275,7 +279,7 @@ class Load:
             request=answer["request"], hashes=hashes, tokens=len(hashes) // 8 * BLOCK + 5, output_tokens=8
         )  # fmt: skip
         with suppress(ServiceFault):
-            await ask(client, answer["address"], serve, seconds=ASK_SECONDS)
+            await ask(client, f"kv.{self.fleet}.serve.{token(answer['node'])}", serve, seconds=ASK_SECONDS)
             self.count("served")
 
     async def route_own(self, client: Client) -> None:

@@ -1,4 +1,4 @@
-"""The fleet under attack: servers, coordinators, routers, a historian and simulated nodes, all of the command line."""
+"""The fleet under attack: servers, coordinators, routers, gateways, a historian, simulated nodes, all of the command line."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from kvplane.services.embedded.server import server_binary
 from tests.chaos.faults import Ground
 from tests.chaos.network import network
 from tests.chaos.processes import Service
+from tests.support.ports import free_port
 from tests.support.three_servers import CONFIGURATION, NAMES, Cluster, Member, monitor
 from tests.support.waiting import until
 
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
 FLEET = "chaos"
 MODEL, MANAGED = "sim", "simm"
 """Models of the simulated nodes that report their caches, and of those that are managed."""
-ROUTERS, COORDINATORS = 3, 2
+ROUTERS, COORDINATORS = 2, 2
+GATEWAYS = ("gateway-1", "gateway-2")
+"""Each is a router as well."""
 SNAPSHOT_COMMITS = 3000
 READY_SECONDS = 90.0
 STUTTER = (0.05, 0.15)
@@ -39,13 +42,16 @@ STUTTER = (0.05, 0.15)
 COMMANDS: dict[str, list[str]] = {
     **{f"coordinator-{n + 1}": ["coordinator", "--snapshot-commits", str(SNAPSHOT_COMMITS)] for n in range(COORDINATORS)},
     **{f"router-{n + 1}": ["router"] for n in range(ROUTERS)},
+    **{name: ["gateway", "--listen", "{host}:{port}"] for name in GATEWAYS},
     "historian": ["historian"],
-    "nodes": ["simnode", "sim-a", "sim-b", "sim-c", "--model", MODEL, "--decode-speed", "400"],
+    "nodes": ["simnode", "sim-a", "sim-b", "--model", MODEL, "--decode-speed", "400", "--host", "{host}"],
+    "more-nodes": ["simnode", "sim-c", "--model", MODEL, "--decode-speed", "400", "--host", "{host}"],
     "managed": [
         "simnode", "man-a", "man-b", "--model", MANAGED, "--cache-mode", "managed", "--capacity-blocks", "200",
-        "--decode-speed", "400",
+        "--decode-speed", "400", "--host", "{host}",
     ],
 }  # fmt: skip
+"""What each is started with; `{host}` is where it listens, `{port}` a gateway's port."""
 
 
 class Servers(Cluster):
@@ -118,6 +124,7 @@ class World:
         self.names = NAMES[:servers]
         self.fleet = FLEET
         self.services: dict[str, Service] = {}
+        self.ports = {name: free_port() for name in GATEWAYS}
         self.servers: Servers
 
     @property
@@ -133,6 +140,10 @@ class World:
             found.append(f"nats://{host}:{port}")
         return found
 
+    def gateway(self, name: str) -> str:
+        """URL of a gateway."""
+        return f"http://{self.net.host(name)}:{self.ports[name]}"
+
     async def open(self, group: TaskGroup) -> None:
         """Start everything and wait until it is ready."""
         await self.net.open(self.names, list(COMMANDS), group)
@@ -140,8 +151,9 @@ class World:
         await self.servers.start(*self.names)
         for name, command in COMMANDS.items():
             own = ["--history", str(self.folder / "history")] if name == "historian" else []
+            filled = [part.format(host=self.net.host(name), port=self.ports.get(name)) for part in command]
             self.services[name] = Service(
-                name, [*command, *own, "--fleet", self.fleet, "--log-format", "json"],
+                name, [*filled, *own, "--fleet", self.fleet, "--log-format", "json"],
                 partial(self.urls, name), self.folder, self.ledger, self.net.prefix(name),
             )  # fmt: skip
             group.start_soon(self.services[name].watch)

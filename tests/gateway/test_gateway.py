@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import anyio
 import openai
 import pytest
 
+from kvplane.services.protocol.messages import RegisterRequest
 from kvplane.services.simulation.simnode import NodeConfig
 from tests.support.gateways import Scene, gateway_on
 from tests.support.scripted_engine import EVENTS, MODEL, ScriptedEngine, chunk, engines, whole
@@ -210,6 +212,29 @@ async def test_a_node_that_fails_is_left_out_for_a_while(fleet: Fleet) -> None:
         for number in range(10):
             await scene.http.post("/v1/completions", json={**PROMPT, "user": f"v{number}"})
         assert len(bad.requests) <= tried + 1
+
+
+async def test_when_all_nodes_are_left_out_none_is_and_one_that_comes_back_is_not(fleet: Fleet) -> None:
+    async with on_engines(fleet, ScriptedEngine("a", answers)) as scene:
+        breaker = scene.gateway.breaker
+        for _ in range(3):
+            breaker.saw("a", "failed: no", time.monotonic())
+        assert breaker.left_out(time.monotonic()) == ["a"]
+        # Also who is asked for the prompt's tokens.
+        chat = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
+        assert (await scene.http.post("/v1/chat/completions", json=chat)).content == ANSWER
+        for _ in range(3):
+            breaker.saw("a", "failed: no", time.monotonic())
+        again = RegisterRequest(
+            node="a",
+            address="http://127.0.0.1:1",
+            models=[MODEL],
+            block_size=4,
+            capacity_blocks={"gpu": 9},
+            replace=True,
+        )
+        await fleet.ask("coordinator.node.register", again)
+        await until(lambda: not breaker.left_out(time.monotonic()))
 
 
 async def test_all_engines_fail(fleet: Fleet) -> None:

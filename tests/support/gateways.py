@@ -12,7 +12,7 @@ from kvplane.events.errors import BadCommit
 from kvplane.events.log.follow import replay
 from kvplane.events.types import RequestCompleted, RequestRouted
 from kvplane.services.gateway.service import Gateway
-from kvplane.services.http.server import bound
+from kvplane.services.http.listener import bound
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
