@@ -26,6 +26,7 @@ from kvplane.services.protocol.messages import CompleteRequest, RouteAnswer, Rou
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kvplane.services.dataplane.measured import Measured
     from kvplane.services.gateway.api import Asked
     from kvplane.services.gateway.prompt import Prompt
     from kvplane.services.http.pool import Call, Pool
@@ -74,7 +75,7 @@ class Way:
         self, exchange: Exchange, asked: Asked, question: RouteRequest, *, pool: Pool,
         route: Callable[[RouteRequest], RouteAnswer], record: Callable[[CompleteRequest], None],
         record_pending: Callable[[], None], left_out: Callable[[], list[str]], epoch: Callable[[str], int],
-        attempts: int = ATTEMPTS, explain: bool = False,
+        measured: Measured, attempts: int = ATTEMPTS, explain: bool = False,
     ) -> None:  # fmt: skip
         self.exchange = exchange
         self.asked = asked
@@ -82,6 +83,8 @@ class Way:
         self._pool = pool
         self._route, self._record, self._record_pending, self._left_out = route, record, record_pending, left_out
         self._epoch = epoch
+        self._measured = measured
+        self._queued = False
         self._attempts = attempts
         self._explain = explain
         self._usage = Usage()
@@ -143,6 +146,8 @@ class Way:
         self._usage = Usage()
         status = CANCELLED
         call: Call | None = None
+        self._queued = True
+        self._measured.queued += 1
         try:
             where = origin(decision.address)
             own = self._headers + self._own(decision)
@@ -153,16 +158,24 @@ class Way:
             if call.status >= 500 or call.status in _BUSY:
                 body = (await call.read(1 << 16))[:300].decode("utf-8", "replace")
                 raise EngineFailed(f"it answers {call.status}: {body}")  # noqa: TRY301 - recorded below
-            await self._answer(call, decision)
+            told = await self._answer(call, decision)
             status = "ok" if call.status < 400 else f"{REFUSED}{call.status}"
+            if told:
+                status = f"{FAILED}its stream says: {told}"[:LONGEST]
         except EngineFailed as error:
             status = f"{FAILED}{error}"[:LONGEST]
             raise
         finally:
+            self._leave_queue()
             if call is not None:
                 call.release()
             self.ending = status
             self._complete(decision, status)
+
+    def _leave_queue(self) -> None:
+        if self._queued:
+            self._queued = False
+            self._measured.queued -= 1
 
     def _own(self, decision: RouteAnswer) -> bytes:
         own = b"x-request-id: %b\r\n" % self.question.request.encode()
@@ -172,15 +185,17 @@ class Way:
             own += b"traceparent: %b\r\n" % self.question.traceparent.encode()
         return own
 
-    async def _answer(self, call: Call, decision: RouteAnswer) -> None:
+    async def _answer(self, call: Call, decision: RouteAnswer) -> str:
+        """Pass the answer on; what an event of its stream says that went wrong."""
         exchange = self.exchange
         headers, streams = self._answered(call.headers, decision)
         if not streams:
             body = await call.read(ANSWER_BYTES)
             self._first = time.perf_counter()
+            self._leave_queue()
             self._usage = in_answer(body)
             exchange.send(call.status, headers, body)
-            return
+            return ""
         events = Events(strip=self.asked.adds_usage)
         call.patient(IDLE_SECONDS)
         exchange.on_slow, exchange.on_ready = call.pause, call.resume
@@ -189,6 +204,7 @@ class Way:
         def passed(data: bytes) -> None:
             if not self._first:
                 self._first = time.perf_counter()
+                self._leave_queue()
             self._pieces += 1
             exchange.write(events.feed(data))
 
@@ -196,11 +212,12 @@ class Way:
             call.relay(passed)
             await call.done()
             exchange.write(events.close())
-            if call.status < 400 and not events.whole:
+            if call.status < 400 and not events.whole and not events.error:
                 raise EngineFailed("its stream ended without its last event")
         finally:
             self._usage = events.usage
         exchange.end()
+        return events.error
 
     def _answered(self, headers: Headers, decision: RouteAnswer) -> tuple[Headers, bool]:
         """Headers of the client's answer, and whether it is a stream of events."""

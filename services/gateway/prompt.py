@@ -7,6 +7,7 @@ which leaves out what it does not know. A prompt whose tokens no engine gives is
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -34,7 +35,10 @@ _log = structlog.get_logger("kvplane.gateway")
 
 
 _JSON = b"content-type: application/json\r\n"
-_MEDIA = (b'"image', b'"audio', b'"video', b'"input_', b'"file', b'_embeds"')
+_TOKENIZED = frozenset((api.CHAT, api.COMPLETIONS))
+"""What `/tokenize` understands."""
+_MEDIA = re.compile(rb'"type"\s*:\s*"(?:(?:input_)?(?:image|audio|video|file)(?:_url|_embeds|_pil)?|document)"').search
+"""Finds parts that are no text. In a text the quotes are escaped."""
 
 
 class Prompt(NamedTuple):
@@ -67,7 +71,8 @@ class Prompts:
         `anyone` names an engine of the model that is not one of those; it raises when there is none.
         """
         guess = api.length(asked) // BYTES_A_TOKEN
-        if asked.path not in {api.CHAT, api.COMPLETIONS} or _has_media(asked.body):
+        if _MEDIA(asked.body):
+            # Their blocks have keys that only the engine knows.
             return Prompt(None, guess, "none")
         tried: frozenset[str] = frozenset()
         for _ in range(ATTEMPTS):
@@ -92,20 +97,20 @@ class Prompts:
 
     async def _ask(self, engine: Anyone, asked: Asked, credentials: bytes) -> tuple[list[int], str] | None:
         """Token ids by one engine, and which endpoint gave them; none when it won't. Raises `EngineFailed`."""
-        now = self._clock()
-        if self._lacking.may(engine.node, RENDER, now):
-            status, answer = await self._post(engine, asked.path + "/render", asked.body, credentials)
+        now, renders = self._clock(), f"{asked.path}/{RENDER}"
+        if self._lacking.may(engine.node, renders, now):
+            status, answer = await self._post(engine, renders, asked.body, credentials)
             if status == 200:
                 ids = told(answer)
                 if ids is not None:
                     # The engine has truncated them already.
                     return ids, RENDER
             if status in NO_SUCH_ENDPOINT:
-                self._lacking.note(engine.node, RENDER, now)
+                self._lacking.note(engine.node, renders, now)
             elif 400 <= status < 500:
                 # What is wrong with the request, the engine says when it gets it.
                 return None
-        if not self._lacking.may(engine.node, TOKENIZE, now):
+        if asked.path not in _TOKENIZED or not self._lacking.may(engine.node, TOKENIZE, now):
             return None
         question = openai.question(msgspec.json.decode(asked.body))
         status, answer = await self._post(engine, "/tokenize", msgspec.json.encode(question), credentials)
@@ -132,9 +137,3 @@ class Prompts:
         if (model, hint) not in self._warned:
             self._warned.add((model, hint))
             _log.warning("tokens_not_known", model=model, hint=hint)
-
-
-def _has_media(body: bytes) -> bool:
-    """Whether a request holds images or the like, whose blocks have keys that only the engine knows."""
-    # Inside of a text quotes are escaped, so that hardly any body must be looked at.
-    return any(mark in body for mark in _MEDIA) and openai.has_media(msgspec.json.decode(body))

@@ -81,7 +81,8 @@ class Talker:
             return "refused", repr(error)
         except httpx.TimeoutException as error:
             return "silent", repr(error)
-        except httpx.TransportError as error:
+        except (httpx.TransportError, AttributeError) as error:
+            # The latter is anyio's when a connection is gone as soon as it is made.
             return "broken", repr(error)
         if answer.status_code != 200:
             return ("error", data.decode()) if b'"error"' in data else ("unexplained", f"{answer.status_code} {data!r}")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import anthropic
 import anyio
@@ -13,64 +12,14 @@ import openai
 import pytest
 
 from kvplane.services.protocol.messages import RegisterRequest
-from kvplane.services.simulation.simnode import NodeConfig
-from tests.support.gateways import Scene, gateway_on
-from tests.support.scripted_engine import EVENTS, MODEL, ScriptedEngine, chunk, engines, whole
+from tests.support.gateways import ANSWER, PROMPT, WORD, answers, made, on_engines, on_simulated
+from tests.support.scripted_engine import EVENTS, MODEL, ScriptedEngine, chunk, whole
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from anyio.abc import SocketStream
 
     from tests.support.fleet import Fleet
-
-FAST = {"prefill_speed": 20_000.0, "decode_speed": 1e4, "http": "127.0.0.1"}
-ANSWER = json.dumps(
-    {
-        "id": "x",
-        "object": "text_completion",
-        "created": 1,
-        "model": MODEL,
-        "choices": [{"index": 0, "text": "hello", "finish_reason": "stop"}],
-        "usage": {
-            "prompt_tokens": 9,
-            "completion_tokens": 1,
-            "total_tokens": 10,
-            "prompt_tokens_details": {"cached_tokens": 4},
-        },
-    }
-).encode()
-PROMPT = {"model": MODEL, "prompt": list(range(9))}
-WORD = b'data: {"choices": [{"index": 0, "text": "a"}]}\n\n'
-
-
-def made(**options: Any) -> Any:
-    """A client whose many overloads no checker shall read."""
-    return openai.AsyncOpenAI(**options)
-
-
-async def answers(stream: SocketStream) -> None:
-    await stream.send(whole(ANSWER))
-
-
-@asynccontextmanager
-async def on_engines(fleet: Fleet, *all_engines: ScriptedEngine) -> AsyncIterator[Scene]:
-    await fleet.coordinator()
-    async with engines(fleet, *all_engines), anyio.create_task_group() as group:
-        async with gateway_on(fleet, group) as scene:
-            yield scene
-        group.cancel_scope.cancel()
-
-
-@asynccontextmanager
-async def on_simulated(fleet: Fleet, count: int = 2, **config: object) -> AsyncIterator[Scene]:
-    await fleet.coordinator()
-    await fleet.nodes(*(NodeConfig(name=f"sim-{at}", **{**FAST, **config}) for at in range(count)))  # type: ignore[arg-type]
-    async with anyio.create_task_group() as group:
-        async with gateway_on(fleet, group) as scene:
-            yield scene
-        group.cancel_scope.cancel()
 
 
 async def test_the_openai_package_gets_what_it_asks_for(fleet: Fleet) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import anyio
 import httpx
+import openai
 
 from kvplane.events import codec
 from kvplane.events.errors import BadCommit
@@ -13,15 +16,37 @@ from kvplane.events.log.follow import replay
 from kvplane.events.types import RequestCompleted, RequestRouted
 from kvplane.services.gateway.service import Gateway
 from kvplane.services.http.listener import bound
+from kvplane.services.simulation.simnode import NodeConfig
+from tests.support.scripted_engine import MODEL, ScriptedEngine, engines, whole
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from anyio.abc import TaskGroup
+    from anyio.abc import SocketStream, TaskGroup
 
     from kvplane.events.codec import Message
     from tests.support.fleet import Fleet
+
+
+FAST = {"prefill_speed": 20_000.0, "decode_speed": 1e4, "http": "127.0.0.1"}
+ANSWER = json.dumps(
+    {
+        "id": "x",
+        "object": "text_completion",
+        "created": 1,
+        "model": MODEL,
+        "choices": [{"index": 0, "text": "hello", "finish_reason": "stop"}],
+        "usage": {
+            "prompt_tokens": 9,
+            "completion_tokens": 1,
+            "total_tokens": 10,
+            "prompt_tokens_details": {"cached_tokens": 4},
+        },
+    }
+).encode()
+PROMPT = {"model": MODEL, "prompt": list(range(9))}
+WORD = b'data: {"choices": [{"index": 0, "text": "a"}]}\n\n'
 
 
 async def recorded(fleet: Fleet) -> tuple[list[RequestRouted], list[RequestCompleted]]:
@@ -71,3 +96,31 @@ async def gateway_on(fleet: Fleet, group: TaskGroup) -> AsyncIterator[Scene]:
     host, port = gateway.address
     async with httpx.AsyncClient(base_url=f"http://{host}:{port}", timeout=30) as http:
         yield Scene(fleet, gateway, http)
+
+
+def made(**options: Any) -> Any:
+    """A client whose many overloads no checker shall read."""
+    return openai.AsyncOpenAI(**options)
+
+
+async def answers(stream: SocketStream) -> None:
+    await stream.send(whole(ANSWER))
+
+
+@asynccontextmanager
+async def on_engines(fleet: Fleet, *all_engines: ScriptedEngine) -> AsyncIterator[Scene]:
+    await fleet.coordinator()
+    async with engines(fleet, *all_engines), anyio.create_task_group() as group:
+        async with gateway_on(fleet, group) as scene:
+            yield scene
+        group.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def on_simulated(fleet: Fleet, count: int = 2, **config: object) -> AsyncIterator[Scene]:
+    await fleet.coordinator()
+    await fleet.nodes(*(NodeConfig(name=f"sim-{at}", **{**FAST, **config}) for at in range(count)))  # type: ignore[arg-type]
+    async with anyio.create_task_group() as group:
+        async with gateway_on(fleet, group) as scene:
+            yield scene
+        group.cancel_scope.cancel()
