@@ -200,6 +200,8 @@ class Completer:
                 return ids
             if status in prompts.NO_SUCH_ENDPOINT:
                 self._lacking.note(node, prompts.RENDER, now)
+                if "messages" in body:
+                    self._warn("prompts_not_rendered", body["model"], prompts.RENDERS_NOT)
         endpoint = f"{openai.path(body)}/render"
         if status == 200 or status in prompts.NO_SUCH_ENDPOINT:
             endpoint = "/tokenize"

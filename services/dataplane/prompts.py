@@ -13,7 +13,13 @@ from kvplane.services.protocol.messages import RouteRequest
 
 RENDER, TOKENIZE = "render", "tokenize"
 """Where tokens come from, as metrics name it."""
-NO_SUCH_ENDPOINT = frozenset((404, 405, 501))
+NO_SUCH_ENDPOINT = frozenset((403, 404, 405, 501))
+"""vLLM forbids what it was not started with."""
+RENDERS_NOT = (
+    "its engines render no prompts, and /tokenize leaves out the reasoning of messages and more: start vLLM with "
+    "--enable-scale-out"
+)
+"""Said once a model."""
 FORGET_SECONDS = 60.0
 """So long an engine that has no such endpoint is not asked for it again."""
 MOST_TOKEN = (1 << 32) - 1

@@ -14,7 +14,7 @@ import msgspec
 import structlog
 
 from kvplane.services.dataplane import openai
-from kvplane.services.dataplane.prompts import NO_SUCH_ENDPOINT, RENDER, TOKENIZE, Lacking, told
+from kvplane.services.dataplane.prompts import NO_SUCH_ENDPOINT, RENDER, RENDERS_NOT, TOKENIZE, Lacking, told
 from kvplane.services.gateway import api
 from kvplane.services.http.pool import Pool, origin, request_head
 from kvplane.services.protocol.errors import EngineFailed, NoNode, Overloaded
@@ -107,6 +107,8 @@ class Prompts:
                     return ids, RENDER
             if status in NO_SUCH_ENDPOINT:
                 self._lacking.note(engine.node, renders, now)
+                if asked.path != api.COMPLETIONS:
+                    self._warn(asked.model, RENDERS_NOT)
             elif 400 <= status < 500:
                 # What is wrong with the request, the engine says when it gets it.
                 return None

@@ -80,8 +80,10 @@ async def test_a_prompt_is_rendered_by_an_engine_that_can(fleet: Fleet) -> None:
     asked = [{"role": "user", "content": "Is the sea deep?"}, reasoned, {"role": "user", "content": "How deep?"}]
     async with scene(fleet, "a") as on:
         api = on.engines["a"].api
-        without = await on.complete(messages=asked)
-        assert without.usage.prompt_tokens > without.decision.tokens, "what /tokenize leaves out"
+        for api.without_render in (404, 403):
+            on.completer._lacking = Lacking()
+            without = await on.complete(messages=asked)
+            assert 50 < without.decision.tokens < without.usage.prompt_tokens, "what /tokenize leaves out"
         api.renders = True
         # That it could not is not believed for ever.
         on.completer._lacking = Lacking()

@@ -20,6 +20,7 @@ class FakeApi:
         self.tokenizes = True
         self.renders = False
         """It has `/render`, which knows of messages' reasoning, as its own completions do and `/tokenize` does not."""
+        self.without_render = 404
         self.rendered = 0
         self.reports_cached = True
         self.reports_zero_cached = True
@@ -79,7 +80,7 @@ class FakeApi:
 
     async def _render(self, request: web.Request) -> web.Response:
         if not self.renders:
-            return web.Response(status=404)
+            return web.Response(status=self.without_render)
         self.rendered += 1
         body = await request.json()
         answer = {"token_ids": self._tokens(body, self._settings(body))}
