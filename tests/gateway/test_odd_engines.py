@@ -6,13 +6,13 @@ import json
 from typing import TYPE_CHECKING
 
 import anyio
-import pytest
 
 from tests.support.gateways import ANSWER, PROMPT, WORD, answers, on_engines
 from tests.support.scripted_engine import EVENTS, MODEL, OK, ScriptedEngine, chunk, whole
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
+    import pytest
     from anyio.abc import SocketStream
 
     from tests.support.fleet import Fleet
@@ -48,16 +48,17 @@ async def test_an_answer_that_trickles_byte_by_byte(fleet: Fleet) -> None:
         assert [(event.status, event.cached_tokens, event.output_tokens) for event in completed] == [("ok", 8, 2)] * 2
 
 
-@pytest.mark.parametrize("ends", [DONE, b""], ids=["ends", "only stops"])
-@pytest.mark.parametrize("usage", [True, False])
-async def test_an_error_in_a_stream_is_passed_on_once_and_counts_as_one(fleet: Fleet, ends: bytes, usage: bool) -> None:
-    async with on_engines(fleet, sends(EVENTS, chunk(WORD), chunk(ERROR + ends), LAST)) as scene:
-        body = {**PROMPT, "stream": True, "stream_options": {"include_usage": usage}}
-        answer = await scene.http.post("/v1/completions", json=body)
-        assert answer.content == WORD + ERROR + ends
+async def test_an_error_in_a_stream_is_passed_on_once_and_counts_as_one(fleet: Fleet) -> None:
+    engine = sends()
+    async with on_engines(fleet, engine) as scene:
+        for ends in (DONE, b""):
+            for usage in (True, False):
+                engine.scripts = sends(EVENTS, chunk(WORD), chunk(ERROR + ends), LAST).scripts
+                body = {**PROMPT, "stream": True, "stream_options": {"include_usage": usage}}
+                assert (await scene.http.post("/v1/completions", json=body)).content == WORD + ERROR + ends
         await scene.idle()
         _, completed = await scene.recorded()
-        assert [event.status for event in completed] == ["failed: its stream says: out of memory"]
+        assert [event.status for event in completed] == ["failed: its stream says: out of memory"] * 4
 
 
 async def test_a_last_event_that_is_long_or_comes_in_parts(fleet: Fleet) -> None:
@@ -81,18 +82,25 @@ async def test_a_stream_that_counts_nothing(fleet: Fleet) -> None:
         assert [(event.status, event.prompt_tokens, event.output_tokens) for event in completed] == [("ok", 0, 0)]
 
 
-@pytest.mark.parametrize(
-    "body",
-    [b"<html>busy</html>", b"", b'{"usage": 5}', b'{"usage": {"prompt_tokens": "x"}}', b'\xff{"usage": {}}', b"[]"],
-)
-async def test_an_answer_of_another_kind_passes_as_it_is(fleet: Fleet, body: bytes) -> None:
-    head = OK + b"Content-Type: text/html\r\nContent-Length: %d\r\n\r\n" % len(body)
-    async with on_engines(fleet, sends(head + body)) as scene:
-        answer = await scene.http.post("/v1/completions", json={**PROMPT, "stream": True})
-        assert (answer.status_code, answer.content, answer.headers["content-type"]) == (200, body, "text/html")
+async def test_an_answer_of_another_kind_passes_as_it_is(fleet: Fleet) -> None:
+    bodies = [
+        b"<html>busy</html>",
+        b"",
+        b'{"usage": 5}',
+        b'{"usage": {"prompt_tokens": "x"}}',
+        b'\xff{"usage": {}}',
+        b"[]",
+    ]
+    engine = sends()
+    async with on_engines(fleet, engine) as scene:
+        for body in bodies:
+            head = OK + b"Content-Type: text/html\r\nContent-Length: %d\r\n\r\n" % len(body)
+            engine.scripts = sends(head + body).scripts
+            answer = await scene.http.post("/v1/completions", json={**PROMPT, "stream": True})
+            assert (answer.status_code, answer.content, answer.headers["content-type"]) == (200, body, "text/html")
         await scene.idle()
         _, completed = await scene.recorded()
-        assert [(event.status, event.prompt_tokens) for event in completed] == [("ok", 0)]
+        assert [(event.status, event.prompt_tokens) for event in completed] == [("ok", 0)] * len(bodies)
 
 
 async def test_an_engine_that_hangs_counts_as_one_that_broke_off(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
