@@ -26,8 +26,9 @@ from kvplane.events.subjects import subject
 from kvplane.events.types import NodeRegistered
 from kvplane.services.embedded.server import embedded_server, free_port
 from kvplane.services.gateway.service import Gateway
+from kvplane.services.http.listener import bound
 from kvplane.services.http.pool import Pool, origin
-from kvplane.services.http.server import Exchange, Server, bound
+from kvplane.services.http.server import Exchange, Server
 
 if TYPE_CHECKING:
     from nats.aio.client import Client as NatsClient

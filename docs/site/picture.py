@@ -21,6 +21,7 @@ from kvplane.services.process import logs
 WIDTH = 98
 """Columns: at the width of a page, letters are as large as its text."""
 STEPS = (
+    "one URL",
     "exact hit",
     "longest prefix",
     "traffic, with a node and both routers killed",

@@ -11,7 +11,7 @@ import time
 from asyncio import Future
 from collections import Counter
 from secrets import token_hex, token_urlsafe
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
 from nats.aio.client import Client, Srv
@@ -26,7 +26,11 @@ from kvplane.events.log.inboxes import served_inbox
 from kvplane.events.subjects import asked_node
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from nats.aio.msg import Msg
+
+T = TypeVar("T")
 
 _FORBIDDEN = re.compile(r"permissions violation for (publish|subscription) to \"([^\"]+)\"", re.IGNORECASE)
 CLOSE_SECONDS = 0.5
@@ -56,6 +60,14 @@ class _Random(NUID):
         return bytearray(token_urlsafe(16).encode())
 
 
+def _said(write: Callable[[T], object], payload: T) -> object:
+    """Write to a connection; one that has gone this moment is no other error than one that went a moment before."""
+    try:
+        return write(payload)
+    except RuntimeError as error:
+        raise ConnectionResetError(str(error)) from None
+
+
 class _Transport(TcpTransport):
     """A connection that reads what is there at once, and that can be closed when its TLS handshake has failed.
 
@@ -65,6 +77,12 @@ class _Transport(TcpTransport):
     async def read(self, buffer_size: int) -> bytes:
         data: bytes = await super().read(max(buffer_size, READ_BYTES))
         return data
+
+    def write(self, payload: bytes) -> Any:  # noqa: ANN401 - as the client has it
+        return _said(super().write, payload)
+
+    def writelines(self, payload: list[bytes]) -> Any:  # noqa: ANN401 - as the client has it
+        return _said(super().writelines, payload)
 
     async def wait_closed(self) -> None:
         try:

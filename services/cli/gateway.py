@@ -1,12 +1,18 @@
-"""`kvplane gateway`: an OpenAI URL in front of the fleet."""
+"""`kvplane gateway`: an OpenAI URL in front of the fleet, in one process or in several on one port."""
 
 from __future__ import annotations
 
 import sys
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import anyio
+import structlog
 from cyclopts import Parameter
 
+from kvplane.events.errors import KvplaneError, first_known
 from kvplane.services.cli.common import (
     COMMON,
     Common,
@@ -17,19 +23,30 @@ from kvplane.services.cli.common import (
     start,
 )  # fmt: skip
 from kvplane.services.gateway.service import Gateway
-from kvplane.services.http.server import bound
-from kvplane.services.observability.web import check_address, observing
+from kvplane.services.http.listener import bound
+from kvplane.services.observability.joined import handler
+from kvplane.services.observability.web import UNIX, check_address, observing, served
+from kvplane.services.process.workers import beside
 from kvplane.services.protocol.errors import BadRequest
 
 if TYPE_CHECKING:
     import socket
+    from contextlib import AbstractAsyncContextManager
 
 LISTEN = "127.0.0.1:8080"
+WORKERS_LIMIT = 256
+RESTART_SECONDS, LONGEST_SECONDS = 0.5, 30.0
+"""Pause before a worker that ended is started again; doubled while it ends within `LONGEST_SECONDS`, which is the longest."""
+STOP_SECONDS = 19.0
+"""How long a worker may take to let what is on its way end and to write what it answered: less than `common.STOP_SECONDS`."""
+
+_log = structlog.get_logger("kvplane.gateway")
 
 
 def gateway(
     *,
     listen: Annotated[str, Parameter(env_var="KVPLANE_LISTEN")] = LISTEN,
+    workers: Annotated[int, Parameter(env_var="KVPLANE_WORKERS")] = 1,
     access_log: Annotated[bool, Parameter(env_var="KVPLANE_ACCESS_LOG", negative="")] = False,
     http: Http = None,
     policy_module: ServedPolicyModules = (),
@@ -41,6 +58,8 @@ def gateway(
     ----------
     listen
         HOST:PORT for clients; an empty host is every address.
+    workers
+        Processes that share the port; each is a replica of the fleet with a router of its own. One that ends is started again.
     access_log
         Write a line of JSON a request to standard output.
     http
@@ -51,8 +70,17 @@ def gateway(
     start(common)
     check_address(http)
     host, port = listening(listen)
+    if not 1 <= workers <= WORKERS_LIMIT:
+        raise BadRequest(f"--workers is {workers}; it must be from 1 to {WORKERS_LIMIT}, about one a core")
     allow_modules(policy_module)
-    run_until_signal(_gateway, bound(host, port), access_log, http, common)
+    if workers == 1:
+        run_until_signal(_gateway, bound(host, port), access_log, http, common)
+    else:
+        # Nobody else's from here on, and the same port for all when it was given as 0. It does not listen: it would be sent
+        # connections.
+        bound(host, port).close()
+        place = bound(host, port, share=True, listen=False)
+        run_until_signal(_Several(place, workers, access_log, tuple(policy_module), common).run, http)
 
 
 def listening(address: str, option: str = "--listen") -> tuple[str, int]:
@@ -70,3 +98,66 @@ async def _gateway(where: socket.socket, access_log: bool, http: str | None, com
             service.access.stream = sys.stdout
         async with observing(http, service):
             await service.run()
+
+
+class _Several:
+    """Gateways that share a port, each in a process of its own."""
+
+    def __init__(
+        self, place: socket.socket, count: int, access_log: bool, modules: tuple[str, ...], common: Common  # noqa: FBT001
+    ) -> None:  # fmt: skip
+        self._place = place
+        self._count = count
+        self._own = (access_log, modules, common)
+        self._running: dict[str, str] = {}
+        self._restarts = 0
+
+    async def run(self, http: str | None) -> None:
+        """Keep them running until cancelled; then all of them let what is on its way end."""
+        with tempfile.TemporaryDirectory(prefix="kvplane-") as folder:
+            async with self._observed(http), anyio.create_task_group() as group:
+                for number in range(1, self._count + 1):
+                    group.start_soon(self._keep, f"{number}", Path(folder, f"{number}.sock"))
+
+    def _observed(self, http: str | None) -> AbstractAsyncContextManager[object]:
+        if not http:
+            return nullcontext()
+        return served(http, handler(lambda: dict(self._running), lambda: self._restarts))
+
+    async def _keep(self, name: str, socket: Path) -> None:
+        host, port = self._place.getsockname()[:2]
+        pause = RESTART_SECONDS
+        while True:
+            began = anyio.current_time()
+            self._running[name] = str(socket)
+            try:
+                code = await beside(_worker, host, port, f"{UNIX}{socket}", *self._own, patience=STOP_SECONDS)
+            finally:
+                del self._running[name]
+            lived = anyio.current_time() - began
+            pause = RESTART_SECONDS if lived > LONGEST_SECONDS else min(2 * pause, LONGEST_SECONDS)
+            _log.error("worker_ended", worker=name, code=code, again_in=pause)
+            self._restarts += 1
+            await anyio.sleep(pause)
+
+
+def _worker(
+    host: str, port: int, http: str, access_log: bool, modules: tuple[str, ...], common: Common  # noqa: FBT001
+) -> None:  # fmt: skip
+    start(common)
+    try:
+        allow_modules(modules)
+        # It listens when the log is read: until then the others get all connections.
+        run_until_signal(_gateway, bound(host, port, share=True, listen=False), access_log, http, common)
+    except KvplaneError as error:
+        _fail(error)
+    except BaseExceptionGroup as errors:
+        known = first_known(errors)
+        if known is None:
+            raise
+        _fail(known)
+
+
+def _fail(error: KvplaneError) -> None:
+    _log.error("worker_failed", error=str(error), code=error.code)
+    sys.exit(1)

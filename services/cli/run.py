@@ -112,6 +112,7 @@ def simnode(
     prefill_speed: Annotated[float, Parameter(env_var="KVPLANE_PREFILL_SPEED")] = 8000.0,
     decode_speed: Annotated[float, Parameter(env_var="KVPLANE_DECODE_SPEED")] = 60.0,
     max_active: Annotated[int, Parameter(env_var="KVPLANE_MAX_ACTIVE")] = 64,
+    host: Annotated[str, Parameter(env_var="KVPLANE_HOST")] = "127.0.0.1",
     http: Http = None,
     common: Common = COMMON,
 ) -> None:
@@ -135,6 +136,8 @@ def simnode(
         Tokens per second that each request decodes.
     max_active
         Most requests at once on a node; 0 is no limit.
+    host
+        Address on which the nodes answer as engines do, each at a port of its own.
     http
         HOST:PORT of metrics and health (/metrics, /healthz, /readyz), such as 127.0.0.1:9464; default is none.
     """
@@ -154,7 +157,7 @@ def simnode(
             prefill_speed=prefill_speed,
             decode_speed=decode_speed,
             max_active=max_active,
-            http="127.0.0.1",
+            http=host,
         )
         for each in name
     ]

@@ -34,7 +34,7 @@ from kvplane.services.demo.people import People
 from kvplane.services.embedded.keeper import kept
 from kvplane.services.embedded.server import holding, reached_at, start_server
 from kvplane.services.gateway.service import Gateway
-from kvplane.services.http.server import bound
+from kvplane.services.http.listener import bound
 from kvplane.services.observability.web import address, observing
 from kvplane.services.process.workers import beside
 from kvplane.services.protocol.errors import BadRequest, HttpFailed

@@ -19,7 +19,7 @@ import anyio
 import msgspec
 import structlog
 
-from kvplane.services.dataplane import openai
+from kvplane.services.dataplane import endings, openai, prompts
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import BadRequest, EngineFailed, EngineRefused, ServiceFault
 from kvplane.services.rpc.client import ask
@@ -97,6 +97,7 @@ class Completer:
         self.telling: set[str] = set()
         """Nodes that have reported cached tokens; some engines leave the field out when there are none."""
         self._warned: set[tuple[str, str]] = set()
+        self._lacking = prompts.Lacking()
 
     async def __aenter__(self) -> Self:
         """Open."""
@@ -160,40 +161,26 @@ class Completer:
 
     async def _question(self, body: Body, session: str, traceparent: str) -> messages.RouteRequest:
         """What to ask the router."""
-        asked = messages.RouteRequest(
-            model=body["model"], session=session, salt=str(body.get("cache_salt") or ""), traceparent=traceparent
-        )
+        salt = str(body.get("cache_salt") or "")
         given = openai.tokens(body)
-        if given is None and not openai.has_media(body):
-            given, asked = await self._tokens(body, asked)
-        known = openai.kept(body, given) if given is not None else None
-        if known is not None:
-            return msgspec.structs.replace(asked, tokens=known)
         count = len(given) if given is not None else openai.length(body) // CHARACTERS_A_TOKEN
-        return msgspec.structs.replace(asked, hashes=b"", tokens_count=count)
+        known, failed = openai.kept(body, given) if given is not None else None, list[Attempt]()
+        if given is None and not openai.has_media(body):
+            anyone = prompts.query(body["model"], None, 1, session="", salt=salt, traceparent=traceparent)
+            known, failed = await self._tokens(body, anyone)
+        asked = prompts.query(body["model"], known, count, session=session, salt=salt, traceparent=traceparent)
+        return msgspec.structs.replace(asked, exclude=[attempt.node for attempt in failed])
 
-    async def _tokens(self, body: Body, asked: messages.RouteRequest) -> tuple[list[int] | None, messages.RouteRequest]:
-        """Token ids by an engine of the model, or none when it gives none; the request leaves out those that are down."""
+    async def _tokens(self, body: Body, anyone: messages.RouteRequest) -> tuple[list[int] | None, list[Attempt]]:
+        """Token ids by any engine of the model, or none when it gives none; and those that were asked in vain."""
         failed: list[Attempt] = []
         while True:
             # Any of the least loaded; this is no decision about the request.
-            anyone = msgspec.structs.replace(asked, hashes=b"", tokens_count=1, session="", dry_run=True)
-            found = await self._routed(anyone, failed)
+            exclude = [attempt.node for attempt in failed]
+            found = await self._routed(msgspec.structs.replace(anyone, exclude=exclude, dry_run=True), failed)
             url = _url(found)
             try:
-                self.waits_for = f"node {found.node} at {url}/tokenize"
-                patience = aiohttp.ClientTimeout(total=self.tokenize_seconds)
-                asks = self.http.post(url + "/tokenize", timeout=patience, **_sent(openai.question(body)))
-                async with asks as answer:
-                    if answer.status == 200:
-                        return openai.answered(await answer.json(content_type=None)), asked
-                    reason = f"/tokenize answers {answer.status}"
-                    if answer.status < 500 and answer.status not in _BUSY - {404}:
-                        # What is wrong with the request, the engine says when it gets it.
-                        complaint = openai.complaint(await answer.content.read(COMPLAINT_BYTES))
-                        hint = f"{reason} ({complaint}): routed by load and session, not by cache"
-                        self._warn("tokens_not_known", body["model"], hint)
-                        return None, asked
+                return await self._told(found.node, url, body), failed
             except EngineFailed as error:
                 reason = str(error)
             except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
@@ -201,7 +188,39 @@ class Completer:
             failed.append(Attempt(found.node, reason))
             if len(failed) >= self.attempts:
                 raise EngineFailed(_in_vain(failed))
-            asked = msgspec.structs.replace(asked, exclude=[*asked.exclude, found.node])
+
+    async def _told(self, node: str, url: str, body: Body) -> list[int] | None:
+        """Token ids that this engine would keep of a prompt; none when it won't tell. Raises `EngineFailed`."""
+        now, status = anyio.current_time(), 404
+        if self._lacking.may(node, prompts.RENDER, now):
+            status, answer = await self._ask_engine(node, f"{url}{openai.path(body)}/render", body)
+            ids = prompts.told(answer) if status == 200 else None
+            if ids is not None:
+                # It has truncated them already.
+                return ids
+            if status in prompts.NO_SUCH_ENDPOINT:
+                self._lacking.note(node, prompts.RENDER, now)
+                if "messages" in body:
+                    self._warn("prompts_not_rendered", body["model"], prompts.RENDERS_NOT)
+        endpoint = f"{openai.path(body)}/render"
+        if status == 200 or status in prompts.NO_SUCH_ENDPOINT:
+            endpoint = "/tokenize"
+            status, answer = await self._ask_engine(node, url + endpoint, openai.question(body))
+            if status == 200:
+                return openai.kept(body, openai.answered(json.loads(answer)))
+        reason = f"{endpoint} answers {status}"
+        if status >= 500 or status in _BUSY - {404}:
+            raise EngineFailed(reason)
+        # What is wrong with the request, the engine says when it gets it.
+        hint = f"{reason} ({openai.complaint(answer[:COMPLAINT_BYTES])}): routed by load and session, not by cache"
+        self._warn("tokens_not_known", body["model"], hint)
+        return None
+
+    async def _ask_engine(self, node: str, url: str, question: Body) -> tuple[int, bytes]:
+        self.waits_for = f"node {node} at {url}"
+        patience = aiohttp.ClientTimeout(total=self.tokenize_seconds)
+        async with self.http.post(url, timeout=patience, **_sent(question)) as answer:
+            return answer.status, await answer.read()
 
     def _warn(self, event: str, name: str, hint: str) -> None:
         """Say it once a name."""
@@ -246,12 +265,15 @@ class _Delivery:
         self._ttft = 0.0
 
     async def run(self, path: str, body: Body, failed: list[Attempt]) -> Completion:
-        status = "cancelled"
+        status = endings.CANCELLED
         try:
             await self._deliver(_url(self.decision) + path, openai.streamed(body))
             status = "ok"
-        except (EngineFailed, EngineRefused, BadRequest) as error:
-            status = str(error)[:512]
+        except EngineFailed as error:
+            status = f"{endings.FAILED}{error}"[: endings.LONGEST]
+            raise
+        except (EngineRefused, BadRequest) as error:
+            status = f"{endings.REFUSED}{error}"[: endings.LONGEST]
             raise
         finally:
             duration = (self._end or time.perf_counter()) - self._begin

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvplane.events.durations import MICRO, Durations
+from kvplane.events.durations import MICRO, MILLI, Durations
 
 
 class Measured:
@@ -15,13 +15,17 @@ class Measured:
         self.sources: dict[str, int] = {}
         """By where the prompt's tokens come from."""
         self.retries = 0
+        self.migrations = 0
+        """Requests that another node answered than the first that was chosen."""
+        self.queued = 0
+        """Requests at engines whose answers have not begun."""
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.output_tokens = 0
-        self.ttft = Durations(MICRO)
+        self.ttft = Durations(MILLI)
         self.between = Durations(MICRO)
         """Mean time between the pieces of a stream."""
-        self.duration = Durations(MICRO)
+        self.duration = Durations(MILLI)
 
     def ended(self, ending: str, source: str, seconds: float) -> None:
         """A request has ended, `seconds` after it had come."""
@@ -33,6 +37,7 @@ class Measured:
     def answered(self, prompt: int, cached: int, output: int, ttft: float, between: float, attempts: int) -> None:
         """An engine has answered. Tokens are -1 where it does not say; `between` is the mean time between a stream's pieces."""
         self.retries += max(0, attempts - 1)
+        self.migrations += attempts > 1 and ttft > 0
         self.prompt_tokens += max(0, prompt)
         self.cached_tokens += max(0, cached)
         self.output_tokens += max(0, output)

@@ -21,6 +21,7 @@ from kvplane.events.hashing import block_hashes
 from kvplane.events.log.connection import connected
 from kvplane.services.demo.features import FEATURES
 from kvplane.services.demo.fleet import Fleet
+from kvplane.services.demo.gateway import one_url
 from kvplane.services.demo.history import STEPS
 from kvplane.services.demo.stage import Stage, brief, check
 from kvplane.services.demo.traffic import Traffic
@@ -139,6 +140,7 @@ class Demo:
                 group.start_soon(stage.follower.run)
                 await stage.follower.caught_up.wait()
                 if await self._step("nodes join", lambda: self._join(stage)):
+                    await self._step("one URL", lambda: one_url(stage))
                     for name, feature in FEATURES:
                         await self._step(name, lambda feature=feature: feature(stage))  # type: ignore[misc]
                     stage.traffic = Traffic(client, fleet.name, MODEL)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import IO, TYPE_CHECKING
 
 import msgspec
+import structlog
 
 from kvplane.services.process.terminal import json_text
 
 if TYPE_CHECKING:
     from kvplane.services.gateway.forward import Outcome
     from kvplane.services.http.server import Exchange
+
+
+_log = structlog.get_logger("kvplane.gateway")
 
 
 class AccessLog:
@@ -40,6 +43,10 @@ class AccessLog:
             }  # fmt: skip
         if traceparent:
             line["traceparent"] = traceparent
-        self.stream.write(json_text(msgspec.json.encode(line)) + "\n")
-        if self.stream is sys.stderr:
+        try:
+            # Whole lines, also when several processes write to one pipe.
+            self.stream.write(json_text(msgspec.json.encode(line)) + "\n")
             self.stream.flush()
+        except OSError as error:
+            self.stream = None
+            _log.error("access_log_ended", error=str(error))

@@ -7,9 +7,10 @@ its others, and the answer's extra chunk is taken out again (`usage`).
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import msgspec
+from msgspec import Meta
 
 from kvplane.services.dataplane.openai import truncated
 from kvplane.services.protocol.errors import BadRequest
@@ -45,7 +46,8 @@ class Fields(msgspec.Struct, frozen=True, gc=False):
 
 
 _decode = msgspec.json.Decoder(Fields).decode
-_tokens = msgspec.json.Decoder(list[int]).decode
+_tokens = msgspec.json.Decoder(list[Annotated[int, Meta(ge=0, le=_MOST_TOKEN)]]).decode
+_numbers = msgspec.json.Decoder(list[int]).decode
 
 
 class Asked(NamedTuple):
@@ -92,19 +94,24 @@ def _with_usage(fields: Fields, body: bytes) -> bytes:
 
 def token_ids(asked: Asked) -> list[int] | None:
     """Token ids of a prompt that is given as such; none for any other prompt. Raises `BadRequest` for ids that can't be."""
-    raw = bytes(asked.fields.prompt).lstrip()
+    raw = bytes(asked.fields.prompt)
     if not raw.startswith(b"["):
         return None
     try:
         ids = _tokens(raw)
     except (msgspec.MsgspecError, RecursionError):
         # Several prompts in one request, or texts: the engine answers them all, from wherever they lie.
+        if _are_numbers(raw):
+            raise BadRequest(f"a prompt's token ids are from 0 to {_MOST_TOKEN}") from None
         return None
-    if not ids:
-        return None
-    if min(ids) < 0 or max(ids) > _MOST_TOKEN:
-        raise BadRequest(f"a prompt's token ids are from 0 to {_MOST_TOKEN}")
-    return kept(asked.fields, ids)
+    return kept(asked.fields, ids) if ids else None
+
+
+def _are_numbers(raw: bytes) -> bool:
+    try:
+        return bool(_numbers(raw))
+    except msgspec.MsgspecError:
+        return False
 
 
 def kept(fields: Fields, ids: list[int]) -> list[int] | None:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from msgspec import Struct
 
+from kvplane.services.dataplane.endings import FAILED
+
 TRIP = 3
 BREAK_SECONDS = 2.0
 LONGEST_SECONDS = 60.0
 NODES_LIMIT = 10_000
-FAILED = "failed: "
-"""How the status of a completion begins whose engine failed; what a client or the request itself ended begins otherwise."""
 
 
 class _Node(Struct):
@@ -54,6 +54,10 @@ class Breaker:
             known.until = now + min(LONGEST_SECONDS, BREAK_SECONDS * 2**known.breaks)
             known.breaks += 1
             self.tripped += 1
+
+    def forget(self, node: str) -> None:
+        """It has come, or come back: what it was says nothing."""
+        self._nodes.pop(node, None)
 
     def left_out(self, now: float) -> list[str]:
         """Nodes that are left out now."""

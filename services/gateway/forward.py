@@ -15,8 +15,9 @@ import structlog
 from msgspec.structs import replace
 
 from kvplane.events.errors import KvplaneError
+from kvplane.services.dataplane import prompts
+from kvplane.services.dataplane.endings import CANCELLED, FAILED, LONGEST, REFUSED
 from kvplane.services.gateway import api, errors
-from kvplane.services.gateway.breaker import FAILED
 from kvplane.services.gateway.usage import ANSWER_BYTES, Events, Usage, in_answer
 from kvplane.services.http.pool import origin, request_head
 from kvplane.services.protocol.errors import EngineFailed, NoNode, Overloaded
@@ -25,6 +26,7 @@ from kvplane.services.protocol.messages import CompleteRequest, RouteAnswer, Rou
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kvplane.services.dataplane.measured import Measured
     from kvplane.services.gateway.api import Asked
     from kvplane.services.gateway.prompt import Prompt
     from kvplane.services.http.pool import Call, Pool
@@ -72,13 +74,17 @@ class Way:
     def __init__(
         self, exchange: Exchange, asked: Asked, question: RouteRequest, *, pool: Pool,
         route: Callable[[RouteRequest], RouteAnswer], record: Callable[[CompleteRequest], None],
-        record_pending: Callable[[], None], left_out: Callable[[], list[str]], attempts: int = ATTEMPTS, explain: bool = False,
+        record_pending: Callable[[], None], left_out: Callable[[], list[str]], epoch: Callable[[str], int],
+        measured: Measured, attempts: int = ATTEMPTS, explain: bool = False,
     ) -> None:  # fmt: skip
         self.exchange = exchange
         self.asked = asked
         self.question = question
         self._pool = pool
         self._route, self._record, self._record_pending, self._left_out = route, record, record_pending, left_out
+        self._epoch = epoch
+        self._measured = measured
+        self._queued = False
         self._attempts = attempts
         self._explain = explain
         self._usage = Usage()
@@ -93,17 +99,19 @@ class Way:
 
     async def run(self) -> None:
         """Go until the answer is sent. Raises what is answered to the client as an error: nothing has been sent then."""
-        exclude: list[str] = []
+        tried: dict[str, int] = {}
         failed: list[str] = []
         while True:
-            decision = self._decide(exclude, failed)
+            # One that has come back meanwhile is another one.
+            decision = self._decide([node for node, epoch in tried.items() if self._epoch(node) == epoch], failed)
+            epoch = self._epoch(decision.node)
             self.decision = decision
             self.tries += 1
             try:
                 await self._attempt(decision)
             except EngineFailed as error:
                 failed.append(f"{decision.node}: {error}")
-                exclude.append(decision.node)
+                tried[decision.node] = epoch
                 if self.exchange.begun:
                     self.break_off(502, "engine_failed", f"the engine broke off: {error}")
                     return
@@ -136,27 +144,38 @@ class Way:
         self._begin = time.perf_counter()
         self._first, self._pieces = 0.0, 0
         self._usage = Usage()
-        status = "cancelled"
+        status = CANCELLED
         call: Call | None = None
+        self._queued = True
+        self._measured.queued += 1
         try:
             where = origin(decision.address)
             own = self._headers + self._own(decision)
             head = request_head(where, b"POST", self.exchange.request.target, len(self.asked.body), own)
-            call = await self._pool.send(where, head, self.asked.body, patience=FIRST_BYTE_SECONDS)
-            self._record_pending()
+            call = await self._pool.send(
+                where, head, self.asked.body, patience=FIRST_BYTE_SECONDS, sent=self._record_pending
+            )
             if call.status >= 500 or call.status in _BUSY:
                 body = (await call.read(1 << 16))[:300].decode("utf-8", "replace")
                 raise EngineFailed(f"it answers {call.status}: {body}")  # noqa: TRY301 - recorded below
-            await self._answer(call, decision)
-            status = "ok" if call.status < 400 else f"refused: {call.status}"
+            told = await self._answer(call, decision)
+            status = "ok" if call.status < 400 else f"{REFUSED}{call.status}"
+            if told:
+                status = f"{FAILED}its stream says: {told}"[:LONGEST]
         except EngineFailed as error:
-            status = f"{FAILED}{error}"[:512]
+            status = f"{FAILED}{error}"[:LONGEST]
             raise
         finally:
+            self._leave_queue()
             if call is not None:
                 call.release()
             self.ending = status
             self._complete(decision, status)
+
+    def _leave_queue(self) -> None:
+        if self._queued:
+            self._queued = False
+            self._measured.queued -= 1
 
     def _own(self, decision: RouteAnswer) -> bytes:
         own = b"x-request-id: %b\r\n" % self.question.request.encode()
@@ -166,15 +185,17 @@ class Way:
             own += b"traceparent: %b\r\n" % self.question.traceparent.encode()
         return own
 
-    async def _answer(self, call: Call, decision: RouteAnswer) -> None:
+    async def _answer(self, call: Call, decision: RouteAnswer) -> str:
+        """Pass the answer on; what an event of its stream says that went wrong."""
         exchange = self.exchange
         headers, streams = self._answered(call.headers, decision)
         if not streams:
             body = await call.read(ANSWER_BYTES)
             self._first = time.perf_counter()
+            self._leave_queue()
             self._usage = in_answer(body)
             exchange.send(call.status, headers, body)
-            return
+            return ""
         events = Events(strip=self.asked.adds_usage)
         call.patient(IDLE_SECONDS)
         exchange.on_slow, exchange.on_ready = call.pause, call.resume
@@ -183,6 +204,7 @@ class Way:
         def passed(data: bytes) -> None:
             if not self._first:
                 self._first = time.perf_counter()
+                self._leave_queue()
             self._pieces += 1
             exchange.write(events.feed(data))
 
@@ -190,15 +212,22 @@ class Way:
             call.relay(passed)
             await call.done()
             exchange.write(events.close())
-            if call.status < 400 and not events.whole:
+            if call.status < 400 and not events.whole and not events.error:
                 raise EngineFailed("its stream ended without its last event")
         finally:
             self._usage = events.usage
         exchange.end()
+        return events.error
 
     def _answered(self, headers: Headers, decision: RouteAnswer) -> tuple[Headers, bool]:
         """Headers of the client's answer, and whether it is a stream of events."""
-        kept = [pair for pair in headers if pair[0] not in _DROPPED]
+        kept = []
+        streams = False
+        for pair in headers:
+            if pair[0] not in _DROPPED:
+                kept.append(pair)
+                if pair[0] == b"content-type":
+                    streams = pair[1].startswith(b"text/event-stream")
         kept += [
             (b"x-request-id", self.question.request.encode()), (b"x-kvplane-node", decision.node.encode()),
             (b"x-kvplane-match", b"%d/%d" % (decision.matched_tokens, decision.tokens)),
@@ -207,7 +236,7 @@ class Way:
             kept.append((b"traceparent", self.question.traceparent.encode()))
         if self._explain:
             kept.append((b"x-kvplane-decision", api.shown(decision)))
-        return kept, any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in headers)
+        return kept, streams
 
     def break_off(self, status: int, code: str, sentence: str) -> None:
         """End an answer that has begun with an event that says why."""
@@ -253,8 +282,7 @@ def forwarded(headers: Headers) -> bytes:
 
 def question(asked: Asked, prompt: Prompt, session: str, request: str, traceparent: str) -> RouteRequest:
     """What is asked of the router."""
-    known = prompt.ids is not None
-    return RouteRequest(
-        model=asked.model, tokens=prompt.ids, hashes=None if known else b"", tokens_count=None if known else prompt.tokens,
-        session=session, salt=api.salt(asked.fields), request=request, traceparent=traceparent,
+    return prompts.query(
+        asked.model, prompt.ids, prompt.tokens, session=session, salt=api.salt(asked.fields), request=request,
+        traceparent=traceparent,
     )  # fmt: skip

@@ -7,15 +7,17 @@ which leaves out what it does not know. A prompt whose tokens no engine gives is
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+import re
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import structlog
 
 from kvplane.services.dataplane import openai
+from kvplane.services.dataplane.prompts import NO_SUCH_ENDPOINT, RENDER, RENDERS_NOT, TOKENIZE, Lacking, told
 from kvplane.services.gateway import api
 from kvplane.services.http.pool import Pool, origin, request_head
-from kvplane.services.protocol.errors import EngineFailed
+from kvplane.services.protocol.errors import EngineFailed, NoNode, Overloaded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,8 +28,6 @@ RENDER_SECONDS = 10.0
 ATTEMPTS = 3
 TOKENS_BYTES = 64 << 20
 """Longest list of tokens that is taken from an engine."""
-FORGET_SECONDS = 60.0
-"""So long an engine that has no such endpoint is not asked for it again."""
 BYTES_A_TOKEN = 4
 """Guessed of a prompt whose tokens nobody gives."""
 
@@ -35,16 +35,10 @@ _log = structlog.get_logger("kvplane.gateway")
 
 
 _JSON = b"content-type: application/json\r\n"
-
-
-class _Rendered(msgspec.Struct):
-    token_ids: list[int] | None = None
-    prompt_token_ids: list[int] | None = None
-    tokens: list[int] | None = None
-
-
-_rendered = msgspec.json.Decoder(_Rendered).decode
-_rendered_list = msgspec.json.Decoder(list[_Rendered]).decode
+_TOKENIZED = frozenset((api.CHAT, api.COMPLETIONS))
+"""What `/tokenize` understands."""
+_MEDIA = re.compile(rb'"type"\s*:\s*"(?:(?:input_)?(?:image|audio|video|file)(?:_url|_embeds|_pil)?|document)"').search
+"""Finds parts that are no text. In a text the quotes are escaped."""
 
 
 class Prompt(NamedTuple):
@@ -68,8 +62,7 @@ class Prompts:
     def __init__(self, pool: Pool, clock: Callable[[], float]) -> None:
         self._pool = pool
         self._clock = clock
-        self._without: dict[tuple[str, str], float] = {}
-        """Engines that have no such endpoint, and until when that is believed."""
+        self._lacking = Lacking()
         self._warned: set[tuple[str, str]] = set()
 
     async def prompt(self, asked: Asked, credentials: bytes, anyone: Callable[[frozenset[str]], Anyone]) -> Prompt:
@@ -78,11 +71,18 @@ class Prompts:
         `anyone` names an engine of the model that is not one of those; it raises when there is none.
         """
         guess = api.length(asked) // BYTES_A_TOKEN
-        if asked.path not in {api.CHAT, api.COMPLETIONS}:
+        if _MEDIA(asked.body):
+            # Their blocks have keys that only the engine knows.
             return Prompt(None, guess, "none")
         tried: frozenset[str] = frozenset()
         for _ in range(ATTEMPTS):
-            engine = anyone(tried)
+            try:
+                engine = anyone(tried)
+            except (NoNode, Overloaded):
+                if not tried:
+                    raise
+                # Whether they can answer the request itself is another question.
+                break
             try:
                 found = await self._ask(engine, asked, credentials)
             except EngineFailed as error:
@@ -97,28 +97,31 @@ class Prompts:
 
     async def _ask(self, engine: Anyone, asked: Asked, credentials: bytes) -> tuple[list[int], str] | None:
         """Token ids by one engine, and which endpoint gave them; none when it won't. Raises `EngineFailed`."""
-        if self._may(engine.node, "render"):
-            status, answer = await self._post(engine, asked.path + "/render", asked.body, credentials)
+        now, renders = self._clock(), f"{asked.path}/{RENDER}"
+        if self._lacking.may(engine.node, renders, now):
+            status, answer = await self._post(engine, renders, asked.body, credentials)
             if status == 200:
-                ids = _ids(answer)
+                ids = told(answer)
                 if ids is not None:
                     # The engine has truncated them already.
-                    return ids, "render"
-            if status in {404, 405, 501}:
-                self._without[engine.node, "render"] = self._clock() + FORGET_SECONDS
+                    return ids, RENDER
+            if status in NO_SUCH_ENDPOINT:
+                self._lacking.note(engine.node, renders, now)
+                if asked.path != api.COMPLETIONS:
+                    self._warn(asked.model, RENDERS_NOT)
             elif 400 <= status < 500:
                 # What is wrong with the request, the engine says when it gets it.
                 return None
-        if not self._may(engine.node, "tokenize"):
+        if asked.path not in _TOKENIZED or not self._lacking.may(engine.node, TOKENIZE, now):
             return None
         question = openai.question(msgspec.json.decode(asked.body))
         status, answer = await self._post(engine, "/tokenize", msgspec.json.encode(question), credentials)
         if status == 200:
-            ids = _ids(answer)
+            ids = told(answer)
             known = api.kept(asked.fields, ids) if ids is not None else None
-            return (known, "tokenize") if known is not None else None
-        if status in {404, 405, 501}:
-            self._without[engine.node, "tokenize"] = self._clock() + FORGET_SECONDS
+            return (known, TOKENIZE) if known is not None else None
+        if status in NO_SUCH_ENDPOINT:
+            self._lacking.note(engine.node, TOKENIZE, now)
         return None
 
     async def _post(self, engine: Anyone, path: str, body: bytes, credentials: bytes) -> tuple[int, bytes]:
@@ -132,32 +135,7 @@ class Prompts:
         finally:
             call.release()
 
-    def _may(self, node: str, endpoint: str) -> bool:
-        until = self._without.get((node, endpoint))
-        if until is None:
-            return True
-        if self._clock() < until:
-            return False
-        del self._without[node, endpoint]
-        return True
-
     def _warn(self, model: str, hint: str) -> None:
         if (model, hint) not in self._warned:
             self._warned.add((model, hint))
             _log.warning("tokens_not_known", model=model, hint=hint)
-
-
-def _ids(answer: bytes) -> list[int] | None:
-    """Token ids in the answer of `/render` (one prompt, or a list of one) or `/tokenize`."""
-    try:
-        if answer.lstrip().startswith(b"["):
-            several = _rendered_list(answer)
-            rendered: Any = several[0] if len(several) == 1 else _Rendered()
-        else:
-            rendered = _rendered(answer)
-    except (msgspec.MsgspecError, RecursionError):
-        return None
-    ids = rendered.token_ids or rendered.prompt_token_ids or rendered.tokens
-    if not ids or min(ids) < 0 or max(ids) >= 1 << 32:
-        return None
-    return list(ids)

@@ -6,15 +6,17 @@ decision costs no hop, and any number of gateways and plain routers stand beside
 
 from __future__ import annotations
 
+import gc
+import os
 import time
 from typing import TYPE_CHECKING
-from uuid import uuid4
 
 import anyio
 import msgspec
 import structlog
+from msgspec.structs import replace
 
-from kvplane.events.types import RequestCompleted
+from kvplane.events.types import NodeRegistered, RequestCompleted
 from kvplane.services.dataplane.measured import Measured
 from kvplane.services.gateway import api, errors, sessions
 from kvplane.services.gateway.access import AccessLog
@@ -23,7 +25,7 @@ from kvplane.services.gateway.forward import Way, forwarded, question
 from kvplane.services.gateway.prompt import Anyone, Prompt, Prompts
 from kvplane.services.http.pool import Pool, origin, request_head
 from kvplane.services.http.server import Server
-from kvplane.services.protocol.errors import BadHttp, BadRequest, EngineFailed, NoNode
+from kvplane.services.protocol.errors import BadHttp, BadRequest, EngineFailed, NoNode, Overloaded
 from kvplane.services.protocol.messages import CompleteRequest, RouteAnswer, RouteRequest, decode_request, encode_answer
 from kvplane.services.protocol.traceparent import parse
 from kvplane.services.roles.router import Router
@@ -43,6 +45,9 @@ if TYPE_CHECKING:
 _JSON = [(b"content-type", b"application/json")]
 _PASSING_SECONDS = 600.0
 _LONGEST_NAME = 128
+_NAMES = 256
+_YOUNG_OBJECTS = 10_000
+"""So many new objects before the collector looks for garbage: with Python's 700 it looks twice a request."""
 
 _log = structlog.get_logger("kvplane.gateway")
 
@@ -77,6 +82,8 @@ class Gateway:
         # A client's, an engine's that works for it, and one that is kept for the next.
         self.server = Server(self._handle, _refusal, descriptors=3)
         self.address = ("", 0)
+        self._names: list[str] = []
+        self._behind = anyio.CancelScope(shield=True)
         self._where, self._tls = where, tls
         self._pool: Pool
         self._prompts: Prompts
@@ -85,24 +92,45 @@ class Gateway:
         """Answer until cancelled; then take no more, and let what is on its way end."""
         self._pool = Pool()
         self._prompts = Prompts(self._pool, self._pool.clock)
+        gc.set_threshold(_YOUNG_OBJECTS, *gc.get_threshold()[1:])
         async with anyio.create_task_group() as group:
-            await group.start(self.router.run)
-            group.start_soon(self._pool.sweep)
-            async with self.server.listening(self._where, tls=self._tls) as self.address:
-                _log.info("gateway_ready", fleet=self.fleet, at="{}:{}".format(*self.address))
+            try:
+                await group.start(self._run_behind)
+                async with self.server.listening(self._where, tls=self._tls) as self.address:
+                    _log.info("gateway_ready", fleet=self.fleet, at="{}:{}".format(*self.address))
+                    task_status.started()
+                    await anyio.sleep_forever()
+            finally:
+                self._behind.cancel()
+
+    async def _run_behind(self, *, task_status: TaskStatus[None]) -> None:
+        """Router and connections, which end after the last answer: it is decided and recorded as any other."""
+        with self._behind:
+            async with anyio.create_task_group() as group:
+                group.start_soon(self._pool.sweep)
+                await group.start(self.router.run)
                 task_status.started()
-                await anyio.sleep_forever()
+
+    def _name(self) -> str:
+        """A name for a request that came with none: 128 random bits."""
+        if not self._names:
+            # Each call of the system costs as much as reading a head.
+            drawn = os.urandom(16 * _NAMES).hex()
+            self._names = [drawn[at : at + 32] for at in range(0, len(drawn), 32)]
+        return self._names.pop()
 
     def readiness(self) -> Readiness:
         """Whether it can answer: as its router."""
         return self.router.readiness()
 
     def _completed(self, commit: Commit) -> None:
-        """What the log says of requests that have ended, everybody's."""
+        """What the log says of requests that have ended, everybody's, and of nodes that are new."""
         now = time.monotonic()
         for event in commit.events:
             if type(event) is RequestCompleted:
                 self.breaker.saw(event.node, event.status, now)
+            elif type(event) is NodeRegistered:
+                self.breaker.forget(event.node)
 
     async def _handle(self, exchange: Exchange) -> None:
         request = exchange.request
@@ -134,7 +162,7 @@ class Gateway:
         request = exchange.request
         begin = time.perf_counter()
         given = request.header(b"x-request-id").decode("latin-1")
-        name = given if _usable(given) else uuid4().hex
+        name = given if _usable(given) else self._name()
         header = request.header(b"traceparent")
         traceparent = parse(header.decode("latin-1")) if header else ""
         passage = _Passage(name, traceparent)
@@ -175,6 +203,7 @@ class Gateway:
         way = passage.way = Way(
             exchange, asked, question(asked, prompt, session, passage.request, passage.traceparent), pool=self._pool,
             route=self._route, record=self._record, record_pending=self.router.record_pending, left_out=self._left_out,
+            epoch=self._epoch, measured=self.measured,
             explain=request.header(b"x-kvplane-explain") == b"1",
         )  # fmt: skip
         await way.run()
@@ -191,6 +220,10 @@ class Gateway:
     def _left_out(self) -> list[str]:
         return self.breaker.left_out(time.monotonic()) if self.breaker.known else []
 
+    def _epoch(self, node: str) -> int:
+        known = self.router.state.nodes.get(node)
+        return known.epoch if known is not None else 0
+
     def _route(self, asked: RouteRequest) -> RouteAnswer:
         return self.router.route(asked, asked.traceparent)
 
@@ -199,16 +232,16 @@ class Gateway:
         self.router.complete(done, done.traceparent)
 
     def _anyone(self, model: str, tried: frozenset[str]) -> Anyone:
-        """An engine of the model that can be asked something; no decision about a request."""
-        answer = self.router.route(
-            RouteRequest(
-                model=model,
-                hashes=b"",
-                tokens_count=1,
-                exclude=[*tried, *self._left_out()],
-                dry_run=True,
-            )
-        )
+        """An engine of the model that can be asked something; no decision about a request. Raises `NoNode`, `Overloaded`."""
+        asked = RouteRequest(model=model, hashes=b"", tokens_count=1, exclude=list(tried), dry_run=True)
+        left_out = self._left_out()
+        try:
+            answer = self.router.route(replace(asked, exclude=[*tried, *left_out]))
+        except (NoNode, Overloaded):
+            if not left_out:
+                raise
+            # Better one that may fail than none.
+            answer = self.router.route(asked)
         return Anyone(answer.node, answer.address)
 
     async def _pass(self, exchange: Exchange, path: str) -> None:

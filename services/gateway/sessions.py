@@ -23,6 +23,7 @@ HEADERS = (
     b"x-opencode-session", b"x-litellm-session-id", b"conversation-id", b"conversation_id",
 )  # fmt: skip
 """Headers that name a conversation, the first that is there counts."""
+_NAMING = frozenset(HEADERS)
 LONGEST = 128
 _OF_USER = re.compile(r"_session_([0-9a-fA-F-]{8,64})$")
 _ANSWERS = (b"assistant", b"function_call", b"reasoning", b"message")
@@ -50,7 +51,9 @@ def session(headers: Headers, fields: Fields) -> str:
 
 
 def _named(headers: Headers) -> str:
-    found = {name: value for name, value in reversed(headers) if name in HEADERS and value}
+    found = {name: value for name, value in reversed(headers) if name in _NAMING and value}
+    if not found:
+        return ""
     return next((found[name].decode("utf-8", "replace").strip() for name in HEADERS if name in found), "")
 
 

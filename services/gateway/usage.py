@@ -13,6 +13,7 @@ import msgspec
 
 LONGEST_EVENT = 16 << 20
 _TAIL = 256
+_SHORT, _LONG = 64, 4096
 _LAST_EVENTS = (b"[DONE]", b"message_stop", b"response.completed", b"response.incomplete", b"response.failed")
 _MOST = 1 << 53
 ANSWER_BYTES = 64 << 20
@@ -57,17 +58,26 @@ class _Chunk(msgspec.Struct, frozen=True, gc=False):
     message: Any = None
     response: Any = None
     choices: Any = None
+    error: Any = None
+
+
+class _Answer(msgspec.Struct, frozen=True, gc=False):
+    usage: Any = None
+    message: Any = None
+    response: Any = None
 
 
 _decode = msgspec.json.Decoder(_Chunk).decode
+_decode_answer = msgspec.json.Decoder(_Answer).decode
 
 
-def _in_chunk(chunk: _Chunk) -> Usage | None:
-    for part in (chunk, chunk.message, chunk.response):
-        found = usage(part.usage if isinstance(part, _Chunk) else part.get("usage") if isinstance(part, dict) else None)
-        if found is not None:
-            return found
-    return None
+def _in_chunk(chunk: _Chunk | _Answer) -> Usage | None:
+    found = usage(chunk.usage)
+    if found is None:
+        # Anthropic's `message_start`, and the last event of responses.
+        for part in (chunk.message, chunk.response):
+            found = found or usage(part.get("usage") if isinstance(part, dict) else None)
+    return found
 
 
 def in_answer(body: bytes) -> Usage:
@@ -75,7 +85,7 @@ def in_answer(body: bytes) -> Usage:
     if len(body) > ANSWER_BYTES or b'"usage"' not in body:
         return Usage()
     try:
-        return _in_chunk(_decode(body)) or Usage()
+        return _in_chunk(_decode_answer(body)) or Usage()
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
         return Usage()
 
@@ -86,26 +96,34 @@ class Events:
     The extra event is OpenAI's last one: it has usage and no choices.
     """
 
-    __slots__ = ("_before", "_held", "_last", "_strip", "usage")
+    __slots__ = ("_before", "_ended", "_held", "_last", "_strip", "error", "usage")
 
     def __init__(self, *, strip: bool) -> None:
         self._strip = strip
         self._held = b""
         """The beginning of an event whose end has not come."""
         self._before = self._last = b""
-        """The last two pieces."""
+        """The last two pieces; of short ones, more."""
+        self._ended = False
+        """The last event began in a long piece."""
         self.usage = Usage()
+        self.error = ""
+        """What an event of the engine's said that went wrong."""
 
     @property
     def whole(self) -> bool:
         """Whether the stream ended as streams do: with `[DONE]`, or with Anthropic's or the responses' last event."""
-        tail = self._before[-_TAIL:] + self._last
-        return any(mark in tail for mark in _LAST_EVENTS)
+        return self._ended or _is_last(self._before[-_TAIL:] + self._last)
 
     def feed(self, data: bytes) -> bytes:
         """Take what came; what of it is to be passed on now."""
-        self._before, self._last = self._last, data
-        if not self._held and data.endswith(b"\n\n") and b'"usage"' not in data:
+        size = len(data)
+        # What says that it is the last event may lie across pieces, and that event may be long.
+        self._before = (self._before + self._last)[-_TAIL:] if size < _SHORT else self._last
+        self._last = data
+        if size > _LONG and _is_last(data):
+            self._ended = True
+        if not self._held and data.endswith(b"\n\n") and not _matters(data):
             return data
         if not self._strip:
             self._watch(data)
@@ -118,7 +136,7 @@ class Events:
             # No event is so long; whatever it is, the client shall have it.
             whole, rest = data, b""
         self._held = rest
-        return self._stripped(whole) if b'"usage"' in whole else whole
+        return self._stripped(whole) if _matters(whole) else whole
 
     def close(self) -> bytes:
         """The stream has ended: what was held back of it."""
@@ -127,13 +145,13 @@ class Events:
 
     def _watch(self, data: bytes) -> None:
         """Look for usage in whole events, keeping what is not whole."""
-        if not self._held and b'"usage"' not in data:
+        if not self._held and not _matters(data):
             end = _last_end(data)
             self._held = data[end:]
             return
         data = self._held + data
         end = _last_end(data)
-        if b'"usage"' in data[:end]:
+        if _matters(data[:end]):
             for event in _events(data[:end]):
                 self._read(event)
         self._held = data[end:] if len(data) - end <= LONGEST_EVENT else b""
@@ -142,12 +160,12 @@ class Events:
         kept = []
         for event in _events(data):
             chunk = self._read(event)
-            if chunk is None or chunk.choices or chunk.usage is None:
+            if chunk is None or chunk.choices or chunk.usage is None or chunk.error:
                 kept.append(event)
         return b"".join(kept)
 
     def _read(self, event: bytes) -> _Chunk | None:
-        if b'"usage"' not in event:
+        if not _matters(event):
             return None
         at = event.find(b"data:")
         if at < 0:
@@ -156,10 +174,21 @@ class Events:
             chunk = _decode(event[at + 5 :].strip())
         except (msgspec.MsgspecError, UnicodeError, RecursionError):
             return None
+        if isinstance(chunk.error, dict) and not self.error:
+            self.error = str(chunk.error.get("message") or chunk.error)
         found = _in_chunk(chunk)
         if found is not None:
             self.usage = merged(self.usage, found)
         return chunk
+
+
+def _is_last(data: bytes) -> bool:
+    return any(mark in data for mark in _LAST_EVENTS)
+
+
+def _matters(data: bytes) -> bool:
+    """Whether there may be usage or an error. In a text the quotes are escaped."""
+    return b'"usage"' in data or b'"error"' in data
 
 
 def _last_end(data: bytes) -> int:

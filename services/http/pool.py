@@ -8,11 +8,13 @@ request.
 from __future__ import annotations
 
 import asyncio
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple, cast
 from urllib.parse import urlsplit
 
 import anyio
 
+from kvplane.services.http import alive
 from kvplane.services.http.reader import AnswerReader
 from kvplane.services.protocol.errors import BadAnswer, BadRequest, EngineFailed
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 CONNECT_SECONDS = 5.0
 IDLE_SECONDS = 2.0
 """Connections are kept so long: engines close idle ones after 5 s, and a request that meets that is lost."""
+LOOK_SECONDS = 0.25
+"""How exactly an engine's silence is measured."""
 HIGH_WATER = 256 << 10
 KEPT_LIMIT = 1024
 """Most idle connections to one engine."""
@@ -36,17 +40,14 @@ class Origin(NamedTuple):
     host: str
     port: int
     tls: bool
-    path: str
+    path: bytes
     """What comes before an endpoint's path, without the last slash."""
 
-    @property
-    def authority(self) -> bytes:
-        """For the header `host`."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        usual = 443 if self.tls else 80
-        return (host if self.port == usual else f"{host}:{self.port}").encode()
+    host_line: bytes
+    """The header `host`."""
 
 
+@lru_cache(maxsize=4096)
 def origin(url: str) -> Origin:
     """The origin of a URL. Raises `BadRequest`."""
     try:
@@ -57,13 +58,17 @@ def origin(url: str) -> Origin:
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise BadRequest(f"{url[:80]!r} is no URL of http or https")
     tls = parts.scheme == "https"
-    return Origin(parts.hostname, port or (443 if tls else 80), tls, parts.path.rstrip("/"))
+    usual = 443 if tls else 80
+    port = port or usual
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    authority = host if port == usual else f"{host}:{port}"
+    return Origin(parts.hostname, port, tls, parts.path.rstrip("/").encode(), f"host: {authority}\r\n".encode())
 
 
 def request_head(where: Origin, method: bytes, target: bytes, size: int, headers: bytes) -> bytes:
     """The head of a request with a body of `size` bytes; `headers` are the lines of all further ones."""
-    return b"%b %b HTTP/1.1\r\nhost: %b\r\naccept-encoding: identity\r\ncontent-length: %d\r\n%b\r\n" % (
-        method, where.path.encode() + target, where.authority, size, headers,
+    return b"%b %b%b HTTP/1.1\r\n%baccept-encoding: identity\r\ncontent-length: %d\r\n%b\r\n" % (
+        method, where.path, target, where.host_line, size, headers,
     )  # fmt: skip
 
 
@@ -74,7 +79,8 @@ class Call(asyncio.Protocol):
         self._pool = pool
         self._where = where
         self._transport: asyncio.Transport
-        self._reader: AnswerReader | None = None
+        self._reader = AnswerReader(self._on_head, self._on_data, self._on_end)
+        self._carries = False
         self._sink: Callable[[bytes], None] | None = None
         self._held: list[bytes] = []
         self._waiter: asyncio.Future[None] | None = None
@@ -82,7 +88,6 @@ class Call(asyncio.Protocol):
         self._fresh = True
         self._received = False
         self._silent_too_long = False
-        self._silent: asyncio.TimerHandle | None = None
         self._patience = 0.0
         self._last = 0.0
         self._paused = False
@@ -95,13 +100,13 @@ class Call(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """For the loop."""
         self._transport = cast("asyncio.Transport", transport)
+        alive.watch(self._transport)
 
     def connection_lost(self, error: Exception | None) -> None:
         """For the loop."""
         self.closed = True
-        self._stop_timer()
         self._pool.lost(self, self._where)
-        if self._reader is None or self.ended:
+        if not self._carries or self.ended:
             return
         try:
             self._reader.close()
@@ -112,15 +117,14 @@ class Call(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """For the loop."""
-        reader = self._reader
-        if reader is None or self.ended:
+        if not self._carries or self.ended:
             # Nobody asked for it.
             self._transport.abort()
             return
         self._received = True
         self._last = self._pool.clock()
         try:
-            reader.feed(data)
+            self._reader.feed(data)
         except BadAnswer as error:
             self._fail(str(error))
             self._transport.abort()
@@ -132,7 +136,9 @@ class Call(asyncio.Protocol):
 
     def send(self, head: bytes, body: bytes, patience: float) -> None:
         """Send a request; its answer must not be silent for longer than `patience` seconds."""
-        self._reader = AnswerReader(self._on_head, self._on_data, self._on_end)
+        if not self._fresh:
+            self._reader.begin()
+        self._carries = True
         self.headed = self.ended = False
         self._failed = None
         self._received = False
@@ -140,7 +146,7 @@ class Call(asyncio.Protocol):
         self._sink = None
         self._patience = patience
         self._last = self._pool.clock()
-        self._silent = self._pool.loop.call_later(patience, self._look)
+        self._pool.watch(self)
         # One write of both, unless copying costs more than a further system call.
         if len(body) < HIGH_WATER:
             self._transport.write(head + body)
@@ -204,11 +210,10 @@ class Call(asyncio.Protocol):
 
     def release(self) -> None:
         """Be done with it: the connection is kept when it can carry another request, else it is closed."""
-        self._stop_timer()
-        reader = self._reader
-        if self.ended and reader is not None and reader.keep_alive and not self.closed:
+        if self.ended and self._reader.keep_alive and not self.closed:
+            self._pool.unwatch(self)
             self.resume()
-            self._reader = None
+            self._carries = False
             self._fresh = False
             self._pool.keep(self, self._where)
         else:
@@ -216,7 +221,7 @@ class Call(asyncio.Protocol):
 
     def close(self) -> None:
         """Close the connection."""
-        self._stop_timer()
+        self._pool.unwatch(self)
         if not self.closed:
             self.closed = True
             self._transport.abort()
@@ -234,7 +239,6 @@ class Call(asyncio.Protocol):
 
     def _on_end(self) -> None:
         self.ended = True
-        self._stop_timer()
         self._wake()
 
     def _fail(self, why: str) -> None:
@@ -263,21 +267,13 @@ class Call(asyncio.Protocol):
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def _look(self) -> None:
-        """Whether it was silent for too long. A client that does not read is no silence of the engine's."""
-        quiet = self._pool.clock() - self._last
-        if self._paused or quiet < self._patience:
-            wait = self._patience if self._paused else max(0.01, self._patience - quiet)
-            self._silent = self._pool.loop.call_later(wait, self._look)
+    def look(self, now: float) -> None:
+        """Give up when it was silent for too long. A client that does not read is no silence of the engine's."""
+        if self.ended or self._paused or now - self._last < self._patience:
             return
         self._silent_too_long = True
         self._fail(f"it said nothing for {self._patience:g} s")
         self.close()
-
-    def _stop_timer(self) -> None:
-        if self._silent is not None:
-            self._silent.cancel()
-            self._silent = None
 
 
 class Pool:
@@ -288,17 +284,42 @@ class Pool:
         self.clock = self.loop.time
         self._tls = tls
         self._kept: dict[Origin, list[tuple[Call, float]]] = {}
+        self._open: set[Call] = set()
+        self._looking: asyncio.TimerHandle | None = None
+
+    def watch(self, call: Call) -> None:
+        """Look now and then whether the call's engine is silent for too long."""
+        self._open.add(call)
+        # One timer for all of them: one a request would cost as much as reading its head.
+        if self._looking is None:
+            self._looking = self.loop.call_later(LOOK_SECONDS, self._look)
+
+    def unwatch(self, call: Call) -> None:
+        """The call is over."""
+        self._open.discard(call)
+
+    def _look(self) -> None:
+        now = self.clock()
+        for call in list(self._open):
+            call.look(now)
+        self._looking = self.loop.call_later(LOOK_SECONDS, self._look) if self._open else None
 
     async def send(
-        self, where: Origin, head: bytes, body: bytes, *, patience: float, connect: float = CONNECT_SECONDS
-    ) -> Call:
-        """Send a request and wait for the head of its answer. Raises `EngineFailed`, with the call closed."""
+        self, where: Origin, head: bytes, body: bytes, *, patience: float, connect: float = CONNECT_SECONDS,
+        sent: Callable[[], None] | None = None,
+    ) -> Call:  # fmt: skip
+        """Send a request and wait for the head of its answer; `sent` is called between, each time that it is sent.
+
+        Raises `EngineFailed`, with the call closed.
+        """
         while True:
             call = self._take(where)
             if call is None:
                 call = await self._connect(where, connect)
             call.send(head, body, patience)
             try:
+                if sent is not None:
+                    sent()
                 await call.head()
             except EngineFailed:
                 call.close()
@@ -321,6 +342,7 @@ class Pool:
 
     def lost(self, call: Call, where: Origin) -> None:
         """A connection has ended."""
+        self._open.discard(call)
         kept = self._kept.get(where)
         if kept:
             self._kept[where] = [entry for entry in kept if entry[0] is not call]

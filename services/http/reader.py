@@ -40,7 +40,7 @@ _NO_BODY = {204, 304}
 class Request:
     """A request. `target` is its path with the query."""
 
-    __slots__ = ("body", "headers", "keep_alive", "method", "target")
+    __slots__ = ("_first", "body", "headers", "keep_alive", "method", "target")
 
     def __init__(self, method: bytes, target: bytes, headers: Headers, *, keep_alive: bool) -> None:
         self.method = method
@@ -49,6 +49,7 @@ class Request:
         self.body = b""
         self.keep_alive = keep_alive
         """Whether the connection may be used once more after the answer."""
+        self._first: dict[bytes, bytes] | None = None
 
     @property
     def path(self) -> bytes:
@@ -57,7 +58,10 @@ class Request:
 
     def header(self, name: bytes) -> bytes:
         """The first header of a name, which is given in lower case; empty without one."""
-        return next((value for known, value in self.headers if known == name), b"")
+        first = self._first
+        if first is None:
+            first = self._first = dict(reversed(self.headers))
+        return first.get(name, b"")
 
 
 class RequestReader:
@@ -176,7 +180,7 @@ class RequestReader:
 
 
 class AnswerReader:
-    """Reads one answer of an engine: `on_head`, then `on_data` for every piece, then `on_end`."""
+    """Reads answers of an engine, one after `begin`: `on_head`, then `on_data` for every piece, then `on_end`."""
 
     def __init__(
         self, on_head: Callable[[int, Headers], None], on_data: Callable[[bytes], None], on_end: Callable[[], None]
@@ -185,6 +189,10 @@ class AnswerReader:
         self.on_body = on_data
         """For the parser."""
         self._parser = httptools.HttpResponseParser(self)
+        self.begin()
+
+    def begin(self) -> None:
+        """Expect an answer, on a connection whose last one ended and kept it open."""
         self._headers: Headers = []
         self._head_bytes = 0
         self._interim = False

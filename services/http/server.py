@@ -12,20 +12,21 @@ import socket
 from collections import deque
 from contextlib import asynccontextmanager
 from http import HTTPStatus
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import anyio
 import structlog
 
+from kvplane.services.http import alive
+from kvplane.services.http.listener import BACKLOG, take_no_more
 from kvplane.services.http.reader import BODY_BYTES, Request, RequestReader
 from kvplane.services.process.descriptors import spared
-from kvplane.services.protocol.errors import BadHttp, HttpFailed
+from kvplane.services.protocol.errors import BadHttp
 
 if TYPE_CHECKING:
     import ssl
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 
-BACKLOG = 4096
 CONNECTIONS_LIMIT = 20_000
 """Most connections of a server, if the process may have as many descriptors. One more takes the place of the one that has been
 without a whole request for the longest time; where all are at work, it is answered 503 and closed."""
@@ -45,8 +46,13 @@ PIPELINED_BYTES = 1 << 20
 HIGH_WATER = 256 << 10
 """Bytes that may wait for a client before its source is stopped."""
 SWEEP_SECONDS = 1.0
+FIRST_SECONDS = 2.0
+"""How long a server that stops waits for the first request of a connection that has just come."""
 DRAIN_SECONDS = 15.0
 """How long a server that stops waits for what is on its way."""
+ACCEPT_SECONDS = 0.1
+"""How long a server that stops takes connections that have begun."""
+DRAIN_LOOK_SECONDS = 0.1
 LEAVE_SECONDS = 1.0
 """How long what is then cancelled may take to let go."""
 
@@ -59,40 +65,6 @@ def head_of(status: int, headers: Iterable[tuple[bytes, bytes]], framing: bytes)
     """An answer's head as it travels; `framing` are the header lines that say how the body ends."""
     lines = b"".join([b"%b: %b\r\n" % pair for pair in headers])
     return b"HTTP/1.1 %d %b\r\n%b%b\r\n" % (status, _REASONS.get(status, b"Status"), lines, framing)
-
-
-def bound(host: str, port: int, *, share: bool = False) -> socket.socket:
-    """A socket at an address, for a server to listen on; an empty host is every address.
-
-    With `share` other processes may listen at the same port. Raises `HttpFailed`.
-    """
-    try:
-        return bind(host, port, share=share)
-    except OSError as error:
-        where = f"{host or '*'}:{port}"
-        raise HttpFailed(
-            f"HTTP can't be served at {where} ({error.strerror or error}); choose another address"
-        ) from None
-
-
-def bind(host: str, port: int, *, share: bool = False) -> socket.socket:
-    """As `bound`, for those who say themselves what failed. Raises `OSError`."""
-    family, kind, _, _, at = socket.getaddrinfo(
-        host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]  # fmt: skip
-    made = socket.socket(family, kind)
-    try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if share:
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        made.bind(at)
-        # Else another could be bound to the same address until this one listens.
-        made.listen(BACKLOG)
-    except OSError:
-        made.close()
-        raise
-    made.setblocking(False)  # noqa: FBT003 - as sockets have it
-    return made
 
 
 class Exchange:
@@ -198,6 +170,8 @@ class _Connection(asyncio.Protocol):
         self._transport: asyncio.Transport
         self._refused: BadHttp | None = None
         self._paused = False
+        self._served = False
+        """It has carried a request."""
         self.exchange: Exchange | None = None
         self.closed = False
         self.slow = False
@@ -209,6 +183,7 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
         self._transport.set_write_buffer_limits(high=HIGH_WATER)
+        alive.watch(self._transport)
         address = self._transport.get_extra_info("peername")
         self.peer = str(address[0]) if isinstance(address, tuple) else "local"
         if not self._server.add(self):
@@ -297,7 +272,9 @@ class _Connection(asyncio.Protocol):
             return
         quiet = now - self.since
         if not self._reader.inside:
-            if quiet > IDLE_SECONDS or self._server.draining:
+            # A request may be on its way: one that has been connected for a moment is about to send its first.
+            patience = IDLE_SECONDS if not self._server.draining else 0.0 if self._served else FIRST_SECONDS
+            if quiet >= patience:
                 self._transport.close()
         elif quiet > (BODY_SECONDS if self._reader.in_body else HEAD_SECONDS):
             self._refuse(BadHttp(408, "the request did not come whole in time"))
@@ -320,6 +297,7 @@ class _Connection(asyncio.Protocol):
             return
         request = self._waiting.popleft()
         self._waiting_bytes -= len(request.body)
+        self._served = True
         self.exchange = Exchange(self, request)
         self._server.handle(self.exchange)
 
@@ -370,7 +348,8 @@ class Server:
         self._loop = loop = asyncio.get_running_loop()
         self.now = loop.time()
         async with anyio.create_task_group() as group:
-            server = await loop.create_server(
+            make: Any = loop.create_unix_server if where.family == socket.AF_UNIX else loop.create_server
+            server = await make(
                 lambda: _Connection(self), sock=where, backlog=BACKLOG, ssl=tls,
                 ssl_handshake_timeout=HEAD_SECONDS if tls is not None else None,
             )  # fmt: skip
@@ -378,13 +357,13 @@ class Server:
             try:
                 yield where.getsockname()[:2]
             finally:
-                server.close()
                 self.draining = True
-                for connection in list(self._connections):
-                    connection.sweep(self.now)
                 with anyio.move_on_after(DRAIN_SECONDS, shield=True):
-                    if self.open:
-                        await self._idle.wait()
+                    take_no_more(where)
+                    await anyio.sleep(ACCEPT_SECONDS)
+                    server.close()
+                    await self._drained()
+                server.close()
                 group.cancel_scope.cancel()
                 for task in list(self._tasks):
                     task.cancel()
@@ -393,6 +372,16 @@ class Server:
                         await asyncio.wait(self._tasks)
                 for connection in list(self._connections):
                     connection.break_off()
+
+    async def _drained(self) -> None:
+        """Wait until nothing is on its way; who is connected and asks nothing is sent away."""
+        while self._connections:
+            self.now = self._loop.time()
+            for connection in list(self._connections):
+                connection.sweep(self.now)
+            with anyio.move_on_after(DRAIN_LOOK_SECONDS):
+                self._idle = anyio.Event()
+                await self._idle.wait()
 
     def add(self, connection: _Connection) -> bool:
         """A connection has come; whether it is taken."""
@@ -411,6 +400,8 @@ class Server:
     def remove(self, connection: _Connection) -> None:
         """A connection has gone."""
         self._connections.discard(connection)
+        if self.draining and not self._connections:
+            self._idle.set()
 
     def handle(self, exchange: Exchange) -> None:
         """Have an exchange handled."""
@@ -439,8 +430,6 @@ class Server:
             self.open -= 1
             if exchange.task is not None:
                 self._tasks.discard(exchange.task)
-            if self.draining and not self.open:
-                self._idle.set()
 
     async def _sweep(self) -> None:
         while True:

@@ -119,11 +119,17 @@ GATEWAY = Group("Gateway, beside what its router has", (
     _of("kvplane_gateway_prompts_total", "counter", "source", "prompts by where their tokens come from: `client`, `render`, "
             "`tokenize`, `none`", "`none` rises: those are routed without the cache"),
     _of("kvplane_gateway_retries_total", "counter", "", "tries after the first", "a steady rise: see the log for the node"),
+    _of("kvplane_gateway_migrations_total", "counter", "", "requests that another node answered than the one chosen first"),
+    _of("kvplane_gateway_queued_requests", "gauge", "", "requests at engines whose answers have not begun",
+            "it grows: the fleet has more to do than it can"),
     _of("kvplane_gateway_nodes_left_out_total", "counter", "", "times that a node was left out since requests failed there",
             "any"),
     _of("kvplane_gateway_open_requests", "gauge", "", "requests on their way"),
     _of("kvplane_gateway_connections", "gauge", "", "clients' connections"),
     _of("kvplane_gateway_refused_connections_total", "counter", "", "connections beyond the limit", "any"),
+    Family("kvplane_gateway_workers", "gauge", (), "processes of `--workers` that answer; their metrics have a label `worker`",
+            "fewer than were asked for"),
+    Family("kvplane_gateway_worker_restarts_total", "counter", (), "processes that ended and were started again", "any"),
 ))  # fmt: skip
 
 COORDINATOR = Group("Coordinator", (

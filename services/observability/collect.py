@@ -218,6 +218,8 @@ def _gateway(scrape: Scrape, gateway: _Gateway) -> None:
     for source, count in measured.sources.items():
         put("kvplane_gateway_prompts_total", count, source=source)
     put("kvplane_gateway_retries_total", measured.retries)
+    put("kvplane_gateway_migrations_total", measured.migrations)
+    put("kvplane_gateway_queued_requests", measured.queued)
     put("kvplane_gateway_nodes_left_out_total", gateway.breaker.tripped)
     for what, count in (
         ("prompt", measured.prompt_tokens), ("cached", measured.cached_tokens), ("output", measured.output_tokens),

@@ -17,7 +17,8 @@ import anyio
 import structlog
 from prometheus_client.exposition import choose_encoder
 
-from kvplane.services.http.server import Server, bind
+from kvplane.services.http.listener import bind, bind_path
+from kvplane.services.http.server import Server
 from kvplane.services.observability.collect import FOLLOWING, Observed, registry
 from kvplane.services.observability.lifeline import Lifeline
 from kvplane.services.protocol.errors import BadRequest, HttpFailed
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
     from kvplane.services.observability.collect import Service
     from kvplane.services.protocol.errors import BadHttp
 
+    Handler = Callable[[Exchange], Awaitable[None]]
+
+UNIX = "unix:"
+"""How an address begins that is a socket's path: processes of one service are asked there by the one that started them."""
 LOOK_SECONDS = 1.0
 CONNECTIONS_LIMIT = 64
 """Most connections: for scrapers and supervisors, not for a crowd."""
@@ -101,13 +106,20 @@ def check_address(http: str | None) -> None:
 
 @asynccontextmanager
 async def listening(http: str | None, observed: Sequence[Observed], *, optional: bool) -> AsyncIterator[str | None]:
-    """Answer HTTP at an address, if there is one; gives where."""
+    """Answer HTTP about services at an address, if there is one; gives where."""
     if not http:
         yield None
         return
-    host, port = address(http)
+    async with served(http, _handler(observed), optional=optional) as where:
+        yield where
+
+
+@asynccontextmanager
+async def served(http: str, handle: Handler, *, optional: bool = False) -> AsyncIterator[str | None]:
+    """Answer HTTP at HOST:PORT, or at `unix:PATH`; gives where. Raises `BadRequest` or `HttpFailed`."""
+    host, port = ("", 0) if http.startswith(UNIX) else address(http)
     try:
-        where = bind(host, port)
+        where = bind(host, port) if host else bind_path(http.removeprefix(UNIX))
     except socket.gaierror:
         raise HttpFailed(f"--http: no address is known for host {host!r}; give one of this machine's") from None
     except OSError as error:
@@ -119,13 +131,13 @@ async def listening(http: str | None, observed: Sequence[Observed], *, optional:
         _log.warning("http_taken", address=http, instead="nothing; choose another with --http")
         yield None
         return
-    server = Server(_handler(observed), _refusal, connections=CONNECTIONS_LIMIT, descriptors=2, body_bytes=BODY_BYTES)
+    server = Server(handle, refusal, connections=CONNECTIONS_LIMIT, descriptors=2, body_bytes=BODY_BYTES)
     async with server.listening(where):
         _log.info("http_listens", address=http)
         yield http
 
 
-def _handler(observed: Sequence[Observed]) -> Callable[[Exchange], Awaitable[None]]:
+def _handler(observed: Sequence[Observed]) -> Handler:
     measured = registry(observed)
 
     async def handle(exchange: Exchange) -> None:
@@ -176,5 +188,6 @@ def _plain(exchange: Exchange, status: int, sentence: str, headers: Sequence[tup
     exchange.send(status, [(b"content-type", b"text/plain; charset=utf-8"), *headers], sentence.encode())
 
 
-def _refusal(error: BadHttp) -> bytes:
+def refusal(error: BadHttp) -> bytes:
+    """Body of the answer to what is no request."""
     return json.dumps({"error": str(error)}).encode()

@@ -67,7 +67,7 @@ class Router:
         completed: Callable[[Commit], None] | None = None,
     ) -> None:  # fmt: skip
         self._completed = completed
-        """Told of commits of requests, those of others included."""
+        """Told of commits, those of others included."""
         self.client = client
         self.fleet = fleet
         self.writer = new_writer("router")
@@ -295,6 +295,9 @@ class Router:
     def complete(self, request: CompleteRequest, traceparent: str = "") -> dict[str, object]:
         """Record how a request ended, for clients that can't write to the log."""
         names((request.request, "request"), (request.node, "node"))
+        if self.degraded:
+            # Its decision can't be read back now: it would count as load, and a node's limit be reached by what has ended.
+            self.overlay.on_log(request.request)
         self._access.put(
             types.RequestCompleted(
                 request=request.request, node=request.node, status=request.status[:512],

@@ -122,6 +122,7 @@ class EngineApi:
         self._asks: dict[str, Callable[[Body], object]] = {
             "/tokenize": self._tokenize, "/v1/chat/completions/render": self._render,
             "/v1/completions/render": lambda body: [self._render(body)], "/v1/embeddings": self._embeddings,
+            "/v1/messages/render": self._render, "/v1/responses/render": self._render,
             "/v1/messages/count_tokens": lambda body: {"input_tokens": len(prompt_tokens(body))},
             "/detokenize": lambda body: {"prompt": bytes(body.get("tokens", [])).decode("utf-8", "replace")},
         }  # fmt: skip

@@ -21,7 +21,7 @@ from kvplane.events.log.append import Appender, new_life
 from kvplane.events.log.group import GroupWriter, Writers
 from kvplane.events.subjects import access_name, subject, token
 from kvplane.projections.load import PREFILL_LABEL
-from kvplane.services.http.server import bound
+from kvplane.services.http.listener import bound
 from kvplane.services.membership.member import Conclusion, Member
 from kvplane.services.protocol import labels, messages
 from kvplane.services.protocol.endpoints import served

@@ -18,6 +18,7 @@ from kvplane.events import codec, types
 from kvplane.events.errors import BadCommit
 from kvplane.projections.digest import digest
 from kvplane.projections.fleet import FleetState
+from tests.chaos import answers
 from tests.chaos.naive_fleet import NaiveFleet
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ class Checker:
         self.commits: dict[tuple[str, str, int], list[Stored]] = defaultdict(list)
         """Copies of each commit by subject, writer and counter."""
         self.decisions: dict[str, Decision] = {}
+        self.completions: dict[str, list[str]] = defaultdict(list)
+        """Statuses of each request's completions."""
         self.kinds: dict[int, tuple[Any, str | None]] = {}
         """First event of each commit that a coordinator may have made, and why it was skipped."""
         self._batches: dict[tuple[str, str], list[int]] = defaultdict(list)
@@ -145,6 +148,8 @@ class Checker:
         for event in commit.events:
             if isinstance(event, types.RequestRouted):
                 self._decision(sequence, event)
+            elif isinstance(event, types.RequestCompleted):
+                self.completions[event.request].append(event.status)
 
     def _capacity(self, sequence: int, commit: Commit) -> None:
         node = self.naive.nodes.get(commit.place.name) if commit.place.topic == "cache" else None
@@ -206,6 +211,8 @@ class Checker:
             self._groups(ledger)
             self._counters(ledger)
             self._routes(ledger)
+            troubles = _troubles(ledger)
+            answers.judge(self.completions, ledger, lambda at, end: _excused(at, end, troubles), self.say)
         found, self.found = found + self.found, found
         return found
 

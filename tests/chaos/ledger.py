@@ -8,6 +8,8 @@ Every entry has `kind` and `at`, seconds of the run. Kinds, and what they hold b
     flushed   writer subject events               so many events of a group writer were acknowledged, from the first on
     answered  action node sequence changed ...    a coordinator's answer
     routed    request node model applied degraded a router's answer
+    sent      request process                     a client sent a request to a gateway
+    got       request process outcome detail      how its answer ended: `whole`, `error`, `broken`, or what may not be
     life      process number writer pid           a process became ready; `writer` of routers and coordinators
     end       process number how                  it was killed, stopped, or ended by itself
     unrecorded writer events                      what a router said that it could not record

@@ -23,6 +23,7 @@ from kvplane.services.demo.workload import conversations
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import NoAnswer, Refused, ServiceFault
 from kvplane.services.rpc.client import ask
+from tests.chaos.talk import TALKERS, Talker
 from tests.chaos.world import MANAGED, MODEL
 
 if TYPE_CHECKING:
@@ -126,6 +127,8 @@ class Load:
         ]  # fmt: skip
         self.resting = anyio.Event()
         async with anyio.create_task_group() as group:
+            for number in range(TALKERS):
+                group.start_soon(Talker(self, f"{self.rng.random()}").run, number)
             for number, task in enumerate(tasks):
                 group.start_soon(self._client, f"load-{number}", task)
             try:

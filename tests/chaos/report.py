@@ -40,6 +40,10 @@ def _section(report: dict[str, Any]) -> list[str]:
             "requests routed; while the log was away; not recorded, by routers that were killed",
             f"{report['routes']:,}; {report['degraded']:,}; {report['unrecorded']:,}",
         ),
+        (
+            "answers of gateways to their clients",
+            ", ".join(f"{count:,} {what}" for what, count in report["gateway_answers"].items()),
+        ),
         ("commits on the log", f"{report['commits']:,}"),
         ("faults", ", ".join(f"{count} {what}" for what, count in report["faults"].items())),
         ("ends of processes", ", ".join(f"{count} {how}" for how, count in report["ended"].items())),

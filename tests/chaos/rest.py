@@ -16,6 +16,7 @@ from kvplane.projections.snapshot import load
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import ServiceFault
 from kvplane.services.rpc.client import ask
+from tests.chaos.world import COMMANDS
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from tests.chaos.processes import Life, Service
     from tests.chaos.world import World
 
+REPLICAS = [name for name in COMMANDS if name.startswith(("coordinator", "router", "gateway"))]
 REST_SECONDS = 90.0
 """How long the fleet may take until all of it says the same."""
 NEVER = ("Traceback", "endpoint_failed", "[log_corrupt]", "this is a defect")
@@ -70,7 +72,7 @@ class Rest:
         base, found = f"kv.{self._world.fleet}", {}
         for name, service in self._world.services.items():
             if service.life.writer:
-                role = name.split("-")[0]
+                role = name.split("-")[0].replace("gateway", "router")
                 what = "flush" if role == "router" else "status"
                 found[name] = await self._ask(f"{base}.{role}.{service.life.writer}.{what}")
         return found
@@ -88,7 +90,7 @@ class Rest:
                         at = {name: status["sequence"] for name, status in found.items()}
                         why = f"{at}, history {history['stored']}, log {end}, reader {checker.state.sequence}"
                         same = {*at.values(), history["stored"], end, checker.state.sequence}
-                        if len(same) == 1 and len(at) >= len(self._world.services) - 3:
+                        if len(same) == 1 and len(at) == len(REPLICAS):
                             past = messages.MomentRequest(at=str(end))
                             past_state: dict[str, Any] = await ask(
                                 self._client, f"kv.{self._world.fleet}.history.state", past, seconds=60

@@ -210,6 +210,7 @@ class Run:
             "answers": len(of("answered")),
             "routes": len(routed),
             "degraded": sum(entry["degraded"] for entry in routed),
+            "gateway_answers": dict(Counter(entry["outcome"] for entry in of("got")).most_common()),
             "unrecorded": sum(entry["request"] not in self.checker.decisions for entry in routed),
             "lost": len(lost),
             "faults": dict(Counter(entry["what"] for entry in of("fault")).most_common()),

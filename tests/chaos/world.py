@@ -1,4 +1,4 @@
-"""The fleet under attack: servers, coordinators, routers, a historian and simulated nodes, all of the command line."""
+"""The fleet under attack: servers, coordinators, routers, gateways, a historian, simulated nodes, all of the command line."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from kvplane.services.embedded.server import server_binary
 from tests.chaos.faults import Ground
 from tests.chaos.network import network
 from tests.chaos.processes import Service
+from tests.support.ports import free_port
 from tests.support.three_servers import CONFIGURATION, NAMES, Cluster, Member, monitor
 from tests.support.waiting import until
 
@@ -36,7 +37,9 @@ if TYPE_CHECKING:
 FLEET = "chaos"
 MODEL, MANAGED = "sim", "simm"
 """Models of the simulated nodes that report their caches, and of those that are managed."""
-ROUTERS, COORDINATORS = 3, 2
+ROUTERS, COORDINATORS = 2, 2
+GATEWAYS = ("gateway-1", "gateway-2")
+"""Each is a router as well."""
 SNAPSHOT_COMMITS = 3000
 READY_SECONDS = 90.0
 STUTTER = (0.05, 0.15)
@@ -45,13 +48,16 @@ STUTTER = (0.05, 0.15)
 COMMANDS: dict[str, list[str]] = {
     **{f"coordinator-{n + 1}": ["coordinator", "--snapshot-commits", str(SNAPSHOT_COMMITS)] for n in range(COORDINATORS)},
     **{f"router-{n + 1}": ["router"] for n in range(ROUTERS)},
+    **{name: ["gateway", "--listen", "{host}:{port}"] for name in GATEWAYS},
     "historian": ["historian"],
-    "nodes": ["simnode", "sim-a", "sim-b", "sim-c", "--model", MODEL, "--decode-speed", "400"],
+    "nodes": ["simnode", "sim-a", "sim-b", "--model", MODEL, "--decode-speed", "400", "--host", "{host}"],
+    "more-nodes": ["simnode", "sim-c", "--model", MODEL, "--decode-speed", "400", "--host", "{host}"],
     "managed": [
         "simnode", "man-a", "man-b", "--model", MANAGED, "--cache-mode", "managed", "--capacity-blocks", "200",
-        "--decode-speed", "400",
+        "--decode-speed", "400", "--host", "{host}",
     ],
 }  # fmt: skip
+"""What each is started with; `{host}` is where it listens, `{port}` a gateway's port."""
 
 
 class Servers(Cluster):
@@ -148,6 +154,7 @@ class World:
         self.services: dict[str, Service] = {}
         self.held = AuthFolder(folder / "auth") if guarded else None
         """Credentials, when everybody must have some; then each simulated node is a process of its own."""
+        self.ports = {name: free_port() for name in GATEWAYS}
         self.servers: Servers
 
     @property
@@ -199,6 +206,10 @@ class World:
             own += ["--credentials", str(seed), "--ca", str(self.held.ca)]
         return own
 
+    def gateway(self, name: str) -> str:
+        """URL of a gateway."""
+        return f"http://{self.net.host(name)}:{self.ports[name]}"
+
     async def open(self, group: TaskGroup) -> None:
         """Start everything and wait until it is ready."""
         await self.net.open(self.names, list(COMMANDS), group)
@@ -209,8 +220,9 @@ class World:
             if self.held is not None and (more := _nodes(command)[1:]):
                 # Credentials are of one node.
                 command = [word for word in command if word not in more]  # noqa: PLW2901 - the same, with fewer words
+            filled = [part.format(host=self.net.host(name), port=self.ports.get(name)) for part in command]
             self.services[name] = Service(
-                name, [*command, *self._own_options(name, command), "--fleet", self.fleet, "--log-format", "json"],
+                name, [*filled, *self._own_options(name, command), "--fleet", self.fleet, "--log-format", "json"],
                 partial(self.urls, name), self.folder, self.ledger, self.net.prefix(name),
             )  # fmt: skip
             group.start_soon(self.services[name].watch)

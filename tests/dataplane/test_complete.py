@@ -12,6 +12,7 @@ from structlog.testing import capture_logs
 
 from kvplane.services.dataplane import openai
 from kvplane.services.dataplane.complete import Completer
+from kvplane.services.dataplane.prompts import Lacking
 from kvplane.services.process import logs
 from kvplane.services.protocol.errors import BadRequest, EngineFailed, EngineRefused, UnknownModel
 from tests.support.commands import run
@@ -74,6 +75,26 @@ async def test_a_prompt_is_tokenized_as_the_engine_does(fleet: Fleet) -> None:
             assert second.usage.cached_tokens == second.decision.matched_tokens > 16
 
 
+async def test_a_prompt_is_rendered_by_an_engine_that_can(fleet: Fleet) -> None:
+    reasoned = {"role": "assistant", "content": "It is.", "reasoning_content": "The user asks of the sea. " * 3}
+    asked = [{"role": "user", "content": "Is the sea deep?"}, reasoned, {"role": "user", "content": "How deep?"}]
+    async with scene(fleet, "a") as on:
+        api = on.engines["a"].api
+        for api.without_render in (404, 403):
+            on.completer._lacking = Lacking()
+            without = await on.complete(messages=asked)
+            assert 50 < without.decision.tokens < without.usage.prompt_tokens, "what /tokenize leaves out"
+        api.renders = True
+        # That it could not is not believed for ever.
+        on.completer._lacking = Lacking()
+        for body in ({"messages": asked}, {"prompt": "an old story of the sea"}):
+            rendered = api.rendered
+            first, second = await on.complete(**body), await on.complete(**body)
+            assert first.usage.prompt_tokens == first.decision.tokens
+            assert second.usage.cached_tokens == second.decision.matched_tokens > 16
+            assert api.rendered == rendered + 2
+
+
 async def test_an_engine_that_is_down_is_passed_over(fleet: Fleet) -> None:
     async with scene(fleet) as on:
         first = await on.complete(prompt=list(range(40)))
@@ -87,7 +108,8 @@ async def test_an_engine_that_is_down_is_passed_over(fleet: Fleet) -> None:
         assert len(states) == 3
         (failed,) = [state for state in states.values() if state[1] != "ok"]
         assert failed[0] == first.decision.node
-        assert "does not answer" in failed[1]
+        # Gateways leave a node out by statuses that begin so.
+        assert failed[1].startswith("failed: does not answer")
         # Nor is it asked for tokens.
         assert (await on.complete(prompt="text instead")).decision.node in on.engines
         for engine in on.engines.values():
@@ -124,7 +146,9 @@ async def test_what_an_engine_refuses_is_not_tried_elsewhere(fleet: Fleet, statu
             await on.complete(prompt=[1] * 20)
         assert caught.value.status == status
         await on.rest()
-        assert [event.status.endswith(f"no, {status}") for event in on.completed] == [True]
+        (refused,) = [event.status for event in on.completed]
+        assert refused.startswith("refused: ")
+        assert refused.endswith(f"no, {status}")
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])

@@ -28,10 +28,12 @@ from kvplane.events.types import BlocksRemoved
 from kvplane.services.cli.common import run_async
 from kvplane.services.dataplane.complete import Completer
 from kvplane.services.embedded.server import start_server
+from kvplane.services.gateway.service import Gateway
+from kvplane.services.http.listener import bound
 from kvplane.services.protocol import messages
 from kvplane.services.roles.coordinator import Coordinator
-from kvplane.services.roles.router import Router
 from kvplane.services.rpc.client import ask
+from tests.engines.live_gateway import TEMPLATE, Through
 from tests.support.ports import free_port
 from tests.support.shared_data import SHARED
 
@@ -126,9 +128,11 @@ class Live:
                     self.python, "-m", "vllm.entrypoints.openai.api_server",
                     "--model", str(model_folder()), "--served-model-name", "tiny",
                     "--host", "127.0.0.1", "--port", str(self.http), "--load-format", "dummy", "--dtype", "bfloat16",
-                    "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "8", "--num-gpu-blocks-override", "64",
+                    "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8", "--num-gpu-blocks-override", "64",
                     "--block-size", "32", "--enable-prefix-caching", "--enable-prompt-tokens-details",
                     "--prefix-caching-hash-algo", algorithm, "--kv-events-config", json.dumps(config),
+                    "--enable-scale-out", "--chat-template", TEMPLATE,
+                    "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
                     "--enable-lora", "--max-loras", "2", "--max-lora-rank", "8", "--lora-modules",
                     *(f"{name}={self.folder / name}" for name in ADAPTERS),
                 ],
@@ -287,7 +291,8 @@ async def live() -> None:
         group = await stack.enter_async_context(anyio.create_task_group())
         stack.callback(group.cancel_scope.cancel)
         await group.start(coordinator.run)
-        await group.start(Router(second, "default").run)
+        gateway = Gateway(second, "default", bound("127.0.0.1", 0))
+        await group.start(gateway.run)
         engines = [
             Live("a", python, server.url, folder),
             Live(
@@ -308,12 +313,28 @@ async def live() -> None:
             each.start_engine()
             each.start_adapter()
         await run.until("both engines are nodes", lambda: run.up(2))
-        await scenes(run, *engines)
-    report(run)
+        through = Through(gateway, {each.name: each.url for each in engines})
+        await client.subscribe("kv.default.access.>", cb=through.note_completed)
+        await through.run()
+        if not os.environ.get("KVPLANE_ONLY_GATEWAY"):
+            await scenes(run, *engines)
+    report(run, through)
 
 
-def report(run: Run) -> None:
+def report(run: Run, through: Through) -> None:
     """Print what was compared, and end in failure when it was too little or not true."""
+    say(f"\n{'through the gateway':28} requests  exact")
+    for phase in dict.fromkeys(row.phase for row in through.rows):
+        rows = [row for row in through.rows if row.phase == phase]
+        say(f"{phase:28} {sum(row.requests for row in rows):8} {sum(row.exact for row in rows):6}")
+    say(f"a client left: its engine ran it no more after {through.left * 1000:.0f} ms")
+    requests, right = sum(row.requests for row in through.rows), sum(row.exact for row in through.rows)
+    if through.wrong:
+        raise SystemExit("the gateway had other tokens than the engine: " + "; ".join(through.wrong))
+    if right < 0.99 * requests:
+        raise SystemExit(f"{right} of {requests} predictions through the gateway were right, fewer than 99 %")
+    if not run.rows:
+        return
     say(f"\n{'after':28} requests  exact  by the log alone  tokens too many")
     for row in run.rows:
         say(f"{row.phase:28} {row.requests:8} {row.exact:6} {row.exact_by_log:17} {row.above:16}")

@@ -3,72 +3,23 @@
 from __future__ import annotations
 
 import json
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+import time
+from typing import TYPE_CHECKING
 
 import anthropic
 import anyio
 import openai
 import pytest
 
-from kvplane.services.simulation.simnode import NodeConfig
-from tests.support.gateways import Scene, gateway_on
-from tests.support.scripted_engine import EVENTS, MODEL, ScriptedEngine, chunk, engines, whole
+from kvplane.services.protocol.messages import RegisterRequest
+from tests.support.gateways import ANSWER, PROMPT, WORD, answers, made, on_engines, on_simulated
+from tests.support.scripted_engine import EVENTS, MODEL, ScriptedEngine, chunk, whole
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from anyio.abc import SocketStream
 
     from tests.support.fleet import Fleet
-
-FAST = {"prefill_speed": 20_000.0, "decode_speed": 1e4, "http": "127.0.0.1"}
-ANSWER = json.dumps(
-    {
-        "id": "x",
-        "object": "text_completion",
-        "created": 1,
-        "model": MODEL,
-        "choices": [{"index": 0, "text": "hello", "finish_reason": "stop"}],
-        "usage": {
-            "prompt_tokens": 9,
-            "completion_tokens": 1,
-            "total_tokens": 10,
-            "prompt_tokens_details": {"cached_tokens": 4},
-        },
-    }
-).encode()
-PROMPT = {"model": MODEL, "prompt": list(range(9))}
-WORD = b'data: {"choices": [{"index": 0, "text": "a"}]}\n\n'
-
-
-def made(**options: Any) -> Any:
-    """A client whose many overloads no checker shall read."""
-    return openai.AsyncOpenAI(**options)
-
-
-async def answers(stream: SocketStream) -> None:
-    await stream.send(whole(ANSWER))
-
-
-@asynccontextmanager
-async def on_engines(fleet: Fleet, *all_engines: ScriptedEngine) -> AsyncIterator[Scene]:
-    await fleet.coordinator()
-    async with engines(fleet, *all_engines), anyio.create_task_group() as group:
-        async with gateway_on(fleet, group) as scene:
-            yield scene
-        group.cancel_scope.cancel()
-
-
-@asynccontextmanager
-async def on_simulated(fleet: Fleet, count: int = 2, **config: object) -> AsyncIterator[Scene]:
-    await fleet.coordinator()
-    await fleet.nodes(*(NodeConfig(name=f"sim-{at}", **{**FAST, **config}) for at in range(count)))  # type: ignore[arg-type]
-    async with anyio.create_task_group() as group:
-        async with gateway_on(fleet, group) as scene:
-            yield scene
-        group.cancel_scope.cancel()
 
 
 async def test_the_openai_package_gets_what_it_asks_for(fleet: Fleet) -> None:
@@ -149,6 +100,19 @@ async def test_a_conversation_stays_where_it_is_without_a_word(fleet: Fleet) -> 
         assert routed[0].session.startswith("~")
 
 
+async def test_what_only_the_engine_knows_the_blocks_of_is_routed_without_guessing(fleet: Fleet) -> None:
+    words = {"type": "text", "text": 'What is an "image_url"? ' * 20}
+    others = {"type": "text", "text": 'Is there no "image_url" here? ' * 20}
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 9000}}
+    async with on_simulated(fleet, 1) as scene:
+        for parts, known in (([words, image], False), ([others], True)):
+            for again in (False, True):
+                body = {"model": "sim", "messages": [{"role": "user", "content": parts}], "max_tokens": 2}
+                answer = await scene.http.post("/v1/chat/completions", json=body)
+                predicted = int(answer.headers["x-kvplane-match"].partition("/")[0])
+                assert (predicted > 100) == (known and again), answer.headers
+
+
 @pytest.mark.parametrize(
     "fails",
     [
@@ -197,6 +161,29 @@ async def test_a_node_that_fails_is_left_out_for_a_while(fleet: Fleet) -> None:
         for number in range(10):
             await scene.http.post("/v1/completions", json={**PROMPT, "user": f"v{number}"})
         assert len(bad.requests) <= tried + 1
+
+
+async def test_when_all_nodes_are_left_out_none_is_and_one_that_comes_back_is_not(fleet: Fleet) -> None:
+    async with on_engines(fleet, ScriptedEngine("a", answers)) as scene:
+        breaker = scene.gateway.breaker
+        for _ in range(3):
+            breaker.saw("a", "failed: no", time.monotonic())
+        assert breaker.left_out(time.monotonic()) == ["a"]
+        # Also who is asked for the prompt's tokens.
+        chat = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
+        assert (await scene.http.post("/v1/chat/completions", json=chat)).content == ANSWER
+        for _ in range(3):
+            breaker.saw("a", "failed: no", time.monotonic())
+        again = RegisterRequest(
+            node="a",
+            address="http://127.0.0.1:1",
+            models=[MODEL],
+            block_size=4,
+            capacity_blocks={"gpu": 9},
+            replace=True,
+        )
+        await fleet.ask("coordinator.node.register", again)
+        await until(lambda: not breaker.left_out(time.monotonic()))
 
 
 async def test_all_engines_fail(fleet: Fleet) -> None:

@@ -10,7 +10,8 @@ import anyio
 import pytest
 
 from kvplane.services.http import server as serving
-from kvplane.services.http.server import Exchange, Server, bound
+from kvplane.services.http.listener import bound
+from kvplane.services.http.server import Exchange, Server
 from kvplane.services.process.descriptors import KEPT_BACK, spared
 
 if TYPE_CHECKING:

@@ -71,6 +71,18 @@ async def test_a_read_loop_that_ended_is_mended_and_the_router_goes_on(router: R
     assert metrics("kvplane_nats_reconnects_total") == 1
 
 
+async def test_a_connection_that_has_gone_this_moment_is_no_defect(server: Server) -> None:
+    async with connected([server.url], "test") as client:
+        transport: Any = client._transport
+        transport._io_writer.transport.abort()
+        await until(lambda: "closed=True" in repr(transport._io_writer.transport))
+        # uvloop says RuntimeError, which a watch that pings would end with.
+        with pytest.raises(ConnectionResetError):
+            transport.write(b"PING\r\n")
+        with pytest.raises(ConnectionResetError):
+            transport.writelines([b"PING\r\n"])
+
+
 async def test_without_the_watch_a_deaf_client_stays_deaf(server: Server) -> None:
     """By when another one has been mended three times over."""
     async with (

@@ -18,6 +18,10 @@ class FakeApi:
     def __init__(self, engine: FakeEngine) -> None:
         self.engine = engine
         self.tokenizes = True
+        self.renders = False
+        """It has `/render`, which knows of messages' reasoning, as its own completions do and `/tokenize` does not."""
+        self.without_render = 404
+        self.rendered = 0
         self.reports_cached = True
         self.reports_zero_cached = True
         """It says so when it found nothing."""
@@ -43,16 +47,23 @@ class FakeApi:
 
     def route(self, app: web.Application) -> None:
         app.router.add_post("/tokenize", self._tokenize)
+        for path in ("/v1/completions", "/v1/chat/completions"):
+            app.router.add_post(f"{path}/render", self._render)
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_post("/v1/chat/completions", self._complete)
 
-    def _tokens(self, body: dict[str, Any], settings: dict[str, Any]) -> list[int]:
+    def _tokens(self, body: dict[str, Any], settings: dict[str, Any], *, reasons: bool = True) -> list[int]:
         prompt = body.get("prompt")
+        messages = body.get("messages") or []
+        reasoning = {at: each.get("reasoning_content") or "" for at, each in enumerate(messages) if reasons}
         if isinstance(prompt, list):
             return prompt
         if isinstance(prompt, str):
             return list(b"^" * body.get("add_special_tokens", True) + prompt.encode())
-        conversation = "".join(f"<{message['role']}>{message['content']}" for message in body["messages"])
+        conversation = "".join(
+            f"<{message['role']}>{reasoning.get(number, '')}{message['content']}"
+            for number, message in enumerate(body["messages"])
+        )
         tail = "<assistant>" if body.get("add_generation_prompt", True) else ""
         given = {name: value for name, value in settings.items() if value is not None}
         return list(f"{json.dumps(body.get('tools'))}{json.dumps(given, sort_keys=True)}{conversation}{tail}".encode())
@@ -65,7 +76,22 @@ class FakeApi:
         if self.answers_tokens is not None:
             return web.json_response(self.answers_tokens)
         body = await request.json()
-        return web.json_response({"tokens": self._tokens(body, body.get("chat_template_kwargs") or {})})
+        return web.json_response({"tokens": self._tokens(body, body.get("chat_template_kwargs") or {}, reasons=False)})
+
+    async def _render(self, request: web.Request) -> web.Response:
+        if not self.renders:
+            return web.Response(status=self.without_render)
+        self.rendered += 1
+        body = await request.json()
+        answer = {"token_ids": self._tokens(body, self._settings(body))}
+        return web.json_response(answer if "messages" in body else [answer])
+
+    @staticmethod
+    def _settings(body: dict[str, Any]) -> dict[str, Any]:
+        settings = {name: body.get(name) for name in ("reasoning_effort", "documents")}
+        if body.get("reasoning_effort") is not None:
+            settings["enable_thinking"] = body["reasoning_effort"] != "none"
+        return {**settings, **(body.get("chat_template_kwargs") or {})}
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -78,10 +104,7 @@ class FakeApi:
             return web.json_response({"choices": [{"text": "one two three"}]})
         if self.status != 200:
             return web.json_response({"error": {"message": f"no, {self.status}"}}, status=self.status)
-        settings = {name: body.get(name) for name in ("reasoning_effort", "documents")}
-        if body.get("reasoning_effort") is not None:
-            settings["enable_thinking"] = body["reasoning_effort"] != "none"
-        tokens = self._tokens(body, {**settings, **(body.get("chat_template_kwargs") or {})})
+        tokens = self._tokens(body, self._settings(body))
         most = body.get("truncate_prompt_tokens") or 0
         if self.truncates and most > 0:
             tokens = tokens[-most:]

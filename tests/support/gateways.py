@@ -2,26 +2,67 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import anyio
 import httpx
+import openai
 
 from kvplane.events import codec
 from kvplane.events.errors import BadCommit
 from kvplane.events.log.follow import replay
 from kvplane.events.types import RequestCompleted, RequestRouted
 from kvplane.services.gateway.service import Gateway
-from kvplane.services.http.server import bound
+from kvplane.services.http.listener import bound
+from kvplane.services.simulation.simnode import NodeConfig
+from tests.support.scripted_engine import MODEL, ScriptedEngine, engines, whole
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from anyio.abc import TaskGroup
+    from anyio.abc import SocketStream, TaskGroup
 
     from kvplane.events.codec import Message
     from tests.support.fleet import Fleet
+
+
+FAST = {"prefill_speed": 20_000.0, "decode_speed": 1e4, "http": "127.0.0.1"}
+ANSWER = json.dumps(
+    {
+        "id": "x",
+        "object": "text_completion",
+        "created": 1,
+        "model": MODEL,
+        "choices": [{"index": 0, "text": "hello", "finish_reason": "stop"}],
+        "usage": {
+            "prompt_tokens": 9,
+            "completion_tokens": 1,
+            "total_tokens": 10,
+            "prompt_tokens_details": {"cached_tokens": 4},
+        },
+    }
+).encode()
+PROMPT = {"model": MODEL, "prompt": list(range(9))}
+WORD = b'data: {"choices": [{"index": 0, "text": "a"}]}\n\n'
+
+
+async def recorded(fleet: Fleet) -> tuple[list[RequestRouted], list[RequestCompleted]]:
+    """Decisions and completions that are on a fleet's log now."""
+    found: list[Message] = []
+    await replay(fleet.client, fleet.name, found.append)
+    routed: list[RequestRouted] = []
+    completed: list[RequestCompleted] = []
+    for message in found:
+        try:
+            events = codec.decode(fleet.name, message).events
+        except BadCommit:
+            continue
+        routed += [event for event in events if isinstance(event, RequestRouted)]
+        completed += [event for event in events if isinstance(event, RequestCompleted)]
+    return routed, completed
 
 
 class Scene:
@@ -40,18 +81,7 @@ class Scene:
     async def recorded(self) -> tuple[list[RequestRouted], list[RequestCompleted]]:
         """Decisions and completions on the log, when everything decided so far is there."""
         await self.gateway.router.writers.flush()
-        found: list[Message] = []
-        await replay(self.fleet.client, self.fleet.name, found.append)
-        routed: list[RequestRouted] = []
-        completed: list[RequestCompleted] = []
-        for message in found:
-            try:
-                events = codec.decode(self.fleet.name, message).events
-            except BadCommit:
-                continue
-            routed += [event for event in events if isinstance(event, RequestRouted)]
-            completed += [event for event in events if isinstance(event, RequestCompleted)]
-        return routed, completed
+        return await recorded(self.fleet)
 
     async def idle(self) -> None:
         """Wait until nothing is on its way."""
@@ -66,3 +96,31 @@ async def gateway_on(fleet: Fleet, group: TaskGroup) -> AsyncIterator[Scene]:
     host, port = gateway.address
     async with httpx.AsyncClient(base_url=f"http://{host}:{port}", timeout=30) as http:
         yield Scene(fleet, gateway, http)
+
+
+def made(**options: Any) -> Any:
+    """A client whose many overloads no checker shall read."""
+    return openai.AsyncOpenAI(**options)
+
+
+async def answers(stream: SocketStream) -> None:
+    await stream.send(whole(ANSWER))
+
+
+@asynccontextmanager
+async def on_engines(fleet: Fleet, *all_engines: ScriptedEngine) -> AsyncIterator[Scene]:
+    await fleet.coordinator()
+    async with engines(fleet, *all_engines), anyio.create_task_group() as group:
+        async with gateway_on(fleet, group) as scene:
+            yield scene
+        group.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def on_simulated(fleet: Fleet, count: int = 2, **config: object) -> AsyncIterator[Scene]:
+    await fleet.coordinator()
+    await fleet.nodes(*(NodeConfig(name=f"sim-{at}", **{**FAST, **config}) for at in range(count)))  # type: ignore[arg-type]
+    async with anyio.create_task_group() as group:
+        async with gateway_on(fleet, group) as scene:
+            yield scene
+        group.cancel_scope.cancel()
