@@ -119,7 +119,7 @@ class _Several:
                 for number in range(1, self._count + 1):
                     group.start_soon(self._keep, f"{number}", Path(folder, f"{number}.sock"))
 
-    def _observed(self, http: str | None) -> AbstractAsyncContextManager[None]:
+    def _observed(self, http: str | None) -> AbstractAsyncContextManager[object]:
         if not http:
             return nullcontext()
         return served(http, application(lambda: dict(self._running), lambda: self._restarts))
