@@ -73,7 +73,7 @@ def gateway_at(port: int) -> Callable[[Fleet], Awaitable[Gateway]]:
 def engine(name: str) -> Callable[[Fleet], Awaitable[SimNodes]]:
     async def make(fleet: Fleet) -> SimNodes:
         config = NodeConfig(name=name, prefill_speed=20_000.0, decode_speed=200.0, http="127.0.0.1")
-        return SimNodes([await fleet.connect(name)], fleet.name, [config])
+        return SimNodes([await fleet.connect(name)], fleet.name, [config], leave_seconds=5)
 
     return make
 
