@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -133,9 +134,7 @@ class Coordinator:
             group.start_soon(self.replica.run)
             await self.replica.follower.caught_up.wait()
             if self._newest and not self.state.sequence:
-                await self.commit(
-                    partial(formats.raised, kvplane=package_version()), messages.FormatRequest(), "format"
-                )
+                await self._begin_newest()
             await group.start(self.engine_hashes.run)
             await self.client.subscribe(f"kv.{self.fleet}.pulse.*", cb=self._heartbeat)
             await serve(
@@ -178,6 +177,15 @@ class Coordinator:
         follower = self.replica.follower
         away = "" if follower.healthy and self.client.is_connected else "the log is away: nothing can be committed"
         return readiness(follower, serving=self.serving, reason=away)
+
+    async def _begin_newest(self) -> None:
+        """Have a log that nobody has written on begin in the newest format; of several coordinators one does."""
+        proposal = formats.raised(self.state, messages.FormatRequest(), kvplane=package_version())
+        if proposal is not None:
+            with suppress(LostRace):
+                await self.appender.append(
+                    proposal.subject(self.fleet), [proposal.event], expected=0, give_up=self._answer_seconds
+                )
 
     async def commit(self, decide: Decide, request: object, thing: str) -> tuple[Proposal | None, int]:
         """Decide and commit until the fold accepts it; what was committed and its sequence. `thing` names what it changes.

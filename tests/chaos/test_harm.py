@@ -32,8 +32,8 @@ async def guarded(folder: Path) -> AsyncIterator[World]:
     world = World(folder, await network("none"), Ledger(), servers=1, guarded=True)
     world._make_credentials()
     world.servers = Servers(folder / "servers", world.net, world.names, held=world.held)
-    await world.servers.start(*world.names)
     try:
+        await world.servers.start(*world.names)
         yield world
     finally:
         await world.servers.kill(*world.names)

@@ -83,7 +83,7 @@ class Servers(Cluster):
         if len(self.members) > 1:
             auth = member.folder / "auth"
             if not auth.exists():
-                member.folder.mkdir(parents=True)
+                member.folder.mkdir(parents=True, exist_ok=True)
                 (member.folder / CONFIGURATION.name).write_text(self._settings(CONFIGURATION.read_text()))
                 if self._held is not None:
                     shutil.copytree(self._held.server_folder(member.name), auth)
@@ -102,7 +102,8 @@ class Servers(Cluster):
         text = self._settings(CONFIGURATION.with_name("single.conf").read_text())
         if self._held is not None:
             shutil.copytree(self._held.server_folder(member.name), member.folder / "auth", dirs_exist_ok=True)
-            text = text.replace('# include "auth', 'include "auth')
+            included = 'include "auth/client.conf"\ninclude "auth/monitor.conf"'
+            text = text.replace('# include "auth/client.conf"', included)
         # A server whose name is given as an option can't read its configuration again.
         single.write_text(f"server_name: {member.name}\n{text}")
         command = [server_binary(), "-c", str(single), "-a", member.host, "-p", str(member.port)]

@@ -166,4 +166,4 @@ async def test_the_command_says_whom_a_completion_waits_for(fleet: Fleet, tmp_pa
         finally:
             process.kill()
             await process.aclose()
-    assert stderr.decode().startswith(f"waiting for node a at http://127.0.0.1:{port}/tokenize")
+    assert stderr.decode().startswith(f"waiting for node a at http://127.0.0.1:{port}/v1/chat/completions/render")

@@ -165,7 +165,8 @@ def test_the_story_has_something_in_every_part() -> None:
     state = STORY.state
     empty = [
         *(name for name, value in vars(state).items() if name not in MADE_ANEW and not value),
-        *(name for name, value in vars(state.load).items() if not value),
+        # Its log is in format 1, in which the fleet's pace has no bounded steps.
+        *(name for name, value in vars(state.load).items() if not value and name != "bounded"),
         *(f"body {name}" for name, value in msgspec.structs.asdict(snapshot_body.take(state)).items() if not value),
     ]
     assert empty == []

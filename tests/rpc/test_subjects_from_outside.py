@@ -51,9 +51,11 @@ CHECKED: dict[str, str] = {
     "services/replication/checkpoints.py:_note": LAW,
     "services/rpc/client.py:ask": "the caller's",
     "services/rpc/client.py:_ask_until_answered": "the caller's",
+    "services/rpc/client.py:_ask_watching": "the caller's, and its own inbox",
     "services/rpc/client.py:instances": LAW,
     "services/rpc/server.py:_respond": "comes from outside: `_genuine` let only what can be an inbox through",
     "services/rpc/server.py:_refuse": "the same",
+    "services/rpc/server.py:sign": "the same",
     "services/rpc/pieces.py:whole": "comes from outside: `following` lets only that endpoint's through",
     "services/history/client.py:pages": "the same",
 }
