@@ -202,7 +202,8 @@ class World:
     def _own_options(self, name: str, command: list[str]) -> list[str]:
         own = ["--history", str(self.folder / "history")] if name == "historian" else []
         if self.held is not None:
-            role: Role = "node" if command[0] == "simnode" else command[0]  # type: ignore[assignment]
+            # A gateway has the router inside.
+            role: Role = {"simnode": "node", "gateway": "router"}.get(command[0], command[0])  # type: ignore[assignment]
             seed = self.held.seed_file(self.fleet, role, command[1] if role == "node" else "")
             own += ["--credentials", str(seed), "--ca", str(self.held.ca)]
         return own
