@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import faulthandler
 import signal
-from contextlib import asynccontextmanager
+import sys
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from math import inf
@@ -12,8 +13,10 @@ from pathlib import Path  # noqa: TC003 - options are read by their types
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import anyio
+import structlog
 from cyclopts import Parameter
 
+from kvplane.events.errors import KvplaneError, first_known
 from kvplane.events.log.connection import DEFAULT_URL, connected
 from kvplane.events.subjects import check_fleet
 from kvplane.services.process import logs
@@ -22,7 +25,7 @@ from kvplane.services.process.modules import look_here
 from kvplane.services.protocol.errors import BadRequest
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
     from contextlib import AbstractAsyncContextManager
 
     from anyio.abc import TaskStatus
@@ -133,3 +136,16 @@ def run_until_signal(function: Callable[..., Awaitable[object]], *arguments: Any
         run_async(main)
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+@contextmanager
+def failing_as(event: str) -> Iterator[None]:
+    """In a process that a command keeps beside itself: an error of ours is one line of the log, and exit code 1."""
+    try:
+        yield
+    except (KvplaneError, BaseExceptionGroup) as error:
+        known = first_known(error) if isinstance(error, BaseExceptionGroup) else error
+        if known is None:
+            raise
+        structlog.get_logger("kvplane").error(event, error=str(known), code=known.code)
+        sys.exit(1)

@@ -12,13 +12,13 @@ import anyio
 import structlog
 from cyclopts import Parameter
 
-from kvplane.events.errors import KvplaneError, first_known
 from kvplane.services.cli.common import (
     COMMON,
     Common,
     Http,
     ServedPolicyModules,
     allow_modules,
+    failing_as,
     run_until_signal,
     start,
 )  # fmt: skip
@@ -145,19 +145,7 @@ def _worker(
     host: str, port: int, http: str, access_log: bool, modules: tuple[str, ...], common: Common  # noqa: FBT001
 ) -> None:  # fmt: skip
     start(common)
-    try:
+    with failing_as("worker_failed"):
         allow_modules(modules)
         # It listens when the log is read: until then the others get all connections.
         run_until_signal(_gateway, bound(host, port, share=True, listen=False), access_log, http, common)
-    except KvplaneError as error:
-        _fail(error)
-    except BaseExceptionGroup as errors:
-        known = first_known(errors)
-        if known is None:
-            raise
-        _fail(known)
-
-
-def _fail(error: KvplaneError) -> None:
-    _log.error("worker_failed", error=str(error), code=error.code)
-    sys.exit(1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
@@ -14,7 +13,6 @@ import anyio
 import structlog
 from cyclopts import Parameter
 
-from kvplane.events.errors import KvplaneError, first_known
 from kvplane.events.log.connection import CONNECT_SECONDS
 from kvplane.services.auth.folder import FIRST, AuthFolder
 from kvplane.services.cli import show
@@ -24,6 +22,7 @@ from kvplane.services.cli.common import (
     Http,
     ServedPolicyModules,
     allow_modules,
+    failing_as,
     outlasting,
     run_until_signal,
     start,
@@ -299,17 +298,5 @@ async def _keep_history(folder: Path, http: _Http, modules: tuple[str, ...], com
 def _historian(folder: Path, http: _Http, modules: tuple[str, ...], common: Common) -> None:
     from kvplane.services.cli.historian import keep  # noqa: PLC0415 - DuckDB is loaded in that process only
 
-    try:
+    with failing_as("historian_failed"):
         keep(folder, http.historian, http.optional, modules, common)
-    except KvplaneError as error:
-        _fail(error)
-    except BaseExceptionGroup as errors:
-        known = first_known(errors)
-        if known is None:
-            raise
-        _fail(known)
-
-
-def _fail(error: KvplaneError) -> None:
-    _log.error("historian_failed", error=str(error), code=error.code)
-    sys.exit(1)
