@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 from nats.errors import Error as NatsError
 
-from kvplane.events.errors import KvplaneError
+from kvplane.events.errors import KvplaneError, LogUnavailable
 from kvplane.events.log.follow import replay
 from kvplane.events.log.snapshots import SnapshotStore
 from kvplane.events.log.stream import open_stream
@@ -128,16 +128,25 @@ class Rest:
 
     async def _snapshots(self) -> int:
         """Snapshot and tail give what the log gives from zero."""
-        store = SnapshotStore(self._client, self._world.fleet)
-        sequences = await store.sequences()
+        kept = await self._kept()
         last = self._checker.state.sequence
-        for sequence in sequences:
-            state = load(self._world.fleet, await store.get(sequence))
+        for sequence, body in kept.items():
+            state = load(self._world.fleet, body)
             for message in self._messages[sequence:last]:
                 state.apply(message)
             if state.sequence == self._checker.state.sequence and digest(state) != self._checker.digest():
                 self._checker.say("digests", f"snapshot {sequence} and its tail differ from the log at {last}")
-        return len(sequences)
+        return len(kept)
+
+    async def _kept(self) -> dict[int, bytes]:
+        """All snapshots. One may be deleted while it is read, or the connection change servers: then all are read again."""
+        store = SnapshotStore(self._client, self._world.fleet)
+        with anyio.fail_after(REST_SECONDS):
+            while True:
+                try:
+                    return {sequence: await store.get(sequence) for sequence in await store.sequences()}
+                except LogUnavailable:
+                    await anyio.sleep(0.2)
 
     def processes(self) -> None:
         """No process said what none may say, and none ended by itself once it was ready."""
