@@ -6,10 +6,14 @@ import ctypes
 import socket
 import struct
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvplane.services.protocol.errors import HttpFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 BACKLOG = 4096
 _SO_ATTACH_FILTER = 26
@@ -46,8 +50,7 @@ def bind(host: str, port: int, *, share: bool = False, listen: bool = True) -> s
     family, kind, _, _, at = socket.getaddrinfo(
         host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]  # fmt: skip
-    made = socket.socket(family, kind)
-    try:
+    with _made(family, kind) as made:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if share:
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -55,24 +58,27 @@ def bind(host: str, port: int, *, share: bool = False, listen: bool = True) -> s
         if listen:
             # Else another could be bound to the same address until this one listens.
             made.listen(BACKLOG)
-    except OSError:
-        made.close()
-        raise
-    made.setblocking(False)  # noqa: FBT003 - as sockets have it
     return made
 
 
 def bind_path(path: str) -> socket.socket:
     """A socket in the file system, where nothing is yet or a former process left one. Raises `OSError`."""
-    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
+    with _made(socket.AF_UNIX, socket.SOCK_STREAM) as made:
         Path(path).unlink(missing_ok=True)
         made.bind(path)
+    return made
+
+
+@contextmanager
+def _made(family: int, kind: int) -> Iterator[socket.socket]:
+    """A socket, closed again if what is done with it in the block fails; afterwards it does not block."""
+    made = socket.socket(family, kind)
+    try:
+        yield made
     except OSError:
         made.close()
         raise
     made.setblocking(False)  # noqa: FBT003 - as sockets have it
-    return made
 
 
 def take_no_more(listener: socket.socket) -> None:

@@ -54,7 +54,7 @@ def read_sessions(
     paths = sorted(folder.glob("*.json"))[:limit]
     decoder = msgspec.json.Decoder(Session)
     work: list[Work] = []
-    sizes: dict[int, str] = {}
+    size, stated = block_size, f"--block-size is {block_size}"
     seen: dict[str, str] = {}
     for number, path in enumerate(paths):
         progress(number, len(paths))
@@ -67,21 +67,17 @@ def read_sessions(
         if session.id in seen:
             raise BadTrace(f"{path.name} and {seen[session.id]} are both of session {session.id!r}")
         seen[session.id] = path.name
-        sizes.setdefault(session.block_size, path.name)
-        if block_size is not None or len(sizes) > 1:
-            size, other = next(iter(sizes.items()))
-            wanted = (
-                f"--block-size is {block_size}" if block_size is not None else f"{other} has blocks of {size} tokens"
-            )
-            if session.block_size != (block_size or size):
-                raise BadTrace(f"{path.name} has blocks of {session.block_size} tokens, but {wanted}")
+        if size is None:
+            size, stated = session.block_size, f"{path.name} has blocks of {session.block_size} tokens"
+        elif session.block_size != size:
+            raise BadTrace(f"{path.name} has blocks of {session.block_size} tokens, but {stated}")
         try:
             work += _flat(session, session.id, session.requests, "")
         except (BadTrace, BadHashes) as error:
             raise BadTrace(f"{path.name}: {error}") from None
-    if not work:
+    if not work or size is None:
         raise BadTrace(f"{folder} holds no sessions: files that end in .json, with id and requests")
-    return Trace(work, next(iter(sizes)), "trace")
+    return Trace(work, size, "trace")
 
 
 def _flat(session: Session, name: str, entries: Sequence[Entry], parent: str) -> Iterator[Work]:

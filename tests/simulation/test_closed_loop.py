@@ -222,6 +222,13 @@ def test_a_file_that_is_wrong_is_named(tmp_path: Path, change: dict[str, Any], s
     assert sentence in str(error.value)
 
 
+def test_a_folder_of_another_block_size_than_was_asked_for_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_bytes(msgspec.json.encode(FAMILY))
+    assert read_sessions(tmp_path, block_size=16).block_size == 16
+    with pytest.raises(BadTrace, match="p.json has blocks of 16 tokens, but --block-size is 32"):
+        read_sessions(tmp_path, block_size=32)
+
+
 def test_both_names_of_a_session_are_read(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     path.write_text(LINE % (0, ', "session": "a", "delay": 0') + LINE % (9, ', "session_id": "a", "delay": 1500'))
