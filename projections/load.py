@@ -16,6 +16,7 @@ and every replica has the same numbers to the last bit.
 from __future__ import annotations
 
 from array import array
+from collections import OrderedDict
 from typing import TYPE_CHECKING, NamedTuple
 
 from msgspec import Struct
@@ -170,7 +171,8 @@ class Load:
         """Requests that run, oldest first."""
         self.running_bytes = 0
         """Bytes of their hashes. It follows from them, so it is in no digest and no snapshot."""
-        self.early: dict[str, Early] = {}
+        # The oldest of a plain dictionary lies behind all places that became empty before.
+        self.early = OrderedDict[str, Early]()
         """Completions without a request, oldest first: nodes and routers write by themselves, so an end may come first."""
         self.prefills: list[Prefills] = []
         self.free: list[int] = []
@@ -336,7 +338,7 @@ class Load:
         self.early.pop(request, None)
         self.early[request] = early
         if len(self.early) > EARLY_LIMIT:
-            del self.early[next(iter(self.early))]
+            self.early.popitem(last=False)
 
     def early_end(self, event: RequestRouted) -> Early | None:
         """The end of a request that was routed just now, if it came before; once.
@@ -362,7 +364,9 @@ class Load:
     def set_back(self, by: int) -> None:
         """The log's clock was ahead by so many nanoseconds and is right again: all times that it gave move with it."""
         self.running = {request: replace(active, time=active.time - by) for request, active in self.running.items()}
-        self.early = {request: early._replace(time=early.time - by) for request, early in self.early.items()}
+        self.early = OrderedDict(
+            (request, early._replace(time=early.time - by)) for request, early in self.early.items()
+        )
         for at, prefills in enumerate(self.prefills):
             prefills.since -= by / _NS
             self.prefill_done[at] -= by / _NS

@@ -344,16 +344,21 @@ class PrefixIndex:
         if slot >= len(self._bits):
             return 0
         held, self._held[slot] = self._held[slot], {}
+        # Of most of what is there: to look at all of it once is cheaper than to look for each block.
+        many = 2 * self._counts[slot] > len(self) and not self._twins
         for segment in held:
             segment.put(slot, 0)
             alive = segment.covered()
             if not alive:
-                self._unbind(segment.packed)
+                if not many:
+                    self._unbind(segment.packed)
                 segment.packed = b""
                 continue
             for position in range((len(segment.packed) >> 3) - 1, -1, -1):
                 if not alive >> position & 1:
                     self._drop(segment, position)
+        if many:
+            self._where = {key: segment for key, segment in self._where.items() if segment.packed}
         removed, self._counts[slot] = self._counts[slot], 0
         return removed
 
@@ -424,10 +429,7 @@ class PrefixIndex:
     def holds(self, slot: int, block: int) -> bool:
         """Whether the slot holds this block."""
         found = self._find(block.to_bytes(8, "little"))
-        if found is None or slot >= len(self._bits):
-            return False
-        segment, position = found
-        return bool(segment.get(slot) >> position & 1)
+        return found is not None and bool(found[0].get(slot) >> found[1] & 1)
 
     def held(self, slot: int) -> tuple[int, ...]:
         """Block hashes that the slot holds, in no particular order."""

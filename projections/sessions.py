@@ -6,6 +6,8 @@ Sessions are remembered in the order of their last use, up to a limit; the least
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 from msgspec import Struct
 
 SESSIONS_LIMIT = 1_000_000
@@ -28,7 +30,8 @@ class Sessions:
 
     def __init__(self, limit: int = SESSIONS_LIMIT) -> None:
         self._limit = limit
-        self._entries: dict[Key, Session] = {}
+        # The oldest of a plain dictionary lies behind all places that became empty before.
+        self._entries = OrderedDict[Key, Session]()
         self._on_node: dict[str, set[Key]] = {}
 
     def __len__(self) -> int:
@@ -57,7 +60,7 @@ class Sessions:
 
     def adopt(self, entries: dict[Key, Session]) -> None:
         """Take over assignments, least recently used first, in place of those that are here."""
-        self._entries, self._on_node = entries, {}
+        self._entries, self._on_node = OrderedDict(entries), {}
         for key, entry in entries.items():
             if entry.node:
                 self._on_node.setdefault(entry.node, set()).add(key)
@@ -65,9 +68,8 @@ class Sessions:
     def touch(self, model: str, session: str) -> None:
         """Mark a session as used."""
         key = (model, session)
-        entry = self._entries.pop(key, None)
-        if entry is not None:
-            self._entries[key] = entry
+        if key in self._entries:
+            self._entries.move_to_end(key)
 
     def end(self, model: str, session: str) -> bool:
         """Forget a session; whether there was one."""

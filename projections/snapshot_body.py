@@ -297,7 +297,7 @@ def _put_load(state: FleetState, part: LoadPart) -> None:
     load.running = part.running
     load.bounded = state.format >= BOUNDED_FORMAT
     load.running_bytes = sum(len(active.hashes) for active in part.running.values())
-    load.early = part.early
+    load.early = OrderedDict(part.early)
     load.ratio, load.all_said, load.all_took = part.ratio, part.all_said, part.all_took
     load.routed_recently, load.routed_half, load.half_began = part.routed_recently, part.routed_half, part.half_began
     _check_load(load)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from random import SystemRandom
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import anyio
+import anyio.lowlevel
 import structlog
 from nats.errors import Error as NatsError
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
@@ -33,6 +35,10 @@ if TYPE_CHECKING:
 
 LEAVE_SECONDS = 1.0
 """How long whoever leaves tries to tell the server so."""
+SLICE_SECONDS = 0.002
+"""After so long with what was delivered others in the event loop have a turn: a flood must not hold up who is asked."""
+TURNS = 4
+"""So many turns: a request is received, parsed, answered and sent in one each."""
 INACTIVE_SECONDS = 30.0
 """So long the server keeps a consumer to which nobody listens."""
 _TAKEN = {10013, 10148}
@@ -103,6 +109,7 @@ class Deliveries:
         self._ended = False
         self._delivered = 0
         self._activity = True
+        self._spent = 0.0
 
     async def open(
         self, js: JetStreamContext, *, after: int, heartbeat: float, pending_bytes: int, subjects: list[str] | None = None
@@ -197,7 +204,14 @@ class Deliveries:
             self._break()
             return
         self._delivered = delivery
+        begin = perf_counter()
         self._take(sequence, time, message)
+        self._spent += perf_counter() - begin
+        if self._spent > SLICE_SECONDS:
+            # The client hands on all that it has without a turn for anybody else.
+            self._spent = 0.0
+            for _ in range(TURNS):
+                await anyio.lowlevel.checkpoint()
 
     async def _control(self, message: Msg) -> None:
         """A heartbeat or a flow control request."""

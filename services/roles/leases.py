@@ -8,6 +8,7 @@ no rule for them. A router that is killed takes its leases with it: then the fol
 from __future__ import annotations
 
 import math
+from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING, NamedTuple
 
 import anyio
@@ -38,6 +39,8 @@ class Leases:
         self._end = end
         self._limit = limit
         self._held: dict[str, Lease] = {}
+        self._ends: list[tuple[float, str]] = []
+        """When each ends, the soonest first (a heap); those of leases that are over, or were given again, lie there as well."""
         self._sooner = anyio.Event()
 
     def __len__(self) -> int:
@@ -46,10 +49,17 @@ class Leases:
     def add(self, request: str, node: str, seconds: float, traceparent: str) -> None:
         """Let a request count on a node for so long."""
         self._held.pop(request, None)
-        self._held[request] = Lease(node, anyio.current_time() + seconds, traceparent)
+        until = anyio.current_time() + seconds
+        self._held[request] = Lease(node, until, traceparent)
         if len(self._held) > self._limit:
             self._abandon(next(iter(self._held)))
-        self._sooner.set()
+        if len(self._ends) > 2 * self._limit:
+            self._ends = [(lease.until, held) for held, lease in self._held.items()]
+            heapify(self._ends)
+        else:
+            heappush(self._ends, (until, request))
+        if self._ends[0][0] == until:
+            self._sooner.set()
 
     def completed(self, request: str) -> None:
         """Somebody completed it."""
@@ -59,9 +69,12 @@ class Leases:
         """End what is over, until cancelled."""
         while True:
             now = anyio.current_time()
-            for request in [request for request, lease in self._held.items() if lease.until <= now]:
-                self._abandon(request)
-            soonest = min((lease.until for lease in self._held.values()), default=math.inf)
+            while self._ends and self._ends[0][0] <= now:
+                until, request = heappop(self._ends)
+                lease = self._held.get(request)
+                if lease is not None and lease.until <= until:
+                    self._abandon(request)
+            soonest = self._ends[0][0] if self._ends else math.inf
             with anyio.move_on_after(soonest - anyio.current_time()):
                 await self._sooner.wait()
                 self._sooner = anyio.Event()

@@ -179,6 +179,7 @@ class Harm:
         found = {
             "usual": before, "attacked": under, "most_bytes": self.most_bytes, "killed": self.killed,
             "left": self.left, "moves": self._moves(),
+            "beside": self._beside([each for each in asked if any(one.begin <= each[0] < one.end for one in self._attacked)]),
         }  # fmt: skip
         idle = [role for role in self._roles if not any(self._world.folder.glob(f"hostile-{role}-*.json"))]
         if idle:
@@ -197,11 +198,29 @@ class Harm:
     def _moves(self) -> dict[str, int]:
         """What hostile members did, by move."""
         found: dict[str, int] = {}
+        for report in self._reports():
+            for move, count in report["done"].items():
+                found[move] = found.get(move, 0) + count
+        return dict(sorted(found.items()))
+
+    def _beside(self, asked: Sequence[tuple[float, ...]]) -> dict[str, dict[str, float]]:
+        """How long these honest routes took beside each move, slowest first; other moves ran at the same time."""
+        phases: dict[str, list[Phase]] = {}
+        for report in self._reports():
+            for move, begin, end in report["times"]:
+                phases.setdefault(move, []).append(Phase(begin, end))
+        found = {
+            move: _quantiles(
+                sorted(took for at, took in asked if any(at < each.end and at + took > each.begin for each in many))
+            )
+            for move, many in phases.items()
+        }
+        return dict(sorted(found.items(), key=lambda item: -item[1].get("p99", 0)))
+
+    def _reports(self) -> Iterator[dict[str, Any]]:
         for file in self._world.folder.glob("hostile-*.json"):
             with suppress(ValueError):
-                for move, count in json.loads(file.read_text()).items():
-                    found[move] = found.get(move, 0) + count
-        return dict(sorted(found.items()))
+                yield json.loads(file.read_text())
 
     async def revoke(self) -> None:
         """Revoke all their keys; nothing that is theirs may be there after a while."""

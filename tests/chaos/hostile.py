@@ -11,6 +11,7 @@ import math
 import os
 import random
 import sys
+import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -62,6 +63,8 @@ class Member:
         self.rng = random.Random(f"{role} {seed}")
         self.hostile = Hostile(random.Random(f"fuzz {role} {seed}"))
         self.done = Counter[str]()
+        self.times: list[tuple[str, float, float]] = []
+        """Each move that has ended, with its begin and end (monotonic seconds)."""
         self.epoch = 0
 
     def moves(self) -> list[Callable[[], Awaitable[None]]]:
@@ -85,10 +88,12 @@ class Member:
         moves = self.moves()
         while True:
             move = self.rng.choice(moves)
-            self.done[getattr(move, "__name__", "")] += 1
+            name, begin = getattr(move, "__name__", ""), time.monotonic()
+            self.done[name] += 1
             # A client that can't publish, a refusal, an answer that does not come: on with the next.
             with anyio.move_on_after(self.rng.uniform(*MOVE_SECONDS)), suppress(Exception):
                 await move()
+            self.times.append((name, begin, time.monotonic()))
             await anyio.sleep(0.01)
 
     def at(self, subject: str) -> str:
@@ -330,7 +335,7 @@ async def main() -> None:
         group.start_soon(member.run)
         while True:
             await anyio.sleep(0.5)
-            options.out.write_bytes(msgspec.json.encode(member.done))
+            options.out.write_bytes(msgspec.json.encode({"done": member.done, "times": member.times}))
 
 
 if __name__ == "__main__":

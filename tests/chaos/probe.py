@@ -17,6 +17,8 @@ from kvplane.services.rpc.client import ask
 from tests.chaos.load import OWN, Noted
 
 if TYPE_CHECKING:
+    from anyio.abc import TaskStatus
+
     from tests.chaos.world import World
 
 EVERY_SECONDS = 0.05
@@ -36,9 +38,10 @@ class Probe:
         self.written: list[float] = []
         self.routed: list[float] = []
 
-    async def run(self) -> None:
-        """Probe until cancelled."""
+    async def run(self, *, task_status: TaskStatus[anyio.CancelScope] = anyio.TASK_STATUS_IGNORED) -> None:
+        """Probe until cancelled; started, it gives the scope that ends it."""
         async with anyio.create_task_group() as group:
+            task_status.started(group.cancel_scope)
             group.start_soon(self._write)
             for url in self._world.urls("harness"):
                 group.start_soon(self._route, url)

@@ -92,7 +92,7 @@ class Run:
                 ):
                     follower = Follower(client, FLEET, self._read)
                     group.start_soon(follower.run)
-                    group.start_soon(probe.run)
+                    probing = await group.start(probe.run)
                     rest = Rest(world, client, self.checker, self.messages)
                     if settings.drills:
                         self._say(f"the leader is killed {settings.drills} times, and nothing else")
@@ -118,6 +118,9 @@ class Run:
                             number += 1
                         if self.harm is not None:
                             await self.harm.revoke()
+                    # What it wrote last has to be read, too.
+                    probing.cancel()
+                    await self._reached(client)
                     group.cancel_scope.cancel()
                 servers = world.net.kind
         except BaseExceptionGroup as errors:

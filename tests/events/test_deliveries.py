@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import time
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from kvplane.events import types
 from kvplane.events.log.append import Appender, new_writer
 from kvplane.events.log.connection import connected
+from kvplane.events.log.deliveries import SLICE_SECONDS
 from kvplane.events.log.follow import Follower
 from kvplane.events.log.stream import open_stream
 from tests.support.purging import consumer_of, purging
@@ -17,6 +21,7 @@ from tests.support.purging import consumer_of, purging
 if TYPE_CHECKING:
     from nats.aio.client import Client
 
+    from kvplane.events.codec import Message
     from kvplane.services.embedded.server import Server
 
 pytestmark = pytest.mark.anyio
@@ -66,3 +71,34 @@ async def test_a_consumer_of_another_stream_with_the_same_name_is_a_strangers(se
         group.cancel_scope.cancel()
     assert b"forged" not in handled
     assert follower.restarts == 0
+
+
+async def test_a_flood_leaves_turns_to_others(client: Client) -> None:
+    """What waits in the client is handed on in one go otherwise, and whoever is asked meanwhile answers nobody."""
+    await open_stream(client.jetstream(), "default", create=True)
+    appender = Appender(client, "default", new_writer("test"))
+    async with anyio.create_task_group() as group:
+        for number in range(60):
+            group.start_soon(appender.append, f"kv.default.node.n{number}", [types.NodeCordoned("a", "x" * 500)])
+    turns, at_turn = 0, list[int]()
+
+    async def other() -> None:
+        nonlocal turns
+        while len(at_turn) < 60:
+            turns += 1
+            await anyio.lowlevel.checkpoint()
+
+    def slow(_: Message) -> None:
+        at_turn.append(turns)
+        begin = time.perf_counter()
+        while time.perf_counter() - begin < 2 * SLICE_SECONDS:
+            pass
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(other)
+        follower = Follower(client, "default", slow)
+        group.start_soon(follower.run)
+        await follower.caught_up.wait()
+        group.cancel_scope.cancel()
+    # As many as a request needs from its arrival until its answer is sent.
+    assert min(after - before for before, after in pairwise(at_turn)) >= 3

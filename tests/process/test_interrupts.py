@@ -38,7 +38,7 @@ class Interrupted(Executor):
 
 def test_an_interrupt_waits_until_a_worker_has_its_orders() -> None:
     arrived, noted = socket.socketpair()
-    noted.setblocking(False)
+    noted.setblocking(False)  # noqa: FBT003 - a name is not taken
     over = threading.Event()
     other = threading.Thread(target=over.wait, daemon=True)
     other.start()

@@ -108,6 +108,22 @@ async def test_leases_end_in_the_order_of_their_ends() -> None:
     assert ended == ["soon", "late"]
 
 
+async def test_a_lease_that_was_given_again_ends_when_the_last_one_does() -> None:
+    ended: list[tuple[str, str]] = []
+    # More names of old ends than are kept, so that those are sorted out as well.
+    leases = Leases(lambda event: ended.append((event.request, event.node)), limit=3)
+    async with anyio.create_task_group() as group:
+        group.start_soon(leases.run)
+        for again in range(20):
+            leases.add("longer", f"n{again}", 0.05 + again / 100, "")
+            leases.add("shorter", f"n{again}", 600 - again * 31.57, "")
+        leases.add("between", "b", 0.15, "")
+        await until(lambda: len(ended) == 3)
+        group.cancel_scope.cancel()
+    assert ended == [("between", "b"), ("shorter", "n19"), ("longer", "n19")]
+    assert len(leases) == 0
+
+
 async def test_a_lease_is_no_longer_than_a_request_counts_anyway(fleet: Fleet) -> None:
     await fleet.coordinator()
     await fleet.nodes(NodeConfig(name="a"))
