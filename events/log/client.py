@@ -27,6 +27,7 @@ from kvplane.events.subjects import asked_node
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractAsyncContextManager
 
     from nats.aio.msg import Msg
 
@@ -110,6 +111,8 @@ class LogClient(Client):
         """Errors that the server sent unasked, by kind; counted by `events.log.connection`."""
         self.refused = ""
         """Why the server wants this client no more; empty as long as it does."""
+        self.again: Callable[[str], AbstractAsyncContextManager[Client]] | None = None
+        """Makes another connection like this one, under a name."""
         self._starved: MemoryError | None = None
 
     async def publish(

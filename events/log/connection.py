@@ -6,11 +6,13 @@ Only what can never work is given up: a login that is refused, TLS that can't be
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import ssl
 import time
 from collections import Counter
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
@@ -222,6 +224,20 @@ class _Connection:
 
 
 @asynccontextmanager
+async def beside(client: Client, name: str) -> AsyncIterator[Client]:
+    """Another connection like that of `client`: a flood on one does not hold up what comes on the other.
+
+    A client that was not made by `connected` is given itself. Raises as `connected` does.
+    """
+    again = client.again if isinstance(client, LogClient) else None
+    if again is None:
+        yield client
+        return
+    async with again(f"{client.options['name']} {name}") as other:
+        yield other
+
+
+@asynccontextmanager
 async def connected(
     servers: Sequence[str],
     name: str,
@@ -243,6 +259,9 @@ async def connected(
     """
     seed = None if credentials is None else read_seed(credentials)
     connection = _Connection(servers, name, seed, ca, refused_seconds)
+    connection.client.again = partial(
+        connected, servers, connect_seconds=math.inf, credentials=credentials, ca=ca, refused_seconds=refused_seconds
+    )
     await connection.open(connect_seconds)
     try:
         yield connection.client

@@ -19,6 +19,7 @@ from nats.js.errors import APIError
 from kvplane.events.codec import Message
 from kvplane.events.errors import KvplaneError, LogCorrupt, LogMissing, LogPurged, LogUnavailable
 from kvplane.events.log.client import check_open
+from kvplane.events.log.connection import beside
 from kvplane.events.log.deliveries import Deliveries, Gate, pending
 from kvplane.events.log.servers import in_cluster
 from kvplane.events.log.stream import open_stream
@@ -49,11 +50,16 @@ _log = structlog.get_logger("kvplane.log")
 class Follower:
     """Hands every message of a fleet's log to `handle`, in order, from the sequence after `applied` on.
 
-    `handle` is called in the event loop and must not wait. `caught_up` is set once the messages that were on the log
+    `handle` is called in the event loop and must not wait. With `apart` it has a connection of its own, so that requests do not
+    wait behind a flood of commits: the server sends megabytes ahead. `caught_up` is set once the messages that were on the log
     when `run` began have been handed on.
     """
 
-    def __init__(self, client: Client, fleet: str, handle: Callable[[Message], object], *, applied: int = 0) -> None:
+    def __init__(
+        self, client: Client, fleet: str, handle: Callable[[Message], object], *, applied: int = 0, apart: bool = False
+    ) -> None:
+        self._own = client
+        self._apart = apart
         self._client = client
         self._fleet = fleet
         self._handle = handle
@@ -96,17 +102,18 @@ class Follower:
         After `LogPurged` it may be called again, with `applied` set to where a snapshot was taken.
         """
         self._stopped = None
-        state = await self._believed(self._first_look)
-        self.target = state.last_seq
-        if self.applied >= self.target:
-            self._catch_up()
-        try:
-            while True:
-                await self._start()
-                await self._watch()
-                self.restarts += 1
-        finally:
-            await self._stop()
+        async with beside(self._own, "log") if self._apart else contextlib.nullcontext(self._own) as self._client:
+            state = await self._believed(self._first_look)
+            self.target = state.last_seq
+            if self.applied >= self.target:
+                self._catch_up()
+            try:
+                while True:
+                    await self._start()
+                    await self._watch()
+                    self.restarts += 1
+            finally:
+                await self._stop()
 
     async def _first_look(self) -> StreamState:
         """State of the log; a cluster that elects a leader is waited for."""

@@ -101,7 +101,7 @@ class Ingest:
         self.remote = SnapshotStore(client, fleet)
         self.retention = retention or Retention()
         self.state = FleetState(fleet)
-        self.follower = Follower(client, fleet, self._handle)
+        self.follower = Follower(client, fleet, self._handle, apart=True)
         self.stored = 0
         """Sequence of the last commit that is stored."""
         self.failure = ""

@@ -63,7 +63,7 @@ class Replica:
         self.writer = writer
         self.state = FleetState(fleet)
         self.checkpoints = Checkpoints(client, self.state, writer, schedule)
-        self.follower = Follower(client, fleet, self._handle)
+        self.follower = Follower(client, fleet, self._handle, apart=True)
         self.snapshots = SnapshotStore(client, fleet)
         self._client = client
         self.bytes_read = 0

@@ -17,6 +17,7 @@ from kvplane.events.log.deliveries import SLICE_SECONDS
 from kvplane.events.log.follow import Follower
 from kvplane.events.log.stream import open_stream
 from tests.support.purging import consumer_of, purging
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
@@ -102,3 +103,19 @@ async def test_a_flood_leaves_turns_to_others(client: Client) -> None:
         group.cancel_scope.cancel()
     # As many as a request needs from its arrival until its answer is sent.
     assert min(after - before for before, after in pairwise(at_turn)) >= 3
+
+
+@pytest.mark.parametrize("apart", [True, False])
+async def test_a_follower_apart_leaves_the_connection_to_requests(client: Client, *, apart: bool) -> None:
+    await open_stream(client.jetstream(), "default", create=True)
+    for number in range(20):
+        await client.publish("kv.default.node.a", bytes([number]) * 50_000)
+    read: list[int] = []
+    before = client.stats["in_bytes"]
+    follower = Follower(client, "default", lambda message: read.append(len(message.body)), apart=apart)
+    async with anyio.create_task_group() as group:
+        group.start_soon(follower.run)
+        await until(lambda: len(read) == 20)
+        group.cancel_scope.cancel()
+    assert (client.stats["in_bytes"] - before < sum(read)) == apart
+    assert client.is_connected
