@@ -189,7 +189,8 @@ class Appender:
                 if answer["stream"] != self._stream or type(answer["seq"]) is not int:
                     raise ValueError(answer)  # noqa: TRY301
                 sequence: int = answer["seq"]
-                if not answer.get("duplicate") or await self._is_ours(subject, body, sequence):
+                # Nobody knew the id before it was sent: after a retry a duplicate is one's own first try.
+                if retried or not answer.get("duplicate") or await self._is_ours(subject, body, sequence):
                     return sequence
                 # Someone else has used the id, so that the server takes ours for stored.
                 headers["Nats-Msg-Id"] = f"{self.writer}.{headers[codec.WRITER_SEQ]}.{uuid4().hex}"

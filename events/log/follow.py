@@ -60,7 +60,8 @@ class Follower:
     ) -> None:
         self._own = client
         self._apart = apart
-        self._client = client
+        self.client = client
+        """The one that reads now."""
         self._fleet = fleet
         self._handle = handle
         self._stream = stream_name(fleet)
@@ -102,7 +103,7 @@ class Follower:
         After `LogPurged` it may be called again, with `applied` set to where a snapshot was taken.
         """
         self._stopped = None
-        async with beside(self._own, "log") if self._apart else contextlib.nullcontext(self._own) as self._client:
+        async with beside(self._own, "log") if self._apart else contextlib.nullcontext(self._own) as self.client:
             state = await self._believed(self._first_look)
             self.target = state.last_seq
             if self.applied >= self.target:
@@ -117,16 +118,16 @@ class Follower:
 
     async def _first_look(self) -> StreamState:
         """State of the log; a cluster that elects a leader is waited for."""
-        js = self._client.jetstream(timeout=SOON_SECONDS)
+        js = self.client.jetstream(timeout=SOON_SECONDS)
         for _ in range(PATIENT_TRIES):
             with contextlib.suppress(LogUnavailable):
                 return await open_stream(js, self._fleet)
             await anyio.sleep(LOOK_SECONDS)
-        return await open_stream(self._client.jetstream(timeout=PATIENT_SECONDS), self._fleet)
+        return await open_stream(self.client.jetstream(timeout=PATIENT_SECONDS), self._fleet)
 
     async def _believed(self, look: Callable[[], Awaitable[StreamState]]) -> StreamState:
         """State of the log, checked. Raises `LogCorrupt`."""
-        state = await not_cut_off(self._client, look, self.applied)
+        state = await not_cut_off(self.client, look, self.applied)
         self._check(state)
         return state
 
@@ -147,16 +148,16 @@ class Follower:
         self._restart = anyio.Event()
         tries = 0
         while True:
-            check_open(self._client)
+            check_open(self.client)
             try:
                 tries += 1
-                js = self._client.jetstream(timeout=SOON_SECONDS if tries < PATIENT_TRIES else PATIENT_SECONDS)
+                js = self.client.jetstream(timeout=SOON_SECONDS if tries < PATIENT_TRIES else PATIENT_SECONDS)
                 await self._stop()
                 if self.restarts:
                     # What came back may not be what went away.
                     await self._believed(partial(open_stream, js, self._fleet))
                 self.deliveries = Deliveries(
-                    self._client, self._stream, "follower", self._take, self._restart.set, gate=self._gate
+                    self.client, self._stream, "follower", self._take, self._restart.set, gate=self._gate
                 )
                 await self.deliveries.open(
                     js, after=self.applied, heartbeat=HEARTBEAT_SECONDS, pending_bytes=PENDING_BYTES
@@ -175,7 +176,7 @@ class Follower:
 
     async def _watch(self) -> None:
         """Return when the consumer has to be made anew."""
-        reconnects = self._client.stats["reconnects"]
+        reconnects = self.client.stats["reconnects"]
         quiet_since = anyio.current_time()
         while True:
             with anyio.move_on_after(LOOK_SECONDS):
@@ -185,12 +186,12 @@ class Follower:
                 return
             if self._restart.is_set():
                 return
-            check_open(self._client)
-            self.healthy = self._client.is_connected
+            check_open(self.client)
+            self.healthy = self.client.is_connected
             active = self.deliveries is not None and self.deliveries.activity()
             if active or self.paused:
                 quiet_since = anyio.current_time()
-            if self._client.is_connected and self._client.stats["reconnects"] != reconnects:
+            if self.client.is_connected and self.client.stats["reconnects"] != reconnects:
                 # The server may have restarted and forgotten the consumer.
                 return
             if anyio.current_time() - quiet_since > 2 * HEARTBEAT_SECONDS:

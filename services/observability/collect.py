@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
@@ -100,7 +101,7 @@ def registry(observed: Sequence[Observed]) -> CollectorRegistry:
 
 
 def _service(scrape: Scrape, service: Service, lifeline: Lifeline) -> None:
-    put, client, tally = scrape.put, service.client, service.tally
+    put, clients, tally = scrape.put, lifeline.clients, service.tally
     put("kvplane_ready", not service.readiness().reason)
     for (endpoint, outcome), count in tally.answers.items():
         put("kvplane_requests_total", count, endpoint=endpoint, outcome=outcome)
@@ -109,16 +110,17 @@ def _service(scrape: Scrape, service: Service, lifeline: Lifeline) -> None:
         if any(durations.counts):
             scrape.put_durations("kvplane_request_seconds", durations, endpoint=endpoint)
     put("kvplane_bad_traceparents_total", tally.bad_traceparents)
-    put("kvplane_nats_connected", client.is_connected)
+    put("kvplane_nats_connected", all(client.is_connected for client in clients))
     put("kvplane_nats_round_trip_seconds", lifeline.round_trip)
-    put("kvplane_nats_reconnects_total", client.stats["reconnects"])
-    errors = errors_of(client)
+    put("kvplane_nats_reconnects_total", sum(client.stats["reconnects"] for client in clients))
+    errors = sum(map(errors_of, clients), Counter[str]())
     for kind in ("slow_consumer", "permission", "other"):
         put("kvplane_nats_errors_total", errors[kind], kind=kind)
     put("kvplane_nats_read_loop_failures_total", lifeline.failures)
     for direction in ("in", "out"):
-        put("kvplane_nats_messages_total", client.stats[f"{direction}_msgs"], direction=direction)
-        put("kvplane_nats_bytes_total", client.stats[f"{direction}_bytes"], direction=direction)
+        for what, name in (("msgs", "messages"), ("bytes", "bytes")):
+            total = sum(client.stats[f"{direction}_{what}"] for client in clients)
+            put(f"kvplane_nats_{name}_total", total, direction=direction)
 
 
 def _reading(scrape: Scrape, follower: Follower, state: FleetState, log_end: int) -> None:
@@ -324,3 +326,9 @@ FOLLOWING: dict[str, Callable[..., tuple[Follower, FleetState]]] = {
     "historian": lambda historian: (historian.ingest.follower, historian.ingest.state),
 }
 """Services that follow the log: their follower and what it is folded into."""
+
+
+def reading(service: Service) -> Client | None:
+    """The client with which a service reads the log, if it does now."""
+    working = service.working if isinstance(service, Kept) else service
+    return FOLLOWING[service.role](working)[0].client if working is not None and service.role in FOLLOWING else None

@@ -22,6 +22,8 @@ from kvplane.events.log.stream import open_stream
 from kvplane.services.protocol.errors import ConnectionBroken
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from nats.aio.client import Client
 
 LOOK_SECONDS = 0.5
@@ -36,10 +38,14 @@ _log = structlog.get_logger("kvplane.nats")
 
 
 class Lifeline:
-    """Watches one client."""
+    """Watches one client, and the one that a follower reads the log with: `reading` gives it, while there is one."""
 
-    def __init__(self, client: Client, service: str, *, look_seconds: float = LOOK_SECONDS) -> None:
+    def __init__(
+        self, client: Client, service: str, *, reading: Callable[[], Client | None] = lambda: None,
+        look_seconds: float = LOOK_SECONDS,
+    ) -> None:  # fmt: skip
         self.client = client
+        self._reading = reading
         self.service = service
         self.failures = 0
         """Read loops that had ended."""
@@ -54,10 +60,15 @@ class Lifeline:
         self._reconnects = 0
 
     @property
+    def clients(self) -> Sequence[Client]:
+        """All that are watched."""
+        reading = self._reading()
+        return (self.client,) if reading is None or reading is self.client else (self.client, reading)
+
+    @property
     def deaf(self) -> bool:
-        """Whether the client says that it is connected, and nobody reads what the server sends."""
-        reading = self.client._reading_task  # noqa: SLF001 - nothing public has it
-        return bool(self.client.is_connected and reading is not None and reading.done())
+        """Whether a client says that it is connected, and nobody reads what the server sends."""
+        return any(map(_deaf, self.clients))
 
     async def run(self) -> None:
         """Watch until cancelled. Raises `ConnectionBroken` when the client can't be mended."""
@@ -68,8 +79,9 @@ class Lifeline:
                     f"the server does not let {self.service} connect again ({self.client.last_error or 'it gave no reason'}); "
                     "see its log, and check the credentials"
                 )
-            if self.deaf:
-                await self._mend()
+            for client in self.clients:
+                if _deaf(client):
+                    await self._mend(client)
             self._measure()
 
     async def watch_log(self, fleet: str) -> None:
@@ -80,7 +92,7 @@ class Lifeline:
                 self.log_end = (await open_stream(self.client.jetstream(), fleet)).last_seq
             await anyio.sleep(PING_SECONDS)
 
-    async def _mend(self) -> None:
+    async def _mend(self, client: Client) -> None:
         self.failures += 1
         now = anyio.current_time()
         if len(self._mended) == MENDED and now - self._mended[0] < MENDED_SECONDS:
@@ -90,7 +102,7 @@ class Lifeline:
             )
         self._mended.append(now)
         _log.error("read_loop_ended", service=self.service, failures=self.failures, mended_by="reconnecting")
-        await self.client.force_reconnect()
+        await client.force_reconnect()
 
     def _measure(self) -> None:
         """Ping now and then. A ping of a connection that is gone is not waited for."""
@@ -119,3 +131,8 @@ class Lifeline:
         except (NatsError, OSError):
             return math.nan
         return time.perf_counter() - begin
+
+
+def _deaf(client: Client) -> bool:
+    reading = client._reading_task  # noqa: SLF001 - nothing public has it
+    return bool(client.is_connected and reading is not None and reading.done())

@@ -10,6 +10,7 @@ import json
 import os
 import socket
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
@@ -19,7 +20,7 @@ from prometheus_client.exposition import choose_encoder
 
 from kvplane.services.http.listener import bind, bind_path
 from kvplane.services.http.server import Server
-from kvplane.services.observability.collect import FOLLOWING, Observed, registry
+from kvplane.services.observability.collect import FOLLOWING, Observed, reading, registry
 from kvplane.services.observability.lifeline import Lifeline
 from kvplane.services.protocol.errors import BadRequest, HttpFailed
 
@@ -55,7 +56,10 @@ async def observing(http: str | None, *services: Service, optional: bool = False
     Gives the address. One that is `optional` is none when somebody else has it. Raises `BadRequest` or `HttpFailed` when
     another one can't be listened on, and `ConnectionBroken` as `Lifeline.run` does.
     """
-    observed = [Observed(service, Lifeline(service.client, service.role)) for service in services]
+    observed = [
+        Observed(service, Lifeline(service.client, service.role, reading=partial(reading, service)))
+        for service in services
+    ]
     async with listening(http, observed, optional=optional) as where, anyio.create_task_group() as group:
         for one in observed:
             group.start_soon(one.lifeline.run)

@@ -235,7 +235,7 @@ async def test_a_replica_that_compaction_overtakes_goes_on_from_a_snapshot(fleet
         taken = await fleet.ask("coordinator.snapshot", messages.StatusRequest())
         await fleet.ask("coordinator.compact", messages.CompactRequest(without_history=True))
         # What the server had sent already goes with the connection.
-        await client.force_reconnect()
+        await late.follower.client.force_reconnect()
         await until(lambda: late.began)
         late.follower.resume()
         await until(lambda: late.ready and late.state.sequence == coordinator.state.sequence)
