@@ -9,8 +9,10 @@ recorded as `cancelled`.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
+import anyio
 import structlog
 from msgspec.structs import replace
 
@@ -24,7 +26,7 @@ from kvplane.services.protocol.errors import EngineFailed, NoNode, Overloaded
 from kvplane.services.protocol.messages import CompleteRequest, RouteAnswer, RouteRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from kvplane.services.dataplane.measured import Measured
     from kvplane.services.gateway.api import Asked
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from kvplane.services.http.server import Exchange
 
 ATTEMPTS = 3
+PLACE_SECONDS = 1.0
+"""So long a request waits for a place on a node before it is refused."""
 FIRST_BYTE_SECONDS = 600.0
 """How long an engine may be silent before its answer: requests wait there for their turn."""
 IDLE_SECONDS = 120.0
@@ -75,7 +79,7 @@ class Way:
         self, exchange: Exchange, asked: Asked, question: RouteRequest, *, pool: Pool,
         route: Callable[[RouteRequest], RouteAnswer], record: Callable[[CompleteRequest], None],
         record_pending: Callable[[], None], left_out: Callable[[], list[str]], epoch: Callable[[str], int],
-        measured: Measured, attempts: int = ATTEMPTS, explain: bool = False,
+        place: Callable[[str], Awaitable[None]], measured: Measured, attempts: int = ATTEMPTS, explain: bool = False,
     ) -> None:  # fmt: skip
         self.exchange = exchange
         self.asked = asked
@@ -83,6 +87,7 @@ class Way:
         self._pool = pool
         self._route, self._record, self._record_pending, self._left_out = route, record, record_pending, left_out
         self._epoch = epoch
+        self._wait_for_place = place
         self._measured = measured
         self._queued = False
         self._attempts = attempts
@@ -103,7 +108,7 @@ class Way:
         failed: list[str] = []
         while True:
             # One that has come back meanwhile is another one.
-            decision = self._decide([node for node, epoch in tried.items() if self._epoch(node) == epoch], failed)
+            decision = await self._place([node for node, epoch in tried.items() if self._epoch(node) == epoch], failed)
             epoch = self._epoch(decision.node)
             self.decision = decision
             self.tries += 1
@@ -120,6 +125,20 @@ class Way:
                 _log.warning("engine_failed", node=decision.node, request=self.question.request, error=str(error))
             else:
                 return
+
+    async def _place(self, exclude: list[str], failed: list[str]) -> RouteAnswer:
+        """Decide. That all places are taken is believed after a moment only.
+
+        Who asks again at once had its answer just now, and the log says a little later that its place is free.
+        """
+        with suppress(Overloaded):
+            return self._decide(exclude, failed)
+        with anyio.move_on_after(PLACE_SECONDS):
+            while True:
+                await self._wait_for_place(self.question.model)
+                with suppress(Overloaded):
+                    return self._decide(exclude, failed)
+        return self._decide(exclude, failed)
 
     def _decide(self, exclude: list[str], failed: list[str]) -> RouteAnswer:
         question = self.question

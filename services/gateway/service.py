@@ -203,7 +203,7 @@ class Gateway:
         way = passage.way = Way(
             exchange, asked, question(asked, prompt, session, passage.request, passage.traceparent), pool=self._pool,
             route=self._route, record=self._record, record_pending=self.router.record_pending, left_out=self._left_out,
-            epoch=self._epoch, measured=self.measured,
+            epoch=self._epoch, place=self.router.places.wait, measured=self.measured,
             explain=request.header(b"x-kvplane-explain") == b"1",
         )  # fmt: skip
         await way.run()

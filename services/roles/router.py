@@ -27,6 +27,7 @@ from kvplane.services.replication.checkpoints import SCHEDULE, Schedule
 from kvplane.services.replication.replica import RECENT_SECONDS, Replica
 from kvplane.services.roles.large import Large
 from kvplane.services.roles.leases import ABANDONED, Leases
+from kvplane.services.roles.places import Places
 from kvplane.services.roles.shares import Shares
 from kvplane.services.routing.decide import Chooser, Query
 from kvplane.services.routing.overlay import Overlay
@@ -98,6 +99,7 @@ class Router:
         self._requests = 0
         self._warned = 0
         self._pending: tuple[Query, Decision, int, int] | None = None
+        self.places = Places()
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Answer until cancelled. Started means: the log is read and requests are taken."""
@@ -315,6 +317,9 @@ class Router:
                     if type(event) is types.RequestCompleted:
                         self.shares.over(event.request)
                         self.leases.completed(event.request)
+                        node = self.state.nodes.get(event.node) if self.places else None
+                        if node is not None:
+                            self.places.free(node.registered.models)
             if self._completed is not None and self.replica.ready:
                 self._completed(applied.commit)
 
