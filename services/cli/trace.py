@@ -96,7 +96,7 @@ async def _export(
                 line, made = await anext(lines)
             except StopAsyncIteration:
                 raise BadRequest("the history let the span go while it was read: choose a later one") from None
-            with _writing(out) as write:
+            with writing(out) as write:
                 write(encode(line) + b"\n")
                 async for line, _ in lines:
                     write(encode(line) + b"\n")
@@ -104,7 +104,7 @@ async def _export(
 
 
 @contextmanager
-def _writing(out: Path | None) -> Iterator[Callable[[bytes], object]]:
+def writing(out: Path | None) -> Iterator[Callable[[bytes], object]]:
     """Standard output, or a file that is there whole or not at all."""
     if out is None:
         yield sys.stdout.buffer.write

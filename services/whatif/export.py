@@ -167,9 +167,11 @@ async def export(
     found = (await table(client, fleet, MODELS.format(**span))).to_pylist()
     if not found:
         raise nothing_routed(first, last)
-    made = _chosen(found, models)
+    made = chosen(found, models)
     total = sum(row["requests"] for row in found)
-    cuts = (await table(client, fleet, CUTS.format(**span, piece=piece)))["sequence"].to_pylist()
+    cuts = []
+    if total > piece:
+        cuts = (await table(client, fleet, CUTS.format(**span, piece=piece)))["sequence"].to_pylist()
     writer = Writer(made)
     names = ", ".join("'" + name.replace("'", "''") + "'" for name in made.models)
     done, begin = 0, first
@@ -183,7 +185,7 @@ async def export(
         begin = end
 
 
-def _chosen(found: Sequence[dict[str, Any]], models: Sequence[str]) -> Exported:
+def chosen(found: Sequence[dict[str, Any]], models: Sequence[str]) -> Exported:
     """Which models are exported, and their block size."""
     there = {row["model"]: row for row in found}
     known = ", ".join(f"{name} ({row['requests']:,})" for name, row in there.items())

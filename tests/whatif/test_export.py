@@ -17,13 +17,14 @@ from kvplane.events.hashing import pack_hashes, unpack_hashes
 from kvplane.events.log.stream import open_stream
 from kvplane.events.subjects import subject
 from kvplane.services.cli import main
+from kvplane.services.cli.trace import writing
 from kvplane.services.demo.traffic import Traffic
 from kvplane.services.history.client import table
 from kvplane.services.protocol.errors import BadRequest, Refused
 from kvplane.services.simulation.simnode import NodeConfig
 from kvplane.services.simulation.trace import TraceRequest, Work, read_trace
 from kvplane.services.simulation.world import Settings, World
-from kvplane.services.whatif.export import UNKNOWN_OUTPUT, Exported, export
+from kvplane.services.whatif.export import UNKNOWN_OUTPUT, Exported, chosen, export
 from tests.support.historians import historian, messages_of
 from tests.support.waiting import until
 
@@ -209,16 +210,10 @@ async def test_requests_that_went_wrong(server: Server, client: Client, tmp_path
     last = await log.ends("other", 0.5, node="c")
     async with historian(server.url, tmp_path / "h") as running:
         assert await running.ingest.reached(last, seconds=20)
-        with pytest.raises(BadRequest, match=r"several models: choose with --model, of m \(7\), n \(1\)"):
-            await exported(client)
-        with pytest.raises(
-            BadRequest, match=r"no request for model 'x' was routed in the span; there are requests for m"
-        ):
-            await exported(client, models=["x"])
         with pytest.raises(BadRequest, match="one block size, and there were blocks of 16 and 32 tokens"):
             await exported(client, models=["m", "n"])
         lines, made = await exported(client, models=["m"])
-        assert await exported(client, models=["m"], piece=1) == (lines, made)
+        assert await exported(client, models=["m"], piece=3) == (lines, made)
         s, t = by_session(lines).values()
         assert [(line.timestamp, line.delay, line.output_length) for line in s] == [
             (0, None, 9), (4000, 3000, 7), (7250, 250, UNKNOWN_OUTPUT), (7500, 250, 9),
@@ -238,15 +233,37 @@ async def test_requests_that_went_wrong(server: Server, client: Client, tmp_path
         assert (one.timestamp, one.session, one.block_size) == (0, "session-1", 32)
         for options, says in (
             ({"until": "3"}, "the span is empty: it begins at sequence 3 and ends at 3"),
-            ({"since": str(last)}, "the span is empty"),
             ({"since": str(last - 1)}, "no request was routed from sequence"),
             ({"since": "1h", "until": "2h"}, "before the history begins"),
         ):
             with pytest.raises((BadRequest, Refused), match=says):
                 await exported(client, **options)
-        path = tmp_path / "no" / "where.jsonl"
-        arguments = ["trace", "export", "--server", server.url, "--model", "m", "--out"]
-        with pytest.raises(SystemExit):
-            await anyio.to_thread.run_sync(main, [*arguments, str(path)])
-        await anyio.to_thread.run_sync(main, [*arguments, str(tmp_path / "made.jsonl")])
-    assert len(read_trace(tmp_path / "made.jsonl").work) == 6
+
+
+def test_a_choice_of_models_that_is_none_is_refused() -> None:
+    found = [
+        {"model": "m", "requests": 7, "smallest": 16, "largest": 16},
+        {"model": "n", "requests": 1, "smallest": None, "largest": None},
+    ]  # fmt: skip
+    for models, says in (
+        ([], r"several models: choose with --model, of m \(7\), n \(1\)"),
+        (["x"], r"no request for model 'x' was routed in the span; there are requests for m \(7\), n"),
+        (["n"], "nobody recorded the block size"),
+    ):
+        with pytest.raises(BadRequest, match=says):
+            chosen(found, models)
+    assert chosen(found, ["m", "n", "m"]) == Exported(block_size=16, models=["m", "n"])
+    assert chosen(found[:1], []) == Exported(block_size=16, models=["m"])
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "made.jsonl"
+    with pytest.raises(BadRequest, match="no/made.jsonl can't be written"), writing(tmp_path / "no" / "made.jsonl"):
+        pass
+    with pytest.raises(KeyError), writing(path) as write:
+        write(b"half")
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    with writing(path) as write:
+        write(b"whole")
+    assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [("made.jsonl", b"whole")]
