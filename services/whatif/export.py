@@ -24,21 +24,22 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from nats.aio.client import Client
 
-PIECE = 10_000
-"""Decisions that are asked for at once."""
+PIECE = 4_000_000
+"""Blocks of decisions that are asked for at once; a decision counts as a hundred more."""
 UNKNOWN_OUTPUT = 16
 """Tokens of an answer whose end nobody recorded."""
 ABANDONED = "abandoned"
 
 MODELS = """
-    SELECT model, count(*) AS requests, min(block_size) AS smallest, max(block_size) AS largest FROM decisions
-    WHERE sequence > {since} AND sequence <= {until} GROUP BY model ORDER BY requests DESC, model
+    SELECT model, count(*) AS requests, sum(blocks + 100)::UBIGINT AS size, min(block_size) AS smallest,
+      max(block_size) AS largest
+    FROM decisions WHERE sequence > {since} AND sequence <= {until} GROUP BY model ORDER BY requests DESC, model
 """
 CUTS = """
-    SELECT sequence FROM (
-      SELECT sequence, row_number() OVER (ORDER BY sequence, event) AS number FROM decisions
+    SELECT max(sequence) AS sequence FROM (
+      SELECT sequence, sum(blocks + 100) OVER (ORDER BY sequence, event) AS so_far FROM decisions
       WHERE sequence > {since} AND sequence <= {until}
-    ) WHERE number % {piece} = 0 ORDER BY sequence
+    ) GROUP BY so_far // {piece} ORDER BY 1
 """
 REQUESTS = """
     WITH d AS (
@@ -170,7 +171,7 @@ async def export(
     made = chosen(found, models)
     total = sum(row["requests"] for row in found)
     cuts = []
-    if total > piece:
+    if sum(row["size"] for row in found) > piece:
         cuts = (await table(client, fleet, CUTS.format(**span, piece=piece)))["sequence"].to_pylist()
     writer = Writer(made)
     names = ", ".join("'" + name.replace("'", "''") + "'" for name in made.models)

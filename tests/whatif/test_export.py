@@ -109,7 +109,7 @@ async def test_sessions_and_delays_are_those_that_were_sent(
         lines, made = await exported(fleet.client)
         assert (made.requests, made.sessions, made.alone, made.block_size) == (7, 2, 1, SIZE)
         assert (made.unanswered, made.overlapping, made.unrecorded) == (0, 0, 0)
-        assert await exported(fleet.client, piece=2) == (lines, made)
+        assert await exported(fleet.client, piece=250) == (lines, made)
         path = tmp_path / "yesterday.jsonl.gz"
         arguments = ["trace", "export", "--server", server.url]
         await anyio.to_thread.run_sync(main, [*arguments, "--out", str(path)])
@@ -213,7 +213,7 @@ async def test_requests_that_went_wrong(server: Server, client: Client, tmp_path
         with pytest.raises(BadRequest, match="one block size, and there were blocks of 16 and 32 tokens"):
             await exported(client, models=["m", "n"])
         lines, made = await exported(client, models=["m"])
-        assert await exported(client, models=["m"], piece=3) == (lines, made)
+        assert await exported(client, models=["m"], piece=250) == (lines, made)
         s, t = by_session(lines).values()
         assert [(line.timestamp, line.delay, line.output_length) for line in s] == [
             (0, None, 9), (4000, 3000, 7), (7250, 250, UNKNOWN_OUTPUT), (7500, 250, 9),
