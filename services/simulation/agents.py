@@ -350,6 +350,8 @@ def generate_agents(
 ) -> list[TraceRequest]:  # fmt: skip
     """So many sessions, or so many requests of whole sessions, the last of which is cut; in order of time.
 
+    Without either there are `DEFAULT_SESSIONS`.
+
     `rate` is in requests a second in the long run. Times are as if each answer took what an idle node needs.
     """
     maker = _Maker(profile, seed)
@@ -357,8 +359,10 @@ def generate_agents(
     begins = maker.rng("begins")
     begin = 0.0
     found: list[tuple[float, TraceRequest]] = []
+    if sessions is None and requests is None:
+        sessions = DEFAULT_SESSIONS
     for number in count(1):
-        if number > (sessions or math.inf) or (requests is not None and len(found) >= requests):
+        if (sessions is not None and number > sessions) or (requests is not None and len(found) >= requests):
             break
         begin += begins.expovariate(started)
         made = maker.session(maker.sessions, f"session-{number}", begin, maker.rng(str(number)), number=number)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kvplane.services.cli import main
 from kvplane.services.protocol.errors import BadTrace
 from kvplane.services.simulation.agents import DEFAULT, QUANTILES, Spread, generate_agents
-from kvplane.services.simulation.fitting import count, fit
+from kvplane.services.simulation.fitting import Turns, common_beginnings, count, fit, sessions_of
 from kvplane.services.simulation.likeness import compare, figures, furthest, halves
 from kvplane.services.simulation.trace import Trace, TraceRequest, Work, read_trace, work_of
 from kvplane.services.simulation.world import Settings, World
@@ -35,6 +35,11 @@ BUSY = msgspec.structs.replace(
 """Short sessions with many sub-agents."""
 
 
+def roots(trace: Trace) -> list[Turns]:
+    """The sessions that are no sub-agents."""
+    return [each for each in sessions_of(trace.work).values() if not each.parent]
+
+
 def traced(lines: list[TraceRequest]) -> Trace:
     return Trace([work_of(line, DEFAULT.block_size) for line in lines], DEFAULT.block_size, "trace")
 
@@ -48,6 +53,8 @@ def test_sessions_are_in_order_and_what_a_prompt_keeps_is_the_same_blocks(
     assert [line.timestamp for line in made] == sorted(line.timestamp or 0 for line in made)
     turns: dict[str, list[TraceRequest]] = defaultdict(list)
     before: dict[int, int] = {}
+    begun: dict[str, set[str]] = defaultdict(set)
+    ended: set[str] = set()
     for line in made:
         size = line.block_size or 0
         assert (size, len(line.hash_ids)) == (512, line.input_length // 512)
@@ -61,6 +68,10 @@ def test_sessions_are_in_order_and_what_a_prompt_keeps_is_the_same_blocks(
         else:
             assert (line.delay is not None, line.parent) == (True, "")
         turns[line.session].append(line)
+        begun[line.parent] |= {line.session} if line.parent else set()
+        # A parent goes on when its sub-agents have ended.
+        assert line.session not in ended
+        ended |= begun.pop(line.session, set())
     assert sum(not lines[0].parent for lines in turns.values()) == sessions
 
 
@@ -121,6 +132,10 @@ def test_a_fit_finds_again_what_sessions_were_made_with() -> None:
     assert profile.spawning == pytest.approx(BUSY.spawning, rel=0.1)
     assert profile.beside.mean == pytest.approx(BUSY.beside.mean, rel=0.1)
     assert (profile.session.beginnings, profile.agent.beginnings) == (6, 4)
+    begun = Counter(each.first for each in common_beginnings(roots(trace), roots(trace)) if each.blocks)
+    assert begun.most_common(1)[0][1] / begun.total() == pytest.approx(
+        1 / sum(1 / rank for rank in range(1, 7)), rel=0.25
+    )
     assert profile.session.common == pytest.approx(0.9, abs=0.05)
     assert profile.session.anew == pytest.approx(0.03, rel=0.3)
     assert profile.rate == pytest.approx(BUSY.rate, rel=0.25)
