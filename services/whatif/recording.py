@@ -144,7 +144,10 @@ async def bounds(client: Client, fleet: str, since: str | None, until: str | Non
     begin = await _begin(client, fleet, since)
     end = await _sequence(client, fleet, until) if until else await _last(client, fleet)
     if begin >= end:
-        raise BadRequest(f"the span is empty: it begins at sequence {begin} and ends at {end}")
+        raise BadRequest(
+            f"the span is empty: it begins after sequence {begin} and ends at {end}; choose an earlier --since or a "
+            "later --until"
+        )
     return begin, end
 
 

@@ -232,7 +232,7 @@ async def test_requests_that_went_wrong(server: Server, client: Client, tmp_path
         (one,), _ = await exported(client, models=["n"], since=str(before))
         assert (one.timestamp, one.session, one.block_size) == (0, "session-1", 32)
         for options, says in (
-            ({"until": "3"}, "the span is empty: it begins at sequence 3 and ends at 3"),
+            ({"until": "3"}, "the span is empty: it begins after sequence 3 and ends at 3; choose"),
             ({"since": str(last - 1)}, "no request was routed from sequence"),
             ({"since": "1h", "until": "2h"}, "before the history begins"),
         ):
