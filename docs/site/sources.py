@@ -52,6 +52,7 @@ NAVIGATION = (
     Section("Reference", {
         "Subjects": "docs/subjects.md",
         "Simulated hardware": "docs/hardware.md",
+        "Traces and workloads": "docs/traces.md",
         "Environment variables": "docs/environment.md",
         "Benchmarks": "docs/benchmarks.md",
         "Changelog": "CHANGELOG.md",

@@ -1,7 +1,7 @@
 """The command `kvplane`.
 
-`run` has what runs on, `ask` what asks a running fleet, `log` what reads the log, `history`, `past`, `sql`, `report` and
-`whatif` what a historian answers, `auth` what makes credentials, `simulate` what needs no fleet.
+`run` has what runs on, `ask` what asks a running fleet, `log` what reads the log, `history`, `past`, `sql`, `report`,
+`whatif` and `trace` what a historian answers, `auth` what makes credentials, `simulate` and `workload` what needs no fleet.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ COMMANDS = {
     "held.",
     "simulate:simulate": "Ask what hit rate and time to first token a fleet would have with your requests, under several "
     "policies.",
-    "simulate:workload": "Make requests of one kind, as JSON lines in the form of a trace.",
+    "trace:trace": "The requests that the fleet served, as a trace for kvplane simulate.",
+    "workload:workload": "Make requests of one kind, as JSON lines in the form of a trace.",
 }
 # These hold a fleet in memory for as long as they run.
 FOLDING = ("up", "router", "gateway", "coordinator", "historian")

@@ -1,8 +1,7 @@
-"""Commands that need no fleet: `simulate`, `workload`."""
+"""The command `simulate`, which needs no fleet."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path  # noqa: TC003 - cyclopts reads annotations
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,7 +23,6 @@ from kvplane.services.cli.runs import (
 )
 from kvplane.services.cli.show import Cell, Column, Styled
 from kvplane.services.protocol.errors import BadRequest, PolicyFailed
-from kvplane.services.simulation.workloads import GENERATED_REQUESTS, generate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,7 +71,8 @@ def simulate(
     ----------
     trace
         JSON lines with timestamp (ms), input_length, output_length, hash_ids and, if there is one, session; or a
-        generated workload: multi-turn, shared-prefix, agent, single-turn. Also the last value of --policy, --fail, --join.
+        generated workload: multi-turn, shared-prefix, tools, single-turn, agent. Also the last value of --policy, --fail or
+        --join.
         With delay (ms) on a session's lines it is a closed loop: its next request comes that long after its last answer.
         A folder of sessions as kv-cache-tester has them, a JSON file each, is read as well; they begin within half an hour.
     nodes
@@ -224,34 +223,3 @@ def _show(found: Simulated, summaries: Sequence[Summary]) -> None:
         rows, columns, note = [row[:1] for row in rows], columns[:1], SESSION_NOTE
     show.table([*columns, *names], [[*row, *own] for row, own in zip(rows, values, strict=True)], note=note)
     say_failures(summaries)
-
-
-def workload(
-    kind: str, *, requests: int = GENERATED_REQUESTS, rate: float | None = None, seed: int = 0, out: Path | None = None
-) -> None:
-    """Make requests of one kind, as JSON lines in the form of a trace.
-
-    Parameters
-    ----------
-    kind
-        multi-turn, shared-prefix, agent or single-turn.
-    requests
-        How many.
-    rate
-        Requests per second; each kind has its own default.
-    seed
-        Another seed makes other requests.
-    out
-        File to write to; standard output if not given.
-    """
-    within(requests, "requests", 1, MOST)
-    within(rate, "rate", 1e-3, 1e6)
-    lines = b"".join(msgspec.json.encode(line) + b"\n" for line in generate(kind, requests, seed=seed, rate=rate))
-    if out is None:
-        sys.stdout.buffer.write(lines)
-        sys.stdout.flush()
-        return
-    try:
-        out.write_bytes(lines)
-    except OSError as error:
-        raise BadRequest(f"the requests can't be written: {error}") from None

@@ -15,6 +15,8 @@ from kvplane.events.subjects import check_name
 from kvplane.services.cli.limits import within
 from kvplane.services.protocol.errors import BadRequest, BadTrace
 from kvplane.services.routing.policies import POLICIES
+from kvplane.services.simulation import agents
+from kvplane.services.simulation.agents import WORKLOADS, generate_agents
 from kvplane.services.simulation.blocksize import MOST_BLOCK_SIZE
 from kvplane.services.simulation.catalog import hardware as hardware_of
 from kvplane.services.simulation.compare import compare, parse_choice
@@ -23,7 +25,7 @@ from kvplane.services.simulation.peer import POLICY as PEER
 from kvplane.services.simulation.results import ideal_hit_rate
 from kvplane.services.simulation.session_files import read_sessions
 from kvplane.services.simulation.trace import Trace, Work, read_trace, work_of
-from kvplane.services.simulation.workloads import GENERATED_BLOCK_SIZE, GENERATED_REQUESTS, KINDS, generate
+from kvplane.services.simulation.workloads import GENERATED_BLOCK_SIZE, GENERATED_REQUESTS, generate
 from kvplane.services.simulation.world import Change, Settings
 
 if TYPE_CHECKING:
@@ -135,7 +137,7 @@ def with_trace(asked: Asked) -> Asked:
         values: tuple[str, ...] = getattr(asked, option)
         if values and not is_value(values[-1]):
             last = values[-1]
-            if last not in KINDS and not os.path.exists(last) and not Path(last).suffix:  # noqa: PTH110 - long names, too
+            if last not in WORKLOADS and not os.path.exists(last) and not Path(last).suffix:  # noqa: PTH110 - long names, too
                 raise BadRequest(
                     f"{last!r} is neither a policy ({', '.join(POLICIES)}, or module:attr) nor a trace"
                     if option == "policy"
@@ -145,7 +147,7 @@ def with_trace(asked: Asked) -> Asked:
                 raise BadRequest(f"--{option} has no value but the trace {last!r}")
             return msgspec.structs.replace(asked, trace=last, **{option: values[:-1]})
     raise BadRequest(
-        f"name a trace (a file), or one of {', '.join(KINDS)}: kvplane simulate TRACE --policy ttft blocks"
+        f"name a trace (a file), or one of {', '.join(WORKLOADS)}: kvplane simulate TRACE --policy ttft blocks"
     )
 
 
@@ -165,13 +167,17 @@ def requests(
     """A trace, or a generated workload. Raises `BadRequest` or `BadTrace`."""
     within(limit, "limit", 1, MOST)
     within(rate, "rate", 1e-3, 1e6)
-    if trace in KINDS and not Path(trace).exists():
-        if block_size not in {None, GENERATED_BLOCK_SIZE}:
-            raise BadRequest(
-                f"generated workloads have blocks of {GENERATED_BLOCK_SIZE} tokens; leave --block-size out"
-            )
-        made = generate(trace, limit or GENERATED_REQUESTS, seed=seed, rate=rate)
-        return Trace([work_of(line, GENERATED_BLOCK_SIZE) for line in made], GENERATED_BLOCK_SIZE, "trace")
+    if trace in WORKLOADS and not Path(trace).exists():
+        size = agents.DEFAULT.block_size if trace == agents.NAME else GENERATED_BLOCK_SIZE
+        if block_size not in {None, size}:
+            raise BadRequest(f"a generated workload {trace} has blocks of {size} tokens; leave --block-size out")
+        count = limit or GENERATED_REQUESTS
+        made = (
+            generate_agents(requests=count, seed=seed, rate=rate)
+            if trace == agents.NAME
+            else generate(trace, count, seed=seed, rate=rate)
+        )
+        return Trace([work_of(line, size) for line in made], size, "trace")
     if rate is not None:
         raise BadRequest("--rate is for generated workloads; a trace has its own times, see --speedup")
     within(block_size, "block-size", 1, MOST_BLOCK_SIZE)
@@ -183,7 +189,7 @@ def requests(
     except BadTrace as error:
         if os.path.exists(trace):  # noqa: PTH110 - for a name that is too long as well
             raise
-        raise BadTrace(f"{error}; without a trace, simulate one of {', '.join(KINDS)}") from None
+        raise BadTrace(f"{error}; without a trace, simulate one of {', '.join(WORKLOADS)}") from None
     # Traces may have times of the day; a simulation begins with its first request.
     begin = min(request.arrival for request in found.work)
     work = [msgspec.structs.replace(request, arrival=request.arrival - begin) for request in found.work]

@@ -19,7 +19,7 @@ from kvplane.events.errors import BadHashes
 from kvplane.events.hashing import derive_hash, pack_hashes
 from kvplane.services.protocol.errors import BadTrace
 from kvplane.services.simulation.blocksize import MOST_BLOCK_SIZE
-from kvplane.services.simulation.trace import Trace, Work
+from kvplane.services.simulation.trace import MOST_DELAY, Trace, Work
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 class Entry(Struct):
     """A request, or a sub-agent that has requests."""
 
-    t: Annotated[float, Meta(ge=0)]
+    t: Annotated[float, Meta(ge=0, le=MOST_DELAY)]
     tokens: Annotated[int, Meta(ge=0)] = field(name="in", default=0)
     output: Annotated[int, Meta(ge=0)] = field(name="out", default=0)
     hash_ids: Annotated[list[Annotated[int, Meta(ge=0)]], Meta(max_length=1 << 18)] = []
-    think_time: Annotated[float, Meta(ge=0)] | None = None
+    think_time: Annotated[float, Meta(ge=0, le=MOST_DELAY)] | None = None
     requests: list[Entry] = []
 
 
@@ -72,12 +72,34 @@ def read_sessions(
         elif session.block_size != size:
             raise BadTrace(f"{path.name} has blocks of {session.block_size} tokens, but {stated}")
         try:
+            _check_blocks(session)
             work += _flat(session, session.id, session.requests, "")
         except (BadTrace, BadHashes) as error:
             raise BadTrace(f"{path.name}: {error}") from None
     if not work or size is None:
         raise BadTrace(f"{folder} holds no sessions: files that end in .json, with id and requests")
     return Trace(work, size, "trace")
+
+
+def _check_blocks(session: Session) -> None:
+    """Raise `BadTrace` when the ids of a session can't be of blocks of the size that it says."""
+    waiting = session.requests.copy()
+    ids = blocks = 0
+    while waiting:
+        entry = waiting.pop()
+        waiting += entry.requests
+        full, rest = divmod(entry.tokens, session.block_size)
+        if len(entry.hash_ids) > full + bool(rest) and not entry.requests:
+            raise BadTrace(
+                f"the request of {entry.t:g} s has {len(entry.hash_ids):,} hash_ids for {entry.tokens:,} tokens, more than "
+                f"blocks of {session.block_size} tokens"
+            )
+        ids, blocks = ids + len(entry.hash_ids), blocks + full
+    # Some may have none, but not most.
+    if ids < blocks / 2:
+        raise BadTrace(
+            f"its requests have {ids:,} hash_ids in all, and would have {blocks:,} if blocks had {session.block_size} tokens"
+        )
 
 
 def _flat(session: Session, name: str, entries: Sequence[Entry], parent: str) -> Iterator[Work]:

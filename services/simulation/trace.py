@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 PROGRESS_LINES = 256
 """Lines after which progress is reported."""
+MOST_DELAY = 1e9
+"""Longest delay, in seconds: some thirty years."""
 _GZIP = b"\x1f\x8b"
 
 
@@ -42,7 +44,7 @@ class TraceRequest(Struct, frozen=True, kw_only=True, omit_defaults=True):
     hash_ids: Annotated[list[Annotated[int, Meta(ge=0)]], Meta(max_length=1 << 18)]
     session: Annotated[str, Meta(max_length=128)] = ""
     session_id: Annotated[str, Meta(max_length=128)] = ""
-    delay: Annotated[float, Meta(ge=0)] | None = None
+    delay: Annotated[float, Meta(ge=0, le=MOST_DELAY * 1000)] | None = None
     """Time after the answer before it in the same session, in milliseconds."""
     parent: Annotated[str, Meta(max_length=128)] = ""
     block_size: Annotated[int, Meta(ge=1, le=MOST_BLOCK_SIZE)] | None = None

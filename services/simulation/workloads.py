@@ -2,7 +2,8 @@
 
 Sessions begin as a Poisson process and go on in turns; a prompt is the whole conversation so far, so it continues the
 chain of the prompt before. Lengths are log-normal, popularity of what is shared falls as 1/rank. Times are as if each
-answer took what an idle node needs; how a fleet keeps up is what a simulation shows.
+answer took what an idle node needs; how a fleet keeps up is what a simulation shows. Closed loops
+are in `agents`.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ class Kind(Struct, frozen=True, kw_only=True):
     spread: float = 0.7
     sessions: bool = True
     """Whether requests name their session."""
+    seeded: str = ""
+    """A former name, whose seeds make the same requests as ever."""
 
 
 KINDS = {
@@ -60,9 +63,10 @@ KINDS = {
         summary="questions about long documents, some of them popular",
         rate=50, shared=300, shared_tokens=8000, question=1500, answer=150, spread=0.6, sessions=False,
     ),
-    "agent": Kind(
-        summary="agents with tools: a long beginning, some 20 quick turns, some of which branch",
+    "tools": Kind(
+        summary="programs that call tools, in an open loop: a long beginning, some 20 quick turns, some of which branch",
         rate=40, shared=6, shared_tokens=6000, question=700, answer=80, turns=20, pause=3, fork=0.03,
+        seeded="agent",
     ),
     "single-turn": Kind(
         summary="prompts that share nothing but a short system prompt",
@@ -91,7 +95,7 @@ def generate(kind: str, requests: int, *, seed: int = 0, rate: float | None = No
     if kind not in KINDS:
         raise BadRequest(f"{kind!r} is no kind of workload; there are {', '.join(KINDS)}")
     form = KINDS[kind]
-    rng = random.Random(f"{kind} {seed}")  # noqa: S311 - a repeatable workload, no secret
+    rng = random.Random(f"{form.seeded or kind} {seed}")  # noqa: S311 - a repeatable workload, no secret
     fresh = count(1)
 
     def length(median: int) -> int:

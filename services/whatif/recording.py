@@ -113,17 +113,14 @@ async def recorded_span(
     client: Client, fleet: str, since: str | None, until: str | None, *, warm: float
 ) -> tuple[Span, int, int]:
     """Ask a historian for a span, and its first and last sequence; `warm` seconds before it are fetched as well."""
-    begin = await _begin(client, fleet, since)
-    end = await _sequence(client, fleet, until) if until else await _last(client, fleet)
-    if begin >= end:
-        raise BadRequest(f"the span is empty: it begins at sequence {begin} and ends at {end}")
+    begin, end = await bounds(client, fleet, since, until)
     count, counted = await _rows(
         client, fleet,
         "SELECT count(*), min(epoch_us(coalesce(decided, time))) FROM decisions "
         f"WHERE sequence > {begin} AND sequence <= {end}",
     )  # fmt: skip
     if not count:
-        raise BadRequest(f"no request was routed from sequence {begin} to {end}; choose a longer span")
+        raise nothing_routed(begin, end)
     if count > MOST_REQUESTS:
         raise BadRequest(f"the span has {count:,} requests; the limit is {MOST_REQUESTS:,}, choose a shorter one")
     (warmed,) = await _rows(
@@ -140,6 +137,23 @@ async def recorded_span(
         await table(client, fleet, query.format(**spans), seconds=None) for query in (REQUESTS, USED, NODES, POLICIES)
     ]
     return span(state, *tables, counted=counted if first < begin else 0), begin, end
+
+
+async def bounds(client: Client, fleet: str, since: str | None, until: str | None) -> tuple[int, int]:
+    """The sequence before a span's first decision, and its last one. Raises `BadRequest` for one that is empty."""
+    begin = await _begin(client, fleet, since)
+    end = await _sequence(client, fleet, until) if until else await _last(client, fleet)
+    if begin >= end:
+        raise BadRequest(
+            f"the span is empty: it begins after sequence {begin} and ends at {end}; choose an earlier --since or a "
+            "later --until"
+        )
+    return begin, end
+
+
+def nothing_routed(begin: int, end: int) -> BadRequest:
+    """What is said of a span without requests."""
+    return BadRequest(f"no request was routed from sequence {begin} to {end}; choose a longer span")
 
 
 async def _rows(client: Client, fleet: str, query: str) -> tuple[Any, ...]:

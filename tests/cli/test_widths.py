@@ -85,7 +85,14 @@ def auth(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def calls(url: str, request_id: str, auth: str) -> list[Call]:
+def agents(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = str(tmp_path_factory.mktemp("agents") / "agents.jsonl")
+    main(["workload", "agent", "--sessions", "5", "--out", path])
+    return path
+
+
+@pytest.fixture(scope="module")
+def calls(url: str, request_id: str, auth: str, agents: str) -> list[Call]:
     """What every command gives to be shown."""
     found: list[Call] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -100,6 +107,7 @@ def calls(url: str, request_id: str, auth: str) -> list[Call]:
             ["state"], ["state", "--at", "now", "--node", "sim-1"], ["diff", "1", "now"], ["explain", request_id],
             ["whatif", "--policy", "cascade", "ttft:session_seconds=0.123456"],
             ["simulate", "agent", "--limit", "50", "--nodes", "2", "--processes", "1"],
+            ["workload", "agent", "--like", agents, "--out", f"{agents}.like"],
             ["sql", "SELECT * FROM decisions"], ["sql", "SELECT * FROM decisions LIMIT 2"],
             ["sql", "SELECT * FROM node_changes"], ["report"], ["history", "status"], ["snapshot", "take"],
             ["snapshot", "list"], ["compact"], ["format", "show"], ["doctor"], ["auth", "list", "--auth", auth],

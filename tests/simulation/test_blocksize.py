@@ -173,7 +173,7 @@ def test_simulate_takes_the_size_of_a_workload_and_says_whose_it_is(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     path = tmp_path / "made.jsonl"
-    main(["workload", "agent", "--requests", "30", "--out", str(path)])
+    main(["workload", "tools", "--requests", "30", "--out", str(path)])
     main(["simulate", str(path), "--policy", "ttft"])
     assert f"blocks of {GENERATED_BLOCK_SIZE} tokens each (as the trace says)" in capsys.readouterr().err
     lines = [{**json.loads(line), "block_size": None} for line in path.read_text().splitlines()]

@@ -128,7 +128,17 @@ LINE = '{"timestamp": %s, "input_length": 20, "output_length": 1, "hash_ids": [1
     ("lines", "sentence"),
     [
         ([(0, ', "session": "a", "delay": -1')], "line 1: Expected `float` >= 0.0"),
+        ([(0, A), (1, A + ', "delay": 1e300')], "line 2: Expected `float` <= 1000000000000.0"),
+        ([(0, ', "session": "a", "delay": null'), (1, A + ', "delay": -0.5')], "line 2: Expected `float` >= 0.0"),
         ([(0, ', "delay": 5')], "line 1 has a delay but no session"),
+        (
+            [(0, ', "block_size": 16'), (1, ', "session": "a", "block_size": 32')],
+            "line 2 says block_size 32, but",
+        ),
+        (
+            [(0, ', "session": "b", "parent": "a", "delay": 1'), (1, A)],
+            "line 1: session 'b' is a sub-agent of 'a', which has no line before it",
+        ),
         ([(0, A), (1, A + ', "delay": 0'), (9, A)], "line 3 of session 'a' has no delay, and line 2 has"),
         ([(0, A), (1, A), (9, A + ', "delay": 4')], "line 2 of session 'a' has no delay, and line 3 has"),
         ([(0, ', "session": "b", "parent": "a", "delay": 1')], "is a sub-agent of 'a', which has no line before it"),
@@ -209,8 +219,17 @@ def test_a_session_waits_for_its_sub_agents(tmp_path: Path) -> None:
     [
         ({"requests": [{"t": 5}, {"t": 4}]}, "session 'q' has a request of 4 s after one of 5 s"),
         ({"block_size": 64}, "q.json has blocks of 64 tokens, but p.json has blocks of 16 tokens"),
+        (
+            {"requests": [{"t": 3, "in": 40, "hash_ids": [1, 2, 3, 4]}]},
+            "q.json: the request of 3 s has 4 hash_ids for 40 tokens, more than blocks of 16 tokens",
+        ),
+        (
+            {"requests": [{"t": 0, "in": 160, "hash_ids": [1, 2]}, {"t": 1, "in": 160, "hash_ids": [1, 2, 3]}]},
+            "q.json: its requests have 5 hash_ids in all, and would have 20 if blocks had 16 tokens",
+        ),
         ({"id": "p"}, "q.json and p.json are both of session 'p'"),
         ({"requests": [{"t": -1}]}, "q.json: Expected `float` >= 0.0"),
+        ({"requests": [{"t": 0, "think_time": -1}]}, "q.json: Expected `float` >= 0.0"),
         ({"requests": None}, "q.json: Expected `array`, got `null`"),
     ],
 )

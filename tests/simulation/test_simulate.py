@@ -295,11 +295,11 @@ def test_hardware_by_name_and_by_four_numbers_reaches_the_simulated_fleet(run: C
 
 BAD = [
     (["nowhere.jsonl"], "the trace can't be read"),
-    (["nowhere.jsonl"], "without a trace, simulate one of multi-turn, shared-prefix, agent, single-turn"),
+    (["nowhere.jsonl"], "without a trace, simulate one of multi-turn, shared-prefix, tools, single-turn, agent"),
     (["x" * 5000], "the trace can't be read"),
     (["."], ". holds no sessions: files that end in .json"),
     (["no/such/trace"], "the trace can't be read"),
-    ([], "name a trace (a file), or one of multi-turn, shared-prefix, agent, single-turn"),
+    ([], "name a trace (a file), or one of multi-turn, shared-prefix, tools, single-turn, agent"),
     (["--policy", "ttft", "blocks"], "name a trace (a file), or one of"),
     (["--policy", "ttft", "blcks"], "'blcks' is neither a policy (round_robin, "),
     (["--policy", "ttft", "typo.jsonl"], "the trace can't be read: [Errno 2] No such file or directory: 'typo.jsonl'"),
@@ -314,7 +314,7 @@ BAD = [
     (["trace.jsonl", "--rate", "5"], "--rate is for generated workloads"),
     (["trace.jsonl", "--block-size", "0"], "--block-size is 0; it must be from 1 to 65536"),
     (["trace.jsonl", "--block-size", "65537"], "--block-size is 65537"),
-    (["agent", "--block-size", "512"], "generated workloads have blocks of 64 tokens"),
+    (["tools", "--block-size", "512"], "a generated workload tools has blocks of 64 tokens"),
     (["agent", "--rate", "0"], "--rate is 0"),
     (["agent", "--rate", "nan"], "--rate is nan"),
     (["agent", "--rate", "1e-300"], "--rate is 1e-300"),
@@ -388,6 +388,13 @@ def test_what_is_wrong_is_said_in_a_sentence(
         (["agent", "--requests", "0"], "--requests is 0"),
         (["agent", "--rate", "-1"], "--rate is -1"),
         (["agent", "--out", "no/where.jsonl"], "the requests can't be written"),
+        (["tools", "--like", "x"], "--like is for agent, not for tools"),
+        (["tools", "--sessions", "3"], "--sessions is for agent, not for tools"),
+        (["agent", "--sessions", "3", "--requests", "4"], "choose one of --sessions and --requests"),
+        (["agent", "--sessions", "0"], "--sessions is 0"),
+        (["agent", "--like", "nowhere.jsonl"], "--like: there is no file nowhere.jsonl"),
+        (["agent", "--like", "trace.jsonl"], "trace.jsonl: the trace has 0 sessions with delays"),
+        (["agent", "--against", "trace.jsonl"], "--against is beside --like"),
     ],
 )
 def test_a_workload_that_can_not_be_made_is_one_sentence(

@@ -68,7 +68,7 @@ def test_the_same_seed_makes_the_same_requests_and_another_one_others(kind: str)
 def test_a_kind_shares_what_its_summary_says(kind: str) -> None:
     """Conversations find most of their prompts again, prompts that share nothing find nearly nothing."""
     work = [work_of(request, GENERATED_BLOCK_SIZE) for request in generate(kind, 2000)]
-    least, most = {"multi-turn": (0.5, 0.9), "shared-prefix": (0.4, 0.9), "agent": (0.8, 1), "single-turn": (0, 0.1)}[
+    least, most = {"multi-turn": (0.5, 0.9), "shared-prefix": (0.4, 0.9), "tools": (0.8, 1), "single-turn": (0, 0.1)}[
         kind
     ]
     assert least < ideal_hit_rate(work, GENERATED_BLOCK_SIZE) < most
@@ -86,7 +86,7 @@ def reached(kind: str, rate: float | None) -> float:
     ("kind", "rate"),
     [
         ("multi-turn", 5.0), ("shared-prefix", None), ("single-turn", None), ("single-turn", 7.0),
-        ("agent", 5.0),
+        ("tools", 5.0),
     ],
 )  # fmt: skip
 def test_the_rate_is_the_one_that_was_asked_in_the_long_run(kind: str, rate: float | None) -> None:
@@ -116,5 +116,5 @@ def test_without_a_file_requests_go_to_standard_output(
 
 
 def test_an_unknown_kind_is_refused_with_those_that_there_are() -> None:
-    with pytest.raises(BadRequest, match="'batch' is no kind of workload; there are multi-turn, shared-prefix, agent"):
+    with pytest.raises(BadRequest, match="'batch' is no kind of workload; there are multi-turn, shared-prefix, tools"):
         generate("batch", 5)

@@ -20,4 +20,4 @@ def outcome_bytes(seed: int = 0) -> bytes:
         nodes=4, capacity=800, block_size=GENERATED_BLOCK_SIZE, routers=3, delay=0.05, seed=seed,
         changes=(Change(2.0, "node-2", joins=False), Change(4.0, "node-5", joins=True)),
     )  # fmt: skip
-    return msgspec.json.encode(World(chosen, generated("agent", 250, seed=7)).run())
+    return msgspec.json.encode(World(chosen, generated("tools", 250, seed=7)).run())

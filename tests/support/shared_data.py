@@ -8,3 +8,4 @@ SHARED = Path(__file__).resolve().parents[3] / "shared"
 
 
 TRACE = SHARED / "traces" / "conversation_trace.jsonl"
+AGENTS = SHARED / "traces" / "agents.jsonl"

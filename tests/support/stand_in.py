@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
@@ -78,6 +79,9 @@ class Ground(Struct):
         for word in words:
             if word.endswith(".jsonl") and not (self.folder / word).exists() and words[1] == "simulate":
                 run("workload", "multi-turn", "--requests", "300", "--out", str(self.folder / word))
+        for option, word in pairwise(words):
+            if option in {"--like", "--against"} and not (self.folder / word).exists():
+                run("workload", "agent", "--sessions", "8", "--out", str(self.folder / word))
             policy = _POLICY.fullmatch(word)
             if policy and words[1] == "simulate":
                 module = self.folder / f"{policy[1].replace('.', '/')}.py"
