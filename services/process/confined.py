@@ -29,6 +29,8 @@ from kvplane.services.protocol.errors import ServiceFault, WorkerDied
 
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
 """Libraries start no threads of theirs as they are loaded, which a fork would not have."""
+CLOSE_SECONDS = 5.0
+"""So long the process that others are forked from has to end; then it is killed."""
 GRACE_SECONDS = 1.0
 """So long after its time a process has to say so itself; then the system ends it."""
 _PATIENCE_SECONDS = 3.0
@@ -155,9 +157,16 @@ class Forkserver:
         """End it, and all that was forked from it."""
         with self._lock:
             if self._control is not None:
+                # A fork of this process may have the socket as well, and would keep it open.
+                with suppress(OSError):
+                    self._control.shutdown(socket.SHUT_RDWR)
                 self._control.close()
             if self._process is not None:
-                self._process.wait()
+                try:
+                    self._process.wait(CLOSE_SECONDS)
+                except subprocess.TimeoutExpired:
+                    self._process.kill()
+                    self._process.wait()
             self._control = self._process = None
 
     def kill(self, number: int) -> None:
