@@ -161,11 +161,12 @@ def _show(found: Sequence[Figure], beyond: Sequence[Figure], given: Path, *, err
         show.say(f"No figure is further from {given.name} than its own halves are from each other.", error=True)
         return
     worst = ", ".join(f"{figure.name} {_ratio(figure.ratio)}" for figure in beyond[:SHOWN])
+    most = "; most of all " if len(beyond) > SHOWN else ": "
     show.say(
-        f"{len(beyond)} of {len(found)} figures are further from {given.name} than its own halves are from each other: {worst}"
-        + (", ..." if len(beyond) > SHOWN else "."),
+        f"{len(beyond)} of {len(found)} figures are further from {given.name} than its own halves are from each other"
+        f"{most}{worst}.",
         error=True,
-    )  # fmt: skip
+    )
 
 
 def _number(value: float) -> str:
