@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
     from kvplane.events.subjects import Topic
 
-FORMAT = 2
-"""The newest format that this kvplane reads and writes. 2: no node's word alone moves the fleet's pace (`projections.load`)."""
+FORMAT = 3
+"""The newest format that this kvplane reads and writes. 2: no node's word alone moves the fleet's pace (`projections.load`).
+3: the contexts of live conversations are counted (`projections.contexts`)."""
 
 SINCE: dict[type[types.Event], int] = {}
 """In which format an event got this shape; 1 for those that are not here."""

@@ -52,6 +52,8 @@ def digest(state: FleetState) -> str:
     for name in sorted(load.ordinal):
         prefills = load.prefills[load.ordinal[name]]
         add([name, load.of(name), prefills.since, list(prefills.waiting.items()), sorted(prefills.ends.items())])
+    if load.contexts.kept:
+        add(list(load.contexts.items()))
     for name, recency in sorted(state.recency.items()):
         add(name)
         hasher.update(pack_hashes(recency.order))

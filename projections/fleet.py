@@ -29,6 +29,7 @@ from kvplane.events.codec import Commit, Message, decode
 from kvplane.events.errors import BadCommit, NewerFormat
 from kvplane.events.hashing import unpack_hashes
 from kvplane.events.versions import FORMAT
+from kvplane.projections.contexts import CONTEXTS_FORMAT
 from kvplane.projections.errors import Unusable
 from kvplane.projections.load import BOUNDED_FORMAT, Early, Load, prefill_speed
 from kvplane.projections.nodes import Caches, Node
@@ -389,6 +390,7 @@ class FleetState:
         self.sessions.assign(event.model, event.session, event.node, self.sequence)
 
     def _ended(self, event: types.SessionEnded) -> None:
+        self.load.contexts.ended(event.model, event.session, self.load.ordinal)
         if not self.sessions.end(event.model, event.session):
             self._ignore("unknown_session")
 
@@ -446,3 +448,4 @@ class FleetState:
     def _format_raised(self, event: types.FormatRaised) -> None:
         self.format = event.format
         self.load.bounded = event.format >= BOUNDED_FORMAT
+        self.load.contexts.kept = event.format >= CONTEXTS_FORMAT

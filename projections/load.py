@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from msgspec import Struct
 from msgspec.structs import replace
 
+from kvplane.projections.contexts import Contexts
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -175,6 +177,7 @@ class Load:
         self.early = OrderedDict[str, Early]()
         """Completions without a request, oldest first: nodes and routers write by themselves, so an end may come first."""
         self.prefills: list[Prefills] = []
+        self.contexts = Contexts()
         self.free: list[int] = []
         """Places of nodes that left; which one is used next is part of the state."""
 
@@ -190,6 +193,7 @@ class Load:
                 # A new array, since decisions may look at the old one, which can't grow then.
                 setattr(self, name, getattr(self, name) + array(getattr(self, name).typecode, [0]))
             self.prefills.append(Prefills())
+            self.contexts.fit(at + 1)
         self.ordinal[node] = at
         for name in COLUMNS:
             getattr(self, name)[at] = 0
@@ -216,6 +220,8 @@ class Load:
         self.blocks[at] += event.blocks
         self.tokens[at] += event.tokens
         self.pending[at] += uncached
+        if self.contexts.kept:
+            self.contexts.routed(event, self.ordinal, time)
         now = time / _NS
         prefills = self.prefills[at]
         if not prefills.waiting:
@@ -371,6 +377,7 @@ class Load:
             prefills.since -= by / _NS
             self.prefill_done[at] -= by / _NS
         self.half_began -= by
+        self.contexts.set_back(by)
 
     def node_gone(self, node: str) -> None:
         """Stop counting for a node; the requests that ran there are over."""
@@ -378,5 +385,6 @@ class Load:
         if at is None:
             return
         self.free.append(at)
+        self.contexts.node_gone(node, at)
         for request in [request for request, active in self.running.items() if active.node == node]:
             self.running_bytes -= len(self.running.pop(request).hashes)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import struct
 from array import array
 from collections import OrderedDict
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 from msgspec import Meta, Struct
@@ -20,6 +21,7 @@ from kvplane.events.hashing import pack_hashes, unpack_hashes
 from kvplane.events.subjects import Place
 from kvplane.events.types import NodeRegistered, Tier  # noqa: TC001 - msgspec looks them up as it decodes
 from kvplane.events.versions import FORMAT
+from kvplane.projections.contexts import CONTEXTS_FORMAT, Context
 from kvplane.projections.load import BOUNDED_FORMAT, COLUMNS, Active, Early, Prefills
 from kvplane.projections.nodes import Node
 from kvplane.projections.prefix import PrefixIndex
@@ -130,13 +132,20 @@ class Body(_Part):
     heads: dict[str, int]
 
 
+class BodyWithContexts(Body):
+    """That of a log in which contexts are kept: they come last, so that snapshots of earlier logs stay what they were."""
+
+    contexts: list[tuple[bytes, Context]] = []
+
+
 def take(state: FleetState) -> Body:
     """The parts of a state. They share its dictionaries: encode them before the state goes on."""
     caches = state.caches
     slots = sum(len(caches.owners(model)) for model in caches.by_model)
     if slots > MOST_SLOTS:
         _broken(f"the fleet has {slots} slots, a snapshot holds {MOST_SLOTS}")
-    return Body(
+    kept = state.load.contexts.kept
+    return (partial(BodyWithContexts, contexts=list(state.load.contexts.items())) if kept else Body)(
         nodes=[
             NodePart(node.registered, node.epoch, node.changed, node.lost, node.cordoned, node.slots)
             for node in state.nodes.values()
@@ -222,6 +231,7 @@ def put(state: FleetState, body: Body) -> None:
         _broken("a node is there twice")
     _put_caches(state, body.indexes)
     _put_load(state, body.load)
+    _put_contexts(state, body.contexts if isinstance(body, BodyWithContexts) else [])
     _put_sessions(state, body.sessions)
     _put_recency(state, body.recency)
 
@@ -301,6 +311,18 @@ def _put_load(state: FleetState, part: LoadPart) -> None:
     load.ratio, load.all_said, load.all_took = part.ratio, part.all_said, part.all_took
     load.routed_recently, load.routed_half, load.half_began = part.routed_recently, part.routed_half, part.half_began
     _check_load(load)
+
+
+def _put_contexts(state: FleetState, parts: list[tuple[bytes, Context]]) -> None:
+    load = state.load
+    load.contexts.kept = state.format >= CONTEXTS_FORMAT
+    live = dict(parts)
+    if len(live) != len(parts) or (live and not load.contexts.kept):
+        _broken("a context is there twice, or in a log that keeps none")
+    if any(each.tokens < 0 or each.turns < 1 or each.node not in load.ordinal for each in live.values()):
+        _broken("a context can't be")
+    load.contexts.fit(len(load.prefills))
+    load.contexts.adopt(parts, load.ordinal)
 
 
 def _check_load(load: Load) -> None:

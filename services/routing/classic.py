@@ -15,6 +15,25 @@ if TYPE_CHECKING:
 
 Parameters = dict[str, float]
 
+CROWDED = 1.25
+"""A node with so many times the mean of live contexts gets no new conversation, as in consistent hashing with bounded loads."""
+EQUAL = 1e-6
+"""Costs that differ by this share of their range are equal: the node with less live context gets a new conversation."""
+
+
+def _bounded(view: View, costs: Column) -> Column:
+    """Costs, by which no crowded node gets a new conversation: a beginning that many share must not decide where all live."""
+    if not view.begins:
+        return costs
+    contexts = view.contexts
+    total = contexts.sum()
+    if total <= 0:
+        return costs
+    span = costs.max() - costs.min() + 1
+    crowded = contexts * len(contexts) > CROWDED * total
+    bounded: Column = costs + crowded * (2 * span) + contexts * (EQUAL * span / total)
+    return bounded
+
 
 def round_robin(view: View, request: Request, parameters: Parameters) -> Column:  # noqa: ARG001
     """Each node in turn, whatever it holds: by a hash of the request's id, so that replicas need no shared counter."""
@@ -34,7 +53,7 @@ def session(view: View, request: Request, parameters: Parameters) -> Column:  # 
     costs = view.active.copy()
     if view.session >= 0:
         costs[view.session] = -1
-    return costs
+    return _bounded(view, costs)
 
 
 def cascade(view: View, request: Request, parameters: Parameters) -> Column:  # noqa: ARG001
@@ -42,7 +61,7 @@ def cascade(view: View, request: Request, parameters: Parameters) -> Column:  # 
     costs: Column = view.active / (view.active.max() + 1) - view.match
     if view.session >= 0:
         costs[view.session] -= request.blocks + 1
-    return costs
+    return _bounded(view, costs)
 
 
 THRESHOLD = {
@@ -62,12 +81,12 @@ def threshold(view: View, request: Request, parameters: Parameters) -> Column:
     active = view.active
     least, most = active.min(), active.max()
     if most - least > parameters["imbalance"] and most > parameters["ratio"] * least:
-        return active
+        return _bounded(view, active)
     matched = view.match.max() * request.block_size
     if matched > parameters["least_match"] * request.tokens:
         costs: Column = active / (most + 1) - view.match
-        return costs
-    return active
+        return _bounded(view, costs)
+    return _bounded(view, active)
 
 
 BLOCKS = {"overlap_weight": Parameter(1, "times", "how much a block to prefill counts more than a block in use")}
@@ -77,16 +96,19 @@ def blocks(view: View, request: Request, parameters: Parameters) -> Column:
     """Blocks left to prefill, plus blocks in use by what runs: the default cost of Dynamo's KV-aware router."""
     prefill = (view.pending + request.tokens) / request.block_size - view.match
     costs: Column = parameters["overlap_weight"] * prefill + view.blocks
-    return costs
+    return _bounded(view, costs)
 
 
 def blocks_terms(view: View, request: Request, parameters: Parameters) -> dict[str, Column]:
     """The parts of `blocks`'s costs, in blocks."""
     weight = parameters["overlap_weight"] / request.block_size
+    prefill = (view.pending + request.tokens) / request.block_size - view.match
+    costs: Column = parameters["overlap_weight"] * prefill + view.blocks
     return {
         "queue": weight * view.pending,
         "own": weight * (request.tokens - view.match * request.block_size),
         "in_use": view.blocks,
+        "crowded": _bounded(view, costs) - costs,
     }
 
 
@@ -108,10 +130,10 @@ def e2(view: View, request: Request, parameters: Parameters) -> Column:
     longest = match.max()
     if longest * size > request.tokens - longest * size:
         costs: Column = work / (work.max() + 1) + (longest - match) * 2.0
-        return costs
+        return _bounded(view, costs)
     missing = request.blocks - match
     evicted = np.maximum(view.held + missing - view.capacity, 0)
     reused = 1 - view.recent_uncached / np.maximum(view.recent_tokens, 1e-9)
     lost = np.minimum(evicted, missing) * size * np.clip(reused, 0, 1)
     explored: Column = work + (lost + request.tokens - match * size) / speed
-    return explored
+    return _bounded(view, explored)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from kvplane.projections.contexts import Context
     from kvplane.projections.fleet import FleetState
     from kvplane.projections.nodes import Node
     from kvplane.services.routing.overlay import Overlay
@@ -173,9 +174,21 @@ class Chooser:
         """What the policy sees of the candidates, what it makes each of them cost, and its name."""
         match, slow = self.matches(roster, query)
         at = roster.position.get(session, -1) if session else -1
-        view = View(roster, self._state, self._overlay, match, slow, at, now)
+        view = View(
+            roster, self._state, self._overlay, match, slow, at, now, self._context(query, match),
+            named=bool(query.session),
+        )  # fmt: skip
         costs, name = self._costs(view, Request(query.id, query.tokens, query.blocks, query.block_size))
         return view, costs, name
+
+    def _context(self, query: Query, match: Column) -> Context | None:
+        """The context of the conversation that a request goes on with."""
+        contexts = self._state.load.contexts
+        if not contexts:
+            return None
+        known = 0 if query.session or not len(match) else int(match.item(match.argmax()))
+        key = contexts.key(query.model, query.session, query.hashes, known)
+        return None if key is None else contexts[key]
 
     def count_in(
         self, query: Query, decision: Decision, now: int, applied: int

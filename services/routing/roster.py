@@ -68,9 +68,14 @@ class Roster:
         self.limited = bool(np.isfinite(self.limits).any())
         self.places = float(self.limits.sum())
         """Requests that they may run at once."""
+        self.contexts = np.frombuffer(state.load.contexts.tokens)
+        """Tokens of live contexts, as an array that changes with them, by the fold's ordinals."""
         self.zeros = np.zeros(len(self.nodes))
         self.tiered = [position for position, node in enumerate(self.nodes) if len(node.slots) > 1]
         self.block_size = serving[0].registered.block_size
+        blocks = [sum(node.registered.capacity_blocks.values()) for node in self.nodes]
+        self.room = np.array(blocks, dtype=np.float64) * self.block_size
+        """Tokens that they can hold, in all tiers."""
         self.is_lora = any(is_lora(node.registered, model) for node in serving)
         """Whether the model that was asked for is a LoRA."""
         self.indexes: list[tuple[str, PrefixIndex, NDArray[np.intp], NDArray[np.intp]]] = []

@@ -1,7 +1,7 @@
 """kvplane's own policy: least expected time to first token, of this request and of those that come after it.
 
     cost = queue + weight * own + load_seconds * load + active_seconds * active + decode_seconds * decoding
-           - session_seconds (where the session is)
+           + (turns - 1) * crowd - session_seconds (where the session is)
 
 `own` is the time that the node needs for the uncached part of the prompt, `queue` the time until it gets there; both go by
 what the log says of nodes: what they have computed, and how fast (`projections.load`). The other terms are about others:
@@ -12,6 +12,13 @@ what the log says of nodes: what they have computed, and how fast (`projections.
 - `load` is the share of its time that a node was given prefill for of late. It tells apart nodes that are idle at the
   moment, it keeps requests from running together to where it just became empty, and since new blocks push out old ones,
   it is also how fast a full cache forgets.
+- What is computed here pushes other contexts out, and so much of it as conversations will come back for is computed again:
+  `weight` has, beside those, the share of the node's cache that would be live contexts (`projections.contexts`), times the
+  chance that a conversation goes on. And while this prompt is computed, those that live here come back and wait half of
+  that time: `crowd_weight * arrivals * crowd * own / 2`. That is what keeps a long context where it is.
+- `crowd` is how many live contexts the node has, as a multiple of the mean. A conversation meets its neighbours at each of
+  its `turns`, so this is paid once for each that is to come. It places new ones where they have room to grow, moves one
+  only if that is worth the context, and outweighs a beginning that many share.
 - Requests that decode slow a prefill down and hold blocks. Most of them belong to conversations that go on here, so this is
   also what spreads new ones. Those whose prompts wait are in the queue already, but will decode soon.
 
@@ -44,6 +51,9 @@ TTFT = {
 }
 
 
+TURN_SECONDS = 1.0
+"""What a node with the mean of live contexts costs at each further turn of a conversation; decision 31 has what half of it does."""
+
 _FROM_THE_FIRST = np.zeros(1, np.intp)
 
 
@@ -58,18 +68,47 @@ def _weight(view: View, queue: Column, parameters: dict[str, float]) -> float:
     return parameters["uncached_weight"] + parameters["crowd_weight"] * (_mean(queue) * view.arrivals)
 
 
+def _returning(view: View, request: Request, contexts: Column) -> Column:
+    """Seconds that are computed again for each that is computed now: the chance that what it pushes out comes back."""
+    taken: Column = contexts + request.tokens
+    taken /= view.room
+    np.minimum(taken, 1.0, out=taken)
+    taken *= 1 - 1 / view.turns
+    return taken
+
+
+def _neighbours(view: View, mean: float) -> float:
+    """Seconds that a conversation will lose to the neighbours that it has on a node with the mean of live contexts.
+
+    Where caches are too small for the contexts, most of those are gone before their conversations come back.
+    """
+    return TURN_SECONDS * (view.turns - 1) * min(1.0, _mean(view.room) / mean)
+
+
 def ttft(view: View, request: Request, parameters: dict[str, float]) -> Column:
     """The least expected time to first token, of this request and of those that come after it."""
     queue, speed = view.queue, view.speed
     weight = _weight(view, queue, parameters)
-    costs: Column = view.match * (-request.block_size * weight)
-    costs += request.tokens * weight
+    own: Column = view.match * -request.block_size
+    own += request.tokens
     if view.slow is not None:
-        costs += view.slow * (request.block_size * parameters["slow_share"] * weight)
+        own += view.slow * (request.block_size * parameters["slow_share"])
+    own /= speed
+    contexts = view.contexts
+    mean = _mean(contexts)
+    if mean > 0:
+        weights = own * contexts
+        weights *= parameters["crowd_weight"] * view.arrivals / (2 * mean)
+        weights += _returning(view, request, contexts)
+        weights += weight
+        costs: Column = own * weights
+        costs += contexts * (_neighbours(view, mean) / mean)
+    else:
+        costs = own * weight
     load = view.recent_uncached
     load *= parameters["load_seconds"]
+    load /= speed
     costs += load
-    costs /= speed
     costs += queue
     costs += view.active * parameters["active_seconds"]
     costs += view.decoding * parameters["decode_seconds"]
@@ -80,17 +119,23 @@ def ttft(view: View, request: Request, parameters: dict[str, float]) -> Column:
 
 def ttft_terms(view: View, request: Request, parameters: dict[str, float]) -> dict[str, Column]:
     """The parts of `ttft`'s costs, in seconds."""
-    queue, speed = view.queue, view.speed
+    queue, speed, contexts = view.queue, view.speed, view.contexts
     weight = _weight(view, queue, parameters)
     slow = 0 if view.slow is None else view.slow * request.block_size * parameters["slow_share"]
-    session = np.zeros(len(queue))
+    own: Column = (request.tokens - view.match * request.block_size + slow) / speed
+    session, crowd = np.zeros(len(queue)), np.zeros(len(queue))
     if view.session >= 0:
         session[view.session] = -parameters["session_seconds"]
+    mean = _mean(contexts)
+    if mean > 0:
+        crowd = contexts / mean
     return {
         "queue": queue,
-        "own": (request.tokens - view.match * request.block_size + slow) / speed,
-        "others": (weight - 1) * (request.tokens - view.match * request.block_size + slow) / speed,
+        "own": own,
+        "others": (weight - 1 + parameters["crowd_weight"] * view.arrivals * crowd * own / 2) * own,
+        "evicted": _returning(view, request, contexts) * own if mean > 0 else np.zeros(len(queue)),
         "load": view.recent_uncached * parameters["load_seconds"] / speed,
+        "contexts": _neighbours(view, mean) * crowd if mean > 0 else crowd,
         "running": view.active * parameters["active_seconds"] + view.decoding * parameters["decode_seconds"],
         "session": session,
     }

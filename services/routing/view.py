@@ -11,9 +11,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
+    from kvplane.projections.contexts import Context
     from kvplane.projections.fleet import FleetState
     from kvplane.services.routing.overlay import Overlay
     from kvplane.services.routing.roster import Column, Roster
+
+EXPECTED_TURNS = 10
+"""Requests that a named session is taken to have while none is known: who names one means to come back."""
+TRUSTED = 8
+"""So many conversations that are known weigh as much as that."""
 
 
 class Request(NamedTuple):
@@ -28,16 +34,31 @@ class Request(NamedTuple):
 class View:
     """Candidates as columns: entry i of each is candidate i. A policy must not change them."""
 
-    __slots__ = ("_now", "_overlay", "_roster", "_speed", "_state", "_window", "active", "match", "session", "slow")
+    __slots__ = (
+        "_context",
+        "_named",
+        "_now",
+        "_overlay",
+        "_roster",
+        "_speed",
+        "_state",
+        "_window",
+        "active",
+        "match",
+        "session",
+        "slow",
+    )
 
     def __init__(
         self, roster: Roster, state: FleetState, overlay: Overlay, match: Column, slow: Column | None, session: int,
-        now: int,
+        now: int, context: Context | None = None, *, named: bool = False,
     ) -> None:  # fmt: skip
         self._roster = roster
         self._state = state
         self._overlay = overlay
         self._now = now
+        self._context = context
+        self._named = named
         self._speed: Column | None = None
         self._window = state.load.window(now)
         self.match = match
@@ -104,6 +125,36 @@ class View:
         for _, index, having, slots in roster.indexes:
             held[having] = np.array(index.counts())[slots]
         return held
+
+    @property
+    def begins(self) -> bool:
+        """Whether the request goes on with no conversation that is known."""
+        return self.session < 0 and self._context is None
+
+    @property
+    def room(self) -> Column:
+        """Tokens that the node can hold, in all tiers."""
+        return self._roster.room
+
+    @property
+    def contexts(self) -> Column:
+        """Tokens of the contexts of other conversations that go on at the node (`projections.contexts`)."""
+        roster, own = self._roster, self._context
+        at = None if own is None else roster.position.get(own.node)
+        if own is None or at is None:
+            return roster.rows(roster.contexts)
+        contexts = roster.pick(roster.contexts)
+        contexts[at] -= own.tokens
+        return contexts
+
+    @property
+    def turns(self) -> float:
+        """Requests that a conversation has had, in the mean of those that go on; expected ones while few are known."""
+        contexts = self._state.load.contexts
+        turns, known = contexts.turns, len(contexts)
+        if self._named:
+            turns, known = turns + EXPECTED_TURNS * TRUSTED, known + TRUSTED
+        return turns / known if known else 1.0
 
     @property
     def arrivals(self) -> float:

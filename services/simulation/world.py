@@ -24,6 +24,7 @@ from kvplane.events import types
 from kvplane.events.codec import WRITER, Message, encode
 from kvplane.events.hashing import derive_hash, longest_match, pack_hashes, unpack_hashes
 from kvplane.events.subjects import token
+from kvplane.events.versions import FORMAT
 from kvplane.projections.fleet import FleetState
 from kvplane.projections.load import PREFILL_LABEL
 from kvplane.services.protocol.errors import ServiceFault
@@ -213,6 +214,7 @@ class World:
     def _begin(self) -> None:
         """Make the nodes of the beginning known, and plan what happens to nodes later."""
         settings = self.settings
+        self._put(0.0, "control", types.FormatRaised(FORMAT))
         self._put(0.0, "control", types.PolicyChanged(settings.policy, settings.parameters))
         for number in range(settings.nodes):
             self._join(f"node-{number + 1}", 0.0)

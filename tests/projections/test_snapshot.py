@@ -14,6 +14,7 @@ from hypothesis.stateful import initialize, invariant, rule
 from kvplane.events import types
 from kvplane.events.hashing import pack_hashes
 from kvplane.projections import snapshot, snapshot_body
+from kvplane.projections.contexts import Contexts
 from kvplane.projections.digest import digest
 from kvplane.projections.errors import BadSnapshot
 from kvplane.projections.fleet import FleetState
@@ -55,6 +56,8 @@ def picture(thing: Any) -> Any:
             return {name: picture(getattr(thing, name)) for name in Prefills.__slots__}
         case Node() | Session():
             return [(name, picture(getattr(thing, name))) for name in thing.__struct_fields__]
+        case Contexts():
+            return list(thing.items()), picture(vars(thing))
         case dict():
             return [(key, picture(value)) for key, value in thing.items()]
         case list():
@@ -165,8 +168,8 @@ def test_the_story_has_something_in_every_part() -> None:
     state = STORY.state
     empty = [
         *(name for name, value in vars(state).items() if name not in MADE_ANEW and not value),
-        # Its log is in format 1, in which the fleet's pace has no bounded steps.
-        *(name for name, value in vars(state.load).items() if not value and name != "bounded"),
+        # Its log is in format 1, in which the fleet's pace has no bounded steps and no contexts are kept.
+        *(name for name, value in vars(state.load).items() if not value and name not in {"bounded", "contexts"}),
         *(f"body {name}" for name, value in msgspec.structs.asdict(snapshot_body.take(state)).items() if not value),
     ]
     assert empty == []

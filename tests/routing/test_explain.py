@@ -82,6 +82,25 @@ def test_every_decision_of_a_simulated_fleet_is_made_again_as_it_was(policy: str
             assert explanation.policy == policy
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_decisions_of_a_closed_loop_are_made_again_by_what_conversations_need(named: bool) -> None:
+    work = [
+        replace(
+            work_of(line, GENERATED_BLOCK_SIZE), session=line.session if named else "", delay=0.5 if named else None
+        )
+        for line in generate("multi-turn", 200, seed=3, rate=20)
+    ]
+    world = Recorder(SETTINGS, work)
+    world.run()
+    count = sum(name == "router-0" for name, _ in decisions(world.log))
+    explanations = [explained(world.log, "router-0", number) for number in range(3, count, 9)]
+    assert [each.differences for each in explanations] == [[]] * len(explanations)
+    weights = [weight for each in explanations for weight in each.candidates if weight.cost is not None]
+    assert any(weight.terms["contexts"] > 0 and weight.terms["evicted"] > 0 for weight in weights)
+    for weight in weights:
+        assert sum(weight.terms.values()) == pytest.approx(weight.cost, rel=1e-9, abs=1e-12)
+
+
 def test_what_the_router_knew_beyond_the_log_is_made_again_as_well() -> None:
     """Requests come faster than the log: without the overlay other nodes would be chosen."""
     log = recorded(replace(SETTINGS, delay=0.5), count=120)
@@ -100,7 +119,7 @@ def test_what_the_router_knew_beyond_the_log_is_made_again_as_well() -> None:
 
 def test_what_was_evicted_after_it_was_predicted_is_not_promised_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Caches are small here. A router that went by what it had predicted all the same is found out."""
-    small = replace(SETTINGS, capacity=200)
+    small = replace(SETTINGS, capacity=160)
     numbers = range(1, 70, 3)
     log = recorded(small, count=150)
     assert [explained(log, "router-0", number).differences for number in numbers] == [[]] * len(numbers)

@@ -1,0 +1,141 @@
+"""Contexts: what the conversations that go on will need of each node's cache.
+
+A prompt that was served is likely to be asked for again, longer: the conversation that it belongs to goes on. Until it has
+been silent for `LIVE_SECONDS`, its last prompt is its context, and counts where that was sent. The sum of contexts is what a
+node has to keep. It is known before the cache is full, and differs from what lies there: mostly of conversations that are over.
+
+A request that names its session belongs to that. Any other one belongs to the conversation whose last prompt it goes on from;
+it is found by the last full block of that prompt, so a beginning that many share makes no conversation.
+
+Kept only in a log of `CONTEXTS_FORMAT` or a later one: earlier logs fold as they always did.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from kvplane.events.types import RequestRouted
+
+CONTEXTS_FORMAT = 3
+"""From this format of the log on, contexts are kept."""
+LIVE_SECONDS = 600
+"""So long after its last request a conversation is expected to go on, in seconds of log time."""
+CONTEXTS_LIMIT = 200_000
+"""Most contexts remembered; the ones silent for longest are forgotten."""
+LOOKED_AT_BLOCKS = 64
+"""So many blocks before the end of what is known of a prompt its conversation is looked for: an answer's length and more."""
+
+_NS = 1_000_000_000
+_HASH = 8
+
+
+class Context(Struct, frozen=True, gc=False):
+    """The last prompt of a conversation: where it was sent, its tokens, and the log's time in unix nanoseconds."""
+
+    node: str
+    tokens: int
+    turns: int
+    """How many requests the conversation has had, this one included."""
+    time: int
+
+
+def session_key(model: str, session: str) -> bytes:
+    """The key of a named conversation; longer than a block's hash, which is the key of those without a name."""
+    return f"session {model}\0{session}".encode()
+
+
+class Contexts(OrderedDict[bytes, Context]):
+    """Live contexts, those silent for longest first, and their tokens by the nodes' ordinals."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = False
+        """Whether the log is in a format in which they are."""
+        self.tokens = array("d")
+        """Tokens of the contexts of each node; they follow from the contexts, as does the next."""
+        self.turns = 0
+        """Requests of all live conversations."""
+
+    def fit(self, count: int) -> None:
+        """Have a place for so many nodes."""
+        missing = count - len(self.tokens)
+        if missing > 0:
+            # A new array, since decisions may look at the old one, which can't grow then.
+            self.tokens = self.tokens + array("d", [0] * missing)
+
+    def key(self, model: str, session: str, hashes: bytes, known: int) -> bytes | None:
+        """The key of the conversation that a request goes on with; none when it isn't known.
+
+        `known` is how many leading blocks of the prompt any node holds: where it went on last time can't be behind.
+        """
+        if session:
+            key = session_key(model, session)
+            return key if key in self else None
+        end = min(known * _HASH, len(hashes))
+        for at in range(end - _HASH, max(-1, end - (LOOKED_AT_BLOCKS + 1) * _HASH), -_HASH):
+            if hashes[at : at + _HASH] in self:
+                return hashes[at : at + _HASH]
+        return None
+
+    def routed(self, event: RequestRouted, ordinals: Mapping[str, int], time: int) -> None:
+        """A request goes to a node that is known here."""
+        self._expire(ordinals, time)
+        before = self.key(event.model, event.session, event.hashes, max(event.best, event.match))
+        turns = 1
+        if before is not None:
+            turns += self[before].turns
+            self._forget(before, ordinals)
+        key = session_key(event.model, event.session) if event.session else event.hashes[-_HASH:]
+        if not key:
+            return
+        if key in self:
+            self._forget(key, ordinals)
+        self[key] = Context(event.node, event.tokens, turns, time)
+        self.turns += turns
+        self.tokens[ordinals[event.node]] += event.tokens
+        if len(self) > CONTEXTS_LIMIT:
+            self._forget(next(iter(self)), ordinals)
+
+    def _expire(self, ordinals: Mapping[str, int], time: int) -> None:
+        before = time - LIVE_SECONDS * _NS
+        while self:
+            oldest = next(iter(self))
+            if self[oldest].time >= before:
+                break
+            self._forget(oldest, ordinals)
+
+    def _forget(self, key: bytes, ordinals: Mapping[str, int]) -> None:
+        context = self.pop(key)
+        self.tokens[ordinals[context.node]] -= context.tokens
+        self.turns -= context.turns
+
+    def ended(self, model: str, session: str, ordinals: Mapping[str, int]) -> None:
+        """A session has ended."""
+        key = session_key(model, session)
+        if key in self:
+            self._forget(key, ordinals)
+
+    def node_gone(self, node: str, at: int) -> None:
+        """A node keeps nothing any more."""
+        for key in [key for key, context in self.items() if context.node == node]:
+            self.turns -= self.pop(key).turns
+        self.tokens[at] = 0
+
+    def adopt(self, live: Iterable[tuple[bytes, Context]], ordinals: Mapping[str, int]) -> None:
+        """Take over contexts. Raises `KeyError` for a node that is not there."""
+        self.update(live)
+        for context in self.values():
+            self.tokens[ordinals[context.node]] += context.tokens
+            self.turns += context.turns
+
+    def set_back(self, by: int) -> None:
+        """The log's clock was ahead by so many nanoseconds and is right again."""
+        self.update([(key, replace(each, time=each.time - by)) for key, each in self.items()])
