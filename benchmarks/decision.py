@@ -2,6 +2,7 @@
 
 The nodes hold what a fleet holds after a while: each chain (think of a system prompt or a conversation) lies on some of
 the nodes, as far as it had come when they saw it; requests are those chains, some cut short, some going on in new blocks.
+Each node has eight conversations that go on.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from benchmarks.common import Limit, Row, Worker, microseconds, obey, pin, row
 from benchmarks.index import fleet
 from benchmarks.workload import CHAIN, chains
 from kvplane.events import codec
-from kvplane.events.types import BlocksStored, RequestRouted
+from kvplane.events.types import BlocksStored, FormatRaised, RequestRouted
+from kvplane.events.versions import FORMAT
 from kvplane.services.routing.decide import Chooser, Query
 from kvplane.services.routing.overlay import Overlay
 
@@ -60,14 +62,16 @@ def holdings(nodes: int) -> Iterator[tuple[int, bytes]]:
 def filled(nodes: int) -> FleetState:
     """A fold with nodes that hold blocks and run requests."""
     state = fleet(nodes)
-    for sequence, (node, packed) in enumerate(holdings(nodes), nodes + 1):
+    raised = codec.encode([FormatRaised(FORMAT)])
+    state.apply(codec.Message(nodes + 1, "kv.bench.control", _SECOND, None, raised))
+    for sequence, (node, packed) in enumerate(holdings(nodes), nodes + 2):
         event = BlocksStored(f"n{node}", node + 1, sequence, packed)
         state.apply(codec.Message(sequence, f"kv.bench.cache.n{node}", _SECOND, None, codec.encode([event])))
     draw = random.Random(13)
     for number in range(8 * nodes):
         routed = RequestRouted(
             request=f"old{number}", model="m", node=f"n{draw.randrange(nodes)}", match=draw.randrange(CHAIN),
-            blocks=CHAIN, tokens=CHAIN * BLOCK_SIZE + 1,
+            blocks=CHAIN, tokens=CHAIN * BLOCK_SIZE + 1, session=f"session {number}",
         )  # fmt: skip
         state.apply(codec.Message(state.sequence + 1, "kv.bench.access.w", _SECOND, None, codec.encode([routed])))
     if state.skipped or state.ignored:

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 from msgspec.structs import replace
 
+from kvplane.events.hashing import unpack_hashes
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
@@ -30,7 +32,7 @@ LIVE_SECONDS = 600
 """So long after its last request a conversation is expected to go on, in seconds of log time."""
 CONTEXTS_LIMIT = 200_000
 """Most contexts remembered; the ones silent for longest are forgotten."""
-LOOKED_AT_BLOCKS = 64
+LOOKED_AT_BLOCKS = 32
 """So many blocks before the end of what is known of a prompt its conversation is looked for: an answer's length and more."""
 
 _NS = 1_000_000_000
@@ -48,11 +50,11 @@ class Context(Struct, frozen=True, gc=False):
 
 
 def session_key(model: str, session: str) -> bytes:
-    """The key of a named conversation; longer than a block's hash, which is the key of those without a name."""
-    return f"session {model}\0{session}".encode()
+    """The key of a named conversation; that of one without a name is the last full block of its last prompt."""
+    return f"{model}\0{session}".encode()
 
 
-class Contexts(OrderedDict[bytes, Context]):
+class Contexts(OrderedDict[bytes | int, Context]):
     """Live contexts, those silent for longest first, and their tokens by the nodes' ordinals."""
 
     def __init__(self) -> None:
@@ -71,7 +73,7 @@ class Contexts(OrderedDict[bytes, Context]):
             # A new array, since decisions may look at the old one, which can't grow then.
             self.tokens = self.tokens + array("d", [0] * missing)
 
-    def key(self, model: str, session: str, hashes: bytes, known: int) -> bytes | None:
+    def key(self, model: str, session: str, hashes: bytes, known: int) -> bytes | int | None:
         """The key of the conversation that a request goes on with; none when it isn't known.
 
         `known` is how many leading blocks of the prompt any node holds: where it went on last time can't be behind.
@@ -79,11 +81,10 @@ class Contexts(OrderedDict[bytes, Context]):
         if session:
             key = session_key(model, session)
             return key if key in self else None
-        end = min(known * _HASH, len(hashes))
-        for at in range(end - _HASH, max(-1, end - (LOOKED_AT_BLOCKS + 1) * _HASH), -_HASH):
-            if hashes[at : at + _HASH] in self:
-                return hashes[at : at + _HASH]
-        return None
+        blocks = unpack_hashes(hashes[max(known - LOOKED_AT_BLOCKS, 0) * _HASH : known * _HASH])
+        if self.keys().isdisjoint(blocks):
+            return None
+        return next(block for block in reversed(blocks) if block in self)
 
     def routed(self, event: RequestRouted, ordinals: Mapping[str, int], time: int) -> None:
         """A request goes to a node that is known here."""
@@ -93,8 +94,12 @@ class Contexts(OrderedDict[bytes, Context]):
         if before is not None:
             turns += self[before].turns
             self._forget(before, ordinals)
-        key = session_key(event.model, event.session) if event.session else event.hashes[-_HASH:]
-        if not key:
+        key: bytes | int
+        if event.session:
+            key = session_key(event.model, event.session)
+        elif event.hashes:
+            (key,) = unpack_hashes(event.hashes[-_HASH:])
+        else:
             return
         if key in self:
             self._forget(key, ordinals)
@@ -112,7 +117,7 @@ class Contexts(OrderedDict[bytes, Context]):
                 break
             self._forget(oldest, ordinals)
 
-    def _forget(self, key: bytes, ordinals: Mapping[str, int]) -> None:
+    def _forget(self, key: bytes | int, ordinals: Mapping[str, int]) -> None:
         context = self.pop(key)
         self.tokens[ordinals[context.node]] -= context.tokens
         self.turns -= context.turns
@@ -129,7 +134,7 @@ class Contexts(OrderedDict[bytes, Context]):
             self.turns -= self.pop(key).turns
         self.tokens[at] = 0
 
-    def adopt(self, live: Iterable[tuple[bytes, Context]], ordinals: Mapping[str, int]) -> None:
+    def adopt(self, live: Iterable[tuple[bytes | int, Context]], ordinals: Mapping[str, int]) -> None:
         """Take over contexts. Raises `KeyError` for a node that is not there."""
         self.update(live)
         for context in self.values():

@@ -135,7 +135,7 @@ class Body(_Part):
 class BodyWithContexts(Body):
     """That of a log in which contexts are kept: they come last, so that snapshots of earlier logs stay what they were."""
 
-    contexts: list[tuple[bytes, Context]] = []
+    contexts: list[tuple[bytes | int, Context]] = []
 
 
 def take(state: FleetState) -> Body:
@@ -313,7 +313,7 @@ def _put_load(state: FleetState, part: LoadPart) -> None:
     _check_load(load)
 
 
-def _put_contexts(state: FleetState, parts: list[tuple[bytes, Context]]) -> None:
+def _put_contexts(state: FleetState, parts: list[tuple[bytes | int, Context]]) -> None:
     load = state.load
     load.contexts.kept = state.format >= CONTEXTS_FORMAT
     live = dict(parts)

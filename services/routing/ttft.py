@@ -52,7 +52,7 @@ TTFT = {
 
 
 TURN_SECONDS = 1.0
-"""What a node with the mean of live contexts costs at each further turn of a conversation; decision 31 has what half of it does."""
+"""What a node with the mean of live contexts costs at each further turn of a conversation; see decision 31."""
 
 _FROM_THE_FIRST = np.zeros(1, np.intp)
 
@@ -72,7 +72,7 @@ def _returning(view: View, request: Request, contexts: Column) -> Column:
     """Seconds that are computed again for each that is computed now: the chance that what it pushes out comes back."""
     taken: Column = contexts + request.tokens
     taken /= view.room
-    np.minimum(taken, 1.0, out=taken)
+    np.minimum(taken, view.ones, out=taken)
     taken *= 1 - 1 / view.turns
     return taken
 
@@ -82,7 +82,7 @@ def _neighbours(view: View, mean: float) -> float:
 
     Where caches are too small for the contexts, most of those are gone before their conversations come back.
     """
-    return TURN_SECONDS * (view.turns - 1) * min(1.0, _mean(view.room) / mean)
+    return TURN_SECONDS * (view.turns - 1) * min(1.0, view.mean_room / mean)
 
 
 def ttft(view: View, request: Request, parameters: dict[str, float]) -> Column:
@@ -97,12 +97,15 @@ def ttft(view: View, request: Request, parameters: dict[str, float]) -> Column:
     contexts = view.contexts
     mean = _mean(contexts)
     if mean > 0:
-        weights = own * contexts
-        weights *= parameters["crowd_weight"] * view.arrivals / (2 * mean)
-        weights += _returning(view, request, contexts)
+        # What a neighbour's context costs: own * own * crowd_weight * arrivals / 2 for those who wait, and later turns.
+        costs: Column = own * own
+        costs *= parameters["crowd_weight"] * view.arrivals / (2 * mean)
+        costs += _neighbours(view, mean) / mean
+        costs *= contexts
+        weights = _returning(view, request, contexts)
         weights += weight
-        costs: Column = own * weights
-        costs += contexts * (_neighbours(view, mean) / mean)
+        weights *= own
+        costs += weights
     else:
         costs = own * weight
     load = view.recent_uncached
