@@ -14,8 +14,9 @@ what the log says of nodes: what they have computed, and how fast (`projections.
   it is also how fast a full cache forgets.
 - What is computed here pushes other contexts out, and so much of it as conversations will come back for is computed again:
   `weight` has, beside those, the share of the node's cache that would be live contexts (`projections.contexts`), times the
-  chance that a conversation goes on. And while this prompt is computed, those that live here come back and wait half of
-  that time: `crowd_weight * arrivals * crowd * own / 2`. That is what keeps a long context where it is.
+  chance that a conversation goes on; what comes back does the same in turn. And while this prompt is computed, those that
+  live here come back and wait half of that time: `crowd_weight * arrivals * crowd * own / 2`. That is what keeps a long
+  context where it is.
 - `crowd` is how many live contexts the node has, as a multiple of the mean. A conversation meets its neighbours at each of
   its `turns`, so this is paid once for each that is to come. It places new ones where they have room to grow, moves one
   only if that is worth the context, and outweighs a beginning that many share.
@@ -54,6 +55,9 @@ TTFT = {
 TURN_SECONDS = 1.0
 """What a node with the mean of live contexts costs at each further turn of a conversation; see decision 31."""
 
+GOES_ON = 0.9
+"""The chance that a chain of evictions goes on where all that is pushed out comes back: some end."""
+
 _FROM_THE_FIRST = np.zeros(1, np.intp)
 
 
@@ -69,11 +73,15 @@ def _weight(view: View, queue: Column, parameters: dict[str, float]) -> float:
 
 
 def _returning(view: View, request: Request, contexts: Column) -> Column:
-    """Seconds that are computed again for each that is computed now: the chance that what it pushes out comes back."""
+    """Seconds that are computed again for each that is computed now.
+
+    It is the chance that what is pushed out comes back, and what comes back pushes out others in turn.
+    """
     taken: Column = contexts + request.tokens
     taken /= view.room
     np.minimum(taken, view.ones, out=taken)
     taken *= 1 - 1 / view.turns
+    taken /= view.ones - taken * GOES_ON
     return taken
 
 

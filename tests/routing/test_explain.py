@@ -119,7 +119,7 @@ def test_what_the_router_knew_beyond_the_log_is_made_again_as_well() -> None:
 
 def test_what_was_evicted_after_it_was_predicted_is_not_promised_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Caches are small here. A router that went by what it had predicted all the same is found out."""
-    small = replace(SETTINGS, capacity=160)
+    small = replace(SETTINGS, capacity=130)
     numbers = range(1, 70, 3)
     log = recorded(small, count=150)
     assert [explained(log, "router-0", number).differences for number in numbers] == [[]] * len(numbers)
