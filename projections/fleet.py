@@ -29,9 +29,8 @@ from kvplane.events.codec import Commit, Message, decode
 from kvplane.events.errors import BadCommit, NewerFormat
 from kvplane.events.hashing import unpack_hashes
 from kvplane.events.versions import FORMAT
-from kvplane.projections.contexts import CONTEXTS_FORMAT
 from kvplane.projections.errors import Unusable
-from kvplane.projections.load import BOUNDED_FORMAT, Early, Load, prefill_speed
+from kvplane.projections.load import Early, Load, prefill_speed
 from kvplane.projections.nodes import Caches, Node
 from kvplane.projections.recency import Recency
 from kvplane.projections.sessions import Sessions
@@ -447,5 +446,4 @@ class FleetState:
 
     def _format_raised(self, event: types.FormatRaised) -> None:
         self.format = event.format
-        self.load.bounded = event.format >= BOUNDED_FORMAT
-        self.load.contexts.kept = event.format >= CONTEXTS_FORMAT
+        self.load.in_format(event.format)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from msgspec import Struct
 from msgspec.structs import replace
 
-from kvplane.projections.contexts import Contexts
+from kvplane.projections.contexts import CONTEXTS_FORMAT, Contexts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -180,6 +180,11 @@ class Load:
         self.contexts = Contexts()
         self.free: list[int] = []
         """Places of nodes that left; which one is used next is part of the state."""
+
+    def in_format(self, in_force: int) -> None:
+        """The log is in this format from now on."""
+        self.bounded = in_force >= BOUNDED_FORMAT
+        self.contexts.kept = in_force >= CONTEXTS_FORMAT
 
     def add_node(self, node: str, speed: float) -> None:
         """Start counting for a node, from nothing."""

@@ -21,8 +21,8 @@ from kvplane.events.hashing import pack_hashes, unpack_hashes
 from kvplane.events.subjects import Place
 from kvplane.events.types import NodeRegistered, Tier  # noqa: TC001 - msgspec looks them up as it decodes
 from kvplane.events.versions import FORMAT
-from kvplane.projections.contexts import CONTEXTS_FORMAT, Context
-from kvplane.projections.load import BOUNDED_FORMAT, COLUMNS, Active, Early, Prefills
+from kvplane.projections.contexts import Context  # noqa: TC001 - as those of the log
+from kvplane.projections.load import COLUMNS, Active, Early, Prefills
 from kvplane.projections.nodes import Node
 from kvplane.projections.prefix import PrefixIndex
 from kvplane.projections.recency import Recency
@@ -305,7 +305,7 @@ def _put_load(state: FleetState, part: LoadPart) -> None:
         prefills.waiting, prefills.ends, prefills.since = each.waiting, each.ends, each.since
         load.prefills.append(prefills)
     load.running = part.running
-    load.bounded = state.format >= BOUNDED_FORMAT
+    load.in_format(state.format)
     load.running_bytes = sum(len(active.hashes) for active in part.running.values())
     load.early = OrderedDict(part.early)
     load.ratio, load.all_said, load.all_took = part.ratio, part.all_said, part.all_took
@@ -315,7 +315,6 @@ def _put_load(state: FleetState, part: LoadPart) -> None:
 
 def _put_contexts(state: FleetState, parts: list[tuple[bytes | int, Context]]) -> None:
     load = state.load
-    load.contexts.kept = state.format >= CONTEXTS_FORMAT
     live = dict(parts)
     if len(live) != len(parts) or (live and not load.contexts.kept):
         _broken("a context is there twice, or in a log that keeps none")

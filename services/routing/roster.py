@@ -77,7 +77,6 @@ class Roster:
         self.room = np.array(blocks, dtype=np.float64) * self.block_size
         """Tokens that they can hold, in all tiers."""
         self.mean_room = float(self.room.mean()) if blocks else 0.0
-        self.ones = np.ones(len(self.nodes))
         self.is_lora = any(is_lora(node.registered, model) for node in serving)
         """Whether the model that was asked for is a LoRA."""
         self.indexes: list[tuple[str, PrefixIndex, NDArray[np.intp], NDArray[np.intp]]] = []

@@ -13,7 +13,7 @@ what the log says of nodes: what they have computed, and how fast (`projections.
   moment, it keeps requests from running together to where it just became empty, and since new blocks push out old ones,
   it is also how fast a full cache forgets.
 - What is computed here pushes other contexts out, and so much of it as conversations will come back for is computed again:
-  `weight` has, beside those, the share of the node's cache that would be live contexts (`projections.contexts`), times the
+  `weight` has, beside those, the share of a cache that would be live contexts (`projections.contexts`), times `crowd` and the
   chance that a conversation goes on; what comes back does the same in turn. And while this prompt is computed, those that
   live here come back and wait half of that time: `crowd_weight * arrivals * crowd * own / 2`. That is what keeps a long
   context where it is.
@@ -72,17 +72,13 @@ def _weight(view: View, queue: Column, parameters: dict[str, float]) -> float:
     return parameters["uncached_weight"] + parameters["crowd_weight"] * (_mean(queue) * view.arrivals)
 
 
-def _returning(view: View, request: Request, contexts: Column) -> Column:
-    """Seconds that are computed again for each that is computed now.
+def _returning(view: View, request: Request, mean: float) -> float:
+    """Seconds that are computed again for each that is computed now, on a node with the mean of live contexts.
 
     It is the chance that what is pushed out comes back, and what comes back pushes out others in turn.
     """
-    taken: Column = contexts + request.tokens
-    taken /= view.room
-    np.minimum(taken, view.ones, out=taken)
-    taken *= 1 - 1 / view.turns
-    taken /= view.ones - taken * GOES_ON
-    return taken
+    chance = min(1.0, (mean + request.tokens) / view.mean_room) * (1 - 1 / view.turns)
+    return chance / (1 - chance * GOES_ON)
 
 
 def _neighbours(view: View, mean: float) -> float:
@@ -105,15 +101,13 @@ def ttft(view: View, request: Request, parameters: dict[str, float]) -> Column:
     contexts = view.contexts
     mean = _mean(contexts)
     if mean > 0:
-        # What a neighbour's context costs: own * own * crowd_weight * arrivals / 2 for those who wait, and later turns.
-        costs: Column = own * own
-        costs *= parameters["crowd_weight"] * view.arrivals / (2 * mean)
-        costs += _neighbours(view, mean) / mean
+        # For each second of own and each token of a neighbour: those who wait, half of it, and those who are pushed out.
+        costs: Column = own * (parameters["crowd_weight"] * view.arrivals / (2 * mean))
+        costs += _returning(view, request, mean) / mean
         costs *= contexts
-        weights = _returning(view, request, contexts)
-        weights += weight
-        weights *= own
-        costs += weights
+        costs += weight
+        costs *= own
+        costs += contexts * (_neighbours(view, mean) / mean)
     else:
         costs = own * weight
     load = view.recent_uncached
@@ -144,7 +138,7 @@ def ttft_terms(view: View, request: Request, parameters: dict[str, float]) -> di
         "queue": queue,
         "own": own,
         "others": (weight - 1 + parameters["crowd_weight"] * view.arrivals * crowd * own / 2) * own,
-        "evicted": _returning(view, request, contexts) * own if mean > 0 else np.zeros(len(queue)),
+        "evicted": _returning(view, request, mean) * crowd * own if mean > 0 else np.zeros(len(queue)),
         "load": view.recent_uncached * parameters["load_seconds"] / speed,
         "contexts": _neighbours(view, mean) * crowd if mean > 0 else crowd,
         "running": view.active * parameters["active_seconds"] + view.decoding * parameters["decode_seconds"],

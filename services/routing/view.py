@@ -142,11 +142,6 @@ class View:
         return self._roster.mean_room
 
     @property
-    def ones(self) -> Column:
-        """A one for each candidate: numpy takes an array sooner than a number."""
-        return self._roster.ones
-
-    @property
     def contexts(self) -> Column:
         """Tokens of the contexts of other conversations that go on at the node (`projections.contexts`)."""
         roster, own = self._roster, self._context
