@@ -60,6 +60,14 @@ def test_a_conversation_without_a_name_is_known_by_the_prompt_that_it_goes_on_fr
     assert (tokens(given), given.state.load.contexts.turns) == ({"a": 0, "b": 128, "c": 0}, 3)
 
 
+def test_a_prompt_that_branched_off_long_ago_goes_on_with_no_conversation() -> None:
+    given = fleet()
+    asks(given, "a", 1, 2, 3)
+    longer = [*range(1, 4 + contexts.LOOKED_AT_BLOCKS)]
+    asks(given, "b", *longer, best=len(longer))
+    assert given.state.load.contexts.turns == len(given.state.load.contexts) == 2
+
+
 def test_a_beginning_that_many_share_makes_no_conversation() -> None:
     given = fleet()
     asks(given, "a", 1, 2, 3)

@@ -7,18 +7,19 @@ import pytest
 from kvplane.events import types
 from kvplane.events.hashing import pack_hashes
 from kvplane.projections.contexts import CONTEXTS_FORMAT
-from tests.support.routing_given import CHAIN, Given
+from kvplane.services.routing.decide import Query
+from tests.support.routing_given import CHAIN, NOW, Given
 
 COMMON = CHAIN[:8]
 
 
-def fleet(in_force: int = CONTEXTS_FORMAT) -> Given:
+def fleet(in_force: int = CONTEXTS_FORMAT, capacity: int = 64) -> Given:
     """Two idle nodes; two conversations of many turns live on `a`, where their common beginning lies."""
     given = Given()
     if in_force > 1:
         given.put("control", types.FormatRaised(in_force))
     for name in "ab":
-        given.node(name)
+        given.put(f"node.{name}", types.NodeRegistered(name, "x", ["m"], 16, {"gpu": capacity}))
     given.holds("a", 8)
     for turn in range(6):
         for session in ("s", "t"):
@@ -65,3 +66,23 @@ def test_the_longer_a_context_the_more_than_in_proportion_its_move_costs() -> No
         of_a_move.append(cost["b"] - cost["a"])
     first, second, third = of_a_move
     assert 0 < 2 * (second - first) < third - second
+
+
+def test_a_conversation_is_no_neighbour_of_its_own() -> None:
+    given = fleet()
+
+    def lives(session: str) -> list[float]:
+        query = Query("q", "m", pack_hashes(CHAIN), 600, 32, 16, session, frozenset())
+        view, _, _ = given.chooser.weigh(given.chooser.roster("m"), query, session, NOW)
+        return [*map(float, view.contexts)]
+
+    assert (lives("s"), lives("t"), lives("new")) == ([320, 0], [320, 0], [640, 0])
+
+
+def test_what_is_pushed_out_counts_the_more_the_less_room_there_is() -> None:
+    of_the_crowded = []
+    for capacity in (10_000, 64):
+        decision = fleet(capacity=capacity).decide(blocks=32, session="new")
+        cost = {each.node: each.cost for each in decision.candidates}
+        of_the_crowded.append(cost["a"] - cost["b"])
+    assert of_the_crowded[0] < of_the_crowded[1]
