@@ -17,6 +17,7 @@ from kvplane.events.hashing import block_hashes, pack_hashes, unpack_hashes
 from kvplane.events.types import BlocksRemoved, BlocksStored, CacheCleared
 from kvplane.services.engines.dialect import Cleared, Removed, Stored
 from kvplane.services.engines.holding import Former, Holding
+from kvplane.services.engines.parts import part, parts, parts_named
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -39,6 +40,7 @@ COUNTS = {
     "unknown_removed": "removals of blocks that are not known to be held",
     "unnamed": "blocks that were stored by a name that is not known, without their tokens",
     "partial": "entries of less than a block",
+    "indivisible": "blocks of a slower tier that are no whole number of the fleet's",
     "misfit": "stores whose tokens are not those of their blocks",
     "other_group": "blocks of other attention groups than the one that is followed",
     "elsewhere": "blocks in places that are not this engine's own",
@@ -59,12 +61,14 @@ class Translator:
         self.epoch = 0
         self.counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
         self.wrong_size = 0
-        """A block size of the engine's that is not this node's; 0 while there is none."""
+        """A block size of the engine's fast tier that is not this node's; 0 while there is none."""
         self._capacity = capacity or {}
         self._tiers: dict[Tier, Holding] = {}
         self._former = Former(FORMER_NAMES)
         self._group: int | None = None
         self._others: set[int] = set()
+        self._parts = 0
+        """Into how many of the fleet's blocks one of a slower tier was split at the most."""
 
     def oddities(self) -> dict[str, int]:
         """What was counted beside the ordinary, rounded down to a power of two, so that a stream of it is worth a few lines."""
@@ -98,10 +102,12 @@ class Translator:
     def forget(self) -> None:
         """Know nothing: names of another life may mean something else."""
         self._tiers, self._former, self._group, self._others = {}, Former(FORMER_NAMES), None, set()
+        self._parts = 0
 
     def restore(self, tier: Tier, names: Mapping[EngineHash, int]) -> None:
         """Hold what is known from elsewhere, one copy each."""
         holding = self._holding(tier)
+        self._parts = max(self._parts, parts_named(names))
         for name, block in names.items():
             if name not in holding.names:
                 holding.add(name, block)
@@ -128,8 +134,11 @@ class Translator:
     def learn(self, batch: Batch) -> None:
         """Take the meaning of names and groups from a batch whose effects are known already."""
         for event in batch.events:
-            if type(event) is Stored and event.tokens and self._followed(event.group, event):
-                for name, block in zip(event.hashes, self._resolved(event), strict=True):
+            if type(event) is not Stored or not event.tokens or not self._followed(event.group, event):
+                continue
+            fitted = self._fitted(event)
+            if isinstance(fitted, Stored):
+                for name, block in zip(fitted.hashes, self._blocks(fitted), strict=True):
                     if block is not None and not self._anywhere(name):
                         self._former.put(name, block)
 
@@ -171,6 +180,34 @@ class Translator:
             return stored is None and group not in self._others
         return group == self._group
 
+    def _fitted(self, stored: Stored) -> Stored | str:
+        """A store in the fleet's blocks; else the name under which it is counted that it can't be."""
+        names, size = stored.hashes, self.block_size
+        if not stored.tokens:
+            return stored
+        if stored.block_size == size:
+            return stored if len(stored.tokens) == len(names) * size else "misfit"
+        if stored.tier == "gpu":
+            if stored.block_size > size or len(names) > 1:
+                self.wrong_size = stored.block_size
+            return "partial"
+        # Slower tiers have sizes of their own: one name then means several of the fleet's blocks.
+        each, rest = divmod(stored.block_size, size)
+        if each < 1 or rest or stored.keys:
+            # Which of the blocks has the multimodal item is not said.
+            return "indivisible"
+        if len(stored.tokens) != len(names) * stored.block_size:
+            return "misfit"
+        self._parts = max(self._parts, each)
+        return stored._replace(hashes=[one for name in names for one in parts(name, each)], block_size=size)
+
+    def _blocks(self, stored: Stored) -> list[int | None]:
+        """The blocks that a fitted store's names mean; none at all where its tokens can't be hashed."""
+        try:
+            return self._resolved(stored)
+        except BadHashes:
+            return [None] * len(stored.hashes)
+
     def _resolved(self, stored: Stored) -> list[int | None]:
         """The blocks that the names mean; none where that is unknown."""
         names, size = stored.hashes, self.block_size
@@ -202,15 +239,11 @@ class Translator:
             counts["other_group"] += len(names)
             return
         counts["stored"] += len(names)
-        if stored.tokens:
-            if stored.block_size != self.block_size:
-                if stored.block_size > self.block_size or len(names) > 1:
-                    self.wrong_size = stored.block_size
-                counts["partial"] += len(names)
-                return
-            if len(stored.tokens) != len(names) * self.block_size:
-                counts["misfit"] += len(names)
-                return
+        fitted = self._fitted(stored)
+        if isinstance(fitted, str):
+            counts[fitted] += len(names)
+            return
+        stored, names = fitted, fitted.hashes
         try:
             blocks = self._resolved(stored)
         except BadHashes:
@@ -257,7 +290,11 @@ class Translator:
         counts["removed"] += len(removed.hashes)
         holding = self._holding(removed.tier)
         names, alone = holding.names, len(self._tiers) == 1
-        for name in removed.hashes:
+        hashes = removed.hashes
+        if self._parts and removed.tier != "gpu":
+            split = [one for name in hashes for at in range(self._parts - 1) if (one := part(name, at)) in names]
+            hashes = [*split, *hashes]
+        for name in hashes:
             block = names.get(name)
             if block is None:
                 counts["unknown_removed"] += 1
