@@ -81,7 +81,14 @@ class Adapter:
         """How often the replay buffer was asked."""
         self.repeated_reports = 0
         """How often everything was reported anew in an epoch that had begun before."""
-        self.track = Track(Translator(config.node, facts.block_size, {"gpu": facts.capacity_blocks}))
+        # An SGLang of plain replicas says 0, whichever it is.
+        ranks = (
+            frozenset({source.rank, 0} if engine.kind == "sglang" else {source.rank}) if config.ranked else frozenset()
+        )
+        self.track = Track(
+            Translator(config.node, facts.block_size, {"gpu": facts.capacity_blocks}),
+            ranks=ranks, where=source.events,
+        )  # fmt: skip
         self._log = self.writers.add(
             GroupWriter(
                 self.appender, subject(fleet, "cache", config.node), linger=LINGER_SECONDS, limit=2 * config.buffer_events

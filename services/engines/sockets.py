@@ -16,8 +16,8 @@ import anyio
 import structlog
 import zmq
 import zmq.asyncio
-from zmq.utils.monitor import parse_monitor_message
 
+from kvplane.services.engines.publishers import EVENTS, Publishers
 from kvplane.services.protocol.errors import EngineUnfit
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ REPLAY_ROUNDS = 32
 
 _SEQUENCE_BYTES = 8
 _END = (-1).to_bytes(_SEQUENCE_BYTES, "big", signed=True)
-_CONNECTED = zmq.EVENT_HANDSHAKE_SUCCEEDED
 
 _log = structlog.get_logger("kvplane.engines")
 
@@ -73,7 +72,8 @@ class Published:
         self._socket.setsockopt(zmq.HEARTBEAT_IVL, 5000)
         self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15000)
         self._socket.setsockopt(zmq.SUBSCRIBE, b"")
-        self._monitor = self._socket.get_monitor_socket(_CONNECTED)
+        self._monitor = self._socket.get_monitor_socket(EVENTS)
+        self.publishers = Publishers(endpoint)
         binds = engine_binds(endpoint)
         try:
             if binds:
@@ -89,8 +89,6 @@ class Published:
             ) from None
         self.waiting: deque[Numbered] = deque()
         self._bytes = 0
-        self.connections = 0
-        """How often an engine has connected. Batches that wait are of the last connection or of earlier ones."""
         self.overflowed = False
         """Batches had to be forgotten because too many waited."""
         self.malformed = 0
@@ -103,7 +101,7 @@ class Published:
         self._context.destroy(linger=0)
 
     async def run(self) -> None:
-        """Receive until cancelled."""
+        """Receive until cancelled. Raises `EngineUnfit` when two engines publish here."""
         async with anyio.create_task_group() as group:
             group.start_soon(self._watch)
             socket: zmq.Socket[bytes] = zmq.Socket.shadow(self._socket)
@@ -111,7 +109,12 @@ class Published:
                 await self._socket.poll()
                 with suppress(zmq.Again):
                     for _ in range(READ_BATCHES):
-                        self._receive(socket.recv_multipart(zmq.NOBLOCK))
+                        if self.publishers.live > 1:
+                            whole = socket.recv_multipart(zmq.NOBLOCK, copy=False)
+                            self.publishers.turn(whole[-1])
+                            self._receive([frame.bytes for frame in whole])
+                        else:
+                            self._receive(socket.recv_multipart(zmq.NOBLOCK))
                 # Who connected is known before the first batch of it is: the same thread of ZMQ's reports both.
                 self._connections()
                 self._wake()
@@ -122,18 +125,21 @@ class Published:
             self._connections()
             self._wake()
 
+    @property
+    def connections(self) -> int:
+        """How often an engine has connected. Batches that wait are of the last connection or of earlier ones."""
+        return self.publishers.connections
+
     def _connections(self) -> None:
-        monitor: zmq.Socket[bytes] = zmq.Socket.shadow(self._monitor)
-        with suppress(zmq.Again):
-            while True:
-                if parse_monitor_message(monitor.recv_multipart(zmq.NOBLOCK))["event"] == _CONNECTED:
-                    self.connections += 1
+        self.publishers.look(zmq.Socket.shadow(self._monitor))
 
     def _receive(self, frames: list[bytes]) -> None:
         batch = _numbered(frames)
         if batch is None or batch[0] < 0:
             self.malformed += 1
             return
+        if len(frames) > 2:
+            self.publishers.heard(frames[0], zmq.Socket.shadow(self._monitor))
         self.waiting.append(batch)
         self._bytes += len(batch[1])
         if len(self.waiting) > INBOX_BATCHES or self._bytes > INBOX_BYTES:

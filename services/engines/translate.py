@@ -231,8 +231,8 @@ class Translator:
         return blocks
 
     def _store(self, stored: Stored, out: _Out, *, again: bool) -> None:
-        counts, names = self.counts, stored.hashes
-        if stored.tier is None:
+        counts, names, tier = self.counts, stored.hashes, stored.tier
+        if tier is None:
             counts["elsewhere"] += len(names)
             return
         if not self._followed(stored.group, stored):
@@ -249,7 +249,7 @@ class Translator:
         except BadHashes:
             counts["misfit"] += len(names)
             return
-        tier, holding = stored.tier, self._holding(stored.tier)
+        holding = self._holding(tier)
         parent = None if stored.parent is None else self._block(stored.parent)
         whole = [block for block in blocks if block is not None]
         if len(whole) == len(names) and holding.add_all(names, whole):
