@@ -106,7 +106,7 @@ class Adapters:
                 )
             if now >= deadline:
                 raise EngineUnfit(
-                    f"no engine is well at {self.engine.url} after {seconds:g} s: {health.reason}; give --engine the URL of "
+                    f"{health.reason}; no engine is well at {self.engine.url} after {seconds:g} s: give --engine the URL of "
                     "its API, or a longer --wait"
                 )
             self._waits_for = health.reason

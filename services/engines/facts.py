@@ -25,6 +25,8 @@ Kind = Literal["vllm", "sglang"]
 KINDS: tuple[Kind, ...] = ("vllm", "sglang")
 
 ANSWER_SECONDS = 5.0
+_REFUSED = {401, 403}
+"""Statuses of who wants a key, or another one."""
 _PASSING = {404, 408, 425, 429}
 """Statuses below 500 that pass by themselves; 404 does where it is that of something before the engine."""
 _GIVE = "give --engine the address of the engine's OpenAI-compatible API, such as http://127.0.0.1:8000"
@@ -66,6 +68,8 @@ class Facts(Struct, frozen=True, kw_only=True):
     sources: list[Source] = []
     caching: bool = True
     """Whether it reuses what it has computed for earlier requests."""
+    refused: str = ""
+    """Why something of this could not be asked for; empty when all could."""
 
 
 class Served(NamedTuple):
@@ -151,15 +155,19 @@ def gauges(found: Samples, rank: int) -> Gauges:
 class Engine:
     """An engine's HTTP endpoints. Use as an asynchronous context manager."""
 
-    def __init__(self, kind: Kind, url: str) -> None:
+    def __init__(self, kind: Kind, url: str, *, key: str = "") -> None:
         self.kind: Kind = kind
         self.url = url.rstrip("/")
+        self._key = key
         self.host = host_of(self.url)
         self._session: aiohttp.ClientSession | None = None
+        self._not_told = ""
+        """What it refused to tell, in a sentence."""
 
     async def __aenter__(self) -> Self:
         """Open."""
-        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS))
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS), headers=headers)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -186,12 +194,17 @@ class Engine:
     async def _json(self, *paths: str) -> Any:  # noqa: ANN401 - whatever it answers
         for path in paths:
             status, text = await self._get(path)
+            self._told(path, status)
             if status == 200:
                 try:
                     return json.loads(text)
                 except (ValueError, RecursionError):
                     continue
         return None
+
+    def _told(self, path: str, status: int) -> None:
+        if status in _REFUSED and not self._not_told:
+            self._not_told = self._refused(path, status)
 
     async def healthy(self) -> bool | None:
         """Whether the engine says that it is well; none when it is there and takes too long to say so."""
@@ -204,8 +217,15 @@ class Engine:
             return False
 
     async def health(self, seconds: float = ANSWER_SECONDS) -> Health:
-        """How the engine is, and what is wrong when it is not well. What keeps silent for `seconds` is not."""
-        where = self.url + "/health"
+        """How the engine is, and what is wrong when it is not well. What keeps silent for `seconds` is not.
+
+        One that is well lists its models as well.
+        """
+        found = await self._health("/health", seconds)
+        return await self._health("/v1/models", seconds) if found.well else found
+
+    async def _health(self, path: str, seconds: float) -> Health:
+        where = self.url + path
         try:
             timeout = aiohttp.ClientTimeout(total=seconds)
             async with self.http.get(where, timeout=timeout) as answer:
@@ -217,12 +237,24 @@ class Engine:
             return Health(well=False, reason=reason, final=final)
         if status == 200:
             return Health(well=True)
+        if status in _REFUSED:
+            return Health(well=False, reason=self._refused(path, status), final=True)
         reason = f"{where} answers {status}"
         if status == 404:
-            reason += f", and {self.url}/v1/models {await self._status('/v1/models')}"
+            other = "/v1/models" if path == "/health" else "/health"
+            reason += f", and {self.url}{other} {await self._status(other)}"
             if self.url.endswith("/v1"):
                 reason += "; leave the /v1 out"
         return Health(well=False, reason=reason, final=status < 500 and status not in _PASSING - {404})
+
+    def _refused(self, path: str, status: int) -> str:
+        """That a key is asked for, in a sentence."""
+        if self._key:
+            return f"{self.url}{path} answers {status}: it does not take the key that was given; give its own with --api-key"
+        return (
+            f"{self.url}{path} answers {status}: it asks for a key; give --api-key, or KVPLANE_API_KEY in the environment, "
+            "which others can't see"
+        )
 
     async def _status(self, path: str) -> str:
         try:
@@ -245,15 +277,13 @@ class Engine:
         try:
             parents = {model["id"]: model.get("parent") for model in json.loads(text)["data"]}
         except (ValueError, KeyError, TypeError, AttributeError):
-            if status in {401, 403}:
-                answer = (
-                    f"answers {status}: it asks for a key, and the adapter has none to give; let it be asked without"
-                )
-            else:
-                answer = f"lists no models (it answers {status}); {_GIVE}"
-            raise EngineUnfit(f"{self.url}/v1/models {answer}") from None
+            if status in _REFUSED:
+                raise EngineUnfit(self._refused("/v1/models", status)) from None
+            raise EngineUnfit(f"{self.url}/v1/models lists no models (it answers {status}); {_GIVE}") from None
+        self._not_told = ""
         models = sorted(parents, key=lambda model: parents[model] is not None)
         status, text = await self._get("/metrics")
+        self._told("/metrics", status)
         found = samples(text) if status == 200 else {}
         if self.kind == "sglang":
             return await self._sglang(models, found)
@@ -270,6 +300,7 @@ class Engine:
             started=started(found),
             sources=_sources(await self._json("/kv_event_sources")),
             caching=not config or config[0].get("enable_prefix_caching") != "False",
+            refused=self._not_told,
         )
 
     async def _sglang(self, models: list[str], found: Samples) -> Facts:
@@ -284,6 +315,7 @@ class Engine:
         return Facts(
             models=models, version=str(info.get("version", "")), block_size=size,
             capacity_blocks=tokens // size if size else 0, started=started(found), sources=_sglang_sources(info),
+            refused=self._not_told,
         )  # fmt: skip
 
 
@@ -331,6 +363,8 @@ def check(kind: Kind, facts: Facts, sources: list[Source]) -> None:
         raise EngineUnfit("the engine serves no model")
     if not facts.caching:
         raise EngineUnfit("the engine keeps nothing for later requests; start it with --enable-prefix-caching")
+    if facts.refused and not (sources and facts.block_size and facts.capacity_blocks):
+        raise EngineUnfit(facts.refused)
     if not sources:
         raise EngineUnfit(
             f"the engine publishes no cache events, or does not say where: {TURN_ON[kind]}, or give --events"

@@ -38,6 +38,10 @@ class FakeEngine:
         self.models: list[Any] = [{"id": "m", "parent": None}, {"id": "ad", "parent": "m"}]
         self.more_metrics = ""
         """What its page of metrics says beside its load."""
+        self.key, self.guards = "", "/"
+        """The key that requests must have whose path begins so; none is asked for when it is empty."""
+        self.missing: set[str] = set()
+        """Paths that it does not have."""
         self.replay_requests = 0
         self.drops = 0
         """So many answers of replays lose batches and their end, as when the socket's queue is full."""
@@ -142,6 +146,11 @@ class FakeEngine:
         async def answer(request: web.Request) -> web.Response:
             if self.loading:
                 return web.Response(status=503)
+            authorized = request.headers.get("Authorization") == f"Bearer {self.key}"
+            if self.key and request.path.startswith(self.guards) and not authorized:
+                return web.Response(status=401)
+            if request.path in self.missing:
+                return web.Response(status=404)
             with suppress(KeyError):
                 return web.Response(text=pages[request.path] + self.more_metrics * (request.path == "/metrics"))
             return web.Response(status=404)
