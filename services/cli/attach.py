@@ -35,7 +35,8 @@ class Attached:
     """Attach only this data-parallel rank, as the node of exactly that name; all ranks if not given."""
     events: Annotated[str, Parameter(env_var="KVPLANE_EVENTS")] = ""
     """Where the engine publishes (`endpoint` of its --kv-events-config); asked of the engine if not given. With --rank it is
-    where that rank publishes, its port shifted already; without, rank 0."""
+    where that rank publishes, its port shifted already; without, rank 0. `connect:` or `bind:` before it says what the adapter
+    has to do there; without, it connects where there is a `*`, and else listens if it can."""
     replay: Annotated[str, Parameter(env_var="KVPLANE_REPLAY")] = ""
     """Its replay endpoint (`replay_endpoint` of its --kv-events-config), of the same rank as --events; asked of the engine
     with --events not given."""

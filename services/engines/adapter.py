@@ -31,7 +31,7 @@ from kvplane.services.protocol import labels, messages
 from kvplane.services.protocol.errors import AnswerTooLarge, EngineUnfit, ServiceFault
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from anyio.abc import TaskStatus
     from nats.aio.client import Client
@@ -65,13 +65,21 @@ class Adapter:
     """One data-parallel rank of an engine as a node of the fleet."""
 
     def __init__(
-        self, client: Client, fleet: str, engine: Engine, facts: Facts, source: Source, config: AdapterConfig
+        self,
+        client: Client,
+        fleet: str,
+        engine: Engine,
+        facts: Facts,
+        source: Source,
+        config: AdapterConfig,
+        sources: Callable[[Facts], Sequence[Source]] | None = None,
     ) -> None:
         self.client = client
         self.fleet = fleet
         self.engine = engine
         self.facts = facts
         self.source = source
+        self._sources = sources or (lambda facts: facts.sources)
         self.config = config
         self.writer = new_writer(f"node-{config.node}"[:100])
         self.appender = Appender(client, fleet, self.writer)
@@ -81,13 +89,14 @@ class Adapter:
         """How often the replay buffer was asked."""
         self.repeated_reports = 0
         """How often everything was reported anew in an epoch that had begun before."""
+        self.published = Published(source.events, engine.host)
         # An SGLang of plain replicas says 0, whichever it is.
         ranks = (
             frozenset({source.rank, 0} if engine.kind == "sglang" else {source.rank}) if config.ranked else frozenset()
         )
         self.track = Track(
             Translator(config.node, facts.block_size, {"gpu": facts.capacity_blocks}),
-            ranks=ranks, where=source.events,
+            ranks=ranks, where=self.published.endpoint,
         )  # fmt: skip
         self._log = self.writers.add(
             GroupWriter(
@@ -95,8 +104,7 @@ class Adapter:
             )
         )  # fmt: skip
         self.outbox = Outbox(self._log, config.node, config.buffer_events)
-        self.published = Published(source.events, engine.host)
-        self.hearing = Hearing(engine.kind, config.node, facts.block_size, source.events)
+        self.hearing = Hearing(engine.kind, config.node, facts.block_size, self.published)
         self.life = Life()
         self.health = Health()
         self._looks = Looks(config.idle_seconds)
@@ -228,7 +236,8 @@ class Adapter:
         suspect, self.health.suspect = self.health.suspect, False
         same_life = await self._same_life() if connected or suspect else True
         position = track.next is not None
-        replies, ended = await self._replay(track.ask_from)
+        # Another life's buffer says nothing of what was missed, and may be elsewhere.
+        replies, ended = ([], False) if same_life is False else await self._replay(track.ask_from)
         look = track.resync(
             joined(held, replies) if ended and same_life else replies, ended=ended, same_life=same_life,
             missing=bool(missing) or lost,
@@ -287,7 +296,16 @@ class Adapter:
             models=facts.models,
             loras_from=facts.loras_from,
         )
+        self._move(facts)
         self.life.on(Event.REFRESHED)
+
+    def _move(self, facts: Facts) -> None:
+        """Listen where this life of the engine publishes: it may have taken another free port."""
+        found = next((source for source in self._sources(facts) if source.rank == self.source.rank), self.source)
+        if found.events != self.source.events:
+            _log.info("events_moved", node=self.config.node, before=self.source.events, now=found.events)
+            self.published.move(found.events)
+        self.source = found
 
     async def _join(self) -> None:
         """Register after the first time, with what is true of the engine now."""

@@ -13,7 +13,7 @@ import aiohttp
 from msgspec import Struct
 from prometheus_client.parser import text_string_to_metric_families
 
-from kvplane.services.engines.sockets import host_of
+from kvplane.services.engines.sockets import host_of, reachable
 from kvplane.services.protocol.errors import EngineUnfit
 from kvplane.services.rpc.unanswered import Unanswered, why
 
@@ -327,14 +327,22 @@ def _number(text: object) -> int:
 
 
 def _sources(publishers: object) -> list[Source]:
-    """Sources of vLLM's `/kv_event_sources`: publisher configurations by rank, their ports shifted already."""
-    if not isinstance(publishers, dict):
+    """Sources of vLLM's `/kv_event_sources`: publishers by rank or as a list, their ports shifted already."""
+    if isinstance(publishers, dict):
+        numbered = [(_number(rank), source) for rank, source in publishers.items()]
+    elif isinstance(publishers, list):
+        numbered = [(_rank(source), source) for source in publishers]
+    else:
         return []
     return [
-        Source(rank=_number(rank), events=str(source.get("endpoint")), replay=str(source.get("replay_endpoint") or ""))
-        for rank, source in sorted(publishers.items(), key=lambda item: _number(item[0]))
+        Source(rank=rank, events=str(source.get("endpoint")), replay=str(source.get("replay_endpoint") or ""))
+        for rank, source in sorted(numbered, key=lambda one: one[0])
         if isinstance(source, dict) and source.get("publisher", "zmq") == "zmq" and source.get("endpoint")
     ]
+
+
+def _rank(source: object) -> int:
+    return _number(source.get("data_parallel_rank", source.get("dp_rank"))) if isinstance(source, dict) else 0
 
 
 def _sglang_sources(info: dict[str, Any]) -> list[Source]:
@@ -343,9 +351,23 @@ def _sglang_sources(info: dict[str, Any]) -> list[Source]:
     except (ValueError, TypeError):
         return []
     endpoint = config.get("endpoint", "tcp://*:5557") if config.get("publisher") == "zmq" else ""
+    replay = config.get("replay_endpoint") or ""
+    told = info.get("kv_events")
+    publishers = told.get("publishers") if isinstance(told, dict) else None
+    if isinstance(publishers, list) and publishers:
+        # Addresses to connect to, each rank's own host.
+        return [
+            Source(
+                rank=_rank(one), events=f"connect:{one['endpoint']}",
+                replay=str(one.get("replay_endpoint") or "")
+                or reachable(shifted(replay, _rank(one)), host_of(str(one["endpoint"]))),
+            )
+            for one in sorted(publishers, key=_rank)
+            if isinstance(one, dict) and one.get("endpoint")
+        ]  # fmt: skip
     ranks = _number(info.get("dp_size")) or 1
     return [
-        Source(rank=rank, events=shifted(endpoint, rank), replay=shifted(config.get("replay_endpoint") or "", rank))
+        Source(rank=rank, events=shifted(endpoint, rank), replay=shifted(replay, rank))
         for rank in range(ranks)
         if endpoint
     ]

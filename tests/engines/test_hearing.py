@@ -52,8 +52,12 @@ def test_what_was_served_is_read_from_the_metrics() -> None:
     assert gauges(samples(""), 0).served is None
 
 
+class At:
+    endpoint = "tcp://*:5557"
+
+
 def missing(*looks: tuple[float, Served | None, bool]) -> bool:
-    hearing = Hearing("vllm", "a", 16, "tcp://*:5557")
+    hearing = Hearing("vllm", "a", 16, At())
     for now, served, has_events in looks:
         hearing.look(served, now, received=has_events)
     return hearing.missing
