@@ -129,6 +129,8 @@ class Adapter:
             return "the engine is not well"
         if self.life.state is not State.MEMBER:
             return "it is not registered"
+        if self.hearing.nobody:
+            return self.hearing.nobody
         if self.outbox.behind or not self._log.available:
             return "the log is away"
         return ""
@@ -235,7 +237,7 @@ class Adapter:
         lost, published.overflowed = published.overflowed, False
         suspect, self.health.suspect = self.health.suspect, False
         same_life = await self._same_life() if connected or suspect else True
-        position = track.next is not None
+        position, drifting = track.next is not None, track.adrift
         # Another life's buffer says nothing of what was missed, and may be elsewhere.
         replies, ended = ([], False) if same_life is False else await self._replay(track.ask_from)
         look = track.resync(
@@ -247,8 +249,11 @@ class Adapter:
             published.put_back(held)
         if look.verdict is Verdict.RESTARTED:
             await self._begin_again()
+        elif drifting and track.adrift:
+            # As before: nothing is known, and nobody answers.
+            return
         elif look.verdict is Verdict.GAP or not position:
-            if look.reason:
+            if look.reason and self.source.replay:
                 _log.warning("learned_anew", node=self.config.node, reason=look.reason)
             self._report_anew(look.reason or "gap: the engine's replay endpoint answers again")
         else:
@@ -398,6 +403,7 @@ class Adapter:
             well = await self.engine.healthy()
             self.health.answered(anyio.current_time(), well=well)
             if well:
+                self.hearing.connected(anyio.current_time())
                 with suppress(EngineUnfit):
                     self._gauges = gauges = await self.engine.load(self.source.rank)
                     received = self._replayed or bool(self.track.applied or self.published.malformed)

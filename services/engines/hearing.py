@@ -27,6 +27,10 @@ class Heard(Protocol):
 
     endpoint: str
 
+    @property
+    def live(self) -> int:
+        """How many publishers are connected there."""
+
 
 class Hearing:
     """One node's engine: what it has served since the adapter began, and whether any event of its cache came."""
@@ -38,6 +42,22 @@ class Hearing:
         self._warn_at = 0.0
         self.missing = False
         """It serves, and no event of its cache came."""
+        self._connected_at: float | None = None
+        self.nobody = ""
+        """That nobody is connected where it should publish, in a sentence; empty when somebody is, or may be soon."""
+
+    def connected(self, now: float) -> None:
+        """Judge whether anybody publishes at all, and say it when nobody does."""
+        if self._connected_at is None or self._where.live:
+            self._connected_at = now
+        before, silent = self.nobody, now - self._connected_at >= PATIENCE_SECONDS
+        self.nobody = f"nobody publishes at {self._where.endpoint}" if silent else ""
+        if silent and not before:
+            _log.warning(
+                "nobody_publishes", node=self._node, endpoint=self._where.endpoint,
+                hint=f"no publisher is connected there, so nothing is known of its cache: {TURN_ON[self._kind]}; if it "
+                "was, give --events where it publishes, with connect: or bind: before it",
+            )  # fmt: skip
 
     def look(self, served: Served | None, now: float, *, received: bool) -> None:
         """Judge anew, and warn now and then. `served` is none where metrics don't show it; `received`: an event has come."""

@@ -119,6 +119,9 @@ class Track:
         if not ended:
             if same_life is False:
                 return Look(Verdict.RESTARTED, [])
+            if self.adrift:
+                # Nothing is known since then, and that was said.
+                return Look(Verdict.SAME, [])
             if self.next is not None and same_life and not from_log and not missing:
                 return Look(Verdict.SAME, [])
             self._lost(0)

@@ -175,6 +175,11 @@ class Published:
         """How often an engine has connected. Batches that wait are of the last connection or of earlier ones."""
         return self.publishers.connections
 
+    @property
+    def live(self) -> int:
+        """How many publishers are connected."""
+        return self.publishers.live
+
     def _connections(self) -> None:
         self.publishers.look(zmq.Socket.shadow(self._monitor))
 

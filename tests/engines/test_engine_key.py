@@ -11,6 +11,7 @@ from structlog.testing import capture_logs
 from kvplane.services.cli.attach import Attached, _attach
 from kvplane.services.cli.common import COMMON
 from kvplane.services.engines.facts import Engine, check
+from kvplane.services.process import logs
 from kvplane.services.protocol.errors import BadRequest, EngineUnfit
 from tests.support.attaching import attaching
 from tests.support.fake_engine import FakeEngine, running
@@ -30,11 +31,13 @@ async def test_the_key_goes_with_every_request(fleet: Fleet, kind: str, guards: 
     await fleet.coordinator()
     engine = FakeEngine(kind)
     engine.key, engine.guards = KEY, guards
+    logs.configure("debug")
     with capture_logs() as lines:
         async with running(engine), attaching(fleet, engine.url, kind=kind, key=KEY) as live:
             await live.member()
             await until(lambda: live.service.adapters[0]._gauges)
             assert live.service.adapters[0]._gauges.active == 3  # type: ignore[union-attr]
+    assert "node_registered" in str(lines)
     assert KEY not in str(lines)
 
 
