@@ -6,6 +6,7 @@ import time
 from contextlib import suppress
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from urllib.parse import urlsplit
 
 import aiohttp
 import anyio
@@ -137,26 +138,28 @@ def _skew(clock: float, begin: float, end: float) -> float:
 
 
 async def _server(url: str) -> Plain:
-    """What a server's monitoring endpoint says of its storage."""
+    """What a server's monitoring endpoint says of its storage. Its path may be a secret, as a login is."""
+    parts = urlsplit(url)
+    shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
     try:
         timeout = aiohttp.ClientTimeout(total=MONITOR_SECONDS)
         async with aiohttp.ClientSession(timeout=timeout) as session, session.get(f"{url.rstrip('/')}/varz") as answer:
             answer.raise_for_status()
             varz: Plain = msgspec.json.decode(await answer.read())
-            return {"url": url, "name": varz["server_name"], "version": varz["version"], **varz.get("jetstream", {})}
+            return {"url": shown, "name": varz["server_name"], "version": varz["version"], **varz.get("jetstream", {})}
     except aiohttp.ClientResponseError as error:
         if error.status >= 400:
             return {
-                "url": url,
-                "error": f"{url.rstrip('/')}/varz answers {error.status}; --monitor is a server's http_port",
+                "url": shown,
+                "error": f"/varz there answers {error.status}; --monitor is a server's http_port",
             }
-        return {"url": url, "error": (await why(url, error)).reason}
+        return {"url": shown, "error": (await why(url, error)).reason}
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
-        return {"url": url, "error": (await why(url, error)).reason}
+        return {"url": shown, "error": (await why(url, error)).reason}
     except (ValueError, KeyError):
         return {
-            "url": url,
-            "error": f"{url.rstrip('/')}/varz is not that of a NATS server; --monitor is a server's http_port",
+            "url": shown,
+            "error": "/varz there is not that of a NATS server; --monitor is a server's http_port",
         }
 
 
