@@ -399,6 +399,8 @@ class Adapter:
             odd = self.track.translator.oddities()
             if odd != logged:
                 _log.info("not_followed", node=self.config.node, **odd)
+                if odd.get("overfull") != logged.get("overfull"):
+                    _log.warning("more_held_than_fits", node=self.config.node, reason=self.track.overfull)
                 logged = odd
             well = await self.engine.healthy()
             self.health.answered(anyio.current_time(), well=well)

@@ -65,6 +65,8 @@ class Track:
         self.gaps = 0
         self.applied = 0
         """Batches that were applied, replayed ones included."""
+        self.overfull = ""
+        """Why all was forgotten because more was held than fits, the last time; empty when it never was."""
         self._print: int | None = None
         self._from_log = False
         """What is known was read from the log, and the engine was not asked since."""
@@ -179,6 +181,17 @@ class Track:
         events = self.translator.apply(batch, number, again=again)
         self.next, self._print = number + 1, xxh3_64_intdigest(payload)
         self.applied += 1
+        overfull = self.translator.overfull()
+        if overfull:
+            # What is held besides what this batch stores may have gone long ago.
+            self.gaps += 1
+            self.overfull = overfull
+            self.translator.counts["overfull"] += 1
+            self.translator.clear()
+            events = [*self.cleared(f"gap: {overfull}"), *self.translator.apply(batch, number)]
+            if self.translator.overfull():
+                self.translator.clear()
+                events = self.cleared(f"gap: {overfull}")
         return events
 
     def _check_rank(self, rank: int | None) -> None:

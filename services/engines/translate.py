@@ -45,6 +45,7 @@ COUNTS = {
     "other_group": "blocks of other attention groups than the one that is followed",
     "elsewhere": "blocks in places that are not this engine's own",
     "ambiguous": "names that the engine gave to two contents",
+    "overfull": "times that more blocks were reported as held than fit, so that all were forgotten",
     "trimmed": "copies that were reported more often than they can exist",
 }
 """What a translator counts, beside events of unknown types."""
@@ -103,6 +104,17 @@ class Translator:
         """Know nothing: names of another life may mean something else."""
         self._tiers, self._former, self._group, self._others = {}, Former(FORMER_NAMES), None, set()
         self._parts = 0
+
+    def overfull(self) -> str:
+        """More is held than fits, in a sentence: removals were lost, or the capacity is not the engine's. Empty otherwise."""
+        for tier, most in self._capacity.items():
+            holding = self._tiers.get(tier)
+            if holding is not None and holding.copies > most:
+                return (
+                    f"the engine reported {holding.copies:,} blocks as held and {most:,} fit: its removals were lost, or "
+                    "--capacity-blocks is too small"
+                )
+        return ""
 
     def restore(self, tier: Tier, names: Mapping[EngineHash, int]) -> None:
         """Hold what is known from elsewhere, one copy each."""
