@@ -25,7 +25,7 @@ from kvplane.services.engines.outbox import BUFFER_EVENTS, Outbox
 from kvplane.services.engines.remembered import remembered
 from kvplane.services.engines.sequence import Track, Verdict, joined
 from kvplane.services.engines.sockets import REPLAY_SECONDS, Published, replay
-from kvplane.services.engines.translate import Translator
+from kvplane.services.engines.translate import MISFITS, Translator
 from kvplane.services.membership.member import REGISTER_SECONDS, Conclusion, Member
 from kvplane.services.protocol import labels, messages
 from kvplane.services.protocol.errors import AnswerTooLarge, EngineUnfit, ServiceFault
@@ -131,6 +131,10 @@ class Adapter:
             return "it is not registered"
         if self.hearing.nobody:
             return self.hearing.nobody
+        if self.track.unreadable >= MISFITS:
+            return f"none of the engine's last {self.track.unreadable:,} batches could be decoded"
+        if misfits := self.track.translator.misfits():
+            return misfits
         if self.outbox.behind or not self._log.available:
             return "the log is away"
         return ""
@@ -395,6 +399,7 @@ class Adapter:
     async def _observe(self) -> None:
         """Ask the engine how it is, and log it when it publishes what can't be followed."""
         logged: dict[str, int] = {}
+        misfitting = False
         while True:
             odd = self.track.translator.oddities()
             if odd != logged:
@@ -402,6 +407,10 @@ class Adapter:
                 if odd.get("overfull") != logged.get("overfull"):
                     _log.warning("more_held_than_fits", node=self.config.node, reason=self.track.overfull)
                 logged = odd
+            if (misfits := bool(self.track.translator.misfits())) != misfitting:
+                misfitting = misfits
+                if misfits:
+                    _log.warning("no_store_fits", node=self.config.node, reason=self.track.translator.misfits())
             well = await self.engine.healthy()
             self.health.answered(anyio.current_time(), well=well)
             if well:

@@ -65,6 +65,8 @@ class Track:
         self.gaps = 0
         self.applied = 0
         """Batches that were applied, replayed ones included."""
+        self.unreadable = 0
+        """Batches that could not be decoded, since the last that could."""
         self.overfull = ""
         """Why all was forgotten because more was held than fits, the last time; empty when it never was."""
         self._print: int | None = None
@@ -176,7 +178,9 @@ class Track:
             return
 
     def _apply(self, number: int, payload: bytes, *, again: bool = False) -> list[Event]:
+        self.unreadable += 1
         batch = decode(payload)
+        self.unreadable = 0
         self._check_rank(batch.rank)
         events = self.translator.apply(batch, number, again=again)
         self.next, self._print = number + 1, xxh3_64_intdigest(payload)

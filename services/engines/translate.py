@@ -29,6 +29,8 @@ FORMER_NAMES = 65536
 """Names of blocks no longer held that are remembered: children and copies in slower tiers may still refer to them."""
 EVENT_BLOCKS = 4096
 """Most blocks in one event."""
+MISFITS = 3
+"""So many stores, none of which could be understood, are no accident."""
 UNKNOWN_TYPES = 64
 """Most types of unknown events that are counted by name."""
 
@@ -63,6 +65,8 @@ class Translator:
         self.counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
         self.wrong_size = 0
         """A block size of the engine's fast tier that is not this node's; 0 while there is none."""
+        self._misfits = 0
+        """Stores that did not fit, since the last that did."""
         self._capacity = capacity or {}
         self._tiers: dict[Tier, Holding] = {}
         self._former = Former(FORMER_NAMES)
@@ -104,6 +108,7 @@ class Translator:
         """Know nothing: names of another life may mean something else."""
         self._tiers, self._former, self._group, self._others = {}, Former(FORMER_NAMES), None, set()
         self._parts = 0
+        self._misfits = 0
 
     def overfull(self) -> str:
         """More is held than fits, in a sentence: removals were lost, or the capacity is not the engine's. Empty otherwise."""
@@ -115,6 +120,15 @@ class Translator:
                     "--capacity-blocks is too small"
                 )
         return ""
+
+    def misfits(self) -> str:
+        """That no store of the engine's fits its blocks, in a sentence; empty when one did a short while ago."""
+        if self._misfits < MISFITS:
+            return ""
+        return (
+            f"none of the engine's last {self._misfits:,} stores of blocks could be understood: their tokens are not those of "
+            f"blocks of {self.block_size}; is its version newer than this kvplane?"
+        )
 
     def restore(self, tier: Tier, names: Mapping[EngineHash, int]) -> None:
         """Hold what is known from elsewhere, one copy each."""
@@ -252,15 +266,16 @@ class Translator:
             return
         counts["stored"] += len(names)
         fitted = self._fitted(stored)
+        try:
+            blocks = [] if isinstance(fitted, str) else self._resolved(fitted)
+        except BadHashes:
+            fitted = "misfit"
         if isinstance(fitted, str):
             counts[fitted] += len(names)
+            self._misfits += fitted == "misfit"
             return
+        self._misfits = 0
         stored, names = fitted, fitted.hashes
-        try:
-            blocks = self._resolved(stored)
-        except BadHashes:
-            counts["misfit"] += len(names)
-            return
         holding = self._holding(tier)
         parent = None if stored.parent is None else self._block(stored.parent)
         whole = [block for block in blocks if block is not None]
