@@ -25,6 +25,9 @@ Kind = Literal["vllm", "sglang"]
 KINDS: tuple[Kind, ...] = ("vllm", "sglang")
 
 ANSWER_SECONDS = 5.0
+MOST = 2.0**53
+"""Larger numbers of an engine's are no counts."""
+MOST_RANKS = 4096
 _REFUSED = {401, 403}
 """Statuses of who wants a key, or another one."""
 _PASSING = {404, 408, 425, 429}
@@ -107,7 +110,9 @@ def samples(text: str) -> Samples:
     try:
         for family in text_string_to_metric_families("\n".join(lines) + "\n"):
             for sample in family.samples:
-                found.setdefault(sample.name, []).append((dict(sample.labels), float(sample.value)))
+                # NaN, infinities and what no counter can be are unknown.
+                if 0 <= (value := float(sample.value)) <= MOST:
+                    found.setdefault(sample.name, []).append((dict(sample.labels), value))
     except (ValueError, KeyError, IndexError):
         return {}
     return found
@@ -275,7 +280,7 @@ class Engine:
             found_out: Unanswered = await why(self.url, error.__cause__ or error)
             raise EngineUnfit(f"{self.url}/v1/models does not answer: {found_out.reason}; {_GIVE}") from None
         try:
-            parents = {model["id"]: model.get("parent") for model in json.loads(text)["data"]}
+            parents = {str(model["id"]): model.get("parent") for model in json.loads(text)["data"]}
         except (ValueError, KeyError, TypeError, AttributeError):
             if status in _REFUSED:
                 raise EngineUnfit(self._refused("/v1/models", status)) from None
@@ -305,13 +310,13 @@ class Engine:
 
     async def _sglang(self, models: list[str], found: Samples) -> Facts:
         info = await self._json("/server_info", "/get_server_info")
-        info = info if isinstance(info, dict) else {}
-        events = info.get("kv_events") or {}
+        info = _fields(info)
+        events = _fields(info.get("kv_events"))
         size = _number(events.get("block_size") or info.get("page_size"))
         tokens = _number(info.get("max_total_num_tokens"))
-        for state in info.get("internal_states") or ():
-            if not tokens and isinstance(state, dict):
-                tokens = _number((state.get("memory_usage") or {}).get("token_capacity"))
+        states = info.get("internal_states")
+        for state in states if isinstance(states, list) else ():
+            tokens = tokens or _number(_fields(_fields(state).get("memory_usage")).get("token_capacity"))
         return Facts(
             models=models, version=str(info.get("version", "")), block_size=size,
             capacity_blocks=tokens // size if size else 0, started=started(found), sources=_sglang_sources(info),
@@ -320,10 +325,16 @@ class Engine:
 
 
 def _number(text: object) -> int:
+    """A size or rank that an engine tells; 0 for what is none."""
     try:
-        return int(float(str(text)))
+        number = float(str(text))
     except ValueError:
         return 0
+    return int(number) if 0 <= number <= MOST else 0
+
+
+def _fields(told: object) -> dict[str, Any]:
+    return told if isinstance(told, dict) else {}
 
 
 def _sources(publishers: object) -> list[Source]:
@@ -347,13 +358,12 @@ def _rank(source: object) -> int:
 
 def _sglang_sources(info: dict[str, Any]) -> list[Source]:
     try:
-        config = json.loads(info.get("kv_events_config") or "{}")
-    except (ValueError, TypeError):
+        config = _fields(json.loads(info.get("kv_events_config") or "{}"))
+    except (ValueError, TypeError, RecursionError):
         return []
-    endpoint = config.get("endpoint", "tcp://*:5557") if config.get("publisher") == "zmq" else ""
-    replay = config.get("replay_endpoint") or ""
-    told = info.get("kv_events")
-    publishers = told.get("publishers") if isinstance(told, dict) else None
+    endpoint = str(config.get("endpoint") or "tcp://*:5557") if config.get("publisher") == "zmq" else ""
+    replay = str(config.get("replay_endpoint") or "")
+    publishers = _fields(info.get("kv_events")).get("publishers")
     if isinstance(publishers, list) and publishers:
         # Addresses to connect to, each rank's own host.
         return [
@@ -365,7 +375,7 @@ def _sglang_sources(info: dict[str, Any]) -> list[Source]:
             for one in sorted(publishers, key=_rank)
             if isinstance(one, dict) and one.get("endpoint")
         ]  # fmt: skip
-    ranks = _number(info.get("dp_size")) or 1
+    ranks = min(_number(info.get("dp_size")) or 1, MOST_RANKS)
     return [
         Source(rank=rank, events=shifted(endpoint, rank), replay=shifted(replay, rank))
         for rank in range(ranks)
