@@ -21,11 +21,12 @@ from kvplane.events.log.group import GroupWriter, Writers
 from kvplane.events.subjects import subject
 from kvplane.services.engines.hearing import Hearing
 from kvplane.services.engines.life import Event, Health, Life, Looks, State
+from kvplane.services.engines.oddities import Oddities, not_understood
 from kvplane.services.engines.outbox import BUFFER_EVENTS, Outbox
 from kvplane.services.engines.remembered import remembered
 from kvplane.services.engines.sequence import Track, Verdict, joined
 from kvplane.services.engines.sockets import REPLAY_SECONDS, Published, replay
-from kvplane.services.engines.translate import MISFITS, Translator
+from kvplane.services.engines.translate import Translator
 from kvplane.services.membership.member import REGISTER_SECONDS, Conclusion, Member
 from kvplane.services.protocol import labels, messages
 from kvplane.services.protocol.errors import AnswerTooLarge, EngineUnfit, ServiceFault
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 LINGER_SECONDS = 0.002
 IDLE_SECONDS = 15.0
 """How often the replay buffer is asked whether anything was missed. A last batch that got lost shows in no other way."""
+MODELS_SECONDS = 20.0
+"""How often the engine is asked whether its models are the same."""
 
 _log = structlog.get_logger("kvplane.engines")
 
@@ -109,7 +112,10 @@ class Adapter:
         self.health = Health()
         self._looks = Looks(config.idle_seconds)
         self._gauges: Gauges | None = None
+        self._oddities = Oddities(config.node)
         self._replayed = False
+        self._models_at = 0.0
+        """When the engine is to be asked for its models again."""
         self._ended: EngineUnfit | None = None
         """Why the node is not this adapter's any more."""
 
@@ -131,10 +137,8 @@ class Adapter:
             return "it is not registered"
         if self.hearing.nobody:
             return self.hearing.nobody
-        if self.track.unreadable >= MISFITS:
-            return f"none of the engine's last {self.track.unreadable:,} batches could be decoded"
-        if misfits := self.track.translator.misfits():
-            return misfits
+        if strange := not_understood(self.track):
+            return strange
         if self.outbox.behind or not self._log.available:
             return "the log is away"
         return ""
@@ -396,26 +400,32 @@ class Adapter:
             else f"node {node!r} was registered by someone else; an engine has one adapter, with a --node of its own"
         )
 
+    async def _look_at_models(self, now: float) -> None:
+        """Register anew, with all that is held, when the engine has loaded or unloaded a LoRA."""
+        if self.life.state is not State.MEMBER or now < self._models_at:
+            return
+        self._models_at = now + MODELS_SECONDS
+        models, loras_from = await self.engine.models()
+        facts = self.facts
+        if models and (set(models), set(models[loras_from:])) != (
+            set(facts.models),
+            set(facts.models[facts.loras_from :]),
+        ):
+            _log.info("models_changed", node=self.config.node, models=models)
+            self.facts = msgspec.structs.replace(facts, models=models, loras_from=loras_from)
+            if self.life.state is State.MEMBER:
+                self.life.on(Event.FORGOTTEN)
+
     async def _observe(self) -> None:
         """Ask the engine how it is, and log it when it publishes what can't be followed."""
-        logged: dict[str, int] = {}
-        misfitting = False
         while True:
-            odd = self.track.translator.oddities()
-            if odd != logged:
-                _log.info("not_followed", node=self.config.node, **odd)
-                if odd.get("overfull") != logged.get("overfull"):
-                    _log.warning("more_held_than_fits", node=self.config.node, reason=self.track.overfull)
-                logged = odd
-            if (misfits := bool(self.track.translator.misfits())) != misfitting:
-                misfitting = misfits
-                if misfits:
-                    _log.warning("no_store_fits", node=self.config.node, reason=self.track.translator.misfits())
+            self._oddities.look(self.track)
             well = await self.engine.healthy()
             self.health.answered(anyio.current_time(), well=well)
             if well:
                 self.hearing.connected(anyio.current_time())
                 with suppress(EngineUnfit):
+                    await self._look_at_models(anyio.current_time())
                     self._gauges = gauges = await self.engine.load(self.source.rank)
                     received = self._replayed or bool(self.track.applied or self.published.malformed)
                     self.hearing.look(gauges.served, anyio.current_time(), received=received)

@@ -272,8 +272,8 @@ class Engine:
         status, text = await self._get("/metrics")
         return gauges(samples(text), rank) if status == 200 else Gauges()
 
-    async def facts(self) -> Facts:
-        """Everything that can be asked. Raises `EngineUnfit` when it does not answer."""
+    async def models(self) -> tuple[list[str], int]:
+        """Its models, LoRAs last, and the place where LoRAs begin as in `Facts`. Raises `EngineUnfit` as `facts` does."""
         try:
             status, text = await self._get("/v1/models")
         except EngineUnfit as error:
@@ -285,8 +285,16 @@ class Engine:
             if status in _REFUSED:
                 raise EngineUnfit(self._refused("/v1/models", status)) from None
             raise EngineUnfit(f"{self.url}/v1/models lists no models (it answers {status}); {_GIVE}") from None
+        bases = sum(parent is None for parent in parents.values())
+        return (
+            sorted(parents, key=lambda model: parents[model] is not None),
+            bases if bases < len(parents) and self.kind != "sglang" else 0,
+        )
+
+    async def facts(self) -> Facts:
+        """Everything that can be asked. Raises `EngineUnfit` when it does not answer."""
+        models, loras_from = await self.models()
         self._not_told = ""
-        models = sorted(parents, key=lambda model: parents[model] is not None)
         status, text = await self._get("/metrics")
         self._told("/metrics", status)
         found = samples(text) if status == 200 else {}
@@ -294,10 +302,9 @@ class Engine:
             return await self._sglang(models, found)
         version = await self._json("/version")
         config = [labels for labels, _ in found.get("vllm:cache_config_info", ())]
-        bases = sum(parent is None for parent in parents.values())
         return Facts(
             models=models,
-            loras_from=bases if bases < len(models) else 0,
+            loras_from=loras_from,
             version=str(version.get("version", "")) if isinstance(version, dict) else "",
             block_size=_number(config[0].get("block_size")) if config else 0,
             # One block of the pool is never used.

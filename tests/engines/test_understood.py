@@ -87,7 +87,7 @@ async def test_an_engine_of_which_nothing_is_understood_is_not_ready(fleet: Flee
             assert "stores of blocks could be understood: their tokens are not those of blocks of 4" in (
                 live.service.readiness().reason
             )
-            await until(lambda: any(line["event"] == "no_store_fits" for line in lines))
+            await until(lambda: any(line["event"] == "not_understood" for line in lines))
             while adapter.track.unreadable < MISFITS:
                 await publish(b"\xc1")
                 await anyio.sleep(0.05)

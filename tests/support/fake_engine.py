@@ -151,6 +151,8 @@ class FakeEngine:
                 return web.Response(status=401)
             if request.path in self.missing:
                 return web.Response(status=404)
+            if request.path == "/v1/models":
+                return web.Response(text=json.dumps({"data": self.models[::-1]}))
             with suppress(KeyError):
                 return web.Response(text=pages[request.path] + self.more_metrics * (request.path == "/metrics"))
             return web.Response(status=404)
@@ -158,7 +160,6 @@ class FakeEngine:
         started = f"process_start_time_seconds {1.7e9 + self.life}\n" if self.has_start_time else ""
         pages = {
             "/health": "",
-            "/v1/models": json.dumps({"data": self.models[::-1]}),
             "/metrics": started
             + f'vllm:cache_config_info{{block_size="{size}",num_gpu_blocks="{blocks + 1}",engine="0"}} 1.0\n'
             f'vllm:num_requests_running{{engine="0"}} {self.running}\nvllm:num_requests_running{{engine="1"}} 50\n'
