@@ -20,6 +20,7 @@ from kvplane.events.log.snapshots import SnapshotStore
 from kvplane.events.log.stream import open_stream
 from kvplane.events.subjects import stream_name
 from kvplane.services.protocol import messages
+from kvplane.services.protocol.endpoints import ENDPOINTS
 from kvplane.services.protocol.errors import ServiceFault
 from kvplane.services.protocol.status import CoordinatorStatus, HistoryStatus, ReplicaStatus, RouterStatus
 from kvplane.services.rpc.client import ask, of_fleet
@@ -72,6 +73,8 @@ class Examined(Struct, kw_only=True):
     histories: list[HistoryStatus] = []
     skews: dict[str, float] = {}
     """Skew of each service, by writer or historian."""
+    captured: dict[str, str] = {}
+    """Streams that are not the fleet's and store its questions, with a subject of theirs."""
     snapshots: list[int] = []
     snapshots_stream: Plain | None = None
 
@@ -98,6 +101,7 @@ async def examine(client: Client, fleet: str, monitors: Sequence[str] = ()) -> E
     except (NatsError, JetStreamError, OSError, ValueError, KeyError) as error:
         found.log_error = f"the log of fleet {fleet!r} does not answer: {error!r}"
         return found
+    found.captured = await _captured(client, fleet)
     await _replicas(client, fleet, found)
     found.servers += _embedded(found.coordinators, {server.get("name") for server in found.servers})
     try:
@@ -115,6 +119,19 @@ async def examine(client: Client, fleet: str, monitors: Sequence[str] = ()) -> E
     if found.snapshots:
         with suppress(NatsError, OSError, ValueError, KeyError):
             found.snapshots_stream = await _described(client, f"OBJ_{stream_name(fleet)}_snapshots")
+    return found
+
+
+async def _captured(client: Client, fleet: str) -> dict[str, str]:
+    """Streams of others that store what services are asked."""
+    found: dict[str, str] = {}
+    for subject in sorted({spec.pattern(fleet) for spec in ENDPOINTS}):
+        with suppress(NatsError, OSError, TimeoutError, msgspec.DecodeError, KeyError, TypeError):
+            body = msgspec.json.encode({"subject": subject})
+            answer = await client.request("$JS.API.STREAM.NAMES", body, timeout=STATUS_SECONDS)
+            for stream in msgspec.json.decode(answer.data).get("streams") or ():
+                found.setdefault(stream, subject)
+    found.pop(stream_name(fleet), None)
     return found
 
 
