@@ -100,7 +100,7 @@ class Published:
         self._monitor = self._socket.get_monitor_socket(EVENTS)
         self.bound = False
         """The adapter listens there, and the engine connects."""
-        self.endpoint = ""
+        self.endpoint = self._at = ""
         self.publishers = Publishers(way_of(endpoint)[1])
         self.move(endpoint)
         self.waiting: deque[Numbered] = deque()
