@@ -31,9 +31,10 @@ async def test_the_endpoint_of_another_rank_is_not_believed(fleet: Fleet) -> Non
         async with attaching(fleet, engine[0].url, **options) as live:
             await live.member()
             await until(lambda: live.service.adapters[0].published.connections)
-            while not live.failure:
-                await publish(engine[1], len(engine[1].cache.buffer))
-                await anyio.sleep(0.05)
+            with anyio.fail_after(30):
+                while not live.failure:
+                    await publish(engine[1], len(engine[1].cache.buffer))
+                    await anyio.sleep(0.05)
             says = await live.ended()
         assert engine[1].endpoint in says
         assert (
@@ -60,10 +61,11 @@ async def test_two_engines_that_connect_to_one_adapter_are_two(fleet: Fleet, top
         await until(lambda: live.service.adapters[0].published.connections)
         async with running(two):
             await until(lambda: live.service.adapters[0].published.publishers.live == 2)
-            while not live.failure:
-                for engine in (one, two):
-                    await publish(engine, len(engine.cache.buffer))
-                    await anyio.sleep(0.05)
+            with anyio.fail_after(30):
+                while not live.failure:
+                    for engine in (one, two):
+                        await publish(engine, len(engine.cache.buffer))
+                        await anyio.sleep(0.05)
             says = await live.ended()
     assert one.connect_to in says
     assert "give each an endpoint and an adapter of its own" in says
@@ -86,9 +88,10 @@ async def test_an_engine_that_connects_again_with_another_topic_is_one(fleet: Fl
             await until(lambda adapter=adapter, life=life: adapter.published.connections == life + 1)  # type: ignore[misc]
             assert adapter.published.publishers.live == 1
             before = adapter.track.applied
-            while adapter.track.applied < before + 3:
-                await publish(engine, len(engine.cache.buffer) + 100 * life)
-                await anyio.sleep(0.05)
+            with anyio.fail_after(30):
+                while adapter.track.applied < before + 3:
+                    await publish(engine, len(engine.cache.buffer) + 100 * life)
+                    await anyio.sleep(0.05)
             # What is no engine at all, and leaves, is none of them.
             stream = await anyio.connect_tcp("127.0.0.1", int(engine.connect_to.rpartition(":")[2]))
             await stream.send(b"GET / HTTP/1.1\r\n\r\n" * 3)

@@ -81,17 +81,20 @@ async def test_an_engine_of_which_nothing_is_understood_is_not_ready(fleet: Flee
                 engine.cache.sequence = number + 1
                 await engine._pub.send_multipart([engine.topic, number.to_bytes(8, "big"), payload])
 
-            while not live.service.readiness().reason:
-                await publish(batch([1], [1, 2, 3]))
-                await anyio.sleep(0.05)
+            with anyio.fail_after(30):
+                while not live.service.readiness().reason:
+                    await publish(batch([1], [1, 2, 3]))
+                    await anyio.sleep(0.05)
             assert "stores of blocks could be understood: their tokens are not those of blocks of 4" in (
                 live.service.readiness().reason
             )
             await until(lambda: any(line["event"] == "not_understood" for line in lines))
-            while adapter.track.unreadable < MISFITS:
-                await publish(b"\xc1")
-                await anyio.sleep(0.05)
+            with anyio.fail_after(30):
+                while adapter.track.unreadable < MISFITS:
+                    await publish(b"\xc1")
+                    await anyio.sleep(0.05)
             assert "batches could be decoded" in live.service.readiness().reason
-            while live.service.readiness().reason:
-                await publish(batch([1], [1, 2, 3, 4]))
-                await anyio.sleep(0.05)
+            with anyio.fail_after(30):
+                while live.service.readiness().reason:
+                    await publish(batch([1], [1, 2, 3, 4]))
+                    await anyio.sleep(0.05)
