@@ -25,7 +25,7 @@ from kvplane.events.log.client import LogClient, Unacceptable
 from kvplane.events.log.credentials import read_seed, trust
 from kvplane.events.log.inboxes import answers_inbox
 from kvplane.events.log.servers import lost, move
-from kvplane.events.log.waiting import connect
+from kvplane.events.log.waiting import connect, place_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -212,7 +212,7 @@ class _Connection:
         """There is one again."""
         self._refused_since = None
         where = self.client.connected_url
-        _log.info("nats_reconnected", client=self._name, server=where.netloc if where else "")
+        _log.info("nats_reconnected", client=self._name, server=str(place_of(where.geturl())) if where else "")
 
     async def on_closed(self) -> None:
         """The client gave up, or was closed."""

@@ -42,6 +42,14 @@ class Place(NamedTuple):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
+_IN_A_LOGIN = "; write what is special in its login as %40 for @, %2F for /, %3A for :, %23 for #, %3F for ?"
+
+
+def _odd(server: str) -> bool:
+    """Whether a login holds what ends the host, so that a part of it would be taken for the host."""
+    return "@" in server and bool(re.search(r"[/?#].*@", server.partition("://")[2] or server))
+
+
 def place_of(server: str) -> Place:
     """Where a server's URL leads. Raises `BadServer`."""
     try:
@@ -49,12 +57,12 @@ def place_of(server: str) -> Place:
         port = parts.port
     except ValueError:
         parts, port = None, None
-    if parts is None or parts.scheme not in {"nats", "tls"} or not parts.hostname or port == 0:
-        # Without the login that a URL may hold.
-        shown = re.sub(r"(^|//)[^/]*@", r"\1", server)[:80]
+    if parts is None or parts.scheme not in {"nats", "tls"} or not parts.hostname or port == 0 or _odd(server):
+        # Without the login that a URL may hold, whatever is in it.
+        shown = re.sub(r"(^|//).*@", r"\1", server, flags=re.DOTALL)[:80]
         raise BadServer(
             f"--server or KVPLANE_SERVER is {shown!r}, which is no NATS server's address; write nats://HOST:PORT, such as "
-            f"nats://127.0.0.1:{DEFAULT_PORT}"
+            f"nats://127.0.0.1:{DEFAULT_PORT}{_IN_A_LOGIN if '@' in server else ''}"
         )
     return Place(parts.hostname, port or DEFAULT_PORT)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 from cyclopts import App, Parameter
 
 from kvplane.events.errors import KvplaneError, first_known
+from kvplane.events.logins import without_logins
 from kvplane.services.process import ending
 from kvplane.services.process.later import later
 from kvplane.services.process.terminal import paragraph, show_uncaught
@@ -140,5 +141,5 @@ def _run(called: App, arguments: Sequence[str] | None) -> int:
 def fail(error: KvplaneError) -> NoReturn:
     """Say what went wrong and leave."""
     with suppress(BrokenPipeError):
-        sys.stderr.write(f"kvplane: {paragraph(str(error))} [{error.code}]\n")
+        sys.stderr.write(f"kvplane: {paragraph(without_logins(str(error)))} [{error.code}]\n")
     sys.exit(1)

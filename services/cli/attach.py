@@ -28,11 +28,15 @@ class Attached:
     """URL of the engine's API, such as http://127.0.0.1:8000."""
     node: Annotated[str, Parameter(env_var="KVPLANE_NODE")]
     """Name of the node; with several data-parallel ranks and no --rank, NAME-dp0, NAME-dp1, ..."""
+    api_key: Annotated[str, Parameter(env_var="KVPLANE_API_KEY")] = ""
+    """The key that the engine asks for (its own --api-key). Others on this machine can read options: the
+    environment is better."""
     rank: Annotated[int | None, Parameter(env_var="KVPLANE_RANK")] = None
     """Attach only this data-parallel rank, as the node of exactly that name; all ranks if not given."""
     events: Annotated[str, Parameter(env_var="KVPLANE_EVENTS")] = ""
     """Where the engine publishes (`endpoint` of its --kv-events-config); asked of the engine if not given. With --rank it is
-    where that rank publishes, its port shifted already; without, rank 0."""
+    where that rank publishes, its port shifted already; without, rank 0. `connect:` or `bind:` before it says what the adapter
+    has to do there; without, it connects where there is a `*`, and else listens if it can."""
     replay: Annotated[str, Parameter(env_var="KVPLANE_REPLAY")] = ""
     """Its replay endpoint (`replay_endpoint` of its --kv-events-config), of the same rank as --events; asked of the engine
     with --events not given."""
@@ -81,6 +85,8 @@ def _attach(kind: Kind, attached: Attached, common: Common) -> None:
     _check_url("--engine", attached.engine)
     if attached.address:
         _check_url("--address", attached.address)
+    if not (attached.api_key.isascii() and attached.api_key.isprintable()):
+        raise BadRequest("--api-key holds a character that no HTTP header takes; is there a line end in it?")
     if attached.rank is not None and attached.rank < 0:
         raise BadRequest(f"--rank is {attached.rank}; ranks are numbered from 0")
     if min(attached.block_size, attached.capacity_blocks, attached.max_active) < 0 or attached.pulse_seconds <= 0:
@@ -109,9 +115,9 @@ async def _run(kind: Kind, attached: Attached, common: Common) -> None:
 
     check_address(attached.http)
     options = asdict(attached)
-    url, http = options.pop("engine"), options.pop("http")
+    url, http, key = options.pop("engine"), options.pop("http"), options.pop("api_key")
     wanted = Attachment(**options, one_login=common.credentials is not None)
-    async with Engine(kind, url) as engine, common.connected("kvplane-attach") as client:
+    async with Engine(kind, url, key=key) as engine, common.connected("kvplane-attach") as client:
         service = Adapters(client, common.fleet, engine, wanted)
         async with observing(http, service):
             await service.run()

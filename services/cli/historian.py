@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from kvplane.events.logins import without_logins
 from kvplane.projections.errors import BadHistory
 from kvplane.services.cli.common import allow_modules, run_until_signal, start
 from kvplane.services.history.historian import Historian
@@ -37,7 +38,7 @@ def holding(folder: Path, what: str, common: Common) -> AbstractAsyncContextMana
         return BadHistory(f"the history's folder can't be written ({error.strerror}); choose another with --history")
 
     instead = "ask it with `kvplane sql`, stop it, or choose another folder with --history"
-    return owned(folder, what, url=common.server[0], instead=instead, failed=failed)
+    return owned(folder, what, url=without_logins(common.server[0]), instead=instead, failed=failed)
 
 
 def _made(client: Client, folder: Path, common: Common, **options: Any) -> Historian:  # noqa: ANN401 - passed on

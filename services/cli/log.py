@@ -19,8 +19,8 @@ from kvplane.services.cli import show
 from kvplane.services.cli.ask import CONNECT_SECONDS, Json
 from kvplane.services.cli.common import COMMON, Common, run_until_signal, start
 from kvplane.services.cli.show import Styled
-from kvplane.services.cli.words import field, hashes, moment
-from kvplane.services.history.when import when
+from kvplane.services.cli.words import field, hashes, here, moment
+from kvplane.services.history.when import resolved, when
 from kvplane.services.process.terminal import json_text
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def tail(
         Print one JSON object a line.
     """
     start(common, quiet=True)
-    begin = None if since is None else when(since, datetime.now(UTC))
+    begin = None if since is None else when(resolved(since, here()), datetime.now(UTC))
     run_until_signal(_tail, last, begin, follow, json, common)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 import anyio
@@ -11,7 +12,8 @@ from kvplane.services.cli import show
 from kvplane.services.cli.ask import CONNECT_SECONDS, Json, question, show_json, show_nodes
 from kvplane.services.cli.common import COMMON, Common, run_async, start
 from kvplane.services.cli.show import Cell, Column, Styled
-from kvplane.services.cli.words import moment, seconds, words
+from kvplane.services.cli.words import here, moment, seconds, words
+from kvplane.services.history.when import read_as, resolved
 from kvplane.services.protocol import messages
 
 PATIENCE_SECONDS = 600.0
@@ -24,16 +26,20 @@ def state(*, at: str | None = None, node: str = "", json: Json = False, common: 
     Parameters
     ----------
     at
-        A sequence, or a time: 10m, 2h or 3d ago, yesterday, 2026-01-31, 2026-01-31T12:00 (UTC); needs a historian.
+        A sequence, or a time: 10m, 2h or 3d ago, yesterday, 2026-01-31, 2026-01-31T12:00 (UTC; for another zone
+        with +02:00 or `local` behind it); needs a historian.
     node
         Only this node, with its sessions and what runs there; with --at.
     json
         Print JSON.
     """
+    read = ""
     if at is None:
         start(common, quiet=True)
         found = run_async(_rebuild, common)
     else:
+        at = resolved(at, here())
+        read = read_as(at, datetime.now(UTC))
         found = question(common, "history.state", messages.MomentRequest(at=at, node=node), seconds=PATIENCE_SECONDS)
     if json:
         show_json(found)
@@ -41,6 +47,8 @@ def state(*, at: str | None = None, node: str = "", json: Json = False, common: 
     rows, running, sessions = found.pop("rows", []), found.pop("running", None), found.pop("on_node", None)
     if "time" in found:
         found["time"] = moment(found["time"])
+    if read:
+        found = {"asked for": read, **found}
     show.pairs([(key, words(value)) for key, value in found.items()])
     if rows:
         show.say("")
@@ -84,18 +92,24 @@ def diff(first: str, second: str, *, json: Json = False, common: Common = COMMON
     Parameters
     ----------
     first
-        A sequence, or a time: 10m, 2h or 3d ago, yesterday, 2026-01-31, 2026-01-31T12:00 (UTC).
+        A sequence, or a time: 10m, 2h or 3d ago, yesterday, 2026-01-31, 2026-01-31T12:00 (UTC; for another zone
+        with +02:00 or `local` behind it).
     second
         A later one, such as now.
     json
         Print JSON.
     """
+    first, second = resolved(first, here()), resolved(second, here())
+    read = [read_as(one, datetime.now(UTC)) for one in (first, second)]
     answer = question(
         common, "history.changes", messages.ChangesRequest(first=first, second=second), seconds=PATIENCE_SECONDS
     )
     if json:
         show_json(answer)
         return
+    if any(read):
+        show.pairs([(name, said) for name, said in zip(("then", "later"), read, strict=True) if said])
+        show.say("")
     numbers = answer["numbers"]
     numbers["time"] = [moment(value) for value in numbers["time"]]
     show.table(

@@ -16,10 +16,11 @@ from kvplane.services.cli.ask import CONNECT_SECONDS, Json, show_json
 from kvplane.services.cli.common import COMMON, Common, run_async, start
 from kvplane.services.cli.progress import progress_bar
 from kvplane.services.cli.show import Column, Styled
+from kvplane.services.cli.words import here
 from kvplane.services.history import client as historian
 from kvplane.services.history.plain import exact
 from kvplane.services.history.report import Range, clock, collect, extent, headline, readable
-from kvplane.services.history.when import when
+from kvplane.services.history.when import resolved, when
 from kvplane.services.protocol.errors import BadRequest
 from kvplane.services.simulation.pages import page
 from kvplane.services.simulation.report import Plan, produce
@@ -98,7 +99,7 @@ def report(
     """
     start(common, quiet=True)
     now = datetime.now(UTC)
-    span = Range(None if since is None else when(since, now), None if until is None else when(until, now))
+    span = Range(*(None if one is None else when(resolved(one, here()), now) for one in (since, until)))
     match span:
         case (int() as first, int() as last) if first > last:
             raise BadRequest(f"--since {since} is after --until {until}")

@@ -20,6 +20,8 @@ from kvplane.services.cli.common import COMMON, Common, PolicyModules, allow_mod
 from kvplane.services.cli.progress import progress_bar
 from kvplane.services.cli.runs import END_COLUMNS, TTFT_COLUMNS, TTFT_NOTE, say_failures, ttft_cells
 from kvplane.services.cli.show import Column
+from kvplane.services.cli.words import here
+from kvplane.services.history.when import resolved
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import BadRequest, PolicyFailed
 from kvplane.services.rpc.client import ask
@@ -93,6 +95,7 @@ def whatif(
     runs = [None, *choices]
     with progress_bar() as progress:
         task = progress.add_task("reading the history", total=None)
+        since, until = (None if one is None else resolved(one, here()) for one in (since, until))
         span, begin, end = run_async(_recorded, since, until, warm, common)
         progress.remove_task(task)
         task = progress.add_task("simulating", total=len(span.recorded.requests) * len(runs))

@@ -61,6 +61,11 @@ def moment(nanoseconds: int) -> str:
     return f"{datetime.fromtimestamp(nanoseconds / 1e9, UTC):%Y-%m-%d %H:%M:%S.%f}"[:-3] + " UTC"
 
 
+def here() -> datetime:
+    """The time that the clock of this machine shows, in its zone."""
+    return datetime.now(UTC).astimezone().replace(tzinfo=None)
+
+
 def seconds(value: float) -> str:
     """A duration. All of them are in seconds."""
     return f"{value:,.3f} s"

@@ -8,6 +8,7 @@ from msgspec import UNSET, Struct, field
 
 from kvplane.services.replication.checkpoints import odd
 from kvplane.services.replication.compaction import SNAPSHOT_COMMITS
+from kvplane.services.rpc.client import captured
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,7 +47,7 @@ def judge(found: Examined) -> list[Finding]:
     last = log["state"]["last_seq"]
     return [
         Finding("ok", "log", f"{last:,} commits, from {log['state']['first_seq']:,} on, nothing missing"),
-        *durable, *_copies(found, log), *_room(found, log), *_clocks(found, log), *_replicas(found, last),
+        *_captured(found), *durable, *_copies(found, log), *_room(found, log), *_clocks(found, log), *_replicas(found, last),
         *_versions(found), *_digests(found), *_skipped(found), *_nodes(found), *_histories(found, last),
         *_snapshots(found, last),
     ]  # fmt: skip
@@ -73,6 +74,11 @@ def _servers(servers: list[Plain]) -> Iterator[Finding]:
             yield Finding("problem", "durability", f"{message}; set sync_interval: always")
         else:
             yield Finding("ok", "durability", f"server {server['name']} forces what it acknowledges to the disk")
+
+
+def _captured(found: Examined) -> Iterator[Finding]:
+    for stream, subject in found.captured.items():
+        yield Finding("problem", "requests", captured(stream, subject))
 
 
 def _copies(found: Examined, log: Plain) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ import time
 from contextlib import suppress
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from urllib.parse import urlsplit
 
 import aiohttp
 import anyio
@@ -19,6 +20,7 @@ from kvplane.events.log.snapshots import SnapshotStore
 from kvplane.events.log.stream import open_stream
 from kvplane.events.subjects import stream_name
 from kvplane.services.protocol import messages
+from kvplane.services.protocol.endpoints import ENDPOINTS
 from kvplane.services.protocol.errors import ServiceFault
 from kvplane.services.protocol.status import CoordinatorStatus, HistoryStatus, ReplicaStatus, RouterStatus
 from kvplane.services.rpc.client import ask, of_fleet
@@ -71,6 +73,8 @@ class Examined(Struct, kw_only=True):
     histories: list[HistoryStatus] = []
     skews: dict[str, float] = {}
     """Skew of each service, by writer or historian."""
+    captured: dict[str, str] = {}
+    """Streams that are not the fleet's and store its questions, with a subject of theirs."""
     snapshots: list[int] = []
     snapshots_stream: Plain | None = None
 
@@ -97,6 +101,7 @@ async def examine(client: Client, fleet: str, monitors: Sequence[str] = ()) -> E
     except (NatsError, JetStreamError, OSError, ValueError, KeyError) as error:
         found.log_error = f"the log of fleet {fleet!r} does not answer: {error!r}"
         return found
+    found.captured = await _captured(client, fleet)
     await _replicas(client, fleet, found)
     found.servers += _embedded(found.coordinators, {server.get("name") for server in found.servers})
     try:
@@ -114,6 +119,19 @@ async def examine(client: Client, fleet: str, monitors: Sequence[str] = ()) -> E
     if found.snapshots:
         with suppress(NatsError, OSError, ValueError, KeyError):
             found.snapshots_stream = await _described(client, f"OBJ_{stream_name(fleet)}_snapshots")
+    return found
+
+
+async def _captured(client: Client, fleet: str) -> dict[str, str]:
+    """Streams of others that store what services are asked."""
+    found: dict[str, str] = {}
+    for subject in sorted({spec.pattern(fleet) for spec in ENDPOINTS}):
+        with suppress(NatsError, OSError, TimeoutError, msgspec.DecodeError, KeyError, TypeError):
+            body = msgspec.json.encode({"subject": subject})
+            answer = await client.request("$JS.API.STREAM.NAMES", body, timeout=STATUS_SECONDS)
+            for stream in msgspec.json.decode(answer.data).get("streams") or ():
+                found.setdefault(stream, subject)
+    found.pop(stream_name(fleet), None)
     return found
 
 
@@ -137,26 +155,28 @@ def _skew(clock: float, begin: float, end: float) -> float:
 
 
 async def _server(url: str) -> Plain:
-    """What a server's monitoring endpoint says of its storage."""
+    """What a server's monitoring endpoint says of its storage. Its path may be a secret, as a login is."""
+    parts = urlsplit(url)
+    shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
     try:
         timeout = aiohttp.ClientTimeout(total=MONITOR_SECONDS)
         async with aiohttp.ClientSession(timeout=timeout) as session, session.get(f"{url.rstrip('/')}/varz") as answer:
             answer.raise_for_status()
             varz: Plain = msgspec.json.decode(await answer.read())
-            return {"url": url, "name": varz["server_name"], "version": varz["version"], **varz.get("jetstream", {})}
+            return {"url": shown, "name": varz["server_name"], "version": varz["version"], **varz.get("jetstream", {})}
     except aiohttp.ClientResponseError as error:
         if error.status >= 400:
             return {
-                "url": url,
-                "error": f"{url.rstrip('/')}/varz answers {error.status}; --monitor is a server's http_port",
+                "url": shown,
+                "error": f"/varz there answers {error.status}; --monitor is a server's http_port",
             }
-        return {"url": url, "error": (await why(url, error)).reason}
+        return {"url": shown, "error": (await why(url, error)).reason}
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
-        return {"url": url, "error": (await why(url, error)).reason}
+        return {"url": shown, "error": (await why(url, error)).reason}
     except (ValueError, KeyError):
         return {
-            "url": url,
-            "error": f"{url.rstrip('/')}/varz is not that of a NATS server; --monitor is a server's http_port",
+            "url": shown,
+            "error": "/varz there is not that of a NATS server; --monitor is a server's http_port",
         }
 
 

@@ -21,6 +21,7 @@ from kvplane.events.log.group import GroupWriter, Writers
 from kvplane.events.subjects import subject
 from kvplane.services.engines.hearing import Hearing
 from kvplane.services.engines.life import Event, Health, Life, Looks, State
+from kvplane.services.engines.oddities import Oddities, not_understood
 from kvplane.services.engines.outbox import BUFFER_EVENTS, Outbox
 from kvplane.services.engines.remembered import remembered
 from kvplane.services.engines.sequence import Track, Verdict, joined
@@ -31,7 +32,7 @@ from kvplane.services.protocol import labels, messages
 from kvplane.services.protocol.errors import AnswerTooLarge, EngineUnfit, ServiceFault
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from anyio.abc import TaskStatus
     from nats.aio.client import Client
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 LINGER_SECONDS = 0.002
 IDLE_SECONDS = 15.0
 """How often the replay buffer is asked whether anything was missed. A last batch that got lost shows in no other way."""
+MODELS_SECONDS = 20.0
+"""How often the engine is asked whether its models are the same."""
 
 _log = structlog.get_logger("kvplane.engines")
 
@@ -65,13 +68,21 @@ class Adapter:
     """One data-parallel rank of an engine as a node of the fleet."""
 
     def __init__(
-        self, client: Client, fleet: str, engine: Engine, facts: Facts, source: Source, config: AdapterConfig
+        self,
+        client: Client,
+        fleet: str,
+        engine: Engine,
+        facts: Facts,
+        source: Source,
+        config: AdapterConfig,
+        sources: Callable[[Facts], Sequence[Source]] | None = None,
     ) -> None:
         self.client = client
         self.fleet = fleet
         self.engine = engine
         self.facts = facts
         self.source = source
+        self._sources = sources or (lambda facts: facts.sources)
         self.config = config
         self.writer = new_writer(f"node-{config.node}"[:100])
         self.appender = Appender(client, fleet, self.writer)
@@ -81,20 +92,30 @@ class Adapter:
         """How often the replay buffer was asked."""
         self.repeated_reports = 0
         """How often everything was reported anew in an epoch that had begun before."""
-        self.track = Track(Translator(config.node, facts.block_size, {"gpu": facts.capacity_blocks}))
+        self.published = Published(source.events, engine.host)
+        # An SGLang of plain replicas says 0, whichever it is.
+        ranks = (
+            frozenset({source.rank, 0} if engine.kind == "sglang" else {source.rank}) if config.ranked else frozenset()
+        )
+        self.track = Track(
+            Translator(config.node, facts.block_size, {"gpu": facts.capacity_blocks}),
+            ranks=ranks, where=self.published.endpoint,
+        )  # fmt: skip
         self._log = self.writers.add(
             GroupWriter(
                 self.appender, subject(fleet, "cache", config.node), linger=LINGER_SECONDS, limit=2 * config.buffer_events
             )
         )  # fmt: skip
         self.outbox = Outbox(self._log, config.node, config.buffer_events)
-        self.published = Published(source.events, engine.host)
-        self.hearing = Hearing(engine.kind, config.node, facts.block_size, source.events)
+        self.hearing = Hearing(engine.kind, config.node, facts.block_size, self.published)
         self.life = Life()
         self.health = Health()
         self._looks = Looks(config.idle_seconds)
         self._gauges: Gauges | None = None
+        self._oddities = Oddities(config.node)
         self._replayed = False
+        self._models_at = 0.0
+        """When the engine is to be asked for its models again."""
         self._ended: EngineUnfit | None = None
         """Why the node is not this adapter's any more."""
 
@@ -114,6 +135,10 @@ class Adapter:
             return "the engine is not well"
         if self.life.state is not State.MEMBER:
             return "it is not registered"
+        if self.hearing.nobody:
+            return self.hearing.nobody
+        if strange := not_understood(self.track):
+            return strange
         if self.outbox.behind or not self._log.available:
             return "the log is away"
         return ""
@@ -220,8 +245,9 @@ class Adapter:
         lost, published.overflowed = published.overflowed, False
         suspect, self.health.suspect = self.health.suspect, False
         same_life = await self._same_life() if connected or suspect else True
-        position = track.next is not None
-        replies, ended = await self._replay(track.ask_from)
+        position, drifting = track.next is not None, track.adrift
+        # Another life's buffer says nothing of what was missed, and may be elsewhere.
+        replies, ended = ([], False) if same_life is False else await self._replay(track.ask_from)
         look = track.resync(
             joined(held, replies) if ended and same_life else replies, ended=ended, same_life=same_life,
             missing=bool(missing) or lost,
@@ -231,8 +257,11 @@ class Adapter:
             published.put_back(held)
         if look.verdict is Verdict.RESTARTED:
             await self._begin_again()
+        elif drifting and track.adrift:
+            # As before: nothing is known, and nobody answers.
+            return
         elif look.verdict is Verdict.GAP or not position:
-            if look.reason:
+            if look.reason and self.source.replay:
                 _log.warning("learned_anew", node=self.config.node, reason=look.reason)
             self._report_anew(look.reason or "gap: the engine's replay endpoint answers again")
         else:
@@ -280,7 +309,16 @@ class Adapter:
             models=facts.models,
             loras_from=facts.loras_from,
         )
+        self._move(facts)
         self.life.on(Event.REFRESHED)
+
+    def _move(self, facts: Facts) -> None:
+        """Listen where this life of the engine publishes: it may have taken another free port."""
+        found = next((source for source in self._sources(facts) if source.rank == self.source.rank), self.source)
+        if found.events != self.source.events:
+            _log.info("events_moved", node=self.config.node, before=self.source.events, now=found.events)
+            self.published.move(found.events)
+        self.source = found
 
     async def _join(self) -> None:
         """Register after the first time, with what is true of the engine now."""
@@ -362,18 +400,32 @@ class Adapter:
             else f"node {node!r} was registered by someone else; an engine has one adapter, with a --node of its own"
         )
 
+    async def _look_at_models(self, now: float) -> None:
+        """Register anew, with all that is held, when the engine has loaded or unloaded a LoRA."""
+        if self.life.state is not State.MEMBER or now < self._models_at:
+            return
+        self._models_at = now + MODELS_SECONDS
+        models, loras_from = await self.engine.models()
+        facts = self.facts
+        if models and (set(models), set(models[loras_from:])) != (
+            set(facts.models),
+            set(facts.models[facts.loras_from :]),
+        ):
+            _log.info("models_changed", node=self.config.node, models=models)
+            self.facts = msgspec.structs.replace(facts, models=models, loras_from=loras_from)
+            if self.life.state is State.MEMBER:
+                self.life.on(Event.FORGOTTEN)
+
     async def _observe(self) -> None:
         """Ask the engine how it is, and log it when it publishes what can't be followed."""
-        logged: dict[str, int] = {}
         while True:
-            odd = self.track.translator.oddities()
-            if odd != logged:
-                _log.info("not_followed", node=self.config.node, **odd)
-                logged = odd
+            self._oddities.look(self.track)
             well = await self.engine.healthy()
             self.health.answered(anyio.current_time(), well=well)
             if well:
+                self.hearing.connected(anyio.current_time())
                 with suppress(EngineUnfit):
+                    await self._look_at_models(anyio.current_time())
                     self._gauges = gauges = await self.engine.load(self.source.rank)
                     received = self._replayed or bool(self.track.applied or self.published.malformed)
                     self.hearing.look(gauges.served, anyio.current_time(), received=received)

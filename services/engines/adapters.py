@@ -10,7 +10,6 @@ import structlog
 
 from kvplane.services.engines.adapter import Adapter, AdapterConfig
 from kvplane.services.engines.facts import ANSWER_SECONDS, check
-from kvplane.services.engines.sockets import engine_binds
 from kvplane.services.protocol.errors import EngineUnfit
 from kvplane.services.rpc.readiness import Readiness
 from kvplane.services.rpc.tally import Tally
@@ -75,12 +74,14 @@ class Adapters:
                 ranked=len(facts.sources) > 1 or wanted.rank is not None,
                 max_active=wanted.max_active, pulse_seconds=wanted.pulse_seconds,
             )  # fmt: skip
-            if not engine_binds(source.events):
+            adapter = Adapter(self.client, self.fleet, self.engine, facts, source, config, wanted.sources)
+            made.append(adapter)
+            if adapter.published.bound and not source.events.startswith("bind:"):
                 log = _log.warning if wanted.events else _log.info
                 log(
                     "events_bound", node=config.node, endpoint=source.events,
                     hint="the adapter listens there and the engine connects, since this endpoint has no `*`; if the engine "
-                    "listens, write tcp://*:PORT",
+                    "listens, give --events connect: before it",
                 )  # fmt: skip
             if not source.replay:
                 _log.warning(
@@ -88,7 +89,6 @@ class Adapters:
                     hint="every lost message and every restart of this adapter empties the node for the fleet; give the "
                     'engine a "replay_endpoint" in --kv-events-config, such as tcp://*:5558',
                 )  # fmt: skip
-            made.append(Adapter(self.client, self.fleet, self.engine, facts, source, config))
         return made
 
     async def _asked(self) -> Facts:
@@ -106,7 +106,7 @@ class Adapters:
                 )
             if now >= deadline:
                 raise EngineUnfit(
-                    f"no engine is well at {self.engine.url} after {seconds:g} s: {health.reason}; give --engine the URL of "
+                    f"{health.reason}; no engine is well at {self.engine.url} after {seconds:g} s: give --engine the URL of "
                     "its API, or a longer --wait"
                 )
             self._waits_for = health.reason

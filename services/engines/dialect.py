@@ -132,6 +132,9 @@ def _stored(event: dict[str, Any]) -> Stored:
     kind = event.get("kv_cache_spec_kind") or ""
     if not (isinstance(lora, str) and isinstance(salt, str) and isinstance(tokens, list) and isinstance(size, int)):
         raise TypeError("a field has the wrong type")
+    if tokens and isinstance(tokens[0], list):
+        # SGLang with EAGLE: each token with the one behind it, which the next pair begins with.
+        tokens = [first for first, _ in tokens]
     keys = None
     extra = event.get("extra_keys")
     if extra and any(extra):

@@ -13,7 +13,7 @@ import aiohttp
 from msgspec import Struct
 from prometheus_client.parser import text_string_to_metric_families
 
-from kvplane.services.engines.sockets import host_of
+from kvplane.services.engines.sockets import host_of, reachable
 from kvplane.services.protocol.errors import EngineUnfit
 from kvplane.services.rpc.unanswered import Unanswered, why
 
@@ -25,6 +25,11 @@ Kind = Literal["vllm", "sglang"]
 KINDS: tuple[Kind, ...] = ("vllm", "sglang")
 
 ANSWER_SECONDS = 5.0
+MOST = 2.0**53
+"""Larger numbers of an engine's are no counts."""
+MOST_RANKS = 4096
+_REFUSED = {401, 403}
+"""Statuses of who wants a key, or another one."""
 _PASSING = {404, 408, 425, 429}
 """Statuses below 500 that pass by themselves; 404 does where it is that of something before the engine."""
 _GIVE = "give --engine the address of the engine's OpenAI-compatible API, such as http://127.0.0.1:8000"
@@ -66,6 +71,8 @@ class Facts(Struct, frozen=True, kw_only=True):
     sources: list[Source] = []
     caching: bool = True
     """Whether it reuses what it has computed for earlier requests."""
+    refused: str = ""
+    """Why something of this could not be asked for; empty when all could."""
 
 
 class Served(NamedTuple):
@@ -103,7 +110,9 @@ def samples(text: str) -> Samples:
     try:
         for family in text_string_to_metric_families("\n".join(lines) + "\n"):
             for sample in family.samples:
-                found.setdefault(sample.name, []).append((dict(sample.labels), float(sample.value)))
+                # NaN, infinities and what no counter can be are unknown.
+                if 0 <= (value := float(sample.value)) <= MOST:
+                    found.setdefault(sample.name, []).append((dict(sample.labels), value))
     except (ValueError, KeyError, IndexError):
         return {}
     return found
@@ -151,15 +160,19 @@ def gauges(found: Samples, rank: int) -> Gauges:
 class Engine:
     """An engine's HTTP endpoints. Use as an asynchronous context manager."""
 
-    def __init__(self, kind: Kind, url: str) -> None:
+    def __init__(self, kind: Kind, url: str, *, key: str = "") -> None:
         self.kind: Kind = kind
         self.url = url.rstrip("/")
+        self._key = key
         self.host = host_of(self.url)
         self._session: aiohttp.ClientSession | None = None
+        self._not_told = ""
+        """What it refused to tell, in a sentence."""
 
     async def __aenter__(self) -> Self:
         """Open."""
-        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS))
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS), headers=headers)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -186,12 +199,17 @@ class Engine:
     async def _json(self, *paths: str) -> Any:  # noqa: ANN401 - whatever it answers
         for path in paths:
             status, text = await self._get(path)
+            self._told(path, status)
             if status == 200:
                 try:
                     return json.loads(text)
                 except (ValueError, RecursionError):
                     continue
         return None
+
+    def _told(self, path: str, status: int) -> None:
+        if status in _REFUSED and not self._not_told:
+            self._not_told = self._refused(path, status)
 
     async def healthy(self) -> bool | None:
         """Whether the engine says that it is well; none when it is there and takes too long to say so."""
@@ -204,8 +222,15 @@ class Engine:
             return False
 
     async def health(self, seconds: float = ANSWER_SECONDS) -> Health:
-        """How the engine is, and what is wrong when it is not well. What keeps silent for `seconds` is not."""
-        where = self.url + "/health"
+        """How the engine is, and what is wrong when it is not well. What keeps silent for `seconds` is not.
+
+        One that is well lists its models as well.
+        """
+        found = await self._health("/health", seconds)
+        return await self._health("/v1/models", seconds) if found.well else found
+
+    async def _health(self, path: str, seconds: float) -> Health:
+        where = self.url + path
         try:
             timeout = aiohttp.ClientTimeout(total=seconds)
             async with self.http.get(where, timeout=timeout) as answer:
@@ -217,12 +242,24 @@ class Engine:
             return Health(well=False, reason=reason, final=final)
         if status == 200:
             return Health(well=True)
+        if status in _REFUSED:
+            return Health(well=False, reason=self._refused(path, status), final=True)
         reason = f"{where} answers {status}"
         if status == 404:
-            reason += f", and {self.url}/v1/models {await self._status('/v1/models')}"
+            other = "/v1/models" if path == "/health" else "/health"
+            reason += f", and {self.url}{other} {await self._status(other)}"
             if self.url.endswith("/v1"):
                 reason += "; leave the /v1 out"
         return Health(well=False, reason=reason, final=status < 500 and status not in _PASSING - {404})
+
+    def _refused(self, path: str, status: int) -> str:
+        """That a key is asked for, in a sentence."""
+        if self._key:
+            return f"{self.url}{path} answers {status}: it does not take the key that was given; give its own with --api-key"
+        return (
+            f"{self.url}{path} answers {status}: it asks for a key; give --api-key, or KVPLANE_API_KEY in the environment, "
+            "which others can't see"
+        )
 
     async def _status(self, path: str) -> str:
         try:
@@ -235,34 +272,39 @@ class Engine:
         status, text = await self._get("/metrics")
         return gauges(samples(text), rank) if status == 200 else Gauges()
 
-    async def facts(self) -> Facts:
-        """Everything that can be asked. Raises `EngineUnfit` when it does not answer."""
+    async def models(self) -> tuple[list[str], int]:
+        """Its models, LoRAs last, and the place where LoRAs begin as in `Facts`. Raises `EngineUnfit` as `facts` does."""
         try:
             status, text = await self._get("/v1/models")
         except EngineUnfit as error:
             found_out: Unanswered = await why(self.url, error.__cause__ or error)
             raise EngineUnfit(f"{self.url}/v1/models does not answer: {found_out.reason}; {_GIVE}") from None
         try:
-            parents = {model["id"]: model.get("parent") for model in json.loads(text)["data"]}
+            parents = {str(model["id"]): model.get("parent") for model in json.loads(text)["data"]}
         except (ValueError, KeyError, TypeError, AttributeError):
-            if status in {401, 403}:
-                answer = (
-                    f"answers {status}: it asks for a key, and the adapter has none to give; let it be asked without"
-                )
-            else:
-                answer = f"lists no models (it answers {status}); {_GIVE}"
-            raise EngineUnfit(f"{self.url}/v1/models {answer}") from None
-        models = sorted(parents, key=lambda model: parents[model] is not None)
+            if status in _REFUSED:
+                raise EngineUnfit(self._refused("/v1/models", status)) from None
+            raise EngineUnfit(f"{self.url}/v1/models lists no models (it answers {status}); {_GIVE}") from None
+        bases = sum(parent is None for parent in parents.values())
+        return (
+            sorted(parents, key=lambda model: parents[model] is not None),
+            bases if bases < len(parents) and self.kind != "sglang" else 0,
+        )
+
+    async def facts(self) -> Facts:
+        """Everything that can be asked. Raises `EngineUnfit` when it does not answer."""
+        models, loras_from = await self.models()
+        self._not_told = ""
         status, text = await self._get("/metrics")
+        self._told("/metrics", status)
         found = samples(text) if status == 200 else {}
         if self.kind == "sglang":
             return await self._sglang(models, found)
         version = await self._json("/version")
         config = [labels for labels, _ in found.get("vllm:cache_config_info", ())]
-        bases = sum(parent is None for parent in parents.values())
         return Facts(
             models=models,
-            loras_from=bases if bases < len(models) else 0,
+            loras_from=loras_from,
             version=str(version.get("version", "")) if isinstance(version, dict) else "",
             block_size=_number(config[0].get("block_size")) if config else 0,
             # One block of the pool is never used.
@@ -270,50 +312,79 @@ class Engine:
             started=started(found),
             sources=_sources(await self._json("/kv_event_sources")),
             caching=not config or config[0].get("enable_prefix_caching") != "False",
+            refused=self._not_told,
         )
 
     async def _sglang(self, models: list[str], found: Samples) -> Facts:
         info = await self._json("/server_info", "/get_server_info")
-        info = info if isinstance(info, dict) else {}
-        events = info.get("kv_events") or {}
+        info = _fields(info)
+        events = _fields(info.get("kv_events"))
         size = _number(events.get("block_size") or info.get("page_size"))
         tokens = _number(info.get("max_total_num_tokens"))
-        for state in info.get("internal_states") or ():
-            if not tokens and isinstance(state, dict):
-                tokens = _number((state.get("memory_usage") or {}).get("token_capacity"))
+        states = info.get("internal_states")
+        for state in states if isinstance(states, list) else ():
+            tokens = tokens or _number(_fields(_fields(state).get("memory_usage")).get("token_capacity"))
         return Facts(
             models=models, version=str(info.get("version", "")), block_size=size,
             capacity_blocks=tokens // size if size else 0, started=started(found), sources=_sglang_sources(info),
+            refused=self._not_told,
         )  # fmt: skip
 
 
 def _number(text: object) -> int:
+    """A size or rank that an engine tells; 0 for what is none."""
     try:
-        return int(float(str(text)))
+        number = float(str(text))
     except ValueError:
         return 0
+    return int(number) if 0 <= number <= MOST else 0
+
+
+def _fields(told: object) -> dict[str, Any]:
+    return told if isinstance(told, dict) else {}
 
 
 def _sources(publishers: object) -> list[Source]:
-    """Sources of vLLM's `/kv_event_sources`: publisher configurations by rank, their ports shifted already."""
-    if not isinstance(publishers, dict):
+    """Sources of vLLM's `/kv_event_sources`: publishers by rank or as a list, their ports shifted already."""
+    if isinstance(publishers, dict):
+        numbered = [(_number(rank), source) for rank, source in publishers.items()]
+    elif isinstance(publishers, list):
+        numbered = [(_rank(source), source) for source in publishers]
+    else:
         return []
     return [
-        Source(rank=_number(rank), events=str(source.get("endpoint")), replay=str(source.get("replay_endpoint") or ""))
-        for rank, source in sorted(publishers.items(), key=lambda item: _number(item[0]))
+        Source(rank=rank, events=str(source.get("endpoint")), replay=str(source.get("replay_endpoint") or ""))
+        for rank, source in sorted(numbered, key=lambda one: one[0])
         if isinstance(source, dict) and source.get("publisher", "zmq") == "zmq" and source.get("endpoint")
     ]
 
 
+def _rank(source: object) -> int:
+    return _number(source.get("data_parallel_rank", source.get("dp_rank"))) if isinstance(source, dict) else 0
+
+
 def _sglang_sources(info: dict[str, Any]) -> list[Source]:
     try:
-        config = json.loads(info.get("kv_events_config") or "{}")
-    except (ValueError, TypeError):
+        config = _fields(json.loads(info.get("kv_events_config") or "{}"))
+    except (ValueError, TypeError, RecursionError):
         return []
-    endpoint = config.get("endpoint", "tcp://*:5557") if config.get("publisher") == "zmq" else ""
-    ranks = _number(info.get("dp_size")) or 1
+    endpoint = str(config.get("endpoint") or "tcp://*:5557") if config.get("publisher") == "zmq" else ""
+    replay = str(config.get("replay_endpoint") or "")
+    publishers = _fields(info.get("kv_events")).get("publishers")
+    if isinstance(publishers, list) and publishers:
+        # Addresses to connect to, each rank's own host.
+        return [
+            Source(
+                rank=_rank(one), events=f"connect:{one['endpoint']}",
+                replay=str(one.get("replay_endpoint") or "")
+                or reachable(shifted(replay, _rank(one)), host_of(str(one["endpoint"]))),
+            )
+            for one in sorted(publishers, key=_rank)
+            if isinstance(one, dict) and one.get("endpoint")
+        ]  # fmt: skip
+    ranks = min(_number(info.get("dp_size")) or 1, MOST_RANKS)
     return [
-        Source(rank=rank, events=shifted(endpoint, rank), replay=shifted(config.get("replay_endpoint") or "", rank))
+        Source(rank=rank, events=shifted(endpoint, rank), replay=shifted(replay, rank))
         for rank in range(ranks)
         if endpoint
     ]
@@ -331,6 +402,8 @@ def check(kind: Kind, facts: Facts, sources: list[Source]) -> None:
         raise EngineUnfit("the engine serves no model")
     if not facts.caching:
         raise EngineUnfit("the engine keeps nothing for later requests; start it with --enable-prefix-caching")
+    if facts.refused and not (sources and facts.block_size and facts.capacity_blocks):
+        raise EngineUnfit(facts.refused)
     if not sources:
         raise EngineUnfit(
             f"the engine publishes no cache events, or does not say where: {TURN_ON[kind]}, or give --events"

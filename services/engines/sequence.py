@@ -15,7 +15,7 @@ from xxhash import xxh3_64_intdigest
 
 from kvplane.events.types import CacheCleared
 from kvplane.services.engines.dialect import decode
-from kvplane.services.protocol.errors import BadBatch
+from kvplane.services.protocol.errors import BadBatch, EngineUnfit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -47,10 +47,17 @@ class Look(NamedTuple):
 
 
 class Track:
-    """The position in one engine's batches. `live` takes batches as they come, `resync` what the replay buffer gave."""
+    """The position in one engine's batches. `live` takes batches as they come, `resync` what the replay buffer gave.
 
-    def __init__(self, translator: Translator) -> None:
+    Both raise `EngineUnfit` for batches of another data-parallel rank than `ranks`; where those are none, than the first one's.
+    """
+
+    def __init__(
+        self, translator: Translator, *, ranks: frozenset[int] = frozenset(), where: str = "its endpoint"
+    ) -> None:
         self.translator = translator
+        self._ranks = ranks
+        self._where = where
         self.next: int | None = None
         """Number of the batch that comes next; none while no position is known."""
         self.adrift = False
@@ -58,6 +65,10 @@ class Track:
         self.gaps = 0
         self.applied = 0
         """Batches that were applied, replayed ones included."""
+        self.unreadable = 0
+        """Batches that could not be decoded, since the last that could."""
+        self.overfull = ""
+        """Why all was forgotten because more was held than fits, the last time; empty when it never was."""
         self._print: int | None = None
         self._from_log = False
         """What is known was read from the log, and the engine was not asked since."""
@@ -112,6 +123,9 @@ class Track:
         if not ended:
             if same_life is False:
                 return Look(Verdict.RESTARTED, [])
+            if self.adrift:
+                # Nothing is known since then, and that was said.
+                return Look(Verdict.SAME, [])
             if self.next is not None and same_life and not from_log and not missing:
                 return Look(Verdict.SAME, [])
             self._lost(0)
@@ -164,10 +178,36 @@ class Track:
             return
 
     def _apply(self, number: int, payload: bytes, *, again: bool = False) -> list[Event]:
-        events = self.translator.apply(decode(payload), number, again=again)
+        self.unreadable += 1
+        batch = decode(payload)
+        self.unreadable = 0
+        self._check_rank(batch.rank)
+        events = self.translator.apply(batch, number, again=again)
         self.next, self._print = number + 1, xxh3_64_intdigest(payload)
         self.applied += 1
+        overfull = self.translator.overfull()
+        if overfull:
+            # What is held besides what this batch stores may have gone long ago.
+            self.gaps += 1
+            self.overfull = overfull
+            self.translator.counts["overfull"] += 1
+            self.translator.clear()
+            events = [*self.cleared(f"gap: {overfull}"), *self.translator.apply(batch, number)]
+            if self.translator.overfull():
+                self.translator.clear()
+                events = self.cleared(f"gap: {overfull}")
         return events
+
+    def _check_rank(self, rank: int | None) -> None:
+        if rank is None or rank in self._ranks:
+            return
+        if self._ranks:
+            wanted = max(self._ranks)
+            raise EngineUnfit(
+                f"what comes at {self._where} is of data-parallel rank {rank}, and that of rank {wanted} was to come; give "
+                f"--rank {rank}, or the endpoint of rank {wanted}; two ranks can't share one"
+            )
+        self._ranks = frozenset({rank})
 
     def _lost(self, following: int, payload: bytes | None = None) -> None:
         """What a batch held is lost, and with it all certainty."""

@@ -1,11 +1,13 @@
 """The engine's two sockets: batches as they are published, and the replay buffer.
 
-A publisher binds when its endpoint holds `*` or `::` or is ipc or inproc, and connects otherwise; then the adapter binds. The
-replay socket always binds. High-water marks are off: with the defaults a long replay loses messages in silence.
+A publisher binds when its endpoint holds `*` or `::` or is ipc or inproc, and connects otherwise; then the adapter binds. One
+that bound a free port tells its own address, so an adapter connects where somebody listens already, or where it
+can't bind. The replay socket always binds. High-water marks are off: with the defaults a long replay loses messages in silence.
 """
 
 from __future__ import annotations
 
+import socket
 from collections import deque
 from contextlib import suppress
 from itertools import pairwise
@@ -16,8 +18,8 @@ import anyio
 import structlog
 import zmq
 import zmq.asyncio
-from zmq.utils.monitor import parse_monitor_message
 
+from kvplane.services.engines.publishers import EVENTS, Publishers
 from kvplane.services.protocol.errors import EngineUnfit
 
 if TYPE_CHECKING:
@@ -30,12 +32,13 @@ READ_BATCHES = 1000
 """So many are taken from the socket before other tasks run."""
 REPLAY_SECONDS = 5.0
 """How long a replay may send nothing."""
+LOOK_SECONDS = 0.5
+"""So long something may take to accept a connection at an address that may be ours."""
 REPLAY_ROUNDS = 32
 """How often what is missing of a replay is asked for again."""
 
 _SEQUENCE_BYTES = 8
 _END = (-1).to_bytes(_SEQUENCE_BYTES, "big", signed=True)
-_CONNECTED = zmq.EVENT_HANDSHAKE_SUCCEEDED
 
 _log = structlog.get_logger("kvplane.engines")
 
@@ -43,6 +46,27 @@ _log = structlog.get_logger("kvplane.engines")
 def engine_binds(endpoint: str) -> bool:
     """Whether an engine with this endpoint binds it."""
     return "*" in endpoint or "::" in endpoint or endpoint.startswith(("ipc://", "inproc://"))
+
+
+def _is_served(endpoint: str) -> bool:
+    """Whether an engine that is there already binds this endpoint. Where nobody listens at an address of ours, it connects."""
+    if engine_binds(endpoint) or not endpoint.startswith("tcp://"):
+        return engine_binds(endpoint)
+    try:
+        parts = urlsplit(endpoint)
+        with socket.create_connection((parts.hostname or "", parts.port or 0), timeout=LOOK_SECONDS):
+            return True
+    except TimeoutError:
+        # Our own addresses refuse at once.
+        return True
+    except (OSError, ValueError):
+        return False
+
+
+def way_of(endpoint: str) -> tuple[str, str]:
+    """`connect`, `bind` or nothing, as an endpoint is given with what the adapter has to do, and the endpoint without it."""
+    way, colon, rest = endpoint.partition(":")
+    return (way, rest) if colon and way in {"connect", "bind"} else ("", endpoint)
 
 
 def reachable(endpoint: str, host: str) -> str:
@@ -63,7 +87,7 @@ class Published:
     """Batches of one engine as they are published. `run` receives them, `take` hands them over."""
 
     def __init__(self, endpoint: str, host: str) -> None:
-        self.endpoint = endpoint
+        self._host = host
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.SUB)
         self._socket.setsockopt(zmq.RCVHWM, 0)
@@ -73,28 +97,47 @@ class Published:
         self._socket.setsockopt(zmq.HEARTBEAT_IVL, 5000)
         self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15000)
         self._socket.setsockopt(zmq.SUBSCRIBE, b"")
-        self._monitor = self._socket.get_monitor_socket(_CONNECTED)
-        binds = engine_binds(endpoint)
-        try:
-            if binds:
-                self._socket.connect(reachable(endpoint, host))
-            else:
-                self._socket.bind(endpoint)
-        except zmq.ZMQError as error:
-            self.close()
-            where = "" if binds else ", where the adapter has to listen, since it has no `*`"
-            raise EngineUnfit(
-                f"events can't be received at {endpoint!r}{where} ({error}); give --events the `endpoint` of the engine's "
-                "--kv-events-config, such as tcp://*:5557"
-            ) from None
+        self._monitor = self._socket.get_monitor_socket(EVENTS)
+        self.bound = False
+        """The adapter listens there, and the engine connects."""
+        self.endpoint = self._at = ""
+        self.publishers = Publishers(way_of(endpoint)[1])
+        self.move(endpoint)
         self.waiting: deque[Numbered] = deque()
         self._bytes = 0
-        self.connections = 0
-        """How often an engine has connected. Batches that wait are of the last connection or of earlier ones."""
         self.overflowed = False
         """Batches had to be forgotten because too many waited."""
         self.malformed = 0
         self.arrived = anyio.Event()
+
+    def move(self, endpoint: str) -> None:
+        """Receive at this endpoint, and at no other any more. Raises `EngineUnfit` where that can't be."""
+        if self.endpoint:
+            with suppress(zmq.ZMQError):
+                (self._socket.unbind if self.bound else self._socket.disconnect)(self._at)
+        way, self.endpoint = way_of(endpoint)
+        if self.endpoint.endswith(":0"):
+            self.close()
+            raise EngineUnfit(
+                f"the engine took any free port for its events and does not say which ({self.endpoint}); start it with a port "
+                "in the `endpoint` of --kv-events-config, such as tcp://*:5557, or give its own one as --events"
+            )
+        self.publishers.endpoint = self.endpoint
+        self._at = self.endpoint if way == "bind" else reachable(self.endpoint, self._host)
+        ways = [way] if way else ["connect"] if _is_served(self.endpoint) else ["bind", "connect"]
+        failed: list[str] = []
+        for self.bound in (one == "bind" for one in ways):
+            try:
+                (self._socket.bind if self.bound else self._socket.connect)(self._at)
+            except zmq.ZMQError as error:
+                failed.append(f"{'listen' if self.bound else 'connect'}: {error}")
+            else:
+                return
+        self.close()
+        raise EngineUnfit(
+            f"events can't be received at {self.endpoint!r} (the adapter can't {', nor '.join(failed)}); give --events the "
+            "`endpoint` of the engine's --kv-events-config, such as tcp://*:5557"
+        )
 
     def close(self) -> None:
         """Leave the engine."""
@@ -103,15 +146,20 @@ class Published:
         self._context.destroy(linger=0)
 
     async def run(self) -> None:
-        """Receive until cancelled."""
+        """Receive until cancelled. Raises `EngineUnfit` when two engines publish here."""
         async with anyio.create_task_group() as group:
             group.start_soon(self._watch)
-            socket: zmq.Socket[bytes] = zmq.Socket.shadow(self._socket)
+            plain: zmq.Socket[bytes] = zmq.Socket.shadow(self._socket)
             while True:
                 await self._socket.poll()
                 with suppress(zmq.Again):
                     for _ in range(READ_BATCHES):
-                        self._receive(socket.recv_multipart(zmq.NOBLOCK))
+                        if self.publishers.live > 1:
+                            whole = plain.recv_multipart(zmq.NOBLOCK, copy=False)
+                            self.publishers.turn(whole[-1])
+                            self._receive([frame.bytes for frame in whole])
+                        else:
+                            self._receive(plain.recv_multipart(zmq.NOBLOCK))
                 # Who connected is known before the first batch of it is: the same thread of ZMQ's reports both.
                 self._connections()
                 self._wake()
@@ -122,18 +170,26 @@ class Published:
             self._connections()
             self._wake()
 
+    @property
+    def connections(self) -> int:
+        """How often an engine has connected. Batches that wait are of the last connection or of earlier ones."""
+        return self.publishers.connections
+
+    @property
+    def live(self) -> int:
+        """How many publishers are connected."""
+        return self.publishers.live
+
     def _connections(self) -> None:
-        monitor: zmq.Socket[bytes] = zmq.Socket.shadow(self._monitor)
-        with suppress(zmq.Again):
-            while True:
-                if parse_monitor_message(monitor.recv_multipart(zmq.NOBLOCK))["event"] == _CONNECTED:
-                    self.connections += 1
+        self.publishers.look(zmq.Socket.shadow(self._monitor))
 
     def _receive(self, frames: list[bytes]) -> None:
         batch = _numbered(frames)
         if batch is None or batch[0] < 0:
             self.malformed += 1
             return
+        if len(frames) > 2:
+            self.publishers.heard(frames[0], zmq.Socket.shadow(self._monitor))
         self.waiting.append(batch)
         self._bytes += len(batch[1])
         if len(self.waiting) > INBOX_BATCHES or self._bytes > INBOX_BYTES:
@@ -210,11 +266,11 @@ async def _ask(endpoint: str, host: str, start: int, seconds: float) -> tuple[li
                     "engine's --kv-events-config, such as tcp://*:5558"
                 ) from None
             await asked.send_multipart([b"", start.to_bytes(_SEQUENCE_BYTES, "big")])
-            socket: zmq.Socket[bytes] = zmq.Socket.shadow(asked)
+            plain: zmq.Socket[bytes] = zmq.Socket.shadow(asked)
             while await asked.poll(seconds * 1000):
                 with suppress(zmq.Again):
                     for _ in range(READ_BATCHES):
-                        frames = socket.recv_multipart(zmq.NOBLOCK)
+                        frames = plain.recv_multipart(zmq.NOBLOCK)
                         body = frames[1:] if frames and not frames[0] else frames
                         batch = _numbered(body)
                         if batch is None or batch[0] < 0:

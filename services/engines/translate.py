@@ -17,6 +17,7 @@ from kvplane.events.hashing import block_hashes, pack_hashes, unpack_hashes
 from kvplane.events.types import BlocksRemoved, BlocksStored, CacheCleared
 from kvplane.services.engines.dialect import Cleared, Removed, Stored
 from kvplane.services.engines.holding import Former, Holding
+from kvplane.services.engines.parts import part, parts, parts_named
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -28,6 +29,8 @@ FORMER_NAMES = 65536
 """Names of blocks no longer held that are remembered: children and copies in slower tiers may still refer to them."""
 EVENT_BLOCKS = 4096
 """Most blocks in one event."""
+MISFITS = 3
+"""So many stores, none of which could be understood, are no accident."""
 UNKNOWN_TYPES = 64
 """Most types of unknown events that are counted by name."""
 
@@ -39,10 +42,12 @@ COUNTS = {
     "unknown_removed": "removals of blocks that are not known to be held",
     "unnamed": "blocks that were stored by a name that is not known, without their tokens",
     "partial": "entries of less than a block",
+    "indivisible": "blocks of a slower tier that are no whole number of the fleet's",
     "misfit": "stores whose tokens are not those of their blocks",
     "other_group": "blocks of other attention groups than the one that is followed",
     "elsewhere": "blocks in places that are not this engine's own",
     "ambiguous": "names that the engine gave to two contents",
+    "overfull": "times that more blocks were reported as held than fit, so that all were forgotten",
     "trimmed": "copies that were reported more often than they can exist",
 }
 """What a translator counts, beside events of unknown types."""
@@ -59,12 +64,16 @@ class Translator:
         self.epoch = 0
         self.counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
         self.wrong_size = 0
-        """A block size of the engine's that is not this node's; 0 while there is none."""
+        """A block size of the engine's fast tier that is not this node's; 0 while there is none."""
+        self._misfits = 0
+        """Stores that did not fit, since the last that did."""
         self._capacity = capacity or {}
         self._tiers: dict[Tier, Holding] = {}
         self._former = Former(FORMER_NAMES)
         self._group: int | None = None
         self._others: set[int] = set()
+        self._parts = 0
+        """Into how many of the fleet's blocks one of a slower tier was split at the most."""
 
     def oddities(self) -> dict[str, int]:
         """What was counted beside the ordinary, rounded down to a power of two, so that a stream of it is worth a few lines."""
@@ -98,10 +107,33 @@ class Translator:
     def forget(self) -> None:
         """Know nothing: names of another life may mean something else."""
         self._tiers, self._former, self._group, self._others = {}, Former(FORMER_NAMES), None, set()
+        self._parts = 0
+        self._misfits = 0
+
+    def overfull(self) -> str:
+        """More is held than fits, in a sentence: removals were lost, or the capacity is not the engine's. Empty otherwise."""
+        for tier, most in self._capacity.items():
+            holding = self._tiers.get(tier)
+            if holding is not None and holding.copies > most:
+                return (
+                    f"the engine reported {holding.copies:,} blocks as held and {most:,} fit: its removals were lost, or "
+                    "--capacity-blocks is too small"
+                )
+        return ""
+
+    def misfits(self) -> str:
+        """That no store of the engine's fits its blocks, in a sentence; empty when one did a short while ago."""
+        if self._misfits < MISFITS:
+            return ""
+        return (
+            f"none of the engine's last {self._misfits:,} stores of blocks could be understood: their tokens are not those of "
+            f"blocks of {self.block_size}; is its version newer than this kvplane?"
+        )
 
     def restore(self, tier: Tier, names: Mapping[EngineHash, int]) -> None:
         """Hold what is known from elsewhere, one copy each."""
         holding = self._holding(tier)
+        self._parts = max(self._parts, parts_named(names))
         for name, block in names.items():
             if name not in holding.names:
                 holding.add(name, block)
@@ -128,8 +160,11 @@ class Translator:
     def learn(self, batch: Batch) -> None:
         """Take the meaning of names and groups from a batch whose effects are known already."""
         for event in batch.events:
-            if type(event) is Stored and event.tokens and self._followed(event.group, event):
-                for name, block in zip(event.hashes, self._resolved(event), strict=True):
+            if type(event) is not Stored or not event.tokens or not self._followed(event.group, event):
+                continue
+            fitted = self._fitted(event)
+            if isinstance(fitted, Stored):
+                for name, block in zip(fitted.hashes, self._blocks(fitted), strict=True):
                     if block is not None and not self._anywhere(name):
                         self._former.put(name, block)
 
@@ -171,6 +206,34 @@ class Translator:
             return stored is None and group not in self._others
         return group == self._group
 
+    def _fitted(self, stored: Stored) -> Stored | str:
+        """A store in the fleet's blocks; else the name under which it is counted that it can't be."""
+        names, size = stored.hashes, self.block_size
+        if not stored.tokens:
+            return stored
+        if stored.block_size == size:
+            return stored if len(stored.tokens) == len(names) * size else "misfit"
+        if stored.tier == "gpu":
+            if stored.block_size > size or len(names) > 1:
+                self.wrong_size = stored.block_size
+            return "partial"
+        # Slower tiers have sizes of their own: one name then means several of the fleet's blocks.
+        each, rest = divmod(stored.block_size, size)
+        if each < 1 or rest or stored.keys:
+            # Which of the blocks has the multimodal item is not said.
+            return "indivisible"
+        if len(stored.tokens) != len(names) * stored.block_size:
+            return "misfit"
+        self._parts = max(self._parts, each)
+        return stored._replace(hashes=[one for name in names for one in parts(name, each)], block_size=size)
+
+    def _blocks(self, stored: Stored) -> list[int | None]:
+        """The blocks that a fitted store's names mean; none at all where its tokens can't be hashed."""
+        try:
+            return self._resolved(stored)
+        except BadHashes:
+            return [None] * len(stored.hashes)
+
     def _resolved(self, stored: Stored) -> list[int | None]:
         """The blocks that the names mean; none where that is unknown."""
         names, size = stored.hashes, self.block_size
@@ -194,29 +257,26 @@ class Translator:
         return blocks
 
     def _store(self, stored: Stored, out: _Out, *, again: bool) -> None:
-        counts, names = self.counts, stored.hashes
-        if stored.tier is None:
+        counts, names, tier = self.counts, stored.hashes, stored.tier
+        if tier is None:
             counts["elsewhere"] += len(names)
             return
         if not self._followed(stored.group, stored):
             counts["other_group"] += len(names)
             return
         counts["stored"] += len(names)
-        if stored.tokens:
-            if stored.block_size != self.block_size:
-                if stored.block_size > self.block_size or len(names) > 1:
-                    self.wrong_size = stored.block_size
-                counts["partial"] += len(names)
-                return
-            if len(stored.tokens) != len(names) * self.block_size:
-                counts["misfit"] += len(names)
-                return
+        fitted = self._fitted(stored)
         try:
-            blocks = self._resolved(stored)
+            blocks = [] if isinstance(fitted, str) else self._resolved(fitted)
         except BadHashes:
-            counts["misfit"] += len(names)
+            fitted = "misfit"
+        if isinstance(fitted, str):
+            counts[fitted] += len(names)
+            self._misfits += fitted == "misfit"
             return
-        tier, holding = stored.tier, self._holding(stored.tier)
+        self._misfits = 0
+        stored, names = fitted, fitted.hashes
+        holding = self._holding(tier)
         parent = None if stored.parent is None else self._block(stored.parent)
         whole = [block for block in blocks if block is not None]
         if len(whole) == len(names) and holding.add_all(names, whole):
@@ -257,7 +317,11 @@ class Translator:
         counts["removed"] += len(removed.hashes)
         holding = self._holding(removed.tier)
         names, alone = holding.names, len(self._tiers) == 1
-        for name in removed.hashes:
+        hashes = removed.hashes
+        if self._parts and removed.tier != "gpu":
+            split = [one for name in hashes for at in range(self._parts - 1) if (one := part(name, at)) in names]
+            hashes = [*split, *hashes]
+        for name in hashes:
             block = names.get(name)
             if block is None:
                 counts["unknown_removed"] += 1

@@ -7,13 +7,48 @@ from datetime import UTC, datetime, time, timedelta
 
 from kvplane.services.protocol.errors import BadRequest
 
-FORMS = "a sequence, a time such as 2026-01-31T12:00 (UTC), a date, yesterday, today, now, or how long ago: 10m, 2h, 3d"
+FORMS = (
+    "a sequence, a time such as 2026-01-31T12:00 (UTC) or 2026-01-31T12:00+02:00, a date, yesterday, today, now, or how long "
+    "ago: 10m, 2h, 3d"
+)
 """What may be written, for the sentence of an error."""
 _UNITS = {"s": "seconds", "m": "minutes", "min": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _PART = r"(\d{1,9}(?:\.\d{1,9})?)\s*(min|[smhdw])"
 _AGO = re.compile(rf"-?\s*((?:{_PART}\s*)+)(?:\s+ago)?", re.ASCII)
 _SEQUENCE = re.compile(r"\d{1,20}|\d{1,3}(?:,\d{3})+", re.ASCII)
+_LOCAL = re.compile(r"\s*local$", re.IGNORECASE)
+_ZONE = re.compile(r"(UTC|Z|[+-]\d\d(:?\d\d)?)$")
 _DAYS = {"today": 0, "yesterday": 1}
+
+
+def resolved(text: str, now: datetime) -> str:
+    """A moment that ends in `local`, with this machine's zone; any other as it is. For who asks a historian elsewhere.
+
+    `now` is a time without a zone, as the clock here shows it.
+    """
+    given = _LOCAL.sub("", text.strip())
+    if given == text.strip():
+        return text
+    try:
+        day = _DAYS.get(given.lower())
+        found = (
+            datetime.fromisoformat(given) if day is None else datetime.combine(now.date() - timedelta(days=day), time())
+        )
+        return found.astimezone(UTC).isoformat() if found.tzinfo is None else text
+    except (ValueError, OverflowError):
+        return text
+
+
+def read_as(text: str, now: datetime) -> str:
+    """How a time was read, for those who may have meant another zone; empty for a sequence. Raises `BadRequest`."""
+    found = when(text, now)
+    if isinstance(found, int):
+        return ""
+    given = text.strip()
+    said = f"{found:%Y-%m-%d %H:%M:%S} UTC"
+    if given.lower() == "now" or _AGO.fullmatch(given.lower()) or (len(given) > 10 and _ZONE.search(given)):
+        return said
+    return f"{said}, since no zone is given; write +02:00 or local behind it for another"
 
 
 def when(text: str, now: datetime) -> int | datetime:

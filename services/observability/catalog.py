@@ -173,6 +173,8 @@ SIMNODE = Group("Simulated nodes", (
 ADAPTER = Group("Adapter of an engine (`kvplane attach`)", (
     _of("kvplane_adapter_engine_well", "gauge", "node", "1 while the engine says that it is well",
             "0 for longer than a start takes"),
+    _of("kvplane_adapter_publishers", "gauge", "node", "publishers of cache events that are connected; 0 when nobody publishes "
+        "where the adapter hears"),
     _of("kvplane_adapter_registrations_total", "counter", "node", "registrations: at the adapter's start, at each start of the "
             "engine, and each time that the node was concluded lost", "it rises without a restart"),
     _of("kvplane_adapter_batches_total", "counter", "node", "batches of the engine that were applied, replayed ones included"),

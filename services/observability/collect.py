@@ -289,6 +289,7 @@ def _adapter(scrape: Scrape, service: Adapters) -> None:
     for adapter in service.adapters:
         name, track = adapter.config.node, adapter.track
         put("kvplane_adapter_engine_well", adapter.well, node=name)
+        put("kvplane_adapter_publishers", adapter.published.live, node=name)
         put("kvplane_adapter_registrations_total", adapter.member.registrations, node=name)
         put("kvplane_adapter_batches_total", track.applied, node=name)
         put("kvplane_adapter_last_batch", track.position, node=name)

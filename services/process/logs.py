@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import structlog
 
-from kvplane.services.process.terminal import log_printable
+from kvplane.services.process.terminal import log_printable, log_without_logins
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,10 +67,11 @@ def configure(level: Level = "info", form: Literal["auto", "text", "json"] = "au
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     if as_json:
-        processors += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+        processors += [structlog.processors.format_exc_info, log_without_logins, structlog.processors.JSONRenderer()]
     else:
         processors += [
             structlog.processors.format_exc_info,
+            log_without_logins,
             log_printable,
             structlog.dev.ConsoleRenderer(
                 colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback

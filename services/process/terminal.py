@@ -8,6 +8,8 @@ import sys
 import traceback
 from typing import TYPE_CHECKING
 
+from kvplane.events.logins import without_logins
+
 if TYPE_CHECKING:
     from types import TracebackType
 
@@ -50,6 +52,21 @@ def spreadsheet(text: str) -> str:
     return f"'{shown}" if _FORMULA.match(shown) and not _NUMBER.fullmatch(shown) else shown
 
 
+def log_without_logins(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    """A step of structlog: no value shows the login of a URL."""
+    return {key: _without(value) if "@" in str(value) else value for key, value in event.items()}
+
+
+def _without(value: object) -> object:
+    if isinstance(value, str):
+        return without_logins(value)
+    if isinstance(value, list | tuple):
+        return [_without(one) for one in value]
+    if isinstance(value, dict):
+        return {key: _without(one) for key, one in value.items()}
+    return without_logins(str(value))
+
+
 def log_printable(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     """A step of structlog: no value brings control characters to a terminal, or passes for another line."""
     return {key: _logged(key, value) if isinstance(value, str) else value for key, value in event.items()}
@@ -61,4 +78,6 @@ def _logged(key: str, value: str) -> str:
 
 def show_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """What Python says of an error that nobody caught, with its text printable; for `sys.excepthook`."""
-    sys.stderr.write(paragraph("".join(traceback.format_exception(kind, error, trace)).rstrip("\n")) + "\n")
+    sys.stderr.write(
+        paragraph(without_logins("".join(traceback.format_exception(kind, error, trace)).rstrip("\n"))) + "\n"
+    )

@@ -79,15 +79,36 @@ async def ask(
         except (msgspec.DecodeError, KeyError, TypeError):
             pass
         raise Refused(int(status) if status.isdigit() else 500, code, sentence)
-    if form is None:
-        plain: T = msgspec.msgpack.decode(answer.data)
-        return plain
     try:
-        return msgspec.msgpack.decode(answer.data, type=form)
-    except msgspec.DecodeError as error:
+        found: T = (
+            msgspec.msgpack.decode(answer.data) if form is None else msgspec.msgpack.decode(answer.data, type=form)
+        )
+    except (msgspec.DecodeError, UnicodeError) as error:
+        stream = _acknowledged_by(answer.data)
+        if stream:
+            raise NoAnswer(f"what answered on {subject} is no kvplane: {captured(stream, subject)}") from None
         raise NoAnswer(
-            f"the answer on {subject} can't be read ({error}); is that service of another version?"
+            f"the answer on {subject} can't be read ({error}); is that service of another version, or another program?"
         ) from None
+    return found
+
+
+def captured(stream: str, subject: str) -> str:
+    """What to do about a stream that stores questions, and acknowledges them as if that were an answer."""
+    words = subject.split(".")
+    taken = ".".join([*words[:3], ">"] if len(words) > 3 else words)
+    return (
+        f"stream {stream!r} captures {subject}, and acknowledges questions as messages; take {taken} "
+        f"out of its subjects (`nats stream edit {stream}`): kvplane keeps its log by itself"
+    )
+
+
+def _acknowledged_by(answer: bytes) -> str:
+    """The stream that acknowledged a message; empty for what is no acknowledgement."""
+    try:
+        return msgspec.json.decode(answer, type=_Acknowledged).stream
+    except (msgspec.DecodeError, UnicodeError):
+        return ""
 
 
 def _again(subject: str, request: msgspec.Struct) -> bool:
@@ -142,6 +163,13 @@ async def _ask_until_answered(client: Client, subject: str, body: bytes, seconds
                 raise
             patience *= 2
         await anyio.sleep(PAUSE_SECONDS)
+
+
+class _Acknowledged(msgspec.Struct):
+    """What a server says of a message that a stream has stored."""
+
+    stream: str
+    seq: int
 
 
 class _Listed(msgspec.Struct):

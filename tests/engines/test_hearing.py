@@ -52,8 +52,13 @@ def test_what_was_served_is_read_from_the_metrics() -> None:
     assert gauges(samples(""), 0).served is None
 
 
+class At:
+    endpoint = "tcp://*:5557"
+    live = 1
+
+
 def missing(*looks: tuple[float, Served | None, bool]) -> bool:
-    hearing = Hearing("vllm", "a", 16, "tcp://*:5557")
+    hearing = Hearing("vllm", "a", 16, At())
     for now, served, has_events in looks:
         hearing.look(served, now, received=has_events)
     return hearing.missing
@@ -104,7 +109,8 @@ async def test_a_node_whose_events_never_come_is_named_until_they_do(fleet: Flee
             await until(lambda: service.adapters[0].hearing._before)
             engine.more_metrics = page("vllm", 90, 0, 0, 3)
             await until(has_no_events, 20)
-            assert service.readiness() == ("", {"nodes": 1, "unheard": ["a"]})
+            reason = f"node a: nobody publishes at {endpoint}"
+            assert service.readiness() == (reason, {"nodes": 1, "unheard": ["a"]})
             problems = [
                 finding.message for finding in judge(await examine(fleet.client, fleet.name)) if finding.what == "nodes"
             ]

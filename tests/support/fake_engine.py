@@ -38,6 +38,10 @@ class FakeEngine:
         self.models: list[Any] = [{"id": "m", "parent": None}, {"id": "ad", "parent": "m"}]
         self.more_metrics = ""
         """What its page of metrics says beside its load."""
+        self.key, self.guards = "", "/"
+        """The key that requests must have whose path begins so; none is asked for when it is empty."""
+        self.missing: set[str] = set()
+        """Paths that it does not have."""
         self.replay_requests = 0
         self.drops = 0
         """So many answers of replays lose batches and their end, as when the socket's queue is full."""
@@ -142,6 +146,13 @@ class FakeEngine:
         async def answer(request: web.Request) -> web.Response:
             if self.loading:
                 return web.Response(status=503)
+            authorized = request.headers.get("Authorization") == f"Bearer {self.key}"
+            if self.key and request.path.startswith(self.guards) and not authorized:
+                return web.Response(status=401)
+            if request.path in self.missing:
+                return web.Response(status=404)
+            if request.path == "/v1/models":
+                return web.Response(text=json.dumps({"data": self.models[::-1]}))
             with suppress(KeyError):
                 return web.Response(text=pages[request.path] + self.more_metrics * (request.path == "/metrics"))
             return web.Response(status=404)
@@ -149,7 +160,6 @@ class FakeEngine:
         started = f"process_start_time_seconds {1.7e9 + self.life}\n" if self.has_start_time else ""
         pages = {
             "/health": "",
-            "/v1/models": json.dumps({"data": self.models[::-1]}),
             "/metrics": started
             + f'vllm:cache_config_info{{block_size="{size}",num_gpu_blocks="{blocks + 1}",engine="0"}} 1.0\n'
             f'vllm:num_requests_running{{engine="0"}} {self.running}\nvllm:num_requests_running{{engine="1"}} 50\n'

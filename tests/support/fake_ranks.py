@@ -19,7 +19,7 @@ class Rank(FakeEngine):
     """One rank."""
 
     def __init__(self, others: list[Rank], **options: Any) -> None:
-        super().__init__(**options)
+        super().__init__(rank=len(others), **options)
         self.all = others
         others.append(self)
 

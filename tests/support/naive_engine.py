@@ -31,10 +31,10 @@ class NaiveEngine:
 
     def __init__(
         self, life: int = 0, *, capacity: int = 12, size: int = 4, buffer: int = 10_000, dialect: str = "maps",
-        names: str = "int",
+        names: str = "int", rank: int = 0,
     ) -> None:  # fmt: skip
         self.life, self.capacity, self.size = life, capacity, size
-        self.dialect, self.names = dialect, names
+        self.dialect, self.names, self.rank = dialect, names, rank
         self.blocks: list[tuple[Any, int]] = []
         """Physical blocks as (name, block hash), least recently used first."""
         self.buffer: deque[tuple[int, bytes]] = deque(maxlen=buffer)
@@ -103,7 +103,7 @@ class NaiveEngine:
         if not self.queue:
             return None
         self.clock += 1
-        batch = (self.sequence, encoded(self.queue, self.dialect, self.clock))
+        batch = (self.sequence, encoded(self.queue, self.dialect, self.clock, self.rank))
         self.queue = []
         self.sequence += 1
         self.buffer.append(batch)
@@ -119,7 +119,7 @@ STORED = (
 REMOVED = ("type", "block_hashes", "medium")
 
 
-def encoded(events: list[EventMap], dialect: str, clock: float) -> bytes:
+def encoded(events: list[EventMap], dialect: str, clock: float, rank: int = 0) -> bytes:
     """A batch in one of the dialects that engines speak or spoke."""
     written: list[Any] = events
     if dialect in {"arrays", "sglang"}:
@@ -131,5 +131,5 @@ def encoded(events: list[EventMap], dialect: str, clock: float) -> bytes:
             # No LoRA's name and no extra keys; what ends an array is left out when it is nothing.
             written = [event[:7] if event[0] == "BlockStored" else event for event in written]
     if dialect == "map_batch":
-        return msgspec.msgpack.encode({"ts": clock, "events": written, "data_parallel_rank": 0, "news": [1]})
-    return msgspec.msgpack.encode([clock, written] if dialect == "sglang" else [clock, written, 0])
+        return msgspec.msgpack.encode({"ts": clock, "events": written, "data_parallel_rank": rank, "news": [1]})
+    return msgspec.msgpack.encode([clock, written] if dialect == "sglang" else [clock, written, rank])
