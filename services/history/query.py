@@ -279,6 +279,8 @@ class Result:
             self._closed = True
             self._pending.clear()
             if self._reader is not None:
+                # DuckDB may compute what comes next, and closing waits until it is done.
+                self._cursor.interrupt()
                 with suppress(Exception):
                     self._reader.close()
             self._reader = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import duckdb
@@ -162,6 +163,32 @@ def test_closing_from_another_thread_stops_the_work(ground: Ground) -> None:
     assert not reader.is_alive()
     assert time.monotonic() - began < 5
     assert isinstance(outcome[0], BadRequest)
+
+
+def test_closing_does_not_wait_for_what_duckdb_computes_meanwhile(ground: Ground) -> None:
+    """Now and then the first batch is there at once, and the next one is computed while nobody asks for it."""
+    begun = 0
+    for _ in range(100):
+        opened: list[Result] = []
+
+        def run(opened: list[Result] = opened) -> None:
+            with suppress(QueryLimit):
+                opened.append(ground.queries.run("SELECT 1 UNION ALL " + LONG, seconds=60, rows=10))
+
+        runner = threading.Thread(target=run)
+        runner.start()
+        runner.join(0.03)
+        while not opened and runner.is_alive():
+            ground.queries.watch.stop("time")
+            runner.join(0.01)
+        if opened:
+            begun += 1
+            closer = threading.Thread(target=opened[0].close, daemon=True)
+            closer.start()
+            closer.join(20)
+            assert not closer.is_alive()
+        if begun == 10:
+            break
 
 
 def test_the_writer_commits_while_a_query_runs_and_a_reader_sees_one_moment(ground: Ground) -> None:
