@@ -71,7 +71,6 @@ async def test_what_outgrows_the_bound_is_found_and_ended(tmp_path: Path, monkey
 
 
 async def test_what_is_left_of_one_that_was_revoked_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harming, "LEFT_SECONDS", 3)
     async with guarded(tmp_path) as world, world.client("admin") as admin:
         await open_stream(admin.jetstream(), FLEET, create=True)
         checker = Checker(FLEET)
@@ -96,5 +95,6 @@ async def test_what_is_left_of_one_that_was_revoked_is_found(tmp_path: Path, mon
         body = msgspec.json.encode({"stream_name": f"KV_{FLEET}", "config": config})
         answer = await admin.request(f"$JS.API.CONSUMER.CREATE.KV_{FLEET}.{EVIL}-1", body)
         assert b'"created"' in answer.data
+        monkeypatch.setattr(harming, "LEFT_SECONDS", 3)
         await harm.revoke()
         assert [violation.rule for violation in checker.found] == ["nothing left"]

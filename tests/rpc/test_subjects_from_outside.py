@@ -38,6 +38,7 @@ CHECKED: dict[str, str] = {
     "events/log/deliveries.py:_answer": "comes from outside: only flow control of its own consumer is let through",
     "events/log/servers.py:request": "passes on",
     "events/log/snapshots.py:put": f"{LAW}; objects have names of this process's own",
+    "services/diagnosis/examine.py:_captured": LAW,
     "services/diagnosis/examine.py:_json": LAW,
     "services/diagnosis/examine.py:_status": f"{LAW}; what a service says of its name stands between words of ours",
     "services/replication/compaction.py:_stored": "the same",
