@@ -1,9 +1,9 @@
 """A recorded fleet, run again from a moment on: its nodes with what they held, its requests in their own times.
 
-`recorded_from` takes the nodes, their caches and sessions out of a fold of the log. `run_recorded` gives them to simulated
-engines, tells the same to a fold of its own, and sends the recorded requests through a policy. What ran at that moment
-does not run here: engines begin idle, and what was routed of late is forgotten. All nodes own their caches, those too
-whose evictions a coordinator decided, and only the tier `gpu` is simulated.
+`recorded_from` takes the nodes, their caches, sessions and live conversations out of a fold of the log. `run_recorded` gives
+them to simulated engines, tells the same to a fold of its own, and sends the recorded requests through a policy. What ran at
+that moment does not run here: engines begin idle, and what was routed of late is forgotten. All nodes own their caches, those
+too whose evictions a coordinator decided, and only the tier `gpu` is simulated.
 
 Nodes come and go when the log says so. One that was concluded lost for its silence failed as long before as that takes; a
 node that is back, or registers again, begins with an empty cache; one that is removed finishes what it runs.
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from kvplane.events.types import NodeRegistered
+    from kvplane.projections.contexts import Context
     from kvplane.projections.fleet import FleetState
     from kvplane.projections.prefix import PrefixIndex
     from kvplane.services.simulation.world import Outcome
@@ -74,6 +75,13 @@ class RecordedSession(NamedTuple):
     node: str
 
 
+class RecordedContext(NamedTuple):
+    """What the next request of a live conversation is known by, and its last prompt."""
+
+    key: bytes | int
+    last: Context
+
+
 class RecordedChange(Struct, frozen=True):
     """What the log says of a node, or of the policy, at a time in seconds from the beginning."""
 
@@ -89,6 +97,10 @@ class Recorded(Struct, frozen=True, kw_only=True):
     policy: types.PolicyChanged
     nodes: tuple[RecordedNode, ...]
     sessions: tuple[RecordedSession, ...] = ()
+    contexts: tuple[RecordedContext, ...] = ()
+    """Live conversations, the one silent for longest first."""
+    format: int = 1
+    """Format of the log at the beginning."""
     speeds: dict[str, float] = {}
     """Tokens per second that each node prefills, as the log measured it; of others, what they say of themselves."""
     changes: tuple[RecordedChange, ...] = ()
@@ -132,7 +144,8 @@ def recorded_from(
             for key, session in state.sessions.items()
             if session.node and key in asked
         ),
-        speeds=speeds, changes=changes, requests=tuple(requests),
+        contexts=tuple(RecordedContext(key, context) for key, context in load.contexts.items()),
+        format=state.format, speeds=speeds, changes=changes, requests=tuple(requests),
     )  # fmt: skip
 
 
@@ -196,9 +209,13 @@ class RecordedWorld(World):
     def _begin(self) -> None:
         self.ready = 0.0
         recorded = self._recorded
+        if recorded.format > 1:
+            self._apply(0.0, f"kv.{FLEET}.control", [types.FormatRaised(recorded.format)])
         self._apply(0.0, f"kv.{FLEET}.control", [types.PolicyChanged(self.settings.policy, self.settings.parameters)])
         for node in recorded.nodes:
             self._begin_node(node)
+        load = self.state.load
+        load.contexts.adopt((each for each in recorded.contexts if each.last.node in load.ordinal), load.ordinal)
         assigned: dict[str, list[types.SessionAssigned]] = {}
         for model, session, name in recorded.sessions:
             assigned.setdefault(model, []).append(types.SessionAssigned(session, model, name))

@@ -166,7 +166,7 @@ SAFE = ("json_text(", "printable(", "paragraph(", "tabs(")
 OWN_TEXT = {
     # CSV, whose cells went through `spreadsheet`; requests that were generated here.
     "services/cli/sql.py": {"sys.stdout.write(sink.getvalue().to_pybytes().decode())"},
-    "services/cli/simulate.py": {"sys.stdout.buffer.write(lines)"},
+    "services/cli/workload.py": {"sys.stdout.buffer.write(encode(line) + b'\\n')"},
 }
 
 
