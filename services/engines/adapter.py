@@ -323,7 +323,14 @@ class Adapter:
     async def _join(self) -> None:
         """Register after the first time, with what is true of the engine now."""
         if self.life.state is State.REBORN:
-            await self._refresh()
+            try:
+                await self._refresh()
+            except EngineUnfit:
+                # It may have gone again, before that was seen: what it is shall be asked of the life that comes next.
+                if not await self.engine.healthy():
+                    self.health.ill()
+                    return
+                await self._refresh()
         await self._look()
         if self.life.state in {State.JOINING, State.FORGOTTEN}:
             # Otherwise the look has shown yet another life, or the node was given away meanwhile.
@@ -407,10 +414,8 @@ class Adapter:
         self._models_at = now + MODELS_SECONDS
         models, loras_from = await self.engine.models()
         facts = self.facts
-        if models and (set(models), set(models[loras_from:])) != (
-            set(facts.models),
-            set(facts.models[facts.loras_from :]),
-        ):
+        known = (set(facts.models), set(facts.models[facts.loras_from :]))
+        if models and (set(models), set(models[loras_from:])) != known:
             _log.info("models_changed", node=self.config.node, models=models)
             self.facts = msgspec.structs.replace(facts, models=models, loras_from=loras_from)
             if self.life.state is State.MEMBER:

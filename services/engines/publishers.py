@@ -1,7 +1,7 @@
 """Who publishes at one endpoint: how many are connected, and whether what arrives is of one engine.
 
-Two engines at one endpoint would be taken for one, whose cache is a mixture. One topic after another on a connection, or
-publishers that take turns while both are connected, show it.
+Two engines at one endpoint would be taken for one, whose cache is a mixture. Topics that take turns on a connection, or
+publishers that do while both are connected, show it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Publishers:
         """How many are connected now."""
         self._strangers = 0
         """Those that spoke another protocol, and whose end is still to be heard."""
-        self._topic: bytes | None = None
+        self._topics: list[bytes] = []
+        """Those that were heard since one has connected, in the order in which they came first."""
         self._turns: list[int] = []
         """Connections that were heard, one after the other, by their file descriptors."""
 
@@ -46,7 +47,7 @@ class Publishers:
                 if event == _CONNECTED:
                     self.connections += 1
                     self.live += 1
-                    self._topic = None
+                    self._topics = []
                 elif event == zmq.EVENT_DISCONNECTED:
                     if self._strangers:
                         self._strangers -= 1
@@ -58,17 +59,20 @@ class Publishers:
                     self._strangers += 1
 
     def heard(self, topic: bytes, monitor: zmq.Socket[bytes]) -> None:
-        """A message came with this topic. Raises `EngineUnfit` when another one came on the same connection before."""
-        if self._topic != topic and self._topic is not None:
-            # Its publisher may have connected a moment ago.
-            self.look(monitor)
-        if self._topic is None:
-            self._topic = topic
-        elif self._topic != topic:
+        """A message came with this topic. Raises `EngineUnfit` when two topics take turns on the same connection.
+
+        One after another is a publisher's next life, and a last message of the former one may come late.
+        """
+        if self._topics and self._topics[-1] == topic:
+            return
+        # Its publisher may have connected a moment ago.
+        self.look(monitor)
+        if topic in self._topics:
             raise EngineUnfit(
-                f"two engines publish at {self.endpoint}: one as {_shown(self._topic)}, one as {_shown(topic)}; give each "
+                f"two engines publish at {self.endpoint}: one as {_shown(topic)}, one as {_shown(self._topics[-1])}; give each "
                 "an endpoint and an adapter of its own"
             )
+        self._topics.append(topic)
 
     def turn(self, frame: zmq.Frame) -> None:
         """A message came by this connection. Raises `EngineUnfit` when two of them take turns."""

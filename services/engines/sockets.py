@@ -156,8 +156,8 @@ class Published:
                     for _ in range(READ_BATCHES):
                         if self.publishers.live > 1:
                             whole = plain.recv_multipart(zmq.NOBLOCK, copy=False)
-                            self.publishers.turn(whole[-1])
                             self._receive([frame.bytes for frame in whole])
+                            self.publishers.turn(whole[-1])
                         else:
                             self._receive(plain.recv_multipart(zmq.NOBLOCK))
                 # Who connected is known before the first batch of it is: the same thread of ZMQ's reports both.
