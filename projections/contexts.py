@@ -4,8 +4,9 @@ A prompt that was served is likely to be asked for again, longer: the conversati
 been silent for `LIVE_SECONDS`, its last prompt is its context, and counts where that was sent. The sum of contexts is what a
 node has to keep. It is known before the cache is full, and differs from what lies there: mostly of conversations that are over.
 
-A request that names its session belongs to that. Any other one belongs to the conversation whose last prompt it goes on from;
-it is found by the last full block of that prompt, so a beginning that many share makes no conversation.
+A request that names its session belongs to that, once there is one. Any other one belongs to the conversation whose last
+prompt it goes on from, if that had no name; it is found by the last full block of that prompt, so a beginning that many share
+makes no conversation.
 
 Kept only in a log of `CONTEXTS_FORMAT` or a later one: earlier logs fold as they always did.
 """
@@ -78,9 +79,9 @@ class Contexts(OrderedDict[bytes | int, Context]):
 
         `known` is how many leading blocks of the prompt any node holds: where it went on last time can't be behind.
         """
-        if session:
-            key = session_key(model, session)
-            return key if key in self else None
+        if session and (key := session_key(model, session)) in self:
+            return key
+        # One that is named only now may have begun without a name.
         blocks = unpack_hashes(hashes[max(known - LOOKED_AT_BLOCKS, 0) * _HASH : known * _HASH])
         if self.keys().isdisjoint(blocks):
             return None

@@ -186,7 +186,7 @@ class Chooser:
         contexts = self._state.load.contexts
         if not contexts:
             return None
-        known = 0 if query.session or not len(match) else int(match.item(match.argmax()))
+        known = int(match.item(match.argmax())) if len(match) else 0
         key = contexts.key(query.model, query.session, query.hashes, known)
         return None if key is None else contexts[key]
 

@@ -60,6 +60,16 @@ def test_a_conversation_without_a_name_is_known_by_the_prompt_that_it_goes_on_fr
     assert (tokens(given), given.state.load.contexts.turns) == ({"a": 0, "b": 128, "c": 0}, 3)
 
 
+def test_a_conversation_that_gets_its_name_later_is_the_same_one() -> None:
+    given = fleet()
+    asks(given, "a", 1, 2, 3)
+    asks(given, "a", 1, 2, 3, 4, session="s", best=3)
+    assert (tokens(given), len(given.state.load.contexts)) == ({"a": 64, "b": 0, "c": 0}, 1)
+    # Another name is another conversation.
+    asks(given, "b", 1, 2, 3, 4, 5, session="t", best=4)
+    assert (tokens(given), len(given.state.load.contexts)) == ({"a": 64, "b": 80, "c": 0}, 2)
+
+
 def test_a_prompt_that_branched_off_long_ago_goes_on_with_no_conversation() -> None:
     given = fleet()
     asks(given, "a", 1, 2, 3)

@@ -86,3 +86,15 @@ def test_what_is_pushed_out_counts_the_more_the_less_room_there_is() -> None:
         cost = {each.node: each.cost for each in decision.candidates}
         of_the_crowded.append(cost["a"] - cost["b"])
     assert of_the_crowded[0] < of_the_crowded[1]
+
+
+def test_the_second_turn_of_a_conversation_that_is_named_then_stays_where_the_first_was() -> None:
+    given = Given()
+    given.put("control", types.FormatRaised(CONTEXTS_FORMAT))
+    for name in "ab":
+        given.node(name)
+    first = pack_hashes(CHAIN[:30])
+    given.put("access.w", types.RequestRouted("first", "m", "a", 0, 30, 487, first))
+    given.holds("a", 31)
+    given.put("access.a", types.RequestCompleted("first", "a"))
+    assert given.decide(blocks=32, session="named").node.name == "a"
