@@ -94,16 +94,19 @@ BLOCKS = {"overlap_weight": Parameter(1, "times", "how much a block to prefill c
 
 def blocks(view: View, request: Request, parameters: Parameters) -> Column:
     """Blocks left to prefill, plus blocks in use by what runs: the default cost of Dynamo's KV-aware router."""
+    return _bounded(view, _blocks(view, request, parameters))
+
+
+def _blocks(view: View, request: Request, parameters: Parameters) -> Column:
     prefill = (view.pending + request.tokens) / request.block_size - view.match
     costs: Column = parameters["overlap_weight"] * prefill + view.blocks
-    return _bounded(view, costs)
+    return costs
 
 
 def blocks_terms(view: View, request: Request, parameters: Parameters) -> dict[str, Column]:
     """The parts of `blocks`'s costs, in blocks."""
     weight = parameters["overlap_weight"] / request.block_size
-    prefill = (view.pending + request.tokens) / request.block_size - view.match
-    costs: Column = parameters["overlap_weight"] * prefill + view.blocks
+    costs = _blocks(view, request, parameters)
     return {
         "queue": weight * view.pending,
         "own": weight * (request.tokens - view.match * request.block_size),

@@ -15,6 +15,7 @@ from kvplane.events.hashing import unpack_hashes
 from kvplane.projections.history.replay import packed_hashes
 from kvplane.services.history.client import pages, table
 from kvplane.services.protocol.errors import BadRequest
+from kvplane.services.roles.leases import ABANDONED
 from kvplane.services.simulation.trace import TraceRequest
 from kvplane.services.whatif.recording import bounds, nothing_routed
 
@@ -28,7 +29,6 @@ PIECE = 4_000_000
 """Blocks of decisions that are asked for at once; a decision counts as a hundred more."""
 UNKNOWN_OUTPUT = 16
 """Tokens of an answer whose end nobody recorded."""
-ABANDONED = "abandoned"
 
 MODELS = """
     SELECT model, count(*) AS requests, sum(blocks + 100)::UBIGINT AS size, min(block_size) AS smallest,
