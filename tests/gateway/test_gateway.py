@@ -11,6 +11,7 @@ import anyio
 import openai
 import pytest
 
+from kvplane.services.gateway import forward
 from kvplane.services.protocol.messages import RegisterRequest
 from tests.support.gateways import ANSWER, PROMPT, WORD, answers, made, on_engines, on_simulated
 from tests.support.scripted_engine import EVENTS, MODEL, ScriptedEngine, chunk, whole
@@ -381,3 +382,21 @@ async def test_a_decision_without_nats(fleet: Fleet) -> None:
         answer = await scene.http.post("/route", json={"model": "other", "tokens": [1]})
         assert answer.status_code == 404
         assert (await scene.http.get("/health")).json()["ready"]
+
+
+async def test_a_request_gets_the_place_of_the_one_that_is_over(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is not refused, nor does it wait for longer than until the log has it."""
+    monkeypatch.setattr(forward, "PLACE_SECONDS", 600)
+    async with on_simulated(fleet, 1, max_active=1) as scene:
+        answers: list[int] = []
+
+        async def ask() -> None:
+            body = {"model": "sim", "prompt": [len(answers), 2, 3], "max_tokens": 2}
+            answers.append((await scene.http.post("/v1/completions", json=body)).status_code)
+
+        with anyio.fail_after(30):
+            async with anyio.create_task_group() as group:
+                for _ in range(6):
+                    group.start_soon(ask)
+        assert answers == [200] * 6
+        await scene.idle()
