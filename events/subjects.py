@@ -91,6 +91,11 @@ def subject(fleet: str, topic: Topic, name: str = "") -> str:
     return base if topic == "control" else f"{base}.{token(name)}"
 
 
+def beginning(fleet: str, topic: Topic, name: str = "") -> str:
+    """How all subjects of a topic begin whose names begin like this."""
+    return f"kv.{fleet}.{topic}.{token(name) if name else ''}"
+
+
 def heartbeat_subject(fleet: str, node: str) -> str:
     """Subject of a node's heartbeats and load gauges: core NATS, never stored."""
     return f"kv.{fleet}.pulse.{token(node)}"

@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 
     from kvplane.events.subjects import Topic
 
-FORMAT = 3
+FORMAT = 4
 """The newest format that this kvplane reads and writes. 2: no node's word alone moves the fleet's pace (`projections.load`).
-3: the contexts of live conversations are counted (`projections.contexts`)."""
+3: the contexts of live conversations are counted (`projections.contexts`). 4: what one node writes in a second is bounded
+(`events.allowance`)."""
 
 SINCE: dict[type[types.Event], int] = {}
 """In which format an event got this shape; 1 for those that are not here."""

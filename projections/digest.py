@@ -14,6 +14,7 @@ import numpy as np
 from msgspec.structs import astuple
 from xxhash import xxh3_128
 
+from kvplane.events.allowance import ALLOWANCE_FORMAT
 from kvplane.events.hashing import pack_hashes
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ def digest(state: FleetState) -> str:
         add([name, load.of(name), prefills.since, list(prefills.waiting.items()), sorted(prefills.ends.items())])
     if load.contexts.kept:
         add(list(load.contexts.items()))
+    if state.format >= ALLOWANCE_FORMAT:
+        add(list(state.allowances.items()))
     for name, recency in sorted(state.recency.items()):
         add(name)
         hasher.update(pack_hashes(recency.order))

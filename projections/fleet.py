@@ -22,21 +22,23 @@ other replicas hold whole. It says so and is of no use from then on: `Unusable`.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from kvplane.events import types
 from kvplane.events.codec import Commit, Message, decode
 from kvplane.events.errors import BadCommit, NewerFormat
 from kvplane.events.hashing import unpack_hashes
 from kvplane.events.versions import FORMAT
+from kvplane.projections.allowances import Allowances
 from kvplane.projections.errors import Unusable
 from kvplane.projections.load import Early, Load, prefill_speed
 from kvplane.projections.nodes import Caches, Node
 from kvplane.projections.recency import Recency
 from kvplane.projections.sessions import Sessions
+from kvplane.projections.skips import Applied, Skip
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 WRITERS_LIMIT = 100_000
 """Most (subject, writer) counters remembered; the least recently used are forgotten."""
@@ -58,35 +60,6 @@ DEFAULT_POLICY = "ttft"
 DEFECTS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, TypeError, ValueError)
 """What code raises that is wrong for some commit: on every replica alike, since nothing but the log is read. Every other
 error may be this process's own: no memory, no stack, an interrupt, an array that somebody else here looks at."""
-
-REASONS = {
-    "duplicate": "the writer's counter says that this commit is on the log already",
-    "stale": "the writer had not seen the last change of the node when it decided",
-    "unknown_node": "the node is not registered",
-    "stale_epoch": "the event is of an earlier life of the node's cache",
-    "no_change": "it is in that state already",
-    "block_size": "another node of the model has another block size",
-    "wrong_mode": "the node's cache is not of the kind that this event is for",
-    "node_lost": "the node is lost",
-    "not_held": "a block to be evicted is not held, named twice, or stored by the same commit",
-    "protected": "a block to be evicted is used by a running request",
-    "capacity": "the node would hold more blocks than its capacity, or than twice of it where the engine reports",
-    "too_many_nodes": "the fleet has as many nodes as it can have",
-    "defect": "kvplane failed on it, alike everywhere; report it with the commit",
-}
-"""Why a valid commit is skipped, beside `codec.REASONS`."""
-
-
-class Applied(NamedTuple):
-    """What became of a message: its commit, or the reason why it was skipped."""
-
-    commit: Commit | None
-    skipped: str | None
-    detail: str = ""
-
-
-class Skip(Exception):
-    """A commit changes nothing."""
 
 
 class FleetState:
@@ -115,6 +88,7 @@ class FleetState:
         self.removed: dict[str, int] = {}
         self.heads: dict[str, int] = {}
         """Last sequence on each subject of nodes and caches, skipped commits included: what a writer must expect."""
+        self.allowances = Allowances(fleet)
         self.failure: Exception | None = None
         """Why this state is of no use any more."""
         self.changes = 0
@@ -160,7 +134,7 @@ class FleetState:
             self._pass_time(message.time)
             if message.subject.startswith(self._deciding):
                 self._head(message.subject)
-            commit = decode(self.fleet, message, self.format)
+            commit = self._read(message)
             self._check_writer(message.subject, commit)
             topic = commit.place.topic
             if topic == "cache":
@@ -191,6 +165,21 @@ class FleetState:
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
         return Applied(None, reason, detail)
 
+    def _read(self, message: Message) -> Commit:
+        """The commit of a message. What a node writes counts against what it may, whatever becomes of it."""
+        subject = message.subject
+        if not self.allowances.held(subject, self.format):
+            return decode(self.fleet, message, self.format)
+        if self.allowances.spent(subject, self.time):
+            raise Skip("too_fast")
+        events: Sequence[types.Event] = ()
+        try:
+            commit = decode(self.fleet, message, self.format)
+            events = commit.events
+        finally:
+            self.allowances.take(subject, self.time, events)
+        return commit
+
     def _check_writer(self, subject: str, commit: Commit) -> None:
         if not commit.writer or not commit.writer_seq:
             return
@@ -213,6 +202,7 @@ class FleetState:
     def _pass_time(self, time: int) -> None:
         if time < self.time - BACK_SECONDS * 10**9:
             self.load.set_back(self.time - time)
+            self.allowances.set_back(self.time - time)
             self.set_back += 1
             self.time = time
         else:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 from msgspec import Meta, Struct
 
+from kvplane.events.allowance import ALLOWANCE_FORMAT
 from kvplane.events.codec import validate
 from kvplane.events.hashing import pack_hashes, unpack_hashes
 from kvplane.events.subjects import Place
@@ -30,7 +31,7 @@ from kvplane.projections.segment import ALL, HASH_BYTES, SEGMENT_BYTES, Segment,
 from kvplane.projections.sessions import Session
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from kvplane.projections.fleet import FleetState
     from kvplane.projections.load import Load
@@ -138,14 +139,19 @@ class BodyWithContexts(Body):
     contexts: list[tuple[bytes | int, Context]] = []
 
 
+class BodyWithAllowances(BodyWithContexts):
+    """That of a log in which nodes are held to what they may write."""
+
+    allowances: dict[str, int] = {}
+
+
 def take(state: FleetState) -> Body:
     """The parts of a state. They share its dictionaries: encode them before the state goes on."""
     caches = state.caches
     slots = sum(len(caches.owners(model)) for model in caches.by_model)
     if slots > MOST_SLOTS:
         _broken(f"the fleet has {slots} slots, a snapshot holds {MOST_SLOTS}")
-    kept = state.load.contexts.kept
-    return (partial(BodyWithContexts, contexts=list(state.load.contexts.items())) if kept else Body)(
+    return _form(state)(
         nodes=[
             NodePart(node.registered, node.epoch, node.changed, node.lost, node.cordoned, node.slots)
             for node in state.nodes.values()
@@ -166,6 +172,14 @@ def take(state: FleetState) -> Body:
         removed=state.removed,
         heads=state.heads,
     )
+
+
+def _form(state: FleetState) -> Callable[..., Body]:
+    """The shape that the log's format has, with what it has beside those before it."""
+    contexts = list(state.load.contexts.items())
+    if state.format >= ALLOWANCE_FORMAT:
+        return partial(BodyWithAllowances, contexts=contexts, allowances=state.allowances)
+    return partial(BodyWithContexts, contexts=contexts) if state.load.contexts.kept else Body
 
 
 def _mask(bits: int) -> bytes:
@@ -232,6 +246,8 @@ def put(state: FleetState, body: Body) -> None:
     _put_caches(state, body.indexes)
     _put_load(state, body.load)
     _put_contexts(state, body.contexts if isinstance(body, BodyWithContexts) else [])
+    if isinstance(body, BodyWithAllowances):
+        _put_allowances(state, body.allowances)
     _put_sessions(state, body.sessions)
     _put_recency(state, body.recency)
 
@@ -322,6 +338,12 @@ def _put_contexts(state: FleetState, parts: list[tuple[bytes | int, Context]]) -
         _broken("a context can't be")
     load.contexts.fit(len(load.prefills))
     load.contexts.adopt(parts, load.ordinal)
+
+
+def _put_allowances(state: FleetState, allowances: dict[str, int]) -> None:
+    if allowances and state.format < ALLOWANCE_FORMAT:
+        _broken("nodes are held to an allowance in a log that knows none")
+    state.allowances.update(allowances)
 
 
 def _check_load(load: Load) -> None:

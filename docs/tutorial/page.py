@@ -16,11 +16,11 @@ from docs.tutorial import past as tutorial_past
 from docs.tutorial.notebook import Notebook
 from docs.tutorial.questions import QUESTIONS
 from kvplane.events.codec import REASONS as MALFORMED
-from kvplane.projections.fleet import REASONS as ILLEGAL
 from kvplane.projections.history.archive import CLOSED_SECONDS, KEPT
 from kvplane.projections.history.store import Store
 from kvplane.projections.history.tables import TABLES
 from kvplane.projections.history.views import VIEWS
+from kvplane.projections.skips import REASONS as ILLEGAL
 from kvplane.services.history.pages import Limits
 from kvplane.services.history.places import CONCURRENT, IDLE_SECONDS, MOST_OF_ONE, WANTED_SECONDS
 from kvplane.services.history.plain import plain

@@ -13,6 +13,7 @@ import anyio
 import structlog
 
 from kvplane.events import codec
+from kvplane.events.allowance import BLOCKS_A_SECOND, cost
 from kvplane.events.log.append import HEADERS_BYTES
 from kvplane.events.types import EVENTS_LIMIT
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from anyio.abc import TaskGroup
 
+    from kvplane.events.allowance import Pace
     from kvplane.events.log.append import Appender
     from kvplane.events.types import Event
 
@@ -28,6 +30,8 @@ ENOUGH_EVENTS = 256
 """So many waiting events are sent without lingering."""
 LIMIT_BYTES = 256 << 20
 """So many bytes of events wait at the most, for each subject."""
+PACED_BLOCKS = BLOCKS_A_SECOND // 4
+"""A commit of a writer with a pace ends at the event that reaches this."""
 CLOSE_SECONDS = 3.0
 """How long a service that is stopped waits for the log to take what it still has."""
 
@@ -39,18 +43,22 @@ class GroupWriter:
 
     A group is sent when the one before it is acknowledged and `linger` seconds have passed or enough events wait. At
     most `limit` events and `limit_bytes` wait; `put` drops the oldest beyond that and counts it, `send` waits instead.
+    With a `pace` it waits so that it writes no more than a node may.
     """
 
     def __init__(
         self, appender: Appender, subject: str, *, linger: float = 0.002, limit: int = 100_000,
-        limit_bytes: int = LIMIT_BYTES,
+        limit_bytes: int = LIMIT_BYTES, pace: Pace | None = None,
     ) -> None:  # fmt: skip
         self._appender = appender
         self._subject = subject
         self._linger = linger
         self._limit = limit
         self._limit_bytes = limit_bytes
+        self._pace = pace
         self._waiting: deque[bytes] = deque()
+        self._blocks: deque[int] = deque()
+        """What each of those counts for the pace, if there is one."""
         self._bytes = 0
         self._in_flight = 0
         self._wake = anyio.Event()
@@ -74,8 +82,10 @@ class GroupWriter:
         encoded = codec.encode_one(event)
         self._waiting.append(encoded)
         self._bytes += len(encoded)
+        if self._pace is not None:
+            self._blocks.append(cost(event))
         while len(self._waiting) > self._limit or (self._bytes > self._limit_bytes and len(self._waiting) > 1):
-            self._bytes -= len(self._waiting.popleft())
+            self._leave()
             self.dropped += 1
             # At the first one, and when they have doubled: it may go on for hours.
             if not self.dropped & (self.dropped - 1):
@@ -108,6 +118,8 @@ class GroupWriter:
                 self._enough = anyio.Event()
                 with anyio.move_on_after(self._linger):
                     await self._enough.wait()
+            if self._pace is not None:
+                await anyio.sleep(max(0.0, self._pace.wait(anyio.current_time())))
             group = self._take()
             if group:
                 await self._append(group)
@@ -119,22 +131,33 @@ class GroupWriter:
     def _take(self) -> list[bytes]:
         space = self._appender.client.max_payload - HEADERS_BYTES - 8
         group: list[bytes] = []
-        waiting = self._waiting
-        while waiting and len(group) < EVENTS_LIMIT:
+        waiting, blocks = self._waiting, 0
+        while waiting and len(group) < EVENTS_LIMIT and blocks < PACED_BLOCKS:
             size = len(waiting[0])
             if size > space:
                 if group:
                     break
-                self._bytes -= len(waiting.popleft())
+                self._leave()
                 self.dropped += 1
                 _log.error("event_too_large", subject=self._subject, bytes=size)
                 space = self._appender.client.max_payload - HEADERS_BYTES - 8
                 continue
             space -= size
-            self._bytes -= size
-            group.append(waiting.popleft())
+            if self._pace is not None:
+                blocks += self._blocks[0]
+            group.append(self._leave())
+        if self._pace is not None:
+            self._pace.wrote(blocks, anyio.current_time())
         self._in_flight = len(group)
         return group
+
+    def _leave(self) -> bytes:
+        """The oldest event that waits, which waits no longer."""
+        event = self._waiting.popleft()
+        self._bytes -= len(event)
+        if self._pace is not None:
+            self._blocks.popleft()
+        return event
 
     async def _append(self, group: list[bytes]) -> None:
         """Append until acknowledged: the writer's counter stays the same, however long the log is away."""

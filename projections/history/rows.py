@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from kvplane.events.codec import Commit, Message
-    from kvplane.projections.fleet import Applied, FleetState
+    from kvplane.projections.fleet import FleetState
+    from kvplane.projections.skips import Applied
 
 PREFIX_TOKENS = 512
 """How long the beginning of a prompt is that `decisions.prefix` stands for, in tokens."""
@@ -102,6 +103,9 @@ class Rows:
     def add(self, message: Message, applied: Applied, state: FleetState, waiting: Waiting) -> None:
         """A message that was just applied to the state, or skipped by it."""
         commit = applied.commit
+        if applied.skipped == "too_fast":
+            # It was not looked at, and may come without end.
+            message = message._replace(headers=None, body=b"")
         self.first = self.first or message.sequence
         self.last = message.sequence
         self.size += len(message.body) + 200

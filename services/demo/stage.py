@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from nats.aio.client import Client
 
     from kvplane.events.codec import Message
-    from kvplane.projections.fleet import Applied
+    from kvplane.projections.skips import Applied
     from kvplane.services.demo.fleet import Fleet
     from kvplane.services.demo.traffic import Traffic
 

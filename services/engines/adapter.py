@@ -16,6 +16,7 @@ import anyio.lowlevel
 import msgspec
 import structlog
 
+from kvplane.events.allowance import Pace
 from kvplane.events.log.append import Appender, new_writer
 from kvplane.events.log.group import GroupWriter, Writers
 from kvplane.events.subjects import subject
@@ -103,7 +104,8 @@ class Adapter:
         )  # fmt: skip
         self._log = self.writers.add(
             GroupWriter(
-                self.appender, subject(fleet, "cache", config.node), linger=LINGER_SECONDS, limit=2 * config.buffer_events
+                self.appender, subject(fleet, "cache", config.node), linger=LINGER_SECONDS, limit=2 * config.buffer_events,
+                pace=Pace(anyio.current_time()),
             )
         )  # fmt: skip
         self.outbox = Outbox(self._log, config.node, config.buffer_events)

@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 
 from kvplane.events.codec import REASONS as MALFORMED
 from kvplane.events.log.connection import errors_of
-from kvplane.projections.fleet import REASONS as ILLEGAL
+from kvplane.projections.skips import REASONS as ILLEGAL
 from kvplane.services.engines.translate import UNKNOWN
 from kvplane.services.history.kept import Kept
 from kvplane.services.observability.scrape import Scrape

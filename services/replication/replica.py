@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from nats.aio.client import Client
 
     from kvplane.events.codec import Message
-    from kvplane.projections.fleet import Applied
+    from kvplane.projections.skips import Applied
 
 RECENT_SECONDS = 60.0
 """So much is read from the log, not from a snapshot of it: whoever routes learns of others' decisions there

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from nats.aio.msg import Msg
 
     from kvplane.events.codec import Message
-    from kvplane.projections.fleet import Applied
+    from kvplane.projections.skips import Applied
     from kvplane.services.control.commands import Proposal
 
 ANSWER_SECONDS = 10.0

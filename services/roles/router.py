@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from nats.micro.service import Service
 
     from kvplane.events.codec import Commit, Message
-    from kvplane.projections.fleet import Applied
+    from kvplane.projections.skips import Applied
     from kvplane.services.routing.decide import Decision
     from kvplane.services.routing.roster import Roster
 

@@ -16,6 +16,7 @@ import msgspec
 import structlog
 
 from kvplane.events import types
+from kvplane.events.allowance import Pace
 from kvplane.events.hashing import longest_match, pack_hashes, unpack_hashes
 from kvplane.events.log.append import Appender, new_life
 from kvplane.events.log.group import GroupWriter, Writers
@@ -80,7 +81,7 @@ class SimNode:
         """Requests whose blocks the coordinator did not take."""
         self.writers = Writers()
         self._cache_log, self._access_log = (
-            self.writers.add(GroupWriter(self.appender, target, linger=LINGER_SECONDS))
+            self.writers.add(GroupWriter(self.appender, target, linger=LINGER_SECONDS, pace=Pace(anyio.current_time())))
             for target in (subject(fleet, "cache", config.name), subject(fleet, "access", access))
         )
         self._prefill = anyio.Lock()

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from kvplane.events.codec import Commit, Message
 
+FULL_NS = 4 * 10**9
+"""What a node may write at once, in the time in which that is there again."""
 OVER_NS = 900 * 10**9
 """A request that nobody completes counts so long."""
 
@@ -35,6 +37,7 @@ class NaiveFleet(Naive):
         self._time = 0
         self._began: dict[str, int] = {}
         self._early: dict[str, tuple[int, int]] = {}
+        self._buckets: dict[str, tuple[int, int]] = {}
         self._standings: dict[str, tuple[list[int], list[Standing]]] = {}
 
     def take(self, message: Message, commit: Commit) -> str | None:
@@ -60,6 +63,21 @@ class NaiveFleet(Naive):
         self._time = max(self._time, time)
         for request in [each for each in self.running if self._time - self._began[each] >= OVER_NS]:
             del self.running[request]
+
+    def too_fast(self, message: Message) -> bool:
+        """Whether a node has written so much there that this is not looked at; `wrote` says what it was."""
+        level, since = self._buckets.get(message.subject, (FULL_NS, 0))
+        return min(FULL_NS, level + self._time - since) < 0
+
+    def wrote(self, message: Message, events: Sequence[types.Event]) -> None:
+        """A node's commit takes from what may be written: blocks, and what commits and events count."""
+        level, since = self._buckets.get(message.subject, (FULL_NS, 0))
+        blocks = sum(
+            sum(len(getattr(event, field, b"")) for field in ("hashes", "stored", "evicted")) // 8 + 8
+            for event in events
+        )
+        level = min(FULL_NS, level + self._time - since) - (64 + blocks) * (10**9 // 65_536)
+        self._buckets[message.subject] = level, self._time
 
     def _early_end(self, event: types.RequestRouted) -> None:
         """An end that is on the log before its decision is another request's when it came before that was decided."""

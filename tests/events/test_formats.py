@@ -21,6 +21,7 @@ from kvplane.events.errors import NewerFormat
 from kvplane.events.log.append import Appender, new_writer
 from kvplane.events.log.connection import connected
 from kvplane.events.subjects import subject
+from kvplane.events.versions import FORMAT
 from kvplane.projections.digest import digest
 from kvplane.projections.errors import BadSnapshot
 from kvplane.projections.fleet import FleetState
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 FIRST = Path(__file__).resolve().parents[1] / "data" / "format-1.jsonl"
 ROOT = Path(__file__).resolve().parents[2]
+NEXT = FORMAT + 1
 TOMORROWS = b'[{"type":"SessionEnded.2","session":"s","model":"m","cause":"bye"}]'
 
 
@@ -104,11 +106,13 @@ def test_in_its_format_a_later_shape_is_applied_and_who_does_not_know_it_stops(t
     given = Given()
     given.node(registered("a"))
     given.assigns("s", "a")
-    with pytest.raises(NewerFormat, match=r"from commit 3 on .* format 4, which kvplane 9\.9 wrote.* up to format 3"):
-        given.raw("kv.f.control", _raised(4))
+    with pytest.raises(
+        NewerFormat, match=rf"from commit 3 on .* format {NEXT}, which kvplane 9\.9 wrote.* up to format {FORMAT}"
+    ):
+        given.raw("kv.f.control", _raised(NEXT))
     later = Message(4, "kv.f.session.m", START + 9 * SECOND, None, TOMORROWS)
     known = _by_tomorrow([*given.messages, later], tmp_path)
-    assert (known["format"], known["sessions"], known["skipped"]) == (4, 0, {})
+    assert (known["format"], known["sessions"], known["skipped"]) == (NEXT, 0, {})
 
 
 def test_the_format_never_goes_back(tmp_path: Path) -> None:
@@ -131,8 +135,8 @@ def test_a_format_that_can_not_be_is_skipped(number: bytes) -> None:
 
 def test_a_snapshot_of_a_log_in_a_later_format_is_refused() -> None:
     state = replayed(messages_of(FIRST))
-    state.format = 4
-    with pytest.raises(BadSnapshot, match="format 4, .* up to format 3"):
+    state.format = NEXT
+    with pytest.raises(BadSnapshot, match=f"format {NEXT}, .* up to format {FORMAT}"):
         load("f", dump(state))
 
 
@@ -162,8 +166,8 @@ async def test_a_fleet_is_upgraded_while_it_runs(fleet: Fleet) -> None:
         )
         await ask(client, "kv.formats.coordinator.node.register", register)
         assert (await answer("format.raise"))["changed"] is False
-        with pytest.raises(Refused, match="reads formats up to 3"):
-            await answer("format.raise", format=4)
+        with pytest.raises(Refused, match=f"reads formats up to {FORMAT}"):
+            await answer("format.raise", format=NEXT)
 
         await fleet.start("new coordinator", "coordinator", program="tests.support.future_format")
         await fleet.start("new router", "router", program="tests.support.future_format")
@@ -173,18 +177,18 @@ async def test_a_fleet_is_upgraded_while_it_runs(fleet: Fleet) -> None:
         shown = await answer("format.show")
         formats = {reader["writer"]: reader["format"] for reader in shown["readers"]}
         # A log that nobody older has begun is in the newest format of its time.
-        assert shown["format"] == 3
-        assert formats.pop(old_router) == 3
+        assert shown["format"] == FORMAT
+        assert formats.pop(old_router) == FORMAT
         assert old_coordinator not in formats
-        assert set(formats.values()) == {4}
-        with pytest.raises(Refused, match=f"1 of 3 readers would stop at format 4: {old_router}"):
+        assert set(formats.values()) == {NEXT}
+        with pytest.raises(Refused, match=f"1 of 3 readers would stop at format {NEXT}: {old_router}"):
             await answer("format.raise")
 
         raised = await answer("format.raise", force=True)
-        assert (raised["format"], raised["changed"]) == (4, True)
+        assert (raised["format"], raised["changed"]) == (NEXT, True)
         with anyio.fail_after(10):
             assert await fleet.ended("old router") == 1
-        assert "in format 4" in (fleet.folder / "old router.log").read_text()
+        assert f"in format {NEXT}" in (fleet.folder / "old router.log").read_text()
         appender = Appender(client, "formats", new_writer("test"))
         await appender.append(subject("formats", "session", "m"), [types.SessionAssigned("s", "m", "a", "new")])
         end = client.jetstream()
@@ -197,7 +201,7 @@ async def test_a_fleet_is_upgraded_while_it_runs(fleet: Fleet) -> None:
                 if status["sequence"] >= acknowledged.seq:
                     break
                 await anyio.sleep(0.05)
-        assert (status["format"], status["sessions"], status["skipped"]) == (4, 0, {})
+        assert (status["format"], status["sessions"], status["skipped"]) == (NEXT, 0, {})
         routed: dict[str, Any] = await ask(
             client, "kv.formats.route", messages.RouteRequest(model="m", tokens=list(range(40)))
         )

@@ -14,6 +14,7 @@ from nats.errors import FlushTimeoutError
 from nats.js.api import StorageType, StreamConfig
 
 from kvplane.events import codec, types
+from kvplane.events.allowance import Pace
 from kvplane.events.errors import CommitTooLarge, LogCorrupt, LogError, LogMissing, LogUnavailable, LostRace
 from kvplane.events.log.append import Appender, new_writer
 from kvplane.events.log.connection import connected
@@ -235,6 +236,27 @@ async def test_an_event_too_large_for_any_commit_is_dropped_alone(client: Client
         await writer.flush()
         group.cancel_scope.cancel()
     assert (writer.acknowledged, writer.dropped) == (4, 1)
+
+
+async def test_a_writer_with_a_pace_writes_no_faster_and_drops_nothing(client: Client) -> None:
+    class Quick(Pace):
+        RATE = 20 * Pace.RATE
+
+    appender = await opened(client)
+    writer = GroupWriter(appender, CACHE, linger=0, pace=Quick(anyio.current_time()))
+    for batch in range(20):
+        writer.put(removed(batch, 8 * 10_000))
+    async with anyio.create_task_group() as group:
+        group.start_soon(writer.run)
+        await writer.flush()
+        group.cancel_scope.cancel()
+    messages = await read(client)
+    commits = [codec.decode("default", message) for message in messages]
+    batches = [event.batch for commit in commits for event in commit.events]  # type: ignore[attr-defined]
+    assert batches == list(range(20))
+    # Two of them reach the blocks that a commit ends with.
+    assert [len(commit.events) for commit in commits] == [2] * 10
+    assert (messages[-1].time - messages[0].time) / 1e9 > 0.3 * 9 * 20_000 / Quick.RATE
 
 
 async def test_a_follower_goes_on_after_the_server_was_killed(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from kvplane.events import codec, types
 from kvplane.events.hashing import pack_hashes
-from kvplane.projections import fleet as rules
+from kvplane.projections import skips
 from kvplane.projections.digest import digest
 from kvplane.projections.load import ACTIVE_SECONDS, NodeLoad
 from kvplane.projections.sessions import Session
@@ -47,7 +47,7 @@ def refused_without_a_trace(given: Given, reason: str, act: Callable[[], str | N
     assert act() == reason
     assert facts(given.state) == before
     assert given.state.skipped[reason] == times + 1
-    assert reason in {**rules.REASONS, **codec.REASONS}
+    assert reason in {**skips.REASONS, **codec.REASONS}
 
 
 def facts(state: FleetState) -> dict[str, Any]:

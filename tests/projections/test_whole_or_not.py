@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from msgspec.structs import replace
 
-from kvplane.events import codec, types
+from kvplane.events import codec, types, versions
 from kvplane.events.codec import Message
 from kvplane.events.errors import NewerFormat
 from kvplane.events.hashing import pack_hashes
@@ -33,7 +33,7 @@ from tests.support.fold_given import SECOND, START, Given, headers_of, registere
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-NEWEST = 4
+NEWEST = versions.FORMAT + 1
 """The newest format that the machine's kvplane knows."""
 
 nodes = st.sampled_from(["a", "b", "c"])
@@ -113,6 +113,10 @@ class SkipMachine(RuleBasedStateMachine):
         counters = {key: number for key, number in self.state.writers.items() if key != own}
         assert counters == {key: number for key, number in before.writers.items() if key != own}
         before.writers = dict(self.state.writers)
+        # What a node wrote counts, whatever became of it.
+        others = {name: full for name, full in self.state.allowances.items() if name != where}
+        assert others == {name: full for name, full in before.allowances.items() if name != where}
+        before.allowances = self.state.allowances
         assert digest(self.state) == digest(before)
 
     @rule(

@@ -17,7 +17,7 @@ from tests.support.fold_given import SECOND, Given, registered
 from tests.support.routed_requests import CHAIN, routed
 
 if TYPE_CHECKING:
-    from kvplane.projections.fleet import Applied
+    from kvplane.projections.skips import Applied
 
 
 class Routed(Given):

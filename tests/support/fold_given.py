@@ -11,10 +11,12 @@ from kvplane.events import codec, types
 from kvplane.events.codec import Message
 from kvplane.events.hashing import pack_hashes
 from kvplane.events.subjects import Topic, subject
-from kvplane.projections.fleet import Applied, FleetState
+from kvplane.projections.fleet import FleetState
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from kvplane.projections.skips import Applied
 
 SECOND = 10**9
 START = 1_700_000_000 * SECOND

@@ -1,4 +1,4 @@
-"""A kvplane of tomorrow: it reads format 4 of the log, in which `SessionEnded` says `cause` where it said `reason`.
+"""A kvplane of tomorrow: it reads the next format of the log, in which `SessionEnded` says `cause` where it said `reason`.
 
 `python -m tests.support.future_format fold FILE` prints what it makes of a log, everything else is the command line. What is
 changed here is what `events.versions` says must be changed for a new shape.
@@ -21,8 +21,8 @@ class SessionEnded(types.Event, frozen=True, tag="SessionEnded.2"):
     cause: types.Text = ""
 
 
-versions.FORMAT = 4
-versions.SINCE[SessionEnded] = 4
+versions.FORMAT += 1
+versions.SINCE[SessionEnded] = versions.FORMAT
 versions.FORMER["session"] = {
     types.SessionEnded: lambda former: SessionEnded(former.session, former.model, former.reason)
 }
