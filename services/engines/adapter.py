@@ -102,12 +102,11 @@ class Adapter:
             Translator(config.node, facts.block_size, {"gpu": facts.capacity_blocks}),
             ranks=ranks, where=self.published.endpoint,
         )  # fmt: skip
-        self._log = self.writers.add(
-            GroupWriter(
-                self.appender, subject(fleet, "cache", config.node), linger=LINGER_SECONDS, limit=2 * config.buffer_events,
-                pace=Pace(anyio.current_time()),
-            )
+        log = GroupWriter(
+            self.appender, subject(fleet, "cache", config.node), linger=LINGER_SECONDS, limit=2 * config.buffer_events,
+            pace=Pace(anyio.current_time()),
         )  # fmt: skip
+        self._log = self.writers.add(log)
         self.outbox = Outbox(self._log, config.node, config.buffer_events)
         self.hearing = Hearing(engine.kind, config.node, facts.block_size, self.published)
         self.life = Life()
