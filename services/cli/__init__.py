@@ -15,7 +15,7 @@ from cyclopts import App, Parameter
 from kvplane.events.errors import KvplaneError, first_known
 from kvplane.events.logins import without_logins
 from kvplane.services.process import ending
-from kvplane.services.process.later import later
+from kvplane.services.process.later import later, without
 from kvplane.services.process.terminal import paragraph, show_uncaught
 from kvplane.services.protocol.errors import OutputFailed
 
@@ -100,7 +100,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from kvplane.services.process import hugepages  # noqa: PLC0415 - for these only
 
         hugepages.from_the_start()
-    called = build(summaries=True) if not given or given[0] in {"--help", "-h"} else app
+    if not given or given[0] in {"--help", "-h"}:
+        called = build(summaries=True)
+    else:
+        # It would load half of rich for a kind of traceback that no log here has.
+        without("structlog", "rich")
+        called = app
     try:
         code = _run(called, arguments)
     finally:

@@ -1,8 +1,9 @@
-"""A module that is loaded when something in it is used, although somebody imports it before."""
+"""Modules that are loaded when something in them is used, although somebody imports them before, or not at all."""
 
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from importlib.util import find_spec, module_from_spec
 from threading import RLock
 from types import ModuleType
@@ -22,6 +23,17 @@ def later(name: str) -> None:
     module = module_from_spec(spec)
     module.__class__ = _Later
     sys.modules[name] = module
+
+
+def without(name: str, other: str) -> None:
+    """Load a module that would use another one if it were there, as if it were not. What is loaded already stays as it is."""
+    if name in sys.modules or other in sys.modules:
+        return
+    sys.modules[other] = None  # type: ignore[assignment]
+    try:
+        import_module(name)
+    finally:
+        del sys.modules[other]
 
 
 class _Later(ModuleType):

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 
 
 def printed(folder: Path, code: str) -> list[str]:
-    begin = f"import sys; sys.path.insert(0, {str(folder)!r}); from kvplane.services.process.later import later\n"
+    begin = (
+        f"import sys; sys.path.insert(0, {str(folder)!r}); from kvplane.services.process.later import later, without\n"
+    )
     done = subprocess.run([sys.executable, "-c", begin + code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
@@ -57,3 +59,19 @@ def test_the_client_of_nats_is_loaded_without_http_and_still_has_it(tmp_path: Pa
         "print(t.aiohttp.ClientSession.__name__, 'aiohttp.client' in sys.modules)"
     )
     assert printed(tmp_path, code) == ["False", "ClientSession", "True"]
+
+
+def test_a_module_is_loaded_as_if_another_was_not_installed(tmp_path: Path) -> None:
+    package(tmp_path)
+    (tmp_path / "user.py").write_text("try: import slow\nexcept ImportError: slow = None\n")
+    code = "without('user', 'slow')\nimport user, sys\nprint(user.slow, 'slow' in sys.modules)\nimport slow\nprint(slow.last)"
+    assert printed(tmp_path, code) == ["None", "False", "loaded", "1"]
+    assert printed(tmp_path, "import slow\nwithout('user', 'slow')\nimport user\nprint(user.slow.last)") == [
+        "loaded",
+        "1",
+    ]
+
+
+def test_logs_are_written_without_rich(tmp_path: Path) -> None:
+    code = "without('structlog', 'rich')\nimport structlog.dev\nprint('rich' in sys.modules, structlog.dev.rich)"
+    assert printed(tmp_path, code) == ["False", "None"]
