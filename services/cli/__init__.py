@@ -100,12 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from kvplane.services.process import hugepages  # noqa: PLC0415 - for these only
 
         hugepages.from_the_start()
-    if not given or given[0] in {"--help", "-h"}:
-        called = build(summaries=True)
-    else:
+    called = build(summaries=True) if not given or given[0] in {"--help", "-h"} else app
+    if given and not given[0].startswith("-"):
         # It would load half of rich for a kind of traceback that no log here has.
         without("structlog", "rich")
-        called = app
     try:
         code = _run(called, arguments)
     finally:

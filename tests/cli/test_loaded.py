@@ -18,7 +18,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-HEAVY = {"numpy", "duckdb", "pyarrow", "matplotlib", "prometheus_client", "cryptography", "zmq", "prompt_toolkit"}
+HEAVY = {
+    "numpy",
+    "rich.traceback",
+    "duckdb",
+    "pyarrow",
+    "matplotlib",
+    "prometheus_client",
+    "cryptography",
+    "zmq",
+    "prompt_toolkit",
+}
 ROUTE = ("route", "sim", "--prompt", "Which of these nodes would be mine, I wonder?")
 
 
