@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
+from msgspec.structs import replace
 from structlog.testing import capture_logs
 
 from kvplane.events import codec, types
@@ -132,15 +133,23 @@ async def test_a_router_that_stood_still_reads_what_it_missed(tmp_path: Path) ->
             await fleet.coordinators(client, 1)
             await fleet.start("router", "router")
             (writer,) = await fleet.routers(client, 1)
-            answer: dict[str, Any] = await ask(client, "kv.slow.coordinator.node.register", REGISTER)
+            epochs: dict[str, int] = {}
+            for node in "abc":
+                register = replace(REGISTER, node=node)
+                epochs[node] = (await ask(client, "kv.slow.coordinator.node.register", register))["epoch"]
             fleet.signal("router", signal.SIGSTOP)
-            group = GroupWriter(Appender(client, "slow", new_writer("test")), subject("slow", "cache", "a"))
+            # Three of them, since one may not write so much.
+            appender = Appender(client, "slow", new_writer("test"))
+            groups = {node: GroupWriter(appender, subject("slow", "cache", node)) for node in epochs}
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(group.run)
+                for group in groups.values():
+                    tasks.start_soon(group.run)
                 for batch in range(30_000):
+                    node = "abc"[batch % 3]
                     stored = pack_hashes(range(batch * 8, batch * 8 + 8))
-                    await group.send(types.BlocksStored("a", answer["epoch"], batch, stored))
-                await group.flush()
+                    await groups[node].send(types.BlocksStored(node, epochs[node], batch, stored))
+                for group in groups.values():
+                    await group.flush()
                 await anyio.sleep(5)
                 tasks.cancel_scope.cancel()
             fleet.signal("router", signal.SIGCONT)
