@@ -92,7 +92,7 @@ class Router:
         self.appender = Appender(client, fleet, self.writer)
         self.writers = Writers()
         self._access = self._writer(subject(fleet, "access", self.writer))
-        self.leases = Leases(self._access.put)
+        self.leases = Leases(self._record_end)
         self.large = Large(self._prepare)
         self.shares = Shares(self.state, self.overlay)
         self._session_writers: dict[str, GroupWriter] = {}
@@ -195,7 +195,7 @@ class Router:
 
     def _give_up(self, request: str) -> None:
         """End a request of which nothing was heard: somebody else needs its place."""
-        self._access.put(types.RequestCompleted(request=request, node=self.shares.node_of(request), status=ABANDONED))
+        self._record_end(types.RequestCompleted(request=request, node=self.shares.node_of(request), status=ABANDONED))
         self.shares.over(request)
 
     def record_pending(self) -> None:
@@ -297,10 +297,7 @@ class Router:
     def complete(self, request: CompleteRequest, traceparent: str = "") -> dict[str, object]:
         """Record how a request ended, for clients that can't write to the log."""
         names((request.request, "request"), (request.node, "node"))
-        if self.degraded:
-            # Its decision can't be read back now: it would count as load, and a node's limit be reached by what has ended.
-            self.overlay.on_log(request.request)
-        self._access.put(
+        self._record_end(
             types.RequestCompleted(
                 request=request.request, node=request.node, status=request.status[:512],
                 prompt_tokens=request.prompt_tokens, cached_tokens=request.cached_tokens,
@@ -308,6 +305,11 @@ class Router:
             )
         )  # fmt: skip
         return {"request": request.request, "degraded": self.degraded}
+
+    def _record_end(self, event: types.RequestCompleted) -> None:
+        # Though its decision may not be on the log yet, or for long while that is away: what has ended is no load.
+        self.overlay.on_log(event.request)
+        self._access.put(event)
 
     def _observe(self, message: Message, applied: Applied) -> None:
         if applied.commit is not None:

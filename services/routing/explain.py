@@ -15,6 +15,7 @@ import numpy as np
 from msgspec import Struct
 
 from kvplane.events.hashing import longest_match
+from kvplane.events.types import RequestCompleted, RequestRouted
 from kvplane.services.routing.decide import Chooser, Query
 from kvplane.services.routing.overlay import PREDICTION_SECONDS, Overlay
 from kvplane.services.routing.policies import policy
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from kvplane.events.codec import Message
-    from kvplane.events.types import RequestRouted
     from kvplane.projections.fleet import FleetState
     from kvplane.services.protocol.errors import ServiceFault
     from kvplane.services.routing.roster import Column
@@ -95,24 +95,32 @@ def query_of(event: RequestRouted, block_size: int) -> Query:
 class Past:
     """A router at a moment of the past: a fold that goes along, and the overlay that the router had.
 
-    `own` are the decisions that this router recorded from the fold's sequence on, in their order, the last being the one
-    to be explained.
+    `own` are the decisions and the ends of requests that this router recorded from the fold's sequence on, in its order, before
+    the decision to be explained.
     """
 
-    def __init__(self, state: FleetState, router: str, own: Sequence[RequestRouted]) -> None:
+    def __init__(
+        self, state: FleetState, router: str, own: Sequence[RequestRouted | RequestCompleted], event: RequestRouted
+    ) -> None:
         self.state = state
         self.overlay = Overlay()
         self.chooser = Chooser(state, self.overlay)
         self._router = router
-        self._own = list(own[:-1])
+        self._own = list(own)
         self._at = 0
-        self.event = own[-1]
+        self.event = event
 
     def _count_in(self) -> None:
-        """Count the decisions that were made at this sequence."""
+        """Count the decisions that were made at this sequence, and what had ended before each."""
         state = self.state
-        while self._at < len(self._own) and self._own[self._at].applied <= state.sequence:
+        while self._at < len(self._own):
             event = self._own[self._at]
+            if isinstance(event, RequestCompleted):
+                self._at += 1
+                self.overlay.on_log(event.request)
+                continue
+            if event.applied > state.sequence:
+                return
             self._at += 1
             now = event.decided * 1000
             self.overlay.expire(now)

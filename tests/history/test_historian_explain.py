@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -123,19 +124,23 @@ async def live(fleet: Fleet, *, seed: int) -> Clients:
 class Judge:
     """Explains all decisions of one router on one way along the log."""
 
-    def __init__(self, router: str, own: list[types.RequestRouted]) -> None:
-        self.past = Past(FleetState("default"), router, [*own, own[-1]])
-        self.past._own = []
-        self.own = own
+    def __init__(self, router: str, own: list[types.RequestRouted | types.RequestCompleted]) -> None:
+        first = next(event for event in own if isinstance(event, types.RequestRouted))
+        self.past = Past(FleetState("default"), router, [], first)
+        self.own = deque(own)
         self.found: list[tuple[types.RequestRouted, Explanation]] = []
 
     def explain_here(self) -> None:
         """Explain what was decided at this sequence, and count it afterwards, as the router did."""
         past = self.past
-        while len(self.found) < len(self.own) and self.own[len(self.found)].applied <= past.state.sequence:
-            past.event = self.own[len(self.found)]
-            self.found.append((past.event, past.explain()))
-            past._own.append(past.event)
+        while self.own:
+            event = self.own[0]
+            if isinstance(event, types.RequestRouted):
+                if event.applied > past.state.sequence:
+                    return
+                past.event = event
+                self.found.append((event, past.explain()))
+            past._own.append(self.own.popleft())
 
     def read(self, message: Message) -> None:
         self.explain_here()
@@ -144,16 +149,17 @@ class Judge:
 
 def judged(log: list[Message]) -> list[tuple[types.RequestRouted, Explanation]]:
     """All decisions of a log, with what comes of them now."""
-    own: dict[str, list[types.RequestRouted]] = {}
+    own: dict[str, list[types.RequestRouted | types.RequestCompleted]] = {}
     for message in log:
         if ".access." in message.subject:
             commit = codec.decode("default", message)
-            decisions = [event for event in commit.events if isinstance(event, types.RequestRouted)]
-            if decisions:
-                own.setdefault(commit.place.name, []).extend(decisions)
+            own.setdefault(commit.place.name, []).extend(commit.events)  # type: ignore[arg-type]
     found = []
-    for router, decisions in own.items():
-        judge = Judge(router, decisions)
+    for router, events in own.items():
+        decisions = [event for event in events if isinstance(event, types.RequestRouted)]
+        if not decisions:
+            continue
+        judge = Judge(router, events)
         for message in log:
             judge.read(message)
         judge.explain_here()

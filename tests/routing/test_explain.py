@@ -63,9 +63,9 @@ def decisions(log: Sequence[Message]) -> Iterator[tuple[str, types.RequestRouted
 
 def explained(log: Sequence[Message], router: str, upto: int) -> Explanation:
     """The decision number `upto` of a router, made again from the log's beginning."""
-    own = [event for name, event in decisions(log) if name == router][: upto + 1]
-    past = Past(FleetState(FLEET), router, own)
-    for message in log[: own[-1].applied]:
+    *own, event = [event for name, event in decisions(log) if name == router][: upto + 1]
+    past = Past(FleetState(FLEET), router, own, event)
+    for message in log[: event.applied]:
         past.apply(message)
     return past.explain()
 
@@ -110,7 +110,7 @@ def test_what_the_router_knew_beyond_the_log_is_made_again_as_well() -> None:
     assert any(weight.on_the_way for weight in weights)
     assert any(weight.match > weight.match_on_log for weight in weights)
     own = [event for name, event in decisions(log) if name == "router-0"]
-    forgetful = [Past(FleetState(FLEET), "router-0", [event]) for event in own[:50]]
+    forgetful = [Past(FleetState(FLEET), "router-0", [], event) for event in own[:50]]
     for past in forgetful:
         for message in log[: past.event.applied]:
             past.apply(message)
