@@ -25,6 +25,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from kvplane.events import types
+from kvplane.events.allowance import ALLOWANCE_FORMAT
 from kvplane.events.codec import Commit, Message, decode
 from kvplane.events.errors import BadCommit, NewerFormat
 from kvplane.events.hashing import unpack_hashes
@@ -168,16 +169,17 @@ class FleetState:
     def _read(self, message: Message) -> Commit:
         """The commit of a message. What a node writes counts against what it may, whatever becomes of it."""
         subject = message.subject
-        if not self.allowances.held(subject, self.format):
+        allowances = self.allowances
+        if self.format < ALLOWANCE_FORMAT or not subject.startswith(allowances.by_nodes):
             return decode(self.fleet, message, self.format)
-        if self.allowances.spent(subject, self.time):
+        if allowances.spent(subject, self.time):
             raise Skip("too_fast")
         events: Sequence[types.Event] = ()
         try:
             commit = decode(self.fleet, message, self.format)
             events = commit.events
         finally:
-            self.allowances.take(subject, self.time, events)
+            allowances.take(subject, self.time, events)
         return commit
 
     def _check_writer(self, subject: str, commit: Commit) -> None:
