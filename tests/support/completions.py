@@ -57,6 +57,10 @@ class Scene:
             )
 
         await until(lambda: all(holds(name) == engine.cache.held() for name, engine in self.engines.items()))
+        # What has ended is no load any more, but may not be on the log yet.
+        await self.router.writers.flush()
+        written = max(writer.last_sequence for writer in self.router.writers)
+        await until(lambda: self.router.state.sequence >= written)
         await until(lambda: not self.router.state.load.running and not self.router.overlay.pending)
 
 
