@@ -33,7 +33,7 @@ from tests.support.fork_server import open_program
 from tests.support.ports import free_port
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
     from pathlib import Path
 
     from nats.aio.client import Client
@@ -85,7 +85,7 @@ async def append(client: Client, ledger: Ledger, stop: anyio.Event) -> None:
         with suppress(LostRace):
             sequence = await appender.append(subject, [types.CacheCleared("appended", 1, batch)], give_up=60)
             ledger.sequences[sequence] = (subject, batch)
-        await anyio.sleep(0.001)
+        await anyio.sleep(0.003)
 
 
 async def gather(client: Client, ledger: Ledger, stop: anyio.Event) -> None:
@@ -99,7 +99,8 @@ async def gather(client: Client, ledger: Ledger, stop: anyio.Event) -> None:
             for _ in range(20):
                 await writer.send(types.CacheCleared("grouped", 1, batch))
                 batch += 1
-            await anyio.sleep(0.001)
+            # Every round reads all of them again.
+            await anyio.sleep(0.005)
         await writer.flush()
         group.cancel_scope.cancel()
     assert (writer.dropped, writer.acknowledged) == (0, batch - first)
@@ -135,7 +136,7 @@ async def route(client: Client, ledger: Ledger, stop: anyio.Event, rng: random.R
         with suppress(ServiceFault):
             await ask(client, f"kv.{NAME}.route", request, seconds=1)
             ledger.routed += 1
-        await anyio.sleep(0.001)
+        await anyio.sleep(0.003)
 
 
 async def one_round(fleet: Fleet, client: Client, ledger: Ledger, seed: int) -> None:
@@ -161,60 +162,66 @@ async def one_round(fleet: Fleet, client: Client, ledger: Ledger, seed: int) -> 
         stop.set()
 
 
-async def check(fleet: Fleet, client: Client, ledger: Ledger) -> None:
-    """Everything that was acknowledged is on the log once, and every fold of it says the same."""
-    writers = await fleet.routers(client, 2)
-    state = FleetState(NAME)
-    digests: dict[int, str] = {}
-    written: list[Message] = []
-    skipped: set[int] = set()
-    wanted: dict[int, list[str]] = {}
-    for subject in [*(f"kv.{NAME}.router.{writer}.flush" for writer in writers), f"kv.{NAME}.coordinator.status"]:
-        status = await ask(client, subject, messages.StatusRequest(digest=True), dict[str, object])
-        assert status.get("unrecorded", 0) == 0
-        wanted.setdefault(int(str(status["sequence"])), []).append(str(status["digest"]))
+class Judge:
+    """A fold that reads the log on, round by round, and what it found there. Services begin at zero in each round."""
 
-    def handle(message: Message) -> None:
-        written.append(message)
+    def __init__(self) -> None:
+        self.state = FleetState(NAME)
+        self.skipped: set[int] = set()
+        self.events: dict[int, tuple[str, Sequence[types.Event]]] = {}
+        """Subject and events of the commits that could be read."""
+        self.grouped: list[int] = []
+
+    def read(self, message: Message) -> None:
+        state = self.state
         if state.apply(message).skipped is not None:
-            skipped.add(message.sequence)
+            self.skipped.add(message.sequence)
         for node in state.nodes.values():
             if node.managed:
                 assert state.caches.held(node) <= node.registered.capacity_blocks["gpu"]
-        if message.sequence in wanted:
-            digests[message.sequence] = digest(state)
+        events = codec.decode(NAME, message).events
+        self.events[message.sequence] = message.subject, events
+        if message.subject == f"kv.{NAME}.cache.grouped":
+            self.grouped += [event.batch for event in events]  # type: ignore[attr-defined]
 
-    await replay(client, NAME, handle)
-    assert {sequence: set(found) for sequence, found in wanted.items()} == {s: {d} for s, d in digests.items()}
+    async def check(self, fleet: Fleet, client: Client, ledger: Ledger) -> None:
+        """Everything that was acknowledged is on the log once, and every fold of it says the same."""
+        writers = await fleet.routers(client, 2)
+        wanted: dict[int, set[str]] = {}
+        for subject in [*(f"kv.{NAME}.router.{writer}.flush" for writer in writers), f"kv.{NAME}.coordinator.status"]:
+            status = await ask(client, subject, messages.StatusRequest(digest=True), dict[str, object])
+            assert status.get("unrecorded", 0) == 0
+            wanted.setdefault(int(str(status["sequence"])), set()).add(str(status["digest"]))
+        digests: dict[int, set[str]] = {}
 
-    by_sequence = {message.sequence: message for message in written}
-    for sequence, (subject, batch) in ledger.sequences.items():
-        commit = codec.decode(NAME, by_sequence[sequence])
-        assert (by_sequence[sequence].subject, commit.events[0].batch) == (subject, batch)  # type: ignore[attr-defined]
-    grouped = [
-        event.batch  # type: ignore[attr-defined]
-        for message in written
-        if message.subject == f"kv.{NAME}.cache.grouped"
-        for event in codec.decode(NAME, message).events
-    ]
-    assert grouped == ledger.grouped
-    for node, epoch in ledger.nodes.items():
-        assert state.nodes[node].epoch >= epoch
-        assert isinstance(codec.decode(NAME, by_sequence[epoch]).events[0], types.NodeRegistered)
-    for sequence in ledger.placed:
-        assert sequence in by_sequence
-        assert sequence not in skipped
+        def note(message: Message) -> None:
+            self.read(message)
+            if message.sequence in wanted:
+                digests[message.sequence] = {digest(self.state)}
+
+        await replay(client, NAME, note, applied=self.state.sequence)
+        assert wanted == digests
+        for sequence, (subject, batch) in ledger.sequences.items():
+            assert self.events[sequence][0] == subject
+            assert self.events[sequence][1][0].batch == batch  # type: ignore[attr-defined]
+        assert self.grouped == ledger.grouped
+        for node, epoch in ledger.nodes.items():
+            assert self.state.nodes[node].epoch >= epoch
+            assert isinstance(self.events[epoch][1][0], types.NodeRegistered)
+        for sequence in ledger.placed:
+            assert sequence in self.events
+            assert sequence not in self.skipped
 
 
 async def test_kill_everything_during_load(fleet: Fleet) -> None:
-    ledger = Ledger()
+    ledger, judge = Ledger(), Judge()
     await start_services_first(fleet)
     async with connected([fleet.url], "test") as client:
         await fleet.routers(client, 2)
         for seed in SEEDS:
             try:
                 await one_round(fleet, client, ledger, seed)
-                await check(fleet, client, ledger)
+                await judge.check(fleet, client, ledger)
             except (AssertionError, KvplaneError, TimeoutError) as error:
                 error.add_note(f"seed {seed}; run it alone with KILL_SEEDS={seed}")
                 raise
