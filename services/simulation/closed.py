@@ -1,6 +1,6 @@
 """The closed-loop part of the report: sessions that wait for their answers, on fleets of which the smallest is too small.
 
-Given agents are taken by halves, since constants were chosen on the first one. Families of sessions are dealt in turn: sessions,
+Given agents are taken by halves, since constants were chosen on the first. Families of sessions are dealt in turn: sessions,
 those that name them as their parent, and those whose name begins with the same number. Each half comes several times, with
 blocks of its own, begun at random within `SPAN_SECONDS`. Generated agents are another load, and people who chat (`multi-turn`),
 who begin as often as at the open loop's knee.
@@ -46,9 +46,9 @@ CAPACITY = 3_000_000
 """Tokens that a node keeps."""
 COPIES = 4
 SPAN_SECONDS = 1800.0
-SESSIONS = 120
+SESSIONS = 200
 """Generated agents, their sub-agents not counted."""
-CHAT_REQUESTS_A_NODE = 1500
+CHAT_REQUESTS_A_NODE = 750
 """Of `multi-turn`: enough for its sessions to come and go."""
 PLACES: dict[Kind, tuple[tuple[int, int], ...]] = {
     "second": ((4, 1), (8, 1), (8, 2), (16, 1)), "first": ((4, 1), (8, 1), (16, 1)), "generated": ((4, 1), (8, 1)),
@@ -58,7 +58,7 @@ PLACES: dict[Kind, tuple[tuple[int, int], ...]] = {
 BLIND = ("round_robin", "least_loaded")
 """Policies that ask neither for caches nor for sessions: the worst of all here, so one seed of the second half shows it."""
 PEER_PLACES = (("second", 8, 1), ("second", 16, 1), ("generated", 8, 1), (CHAT, 8, 1))
-"""Where Dynamo's selector is judged: a run of it takes as long as ten of others."""
+"""Where Dynamo's selector is judged: a run of it takes as long as five of others."""
 ALONE = (0.0, 1)
 ROUTED = (0.05, 4)
 """Delay in seconds and routers of the runs that show what several routers cost."""

@@ -42,6 +42,10 @@ STEP_SECONDS = 60.0
 """What is known of a session's life is looked at in steps so long."""
 PUSHED_OUT = 3.0
 """How often a block that is pushed out counts: it is computed again, and others wait meanwhile."""
+LOOKED_AT = 4
+"""So many nodes, those with the first answer soonest, are looked at closely."""
+MISSES = 8
+"""When so many who are held fit nowhere, the larger ones behind them are not tried."""
 SHARES: tuple[float | None, ...] = (0.9, 1.0)
 """Shares of a cache that lives may fill at once; without one, nobody is held."""
 
@@ -63,6 +67,8 @@ class Life(Struct):
     """When its next request comes; in the past while one is under way."""
     size: NDArray[np.float64] = np.zeros(0)
     """Its context in each step of its life."""
+    peak: float = 0.0
+    """Its largest context."""
     waits: list[float] = []
     """Half of the squared prefill from each request on: what others wait for it, if they come at any time."""
 
@@ -73,6 +79,7 @@ class Life(Struct):
             until = self.comes[place + 1] if place + 1 < len(self.comes) else self.end
             steps = slice(int(begin // STEP_SECONDS), int(until // STEP_SECONDS) + 1)
             self.size[steps] = np.maximum(self.size[steps], self.blocks[place])
+        self.peak = float(self.size.max())
         self.waits = np.cumsum([own * own / 2 for own in reversed(self.prefill)])[::-1].tolist()
 
     @property
@@ -285,9 +292,9 @@ class Schedule:
             return not late, -life.end if late else float(life.size.sum())
 
         self._held.sort(key=order)
-        left = []
+        left: list[tuple[int, float]] = []
         for number, came in self._held:
-            if self._fitting(self._lives[self._session[number]]):
+            if len(left) < MISSES and self._fitting(self._lives[self._session[number]]):
                 self._send(number, came, now)
             else:
                 left.append((number, came))
@@ -303,6 +310,9 @@ class Schedule:
 
     def _beyond(self, node: int, life: Life, share: float) -> float:
         """How many blocks times steps do not fit there if it lives there."""
+        peaks = life.peak + sum(self._lives[other].peak for other in self._residents[node])
+        if peaks <= share * self._settings.capacity:
+            return 0.0
         full, future = self._full(node, life), life.future
         found = np.zeros(max(len(full), len(future)))
         found[: len(full)] += full
@@ -333,11 +343,14 @@ class Schedule:
                 return home
         elif self._share is not None and life.held:
             nodes = self._fitting(life) or nodes
-        return min(nodes, key=lambda node: (self._cost(node, number, life, now), node))
+        soon = [(self._queue(node), self._own_prefill(node, number), node) for node in nodes]
+        soon = sorted(soon, key=lambda one: (one[0] + one[1], one[2]))
+        # What comes later differs less than what is there now.
+        near = [one for place, one in enumerate(soon) if place < LOOKED_AT or one[2] == home]
+        return min(near, key=lambda one: (self._cost(one[0], one[1], one[2], life, now), one[2]))[2]
 
-    def _cost(self, node: int, number: int, life: Life, now: float) -> float:
-        begin = now + self._queue(node)
-        own = self._own_prefill(node, number)
+    def _cost(self, queue: float, own: float, node: int, life: Life, now: float) -> float:
+        begin = now + queue
         end = begin + own
         others = later = 0.0
         for session in self._residents[node]:
