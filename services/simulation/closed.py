@@ -107,6 +107,8 @@ class LoopPlan(Struct, frozen=True, kw_only=True):
     peer: bool = False
     places: dict[Kind, tuple[tuple[int, int], ...]] = field(default_factory=PLACES.copy)
     """Nodes and seeds of each kind of load."""
+    situations: tuple[str, ...] = tuple(SITUATIONS)
+    """Of `paced`."""
 
     def loops(self, knees: Mapping[int, float]) -> list[Loop]:
         """All loads; sessions of chats begin as often as at the knee for so many nodes."""
@@ -138,7 +140,10 @@ class LoopPlan(Struct, frozen=True, kw_only=True):
     def paced(self) -> list[tuple[str, str]]:
         """Situations and policies of `paced`."""
         return [
-            (name, policy) for name in SITUATIONS for policy in self.policies if policy.partition(":")[0] in MINDFUL
+            (name, policy)
+            for name in self.situations
+            for policy in self.policies
+            if policy.partition(":")[0] in MINDFUL
         ]
 
     @property

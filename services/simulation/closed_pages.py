@@ -80,7 +80,7 @@ def closed(report: Report) -> list[str]:
         (f"A session's next request comes a pause after its last answer. Nodes keep {CAPACITY:,} tokens. Given agents are "
         f"taken by halves: constants were chosen on the first, the second is what counts. Each half comes {COPIES} times, "
         f"begun within {SPAN_SECONDS / 60:g} minutes, as do {SESSIONS} generated agents with their sub-agents; chats "
-        "(`multi-turn`) begin as often as at the knee. On 4 nodes caches do not hold all sessions. Makespan and time of a session "
+        "(`multi-turn`) begin as often as at the knee. On 4 nodes caches do not hold all sessions. Makespan and session time "
         "are in seconds, recomputed tokens in millions."), "",
         ("*The oracle* is two rows. *Bound* is proven: no placement, order, waiting or eviction has less, or more hits; nobody "
         "reaches it. *Schedule* is made by one who knows the whole trace: sessions are placed as a whole, evicted is what is "

@@ -19,6 +19,7 @@ from kvplane.services.routing.policies import POLICIES
 from kvplane.services.simulation.bound import Bound, bound
 from kvplane.services.simulation.closed import CHAT, PLACES, Kind, LoopPlan, LoopReport, given, produce_loops
 from kvplane.services.simulation.compare import parse_choice, run
+from kvplane.services.simulation.paced import SITUATIONS
 from kvplane.services.simulation.peer import POLICY as PEER
 from kvplane.services.simulation.results import Summary, ideal_hit_rate, summarize
 from kvplane.services.simulation.trace import Work, read_trace, work_of
@@ -66,6 +67,8 @@ class Plan(Struct, frozen=True, kw_only=True):
     """Path of a closed loop of agents, of which each half is judged; without one, only generated ones are."""
     places: dict[Kind, tuple[tuple[int, int], ...]] = field(default_factory=PLACES.copy)
     """Nodes and seeds of each kind of closed loop."""
+    situations: tuple[str, ...] = tuple(SITUATIONS)
+    """Of paced sessions."""
     knee: float | None = None
     """A speedup that counts as the knee of every cell; without one it is looked for."""
 
@@ -77,7 +80,9 @@ class Plan(Struct, frozen=True, kw_only=True):
     @property
     def closed(self) -> LoopPlan:
         """The closed loops."""
-        return LoopPlan(policies=self.judged, agents=self.agents, peer=self.peer, places=self.places)
+        return LoopPlan(
+            policies=self.judged, agents=self.agents, peer=self.peer, places=self.places, situations=self.situations
+        )  # fmt: skip
 
     @property
     def cells(self) -> list[Cell]:

@@ -14,7 +14,8 @@ from kvplane.services.simulation import pages
 from kvplane.services.simulation.report import KNEE_SECONDS, Cell, Job, Plan, knee, make, produce
 
 SMALL = Plan(
-    traces=("single-turn",), built_in=("ttft", "blocks"), nodes=(4,), loads={"knee": 1.0}, delays=(), knee=2.0
+    traces=("single-turn",), built_in=("ttft", "blocks"), nodes=(4,), loads={"knee": 1.0}, delays=(), knee=2.0, places={},
+    situations=(),
 )  # fmt: skip
 
 
@@ -28,6 +29,8 @@ def test_a_report_does_not_depend_on_its_processes() -> None:
     assert len(steps) == 2 * SMALL.steps
     assert made[0] == made[1]
     assert len(made[0].runs) == 4
+    for cell, name in made[0].bounds:
+        assert 0 < made[0].bounds[cell, name].mean < made[0].runs[cell, name, "ttft"].mean
 
 
 def test_further_policies_are_judged_beside_the_built_in_ones() -> None:
@@ -72,7 +75,10 @@ def test_the_page_in_the_documentation_is_of_this_form() -> None:
 
 
 def test_a_report_that_can_not_be_written_is_refused_before_the_work(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--out", "no/such/folder/x.md"], ["--out", "x.md", "--trace", "no-such-trace.jsonl"]):
+    for arguments in (
+        ["--out", "no/such/folder/x.md"], ["--out", "x.md", "--trace", "no-such-trace.jsonl"],
+        ["--out", "x.md", "--before", "no-such-page.md"], ["--out", "x.md", "--agents", "no-such-agents.jsonl"],
+    ):  # fmt: skip
         with pytest.raises(SystemExit) as ended:
             main(["policy", "report", *arguments])
         assert ended.value.code == 1
