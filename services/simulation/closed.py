@@ -57,7 +57,7 @@ PLACES: dict[Kind, tuple[tuple[int, int], ...]] = {
 """Nodes and seeds of each kind of load: as many as some ten minutes have room for."""
 BLIND = ("round_robin", "least_loaded")
 """Policies that ask neither for caches nor for sessions: the worst of all here, so one seed of the second half shows it."""
-PEER_PLACES = (("second", 8, 1), ("second", 16, 1), ("generated", 8, 1), (CHAT, 8, 1))
+PEER_PLACES = (("second", 8, 1), ("second", 16, 1), (CHAT, 8, 1))
 """Where Dynamo's selector is judged: a run of it takes as long as five of others."""
 ALONE = (0.0, 1)
 ROUTED = (0.05, 4)

@@ -17,10 +17,11 @@ from kvplane.services.process.workers import workers
 from kvplane.services.protocol.errors import PolicyFailed
 from kvplane.services.routing.policies import POLICIES
 from kvplane.services.simulation.bound import Bound, bound
-from kvplane.services.simulation.closed import CHAT, PLACES, Kind, LoopPlan, LoopReport, given, produce_loops
+from kvplane.services.simulation.closed import CHAT, FURTHER, PLACES, Kind, LoopPlan, LoopReport, given, produce_loops
 from kvplane.services.simulation.compare import parse_choice, run
 from kvplane.services.simulation.paced import SITUATIONS
 from kvplane.services.simulation.peer import POLICY as PEER
+from kvplane.services.simulation.peer import Selector
 from kvplane.services.simulation.results import Summary, ideal_hit_rate, summarize
 from kvplane.services.simulation.trace import Work, read_trace, work_of
 from kvplane.services.simulation.workloads import GENERATED_BLOCK_SIZE, KINDS, generate
@@ -223,10 +224,12 @@ def produce(plan: Plan, *, processes: int, progress: Callable[[], None] = lambda
     Raises `BadTrace`, `BadRequest` for a policy that is none or without the peer, and `PolicyFailed`.
     """
     report = Report(plan, {}, {}, {}, {}, {})
-    for policy in plan.policies:
+    # What can't be run is an error before the work begins.
+    for policy in (*plan.policies, *FURTHER):
         parse_choice(policy)
+    if plan.peer:
+        Selector().close()
     for trace in plan.traces:
-        # A trace that can't be read is an error before the work begins.
         load(trace, 1)
     if plan.agents:
         given(plan.agents)

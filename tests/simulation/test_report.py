@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,14 @@ def test_a_report_with_a_policy_that_is_none_or_never_decides_ends(
         PolicyFailed, match="policy own_for_report:broken failed in all of its decisions: ZeroDivisionError"
     ):
         make(SMALL, Job(Cell("single-turn", 4, "large"), "own_for_report:broken", 1.0))
+
+
+def test_a_report_with_a_peer_that_is_not_there_ends_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dynamo.llm", None)
+    steps: list[int] = []
+    with pytest.raises(BadRequest, match="needs the peer's package"):
+        produce(replace(SMALL, peer=True), processes=1, progress=lambda: steps.append(1))
+    assert not steps
 
 
 def test_the_knee_is_the_edge_of_what_ttft_can_do() -> None:
