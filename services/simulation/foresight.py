@@ -43,7 +43,7 @@ STEP_SECONDS = 60.0
 PUSHED_OUT = 3.0
 """How often a block that is pushed out counts: it is computed again, and others wait meanwhile."""
 LOOKED_AT = 4
-"""So many nodes, those with the first answer soonest, are looked at closely."""
+"""So many nodes, those with the first answer soonest, are looked at closely when a session might move."""
 MISSES = 8
 """When so many who are held fit nowhere, the larger ones behind them are not tried."""
 SHARES: tuple[float | None, ...] = (0.9, 1.0)
@@ -345,8 +345,8 @@ class Schedule:
             nodes = self._fitting(life) or nodes
         soon = [(self._queue(node), self._own_prefill(node, number), node) for node in nodes]
         soon = sorted(soon, key=lambda one: (one[0] + one[1], one[2]))
-        # What comes later differs less than what is there now.
-        near = [one for place, one in enumerate(soon) if place < LOOKED_AT or one[2] == home]
+        # Where a session begins, what comes later decides; where it moves to, more what is there now.
+        near = [one for place, one in enumerate(soon) if home < 0 or place < LOOKED_AT or one[2] == home]
         return min(near, key=lambda one: (self._cost(one[0], one[1], one[2], life, now), one[2]))[2]
 
     def _cost(self, queue: float, own: float, node: int, life: Life, now: float) -> float:
