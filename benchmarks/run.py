@@ -21,14 +21,38 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks import decision, engines, failover, gateway, history, index, past, service, snapshots, throughput
+from benchmarks import (
+    contexts,
+    decision,
+    engines,
+    failover,
+    gateway,
+    history,
+    index,
+    past,
+    service,
+    snapshots,
+    throughput,
+)
 from benchmarks.common import Row, quiet
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 RESULT = Path("build/bench.json")
-NAMES = ("index", "decision", "service", "throughput", "history", "past", "failover", "snapshots", "engines", "gateway")
+NAMES = (
+    "index",
+    "decision",
+    "contexts",
+    "service",
+    "throughput",
+    "history",
+    "past",
+    "failover",
+    "snapshots",
+    "engines",
+    "gateway",
+)
 
 app = App(name="bench", help="Measure kvplane.", result_action="return_value")
 
@@ -81,6 +105,7 @@ def bench(
     runs: dict[str, Callable[[], list[Row]]] = {
         "index": partial(index.run, peer=peer, quick=quick),
         "decision": partial(decision.run, quick=quick),
+        "contexts": partial(contexts.run, quick=quick),
         "service": partial(service.run, quick=quick),
         "throughput": partial(throughput.run, quick=quick),
         "history": partial(history.run, quick=quick),

@@ -35,12 +35,14 @@ def report_policies(
     out: Path,
     trace: Annotated[tuple[Path, ...], Parameter(consume_multiple=True)] = (),
     policy: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = (),
+    agents: Path | None = None,
     peer: Annotated[bool, Parameter(negative="")] = False,
+    before: Path | None = None,
     processes: int | None = None,
 ) -> None:
-    """Measure every policy on traces and generated workloads, at several loads, and write it down as Markdown.
+    """Measure every policy on traces and generated workloads, in open and closed loops, and write it down as Markdown.
 
-    Takes some 20 minutes on two cores. The same command makes the same file.
+    Takes some half an hour on two cores. The same command makes the same file.
 
     Parameters
     ----------
@@ -50,27 +52,39 @@ def report_policies(
         Traces beside the generated workloads, in the form of `kvplane simulate`.
     policy
         Policies beside the built-in ones, as in ttft:crowd_weight=4 or my_module:score.
+    agents
+        A closed loop of agents (sessions with delays, docs/traces.md), judged by halves beside the generated ones.
     peer
         Also compare with Dynamo's real selector; needs kvplane[peers].
+    before
+        An earlier page: the means that ttft has there are a target.
     processes
         Processes to use; default is one a core.
     """
     if not out.absolute().parent.is_dir():
         raise BadRequest(f"{out.parent} is no folder; make it first")
-    plan = Plan(traces=(*map(str, trace), *KINDS), policies=policy, peer=peer)
+    try:
+        earlier = before.read_text(encoding="utf-8") if before is not None else ""
+    except (OSError, UnicodeError) as error:
+        raise BadRequest(f"--before can't be read: {error}") from None
+    plan = Plan(
+        traces=(*map(str, trace), *KINDS), policies=policy, peer=peer, agents=str(agents) if agents is not None else ""
+    )
     command = " ".join(
         [
             "kvplane policy report",
             *(f"--trace {path}" for path in trace),
             *(f"--policy {text}" for text in policy),
+            *([f"--agents {agents}"] if agents is not None else []),
             *(["--peer"] if peer else []),
+            *([f"--before {before}"] if before is not None else []),
             f"--out {out}",
         ]
     )
     with progress_bar() as progress:
         task = progress.add_task("simulating", total=plan.steps)
         report = produce(plan, processes=processes or os.cpu_count() or 1, progress=lambda: progress.advance(task))
-    out.write_text(page(report, command))
+    out.write_text(page(report, command, earlier))
 
 
 def report(

@@ -59,11 +59,16 @@ class BlockCache:
             if not users:
                 idle.pop(block, None)
             blocks[block] = users + 1
-        evicted = tuple(idle.popitem(last=False)[0] for _ in range(need))
-        for block in evicted:
-            del blocks[block]
+        evicted = self._evict(need)
         self.private += private
         return Allocation(cached, stored, evicted)
+
+    def _evict(self, count: int) -> tuple[int, ...]:
+        """Give up so many idle blocks, if it is more than none."""
+        evicted = tuple(self._idle.popitem(last=False)[0] for _ in range(count))
+        for block in evicted:
+            del self.blocks[block]
+        return evicted
 
     def finish(self, hashes: tuple[int, ...], private: int = 0) -> None:
         """A request is over. Its deepest block becomes the least recently used of its chain."""

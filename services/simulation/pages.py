@@ -7,6 +7,7 @@ from statistics import geometric_mean
 from typing import TYPE_CHECKING
 
 from kvplane.services.routing.policies import POLICIES
+from kvplane.services.simulation import closed_pages
 from kvplane.services.simulation.hardware import Hardware
 from kvplane.services.simulation.report import (
     BURST,
@@ -17,31 +18,19 @@ from kvplane.services.simulation.report import (
     SEED,
     pairs,
 )
+from kvplane.services.simulation.tables import table
+from kvplane.services.simulation.targets import TOLERANCE, ratio
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from kvplane.services.simulation.bound import Bound
     from kvplane.services.simulation.report import Report
     from kvplane.services.simulation.results import Summary
 
-FLOOR = 1e-6
-"""Times shorter than this are taken as this in ratios, in seconds."""
-TOLERANCE = 1.03
 
-
-def table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
-    """Lines of a table, the first column flush left."""
-    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
-    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
-
-
-def ratio(one: float, other: float) -> float:
-    """How many times the other."""
-    return max(one, FLOOR) / max(other, FLOOR)
-
-
-def page(report: Report, command: str) -> str:
-    """The whole report."""
+def page(report: Report, command: str, before: str = "") -> str:
+    """The whole report; `before` is an earlier one to compare with."""
     names = ", ".join(dict.fromkeys(cell.name for cell in report.knees))
     caches, loads = report.plan.caches, report.plan.loads
     lines = [
@@ -52,22 +41,22 @@ def page(report: Report, command: str) -> str:
         f"The knee is the highest load at which `ttft` keeps the p99 of TTFT under {KNEE_SECONDS:g} s; light is "
         f"{loads['light']:g} of it, overload {loads['overload']:g}. A commit is seen by the router after 2 ms. TTFT is in "
         "seconds; hit rates are shares of prompt tokens; *of ideal* compares with one cache without limit; *imbalance* "
-        "is the busiest node's time of prefill over the mean."), "",
+        "is the busiest node's time of prefill over the mean. *Bound* is what no schedule can do better than, proven "
+        "from the whole trace."), "",
         "## In short", "",
-        *_short(report), *_worst(report), *_overlay(report), *_burst(report), *_parameters(),
+        *_short(report), *closed_pages.aims(report, before), *closed_pages.closed(report), *_worst(report), *_overlay(report),
+        *_burst(report), *_parameters(),
         "## Every cell", "",
     ]  # fmt: skip
     for cell, speedup in report.knees.items():
         lines += [f"### {cell.name}, {cell.nodes} nodes, {cell.cache} cache (knee at speedup {speedup:.3f})", ""]
         head = ["load, policy", "mean", "p50", "p90", "p99", "hit rate", "of ideal", "imbalance", "rejected"]
-        lines += table(
-            head,
-            (
-                _row(f"{name}, {policy}", report.runs[cell, name, policy])
-                for name in report.plan.loads
-                for policy in report.plan.judged
-            ),
-        )
+        rows = []
+        for name in report.plan.loads:
+            rows += [_row(f"{name}, {policy}", report.runs[cell, name, policy]) for policy in report.plan.judged]
+            rows.append(_least(f"{name}, *bound*", report.bounds[cell, name]))
+        lines += table(head, rows)
+    lines += closed_pages.every(report.loops)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -75,6 +64,13 @@ def _row(name: str, run: Summary) -> list[str]:
     return [
         name, f"{run.mean:.3f}", f"{run.p50:.3f}", f"{run.p90:.3f}", f"{run.p99:.3f}", f"{run.hit_rate:.3f}",
         f"{run.ideal_share:.3f}", f"{run.imbalance:.2f}", str(run.rejected),
+    ]  # fmt: skip
+
+
+def _least(name: str, bound: Bound) -> list[str]:
+    return [
+        name, f"{bound.mean:.3f}", f"{bound.p50:.3f}", f"{bound.p90:.3f}", f"{bound.p99:.3f}", f"{bound.hit_rate:.3f}",
+        "", "1.00", "0",
     ]  # fmt: skip
 
 

@@ -16,8 +16,12 @@ from kvplane.events.hashing import pack_hashes
 from kvplane.services.process.workers import workers
 from kvplane.services.protocol.errors import PolicyFailed
 from kvplane.services.routing.policies import POLICIES
+from kvplane.services.simulation.bound import Bound, bound
+from kvplane.services.simulation.closed import CHAT, FURTHER, PLACES, Kind, LoopPlan, LoopReport, given, produce_loops
 from kvplane.services.simulation.compare import parse_choice, run
+from kvplane.services.simulation.paced import SITUATIONS
 from kvplane.services.simulation.peer import POLICY as PEER
+from kvplane.services.simulation.peer import Selector
 from kvplane.services.simulation.results import Summary, ideal_hit_rate, summarize
 from kvplane.services.simulation.trace import Work, read_trace, work_of
 from kvplane.services.simulation.workloads import GENERATED_BLOCK_SIZE, KINDS, generate
@@ -60,6 +64,12 @@ class Plan(Struct, frozen=True, kw_only=True):
     delays: tuple[float, ...] = DELAYS
     """Seconds until a router sees a commit."""
     routers: tuple[int, ...] = ROUTERS
+    agents: str = ""
+    """Path of a closed loop of agents, of which each half is judged; without one, only generated ones are."""
+    places: dict[Kind, tuple[tuple[int, int], ...]] = field(default_factory=PLACES.copy)
+    """Nodes and seeds of each kind of closed loop."""
+    situations: tuple[str, ...] = tuple(SITUATIONS)
+    """Of paced sessions."""
     knee: float | None = None
     """A speedup that counts as the knee of every cell; without one it is looked for."""
 
@@ -67,6 +77,13 @@ class Plan(Struct, frozen=True, kw_only=True):
     def judged(self) -> tuple[str, ...]:
         """All policies, each once."""
         return tuple(dict.fromkeys([*self.built_in, *self.policies]))
+
+    @property
+    def closed(self) -> LoopPlan:
+        """The closed loops."""
+        return LoopPlan(
+            policies=self.judged, agents=self.agents, peer=self.peer, places=self.places, situations=self.situations
+        )  # fmt: skip
 
     @property
     def cells(self) -> list[Cell]:
@@ -79,10 +96,10 @@ class Plan(Struct, frozen=True, kw_only=True):
         each = len(self.nodes) * len(self.caches)
         return len(self.traces) * (
             each
-            + each * len(self.loads) * len(self.judged)
+            + each * len(self.loads) * (len(self.judged) + 1)
             + len(self.delays) * len(self.routers)
             + (len(self.caches) if self.peer else 0)
-        )
+        ) + self.closed.steps  # fmt: skip
 
 
 class Cell(Struct, frozen=True, order=True):
@@ -118,6 +135,9 @@ class Report(Struct):
     peer: dict[Cell, Summary]
     burst: dict[tuple[float, int], tuple[int, int, float, float]]
     """By delay and routers: nodes that got a request, most requests on one, mean and largest TTFT."""
+    bounds: dict[tuple[Cell, str], Bound] = {}
+    """By cell and load."""
+    loops: LoopReport = field(default_factory=LoopReport)
 
 
 @lru_cache(maxsize=4)
@@ -134,16 +154,26 @@ def load(trace: str, count: int) -> tuple[list[Work], int, float]:
 
 def make(plan: Plan, job: Job) -> Summary:
     """Make one run. Raises `PolicyFailed` when the policy failed in every decision of it."""
-    choice = parse_choice(job.policy)
     work, size, ideal = load(job.cell.trace, job.cell.nodes * REQUESTS_A_NODE)
-    settings = Settings(
-        nodes=job.cell.nodes, capacity=plan.caches[job.cell.cache] // size, block_size=size, policy=choice.policy,
-        parameters=choice.parameters, speedup=job.speedup, seed=SEED, delay=job.delay, routers=job.routers,
-    )  # fmt: skip
+    settings = _settings(plan, job, size)
     summary = summarize(run(settings, work), job.policy, ideal)
     if summary.failed:
         raise PolicyFailed(f"policy {job.policy} failed in all of its decisions: {' '.join(summary.failure.split())}")
     return summary
+
+
+def _settings(plan: Plan, job: Job, size: int) -> Settings:
+    choice = parse_choice(job.policy)
+    return Settings(
+        nodes=job.cell.nodes, capacity=plan.caches[job.cell.cache] // size, block_size=size, policy=choice.policy,
+        parameters=choice.parameters, speedup=job.speedup, seed=SEED, delay=job.delay, routers=job.routers,
+    )  # fmt: skip
+
+
+def bounded(plan: Plan, job: Job) -> Bound:
+    """What nobody can do better than in a run."""
+    work, size, _ = load(job.cell.trace, job.cell.nodes * REQUESTS_A_NODE)
+    return bound(_settings(plan, job, size), work)
 
 
 def knee(plan: Plan, cell: Cell) -> float:
@@ -194,24 +224,31 @@ def produce(plan: Plan, *, processes: int, progress: Callable[[], None] = lambda
     Raises `BadTrace`, `BadRequest` for a policy that is none or without the peer, and `PolicyFailed`.
     """
     report = Report(plan, {}, {}, {}, {}, {})
-    for policy in plan.policies:
+    # What can't be run is an error before the work begins.
+    for policy in (*plan.policies, *FURTHER):
         parse_choice(policy)
+    if plan.peer:
+        Selector().close()
     for trace in plan.traces:
-        # A trace that can't be read is an error before the work begins.
         load(trace, 1)
+    if plan.agents:
+        given(plan.agents)
     everywhere = plan.cells
     with workers(processes) as submit:
 
-        def results(function: Callable[[Plan, Any], Any], arguments: Sequence[Any]) -> Iterator[Any]:
-            jobs = [submit(function, plan, argument) for argument in arguments]
+        def results(function: Callable[..., Any], arguments: Sequence[Any], *first: Plan) -> Iterator[Any]:
+            jobs = [submit(function, *first, argument) for argument in arguments]
             for job in jobs:
                 yield job.result()
                 progress()
 
-        report.knees.update(zip(everywhere, results(knee, everywhere), strict=True))
+        report.knees.update(zip(everywhere, results(knee, everywhere, plan), strict=True))
         keys = [(cell, name, policy) for cell in everywhere for name in plan.loads for policy in plan.judged]
         jobs = [Job(cell, policy, report.knees[cell] * plan.loads[name]) for cell, name, policy in keys]
-        report.runs.update(zip(keys, results(make, jobs), strict=True))
+        report.runs.update(zip(keys, results(make, jobs, plan), strict=True))
+        loaded = [(cell, name) for cell in everywhere for name in plan.loads]
+        jobs = [Job(cell, "ttft", report.knees[cell] * plan.loads[name]) for cell, name in loaded]
+        report.bounds.update(zip(loaded, results(bounded, jobs, plan), strict=True))
         overlaid = [
             (trace, delay, routers) for trace in plan.traces for delay in plan.delays for routers in plan.routers
         ]
@@ -219,10 +256,12 @@ def produce(plan: Plan, *, processes: int, progress: Callable[[], None] = lambda
             Job(Cell(trace, 8, "large"), "ttft", report.knees[Cell(trace, 8, "large")], delay, routers)
             for trace, delay, routers in overlaid
         ]
-        report.overlay.update(zip(overlaid, results(make, jobs), strict=True))
+        report.overlay.update(zip(overlaid, results(make, jobs, plan), strict=True))
         judged = [Cell(trace, 8, cache) for trace in plan.traces for cache in plan.caches] if plan.peer else []
         jobs = [Job(cell, PEER, report.knees[cell]) for cell in judged]
-        report.peer.update(zip(judged, results(make, jobs), strict=True))
+        report.peer.update(zip(judged, results(make, jobs, plan), strict=True))
+        knees = {cell.nodes: at for cell, at in report.knees.items() if (cell.trace, cell.cache) == (CHAT, "large")}
+        report.loops = produce_loops(plan.closed, knees, results)
     report.burst = {(delay, routers): burst(delay, routers) for delay in plan.delays for routers in plan.routers}
     return report
 

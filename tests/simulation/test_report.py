@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from kvplane.services.simulation import pages
 from kvplane.services.simulation.report import KNEE_SECONDS, Cell, Job, Plan, knee, make, produce
 
 SMALL = Plan(
-    traces=("single-turn",), built_in=("ttft", "blocks"), nodes=(4,), loads={"knee": 1.0}, delays=(), knee=2.0
+    traces=("single-turn",), built_in=("ttft", "blocks"), nodes=(4,), loads={"knee": 1.0}, delays=(), knee=2.0, places={},
+    situations=(),
 )  # fmt: skip
 
 
@@ -28,6 +30,8 @@ def test_a_report_does_not_depend_on_its_processes() -> None:
     assert len(steps) == 2 * SMALL.steps
     assert made[0] == made[1]
     assert len(made[0].runs) == 4
+    for cell, name in made[0].bounds:
+        assert 0 < made[0].bounds[cell, name].mean < made[0].runs[cell, name, "ttft"].mean
 
 
 def test_further_policies_are_judged_beside_the_built_in_ones() -> None:
@@ -57,6 +61,14 @@ def test_a_report_with_a_policy_that_is_none_or_never_decides_ends(
         make(SMALL, Job(Cell("single-turn", 4, "large"), "own_for_report:broken", 1.0))
 
 
+def test_a_report_with_a_peer_that_is_not_there_ends_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dynamo.llm", None)
+    steps: list[int] = []
+    with pytest.raises(BadRequest, match="needs the peer's package"):
+        produce(replace(SMALL, peer=True), processes=1, progress=lambda: steps.append(1))
+    assert not steps
+
+
 def test_the_knee_is_the_edge_of_what_ttft_can_do() -> None:
     cell = Cell("single-turn", 4, "large")
     plan = Plan(traces=("single-turn",))
@@ -72,7 +84,10 @@ def test_the_page_in_the_documentation_is_of_this_form() -> None:
 
 
 def test_a_report_that_can_not_be_written_is_refused_before_the_work(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--out", "no/such/folder/x.md"], ["--out", "x.md", "--trace", "no-such-trace.jsonl"]):
+    for arguments in (
+        ["--out", "no/such/folder/x.md"], ["--out", "x.md", "--trace", "no-such-trace.jsonl"],
+        ["--out", "x.md", "--before", "no-such-page.md"], ["--out", "x.md", "--agents", "no-such-agents.jsonl"],
+    ):  # fmt: skip
         with pytest.raises(SystemExit) as ended:
             main(["policy", "report", *arguments])
         assert ended.value.code == 1
