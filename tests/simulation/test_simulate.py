@@ -387,7 +387,7 @@ def test_what_is_wrong_is_said_in_a_sentence(
         (["batch"], "'batch' is no kind of workload; there are multi-turn"),
         (["agent", "--requests", "0"], "--requests is 0"),
         (["agent", "--rate", "-1"], "--rate is -1"),
-        (["agent", "--out", "no/where.jsonl"], "the requests can't be written"),
+        (["agent", "--out", "no/where.jsonl"], "no/where.jsonl can't be written: No such file"),
         (["tools", "--like", "x"], "--like is for agent, not for tools"),
         (["tools", "--sessions", "3"], "--sessions is for agent, not for tools"),
         (["agent", "--sessions", "3", "--requests", "4"], "choose one of --sessions and --requests"),
