@@ -76,6 +76,14 @@ class LogPurged(LogCorrupt):
     """The log begins later than where the reader is: it was compacted meanwhile. A newer snapshot leads on."""
 
 
+class LogUnfit(LogCorrupt):
+    """The stream's settings are not those of a log: it may forget, or store nothing. Whoever runs the server set them."""
+
+
+class LogHole(LogCorrupt):
+    """Messages are missing inside the log: they were purged by subject, or deleted. A newer snapshot leads on."""
+
+
 class NewerFormat(LogError):
     """The log has gone on to a format that this kvplane does not know. Never guessed at."""
 

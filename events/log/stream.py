@@ -10,7 +10,7 @@ from nats.errors import Error as NatsError
 from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
 from nats.js.errors import APIError, NotFoundError, ServiceUnavailableError
 
-from kvplane.events.errors import LogCorrupt, LogMissing, LogUnavailable
+from kvplane.events.errors import LogMissing, LogUnavailable, LogUnfit
 from kvplane.events.subjects import stream_name, stream_subjects
 
 if TYPE_CHECKING:
@@ -49,15 +49,19 @@ def stream_config(fleet: str, *, replicas: int = 1) -> StreamConfig:
 async def open_stream(js: JetStreamContext, fleet: str, *, replicas: int = 1, create: bool = False) -> StreamState:
     """State of the fleet's stream; when there is none and that is asked for, it is created with so many copies.
 
-    Raises `LogMissing`, `LogUnavailable`, or `LogCorrupt` when it isn't the stream that kvplane needs.
+    Messages may be missing inside it (`num_deleted`): whoever reads them finds that out. Raises `LogMissing`,
+    `LogUnavailable`, or `LogCorrupt` when it isn't the stream that kvplane needs.
     """
     if create:
         await _create(js, fleet, replicas)
-    return (await stream_info(js, fleet)).state
+    info = await stream_info(js, fleet)
+    if sentence := unfit(info, fleet):
+        raise LogUnfit(sentence)
+    return info.state
 
 
 async def stream_info(js: JetStreamContext, fleet: str) -> StreamInfo:
-    """State, settings and copies of the fleet's stream. Raises as `open_stream`."""
+    """State, settings and copies of a fleet's stream, whatever they are. Raises `LogMissing` or `LogUnavailable`."""
     try:
         info = await js.stream_info(stream_name(fleet))
     except NotFoundError:
@@ -68,7 +72,6 @@ async def stream_info(js: JetStreamContext, fleet: str) -> StreamInfo:
         raise LogUnavailable(f"the log of fleet {fleet!r} is not available: {error.description}") from error
     except (APIError, NatsError) as error:
         raise LogUnavailable(f"the log of fleet {fleet!r} does not answer: {error!r}") from error
-    _check(fleet, info)
     return info
 
 
@@ -108,8 +111,9 @@ async def _exists(js: JetStreamContext, fleet: str) -> bool:
     return True
 
 
-def _check(fleet: str, info: StreamInfo) -> None:
-    config, state = info.config, info.state
+def unfit(info: StreamInfo, fleet: str) -> str:
+    """Why a stream can't be the log of a fleet, and what to do; empty when it can."""
+    config = info.config
     wrong = []
     if config.storage != StorageType.FILE:
         wrong.append("storage is not file")
@@ -121,10 +125,20 @@ def _check(fleet: str, info: StreamInfo) -> None:
         wrong.append(f"subjects are {config.subjects}")
     if config.max_age or (config.max_msgs_per_subject or -1) > 0:
         wrong.append("messages may expire (max_age or max_msgs_per_subject is set)")
-    if wrong:
-        raise LogCorrupt(f"stream {config.name} can't be a log: {'; '.join(wrong)}; recreate it with `kvplane up`")
-    if state.num_deleted:
-        raise LogCorrupt(
-            f"stream {config.name} has {state.num_deleted} deleted messages between {state.first_seq} and "
-            f"{state.last_seq}; restore it from a replica or a backup"
-        )
+    if config.retention != RetentionPolicy.LIMITS:
+        wrong.append("messages are deleted once they are read (retention is not limits)")
+    if config.allow_rollup_hdrs or config.allow_msg_ttl:
+        wrong.append("a message may delete others, or expire (allow_rollup_hdrs or allow_msg_ttl is on)")
+    if config.sealed or config.no_ack:
+        wrong.append("nothing is stored, or acknowledged, any more (sealed or no_ack is on)")
+    if config.subject_transform or config.mirror or config.sources:
+        wrong.append("it holds other messages than were written (subject_transform, mirror or sources is set)")
+    if not wrong:
+        return ""
+    final = config.storage != StorageType.FILE or config.sealed
+    remedy = (
+        "that can't be set back: restore the log from a backup, or use another fleet"
+        if final
+        else f"set that back, as with `nats stream edit {config.name}`; no message is lost by it"
+    )
+    return f"stream {config.name} can't be a log: {'; '.join(wrong)}; {remedy}"

@@ -46,11 +46,24 @@ def judge(found: Examined) -> list[Finding]:
         return [Finding("problem", "log", found.log_error), *durable]
     last = log["state"]["last_seq"]
     return [
-        Finding("ok", "log", f"{last:,} commits, from {log['state']['first_seq']:,} on, nothing missing"),
+        _whole(log),
         *_captured(found), *durable, *_copies(found, log), *_room(found, log), *_clocks(found, log), *_replicas(found, last),
         *_versions(found), *_digests(found), *_skipped(found), *_nodes(found), *_histories(found, last),
-        *_snapshots(found, last),
+        *_snapshots(found, log["state"]),
     ]  # fmt: skip
+
+
+def _whole(log: Plain) -> Finding:
+    """Whether nothing is missing inside the log."""
+    state = log["state"]
+    first, last, gone = state["first_seq"], state["last_seq"], state.get("num_deleted", 0)
+    if not gone:
+        return Finding("ok", "log", f"{last:,} commits, from {first:,} on, nothing missing")
+    return Finding(
+        "problem", "log", f"stream {log['config']['name']} has {gone:,} deleted messages between {first:,} and {last:,}: it "
+        "was purged by subject, or otherwise by hand. What runs knows them: `kvplane snapshot take`, then `kvplane compact`, "
+        "before it ends; if nothing runs any more, restore the log from a backup",
+    )  # fmt: skip
 
 
 def _servers(servers: list[Plain]) -> Iterator[Finding]:
@@ -298,13 +311,32 @@ def _histories(found: Examined, last: int) -> Iterator[Finding]:
         if not history.healthy:
             yield Finding("problem", "history", history.failure or "the historian does not hear from the log")
             continue
+        if history.stored + 1 < found.first:
+            message = (
+                f"it has stored {history.stored:,} commits, and the log begins at {found.first:,}: what is between is lost to "
+                "it; begin another with --history, which starts from a snapshot"
+            )
+            yield Finding("problem", "history", message)
+            continue
         behind = max(0, last - history.stored)
         yield Finding("problem" if behind > LAG_COMMITS else "ok", "history", f"{behind:,} commits behind the log")
 
 
-def _snapshots(found: Examined, last: int) -> Iterator[Finding]:
+def _snapshots(found: Examined, log: Plain) -> Iterator[Finding]:
     newest = found.snapshots[0] if found.snapshots else 0
-    if last - newest > 2 * SNAPSHOT_COMMITS:
+    first, last = log["first_seq"], log["last_seq"]
+    if first > newest + 1:
+        which = f"the newest is of {newest:,}" if newest else "there is none"
+        remedy = (
+            "`kvplane snapshot take` makes one"
+            if found.coordinators
+            else "start one that has all of it (`kvplane historian`), and then `kvplane coordinator --trust-history`"
+        )
+        yield Finding(
+            "problem", "snapshots", f"the log was purged and begins at {first:,}, and no snapshot leads there ({which}), so "
+            f"services that start again need a historian; {remedy}",
+        )  # fmt: skip
+    elif last - newest > 2 * SNAPSHOT_COMMITS:
         message = f"the newest is {last - newest:,} commits old; do coordinators run, and is there room on the servers' disks?"
         yield Finding("warning", "snapshots", message)
     else:

@@ -100,7 +100,7 @@ async def test_deleted_messages_are_an_alarm(client: Client) -> None:
     await js.delete_msg("KV_default", 3)
     config.deny_delete = True
     await js.update_stream(config)
-    with pytest.raises(LogCorrupt, match="1 deleted messages"):
+    with pytest.raises(LogCorrupt, match="messages 3 to 3 are missing"):
         await replay(client, "default", lambda _: None)
 
 
