@@ -21,6 +21,8 @@ DUPLICATE_WINDOW_SECONDS = 120
 """How long the server remembers message ids. Duplicates beyond it are known by the writer's counter."""
 COPIES = 3
 """Of a log, on a cluster, where nothing else is asked for: any one server may be lost, or restarted, while it goes on."""
+MESSAGE_BYTES = 8 << 20
+"""So large a message should be taken: the hashes of the longest request fit."""
 CREATE_SECONDS = 30.0
 """How long the creation of a log waits for enough servers; those of a cluster don't start in one moment."""
 
@@ -131,6 +133,8 @@ def unfit(info: StreamInfo, fleet: str) -> str:
         wrong.append("a message may delete others, or expire (allow_rollup_hdrs or allow_msg_ttl is on)")
     if config.sealed or config.no_ack:
         wrong.append("nothing is stored, or acknowledged, any more (sealed or no_ack is on)")
+    if 0 < (config.max_msg_size or -1) < MESSAGE_BYTES:
+        wrong.append(f"messages are refused that servers take (max_msg_size is {config.max_msg_size})")
     if config.subject_transform or config.mirror or config.sources:
         wrong.append("it holds other messages than were written (subject_transform, mirror or sources is set)")
     if not wrong:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from msgspec import UNSET, Struct, field
 
+from kvplane.events.log.stream import MESSAGE_BYTES
 from kvplane.services.replication.checkpoints import odd
 from kvplane.services.replication.compaction import SNAPSHOT_COMMITS
 from kvplane.services.rpc.client import captured
@@ -47,7 +48,8 @@ def judge(found: Examined) -> list[Finding]:
     last = log["state"]["last_seq"]
     return [
         _whole(log),
-        *_captured(found), *durable, *_copies(found, log), *_room(found, log), *_clocks(found, log), *_replicas(found, last),
+        *_captured(found), *durable, *_copies(found, log), *_room(found, log), *_messages(found), *_clocks(found, log),
+        *_replicas(found, last),
         *_versions(found), *_digests(found), *_skipped(found), *_nodes(found), *_histories(found, last),
         *_snapshots(found, log["state"]),
     ]  # fmt: skip
@@ -163,6 +165,19 @@ def _used(found: Examined, server: Plain) -> int:
     """Bytes that a server's streams take; that of `up` has one account."""
     used: int = server["stats"]["storage"] if "stats" in server else found.account.get("storage", 0)
     return used
+
+
+def _messages(found: Examined) -> Iterator[Finding]:
+    """Whether messages may be as large as commits and questions are."""
+    most = found.max_payload
+    if most >= MESSAGE_BYTES:
+        yield Finding("ok", "messages", f"they may have {most:,} bytes")
+    elif most:
+        message = (
+            f"they may have {most:,} bytes, less than {MESSAGE_BYTES:,}: events are cut, hashes of long prompts are not "
+            "recorded, and large admissions are refused; set `max_payload: 8MB` on the servers"
+        )
+        yield Finding("warning", "messages", message)
 
 
 def _clocks(found: Examined, log: Plain) -> Iterator[Finding]:

@@ -65,6 +65,8 @@ class Examined(Struct, kw_only=True):
     log: Plain | None = None
     """The stream as the server describes it, with `newest`, the time of its last commit, and `skew`."""
     log_error: str = ""
+    max_payload: int = 0
+    """Bytes that the server takes in a message; 0 when that is not known."""
     first: int = 1
     """Sequence with which the log begins."""
     account: Plain = {}
@@ -98,6 +100,7 @@ async def examine(client: Client, fleet: str, monitors: Sequence[str] = ()) -> E
         state = await open_stream(js, fleet)
         found.log = await _described(client, stream_name(fleet))
         found.first = state.first_seq
+        found.max_payload = client.max_payload
         newest = await _last(js, fleet, state.last_seq) if state.messages else None
         found.log["newest"] = newest.time.timestamp() if newest is not None and newest.time is not None else 0.0
         found.account = await _json(client, "$JS.API.INFO")

@@ -15,6 +15,7 @@ from kvplane.events.hashing import MOST_TOKENS, format_hash, pack_hashes, parse_
 from kvplane.events.subjects import check_name
 from kvplane.events.types import HASHES_LIMIT, Count, EngineHash, Length, Tier
 from kvplane.services.protocol.errors import BadRequest
+from kvplane.services.protocol.hashing import Hashing  # noqa: TC001 - msgspec reads it
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -87,6 +88,8 @@ class RouteAnswer(Struct, frozen=True, kw_only=True, omit_defaults=True):
     fallbacks: list[str] = []
     degraded: bool = False
     """The log is away: the decision is made from memory and waits to be recorded."""
+    hashing: Hashing | None = None
+    """In the answer to a dry run without blocks (empty `hashes`)."""
 
 
 class CompleteRequest(_Request, frozen=True, kw_only=True):

@@ -17,7 +17,7 @@ import anyio
 import msgspec
 import structlog
 
-from kvplane.events.errors import BadName, KvplaneError, LogUnavailable, LostRace
+from kvplane.events.errors import BadName, CommitTooLarge, KvplaneError, LogUnavailable, LostRace
 from kvplane.events.hashing import unpack_hashes
 from kvplane.events.log.append import Appender, new_writer
 from kvplane.events.log.servers import in_cluster
@@ -30,7 +30,7 @@ from kvplane.services.control.registrations import Registrations
 from kvplane.services.control.unreported import Unreported
 from kvplane.services.process.version import package_version
 from kvplane.services.protocol import messages
-from kvplane.services.protocol.errors import Conflict, LogAway, UnknownModel
+from kvplane.services.protocol.errors import BadRequest, Conflict, LogAway, UnknownModel
 from kvplane.services.protocol.status import CoordinatorStatus, ServerStatus
 from kvplane.services.replication.checkpoints import SCHEDULE, Schedule
 from kvplane.services.replication.compaction import LOOK_SECONDS as SNAPSHOT_LOOK_SECONDS
@@ -218,6 +218,10 @@ class Coordinator:
                     self.races_lost += 1
                     await self.replica.reached(based_on + 1)
                     continue
+                except CommitTooLarge as error:
+                    raise BadRequest(
+                        f"what is asked for does not fit into one commit ({error}); ask for less at once"
+                    ) from None
                 except LogUnavailable as error:
                     raise LogAway(f"the log does not acknowledge: {error}") from error
                 await self.replica.reached(sequence)

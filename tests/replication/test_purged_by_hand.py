@@ -172,7 +172,7 @@ async def test_a_hole_is_found_wherever_it_is(client: Client, last: str) -> None
 
 @pytest.mark.parametrize("settings", [
     {"max_age": 3600 * 10**9}, {"max_msgs_per_subject": 1000}, {"discard": "old"}, {"retention": "interest"},
-    {"allow_rollup_hdrs": True}, {"allow_msg_ttl": True}, {"no_ack": True},
+    {"allow_rollup_hdrs": True}, {"allow_msg_ttl": True}, {"no_ack": True}, {"max_msg_size": 65536},
     {"subject_transform": {"src": "kv.default.>", "dest": "other.>"}},
 ])  # fmt: skip
 async def test_settings_under_which_a_log_forgets_are_named_with_what_to_do(
