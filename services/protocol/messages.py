@@ -249,7 +249,11 @@ class ServeAnswer(Struct, frozen=True, kw_only=True):
 
 
 class Heartbeat(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A node's heartbeat with its gauges. Travels on core NATS and is never stored."""
+    """A node's heartbeat with its gauges. Travels on core NATS and is never stored.
+
+    `unheard`: its engine serves, and sends no events about its cache. `asleep`: its engine sleeps; that is no sign of life, but
+    a word that the node is to be lost until it is back.
+    """
 
     node: str
     epoch: int
@@ -257,7 +261,7 @@ class Heartbeat(Struct, frozen=True, kw_only=True, omit_defaults=True):
     waiting: int = 0
     used_blocks: int = 0
     unheard: bool = False
-    """Its engine serves, and sends no events about its cache."""
+    asleep: bool = False
 
 
 class Checkpoint(Struct, frozen=True):

@@ -381,6 +381,9 @@ class Coordinator:
             if deaf or self.client.stats["reconnects"] != reconnects:
                 reconnects = self.client.stats["reconnects"]
                 self.liveness.listen(now)
+            for name in self.liveness.asleep(self.state):
+                if await self._conclude(commands.lost, name, "its engine sleeps"):
+                    self.liveness.concluded(name)
             silent = self.liveness.silent(self.state, now)
             if silent:
                 # One at a time: the next is judged anew, with the heartbeats that came meanwhile.
