@@ -66,6 +66,12 @@ class LogMissing(LogError):
     code = "log_missing"
 
 
+class TwoLogs(LogMissing):
+    """There is no log here, and the fleet has one elsewhere. Whoever starts the service must say which is meant."""
+
+    code = "two_logs"
+
+
 class LogCorrupt(LogError):
     """A gap in the sequence or a stream that does not hold what it must. Never skipped silently."""
 

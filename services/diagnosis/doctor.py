@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import TYPE_CHECKING, Literal
 
 from msgspec import UNSET, Struct, field
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from kvplane.services.diagnosis.examine import Examined, Plain
 
 LAG_COMMITS = 1000
+SAME_SECONDS = 0.001
+"""Times of creation that are so near are those of one log."""
 SKEW_SECONDS = 1.0
 SILENT_SECONDS = 4.0
 """Servers get news of each other's copies every second; that one is offline they report much later."""
@@ -47,7 +50,7 @@ def judge(found: Examined) -> list[Finding]:
         return [Finding("problem", "log", found.log_error), *durable]
     last = log["state"]["last_seq"]
     return [
-        _whole(log),
+        _whole(log), *_one_log(found, log),
         *_captured(found), *durable, *_copies(found, log), *_room(found, log), *_messages(found), *_clocks(found, log),
         *_replicas(found, last),
         *_versions(found), *_digests(found), *_skipped(found), *_nodes(found), *_histories(found, last),
@@ -66,6 +69,20 @@ def _whole(log: Plain) -> Finding:
         "was purged by subject, or otherwise by hand. What runs knows them: `kvplane snapshot take`, then `kvplane compact`, "
         "before it ends; if nothing runs any more, restore the log from a backup",
     )  # fmt: skip
+
+
+def _one_log(found: Examined, log: Plain) -> Iterator[Finding]:
+    """Whether coordinators have the log that is seen from here."""
+    if "created" not in log:
+        return
+    own = datetime.fromisoformat(log["created"]).timestamp()
+    elsewhere = [c.writer for c in found.coordinators if c.log_created and abs(c.log_created - own) > SAME_SECONDS]
+    if elsewhere:
+        yield Finding(
+            "problem", "log", f"the fleet has two: {', '.join(elsewhere)} has another one than the server that was asked here. "
+            "A server with a JetStream domain of its own, such as a leaf node, keeps streams that others do not see: have all "
+            "services connect to one side (--server), and delete the other's log",
+        )  # fmt: skip
 
 
 def _servers(servers: list[Plain]) -> Iterator[Finding]:

@@ -21,7 +21,7 @@ from kvplane.events.errors import BadName, CommitTooLarge, KvplaneError, LogUnav
 from kvplane.events.hashing import unpack_hashes
 from kvplane.events.log.append import Appender, new_writer
 from kvplane.events.log.servers import in_cluster
-from kvplane.events.log.stream import COPIES, open_stream
+from kvplane.events.log.stream import COPIES
 from kvplane.events.subjects import heartbeat_subject
 from kvplane.projections.overview import node_row
 from kvplane.services.control import admission, commands, formats
@@ -36,6 +36,7 @@ from kvplane.services.replication.checkpoints import SCHEDULE, Schedule
 from kvplane.services.replication.compaction import LOOK_SECONDS as SNAPSHOT_LOOK_SECONDS
 from kvplane.services.replication.compaction import SNAPSHOT_BYTES, SNAPSHOT_COMMITS, Compaction
 from kvplane.services.replication.replica import RECENT_SECONDS, Replica
+from kvplane.services.roles import one_log
 from kvplane.services.roles.engine_hashes import LIMITS as READING_LIMITS
 from kvplane.services.roles.engine_hashes import EngineHashes, ReadingLimits
 from kvplane.services.roles.readers import ANSWER_SECONDS as READERS_SECONDS
@@ -118,6 +119,7 @@ class Coordinator:
         self.engine_hashes = EngineHashes(client, fleet, f"kv.{fleet}.coordinator.{self.writer}.piece", reading)
         self.strays = Strays(client, fleet)
         self._replicas = replicas
+        self._log_created = 0.0
         self._newest = newest
         """Whether a log that has nothing yet begins in the newest format: nobody older reads it."""
         self.appender = Appender(client, fleet, self.writer)
@@ -129,7 +131,7 @@ class Coordinator:
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Answer until cancelled; creates the fleet's log when there is none, on a cluster in `COPIES`."""
         replicas = self._replicas or (COPIES if in_cluster(self.client) else 1)
-        await open_stream(self.client.jetstream(), self.fleet, replicas=replicas, create=True)
+        self._log_created = await one_log.created(self.client, self.fleet, replicas)
         async with anyio.create_task_group() as group:
             group.start_soon(self.replica.run)
             await self.replica.follower.caught_up.wait()
@@ -341,6 +343,7 @@ class Coordinator:
             races_lost=self.races_lost,
             most_tries=self.most_tries,
             server=server,
+            log_created=self._log_created,
         )
 
     async def snapshot(self, request: messages.StatusRequest) -> dict[str, object]:  # noqa: ARG002 - nothing to choose
