@@ -249,11 +249,7 @@ class ServeAnswer(Struct, frozen=True, kw_only=True):
 
 
 class Heartbeat(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A node's heartbeat with its gauges. Travels on core NATS and is never stored.
-
-    `unheard`: its engine serves, and sends no events about its cache. `asleep`: its engine sleeps; that is no sign of life, but
-    a word that the node is to be lost until it is back.
-    """
+    """A node's heartbeat, never stored. `unheard`: its engine serves and sends no events; `asleep`: it is to be lost for now."""
 
     node: str
     epoch: int
