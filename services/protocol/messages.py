@@ -249,7 +249,7 @@ class ServeAnswer(Struct, frozen=True, kw_only=True):
 
 
 class Heartbeat(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A node's heartbeat, never stored. `unheard`: its engine serves and sends no events; `asleep`: it is to be lost for now."""
+    """A node's heartbeat, never stored. `unheard`: its engine sends no events; `asleep`: it is to be lost for now."""
 
     node: str
     epoch: int
