@@ -80,11 +80,12 @@ class GroupWriter:
 
     def put(self, event: Event) -> None:
         """Hand over an event without waiting. One that is larger than a message is cut."""
-        for part, encoded in cut(event, self._space):
-            self._waiting.append(encoded)
-            self._bytes += len(encoded)
-            if self._pace is not None:
-                self._blocks.append(cost(part))
+        encoded = codec.encode_one(event)
+        if len(encoded) <= self._space:
+            self._keep(event, encoded)
+        else:
+            for part, piece in cut(event, self._space):
+                self._keep(part, piece)
         while len(self._waiting) > self._limit or (self._bytes > self._limit_bytes and len(self._waiting) > 1):
             self._leave()
             self.dropped += 1
@@ -95,6 +96,12 @@ class GroupWriter:
             self._wake.set()
         if len(self._waiting) >= ENOUGH_EVENTS and not self._enough.is_set():
             self._enough.set()
+
+    def _keep(self, event: Event, encoded: bytes) -> None:
+        self._waiting.append(encoded)
+        self._bytes += len(encoded)
+        if self._pace is not None:
+            self._blocks.append(cost(event))
 
     async def send(self, event: Event) -> None:
         """Hand over an event; wait while too many are waiting."""

@@ -60,11 +60,11 @@ async def keep_history(fleet: Fleet, folder: Path) -> Historian:
     return history
 
 
-async def change(client: Client, **settings: Any) -> None:
+async def change(client: Client, fleet: str, **settings: Any) -> None:
     """Change settings of the log, as its owner may by hand."""
-    info = json.loads((await client.request("$JS.API.STREAM.INFO.KV_default", b"")).data)
+    info = json.loads((await client.request(f"$JS.API.STREAM.INFO.KV_{fleet}", b"")).data)
     body = json.dumps({**info["config"], **settings}).encode()
-    answer = json.loads((await client.request("$JS.API.STREAM.UPDATE.KV_default", body)).data)
+    answer = json.loads((await client.request(f"$JS.API.STREAM.UPDATE.KV_{fleet}", body)).data)
     assert "error" not in answer, answer
 
 
@@ -170,19 +170,22 @@ async def test_a_hole_is_found_wherever_it_is(client: Client, last: str) -> None
     assert seen == ([1] if last == "a" else [])
 
 
-@pytest.mark.parametrize("settings", [
+SETTINGS: list[dict[str, Any]] = [
     {"max_age": 3600 * 10**9}, {"max_msgs_per_subject": 1000}, {"discard": "old"}, {"retention": "interest"},
     {"allow_rollup_hdrs": True}, {"allow_msg_ttl": True}, {"no_ack": True}, {"max_msg_size": 65536},
-    {"subject_transform": {"src": "kv.default.>", "dest": "other.>"}},
-])  # fmt: skip
-async def test_settings_under_which_a_log_forgets_are_named_with_what_to_do(
-    client: Client, settings: dict[str, Any]
-) -> None:
-    await open_stream(client.jetstream(), "default", create=True)
-    await change(client, **settings)
-    with pytest.raises(LogUnfit, match=rf"can't be a log.*{next(iter(settings))}.*nats stream edit KV_default"):
-        await open_stream(client.jetstream(), "default")
-    assert next(iter(settings)) in sentence(await examine(client, "default"), "log")
+    {"subject_transform": {"src": "kv.x.>", "dest": "other.>"}},
+]  # fmt: skip
+
+
+async def test_settings_under_which_a_log_forgets_are_named_with_what_to_do(client: Client) -> None:
+    js = client.jetstream()
+    for number, settings in enumerate(SETTINGS):
+        fleet, (name,) = f"f{number}", settings
+        await open_stream(js, fleet, create=True)
+        await change(client, fleet, **settings)
+        with pytest.raises(LogUnfit, match=rf"can't be a log.*{name}.*nats stream edit KV_{fleet}"):
+            await open_stream(js, fleet)
+    assert "max_age" in sentence(await examine(client, "f0"), "log")
 
 
 async def test_who_runs_goes_on_when_the_log_gets_an_age(
@@ -191,7 +194,7 @@ async def test_who_runs_goes_on_when_the_log_gets_an_age(
     first = await fleet.coordinator()
     router = await fleet.router()
     history = await keep_history(fleet, tmp_path / "history")
-    await change(fleet.client, max_age=3600 * 10**9)
+    await change(fleet.client, "default", max_age=3600 * 10**9)
     before = first.state.sequence
     running = (first.replica.follower, router.replica.follower, history.ingest.follower)
     for follower in running:
@@ -208,7 +211,7 @@ async def test_who_runs_goes_on_when_the_log_gets_an_age(
     assert "max_age" in said
     await fleet.client.jetstream().publish("kv.default.access.a", b"x")
     await until(lambda: all(follower.applied > before for follower in running))
-    await change(fleet.client, max_age=0)
+    await change(fleet.client, "default", max_age=0)
     assert ("problem", "log") not in wrong(await examine(fleet.client, "default"))
 
 
