@@ -22,7 +22,8 @@ from benchmarks.common import Limit, Row, Worker, obey, pin, quiet, resident_byt
 from kvplane.events.hashing import block_hashes
 from kvplane.events.log.connection import connected
 from kvplane.services.embedded.server import embedded_server, free_port
-from kvplane.services.engines.adapter import LINGER_SECONDS, Adapter, AdapterConfig
+from kvplane.services.engines.adapter import LINGER_SECONDS, Adapter
+from kvplane.services.engines.attachment import AdapterConfig
 from kvplane.services.engines.facts import Engine, check
 from kvplane.services.engines.sequence import Track
 from kvplane.services.engines.sockets import replay

@@ -66,6 +66,12 @@ class LogMissing(LogError):
     code = "log_missing"
 
 
+class TwoLogs(LogMissing):
+    """There is no log here, and the fleet has one elsewhere. Whoever starts the service must say which is meant."""
+
+    code = "two_logs"
+
+
 class LogCorrupt(LogError):
     """A gap in the sequence or a stream that does not hold what it must. Never skipped silently."""
 
@@ -74,6 +80,14 @@ class LogCorrupt(LogError):
 
 class LogPurged(LogCorrupt):
     """The log begins later than where the reader is: it was compacted meanwhile. A newer snapshot leads on."""
+
+
+class LogUnfit(LogCorrupt):
+    """The stream's settings are not those of a log: it may forget, or store nothing. Whoever runs the server set them."""
+
+
+class LogHole(LogCorrupt):
+    """Messages are missing inside the log: they were purged by subject, or deleted. A newer snapshot leads on."""
 
 
 class NewerFormat(LogError):

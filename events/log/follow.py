@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 import anyio
 import structlog
 from nats.errors import Error as NatsError
-from nats.js.errors import APIError
+from nats.js.errors import APIError, NotFoundError
 
 from kvplane.events.codec import Message
-from kvplane.events.errors import KvplaneError, LogCorrupt, LogMissing, LogPurged, LogUnavailable
+from kvplane.events.errors import KvplaneError, LogCorrupt, LogHole, LogMissing, LogPurged, LogUnavailable
 from kvplane.events.log.client import check_open
 from kvplane.events.log.connection import beside
 from kvplane.events.log.deliveries import Deliveries, Gate, pending
 from kvplane.events.log.servers import in_cluster
-from kvplane.events.log.stream import open_stream
+from kvplane.events.log.stream import open_stream, stream_info, unfit
 from kvplane.events.subjects import stream_name
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from nats.aio.client import Client
     from nats.aio.msg import Msg
+    from nats.js import JetStreamContext
     from nats.js.api import StreamState
 
 HEARTBEAT_SECONDS = 1.0
@@ -100,7 +101,7 @@ class Follower:
     async def run(self) -> None:
         """Follow until cancelled. Raises `LogCorrupt`, `LogMissing`, `LoginRefused`, or what `handle` raised.
 
-        After `LogPurged` it may be called again, with `applied` set to where a snapshot was taken.
+        After `LogPurged` or `LogHole` it may be called again, with `applied` set to where a snapshot was taken.
         """
         self._stopped = None
         async with beside(self._own, "log") if self._apart else contextlib.nullcontext(self._own) as self.client:
@@ -110,7 +111,7 @@ class Follower:
                 self._catch_up()
             try:
                 while True:
-                    await self._start()
+                    await self._start(state)
                     await self._watch()
                     self.restarts += 1
             finally:
@@ -124,6 +125,13 @@ class Follower:
                 return await open_stream(js, self._fleet)
             await anyio.sleep(LOOK_SECONDS)
         return await open_stream(self.client.jetstream(timeout=PATIENT_SECONDS), self._fleet)
+
+    async def _look_again(self, js: JetStreamContext) -> StreamState:
+        """State of the log that came back. With settings that are not a log's who reads it goes on: it has what is on it."""
+        info = await stream_info(js, self._fleet)
+        if sentence := unfit(info, self._fleet):
+            _log.error("log_unfit", fleet=self._fleet, error=sentence)
+        return info.state
 
     async def _believed(self, look: Callable[[], Awaitable[StreamState]]) -> StreamState:
         """State of the log, checked. Raises `LogCorrupt`."""
@@ -144,7 +152,24 @@ class Follower:
                 "it was replaced or has lost messages"
             )
 
-    async def _start(self) -> None:
+    async def _check_end(self, js: JetStreamContext, state: StreamState) -> None:
+        """Raise `LogHole` when the last messages are missing: nothing behind them would show it."""
+        if not state.num_deleted or self.applied >= state.last_seq:
+            return
+        try:
+            await js.get_msg(self._stream, state.last_seq)
+        except NotFoundError:
+            raise LogHole(self._missing(f"messages behind {self.applied}, up to {state.last_seq}, are")) from None
+
+    def _missing(self, which: str) -> str:
+        return (
+            f"{which} missing on the log of fleet {self._fleet!r}, and no snapshot leads beyond. If a coordinator still runs, "
+            "`kvplane snapshot take` saves what it knows; a historian that has them can give it: start one, and this again; "
+            "else restore the log from a backup"
+        )
+
+    async def _start(self, state: StreamState) -> None:
+        """Make a consumer. `state` is that of the log as it was seen last."""
         self._restart = anyio.Event()
         tries = 0
         while True:
@@ -155,10 +180,11 @@ class Follower:
                 await self._stop()
                 if self.restarts:
                     # What came back may not be what went away.
-                    await self._believed(partial(open_stream, js, self._fleet))
+                    state = await self._believed(partial(self._look_again, js))
                 self.deliveries = Deliveries(
                     self.client, self._stream, "follower", self._take, self._restart.set, gate=self._gate
                 )
+                await self._check_end(js, state)
                 await self.deliveries.open(
                     js, after=self.applied, heartbeat=HEARTBEAT_SECONDS, pending_bytes=PENDING_BYTES
                 )
@@ -237,10 +263,7 @@ class Follower:
         self.caught_up.set()
 
     def _gap(self, sequence: int) -> None:
-        self._stopped = LogCorrupt(
-            f"messages {self.applied + 1} to {sequence - 1} are missing on the log of fleet {self._fleet!r}; restore them "
-            "from a replica or a backup, or start from a snapshot behind them"
-        )
+        self._stopped = LogHole(self._missing(f"messages {self.applied + 1} to {sequence - 1} are"))
         self._restart.set()
 
 

@@ -14,6 +14,7 @@ import structlog
 
 from kvplane.events import codec
 from kvplane.events.allowance import BLOCKS_A_SECOND, cost
+from kvplane.events.cutting import cut
 from kvplane.events.log.append import HEADERS_BYTES
 from kvplane.events.types import EVENTS_LIMIT
 
@@ -78,12 +79,13 @@ class GroupWriter:
         return len(self._waiting) + self._in_flight
 
     def put(self, event: Event) -> None:
-        """Hand over an event without waiting."""
+        """Hand over an event without waiting. One that is larger than a message is cut."""
         encoded = codec.encode_one(event)
-        self._waiting.append(encoded)
-        self._bytes += len(encoded)
-        if self._pace is not None:
-            self._blocks.append(cost(event))
+        if len(encoded) <= self._space:
+            self._keep(event, encoded)
+        else:
+            for part, piece in cut(event, self._space):
+                self._keep(part, piece)
         while len(self._waiting) > self._limit or (self._bytes > self._limit_bytes and len(self._waiting) > 1):
             self._leave()
             self.dropped += 1
@@ -94,6 +96,12 @@ class GroupWriter:
             self._wake.set()
         if len(self._waiting) >= ENOUGH_EVENTS and not self._enough.is_set():
             self._enough.set()
+
+    def _keep(self, event: Event, encoded: bytes) -> None:
+        self._waiting.append(encoded)
+        self._bytes += len(encoded)
+        if self._pace is not None:
+            self._blocks.append(cost(event))
 
     async def send(self, event: Event) -> None:
         """Hand over an event; wait while too many are waiting."""
@@ -128,8 +136,13 @@ class GroupWriter:
             self._progress.set()
             self._progress = anyio.Event()
 
+    @property
+    def _space(self) -> int:
+        """Bytes of events that a message of this connection has room for."""
+        return self._appender.client.max_payload - HEADERS_BYTES - 8
+
     def _take(self) -> list[bytes]:
-        space = self._appender.client.max_payload - HEADERS_BYTES - 8
+        space = self._space
         group: list[bytes] = []
         waiting, blocks = self._waiting, 0
         while waiting and len(group) < EVENTS_LIMIT and blocks < PACED_BLOCKS:
@@ -140,7 +153,7 @@ class GroupWriter:
                 self._leave()
                 self.dropped += 1
                 _log.error("event_too_large", subject=self._subject, bytes=size)
-                space = self._appender.client.max_payload - HEADERS_BYTES - 8
+                space = self._space
                 continue
             space -= size
             if self._pace is not None:

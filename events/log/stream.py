@@ -10,7 +10,7 @@ from nats.errors import Error as NatsError
 from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
 from nats.js.errors import APIError, NotFoundError, ServiceUnavailableError
 
-from kvplane.events.errors import LogCorrupt, LogMissing, LogUnavailable
+from kvplane.events.errors import LogMissing, LogUnavailable, LogUnfit
 from kvplane.events.subjects import stream_name, stream_subjects
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ DUPLICATE_WINDOW_SECONDS = 120
 """How long the server remembers message ids. Duplicates beyond it are known by the writer's counter."""
 COPIES = 3
 """Of a log, on a cluster, where nothing else is asked for: any one server may be lost, or restarted, while it goes on."""
+MESSAGE_BYTES = 8 << 20
+"""So large a message should be taken: the hashes of the longest request fit."""
 CREATE_SECONDS = 30.0
 """How long the creation of a log waits for enough servers; those of a cluster don't start in one moment."""
 
@@ -49,15 +51,19 @@ def stream_config(fleet: str, *, replicas: int = 1) -> StreamConfig:
 async def open_stream(js: JetStreamContext, fleet: str, *, replicas: int = 1, create: bool = False) -> StreamState:
     """State of the fleet's stream; when there is none and that is asked for, it is created with so many copies.
 
-    Raises `LogMissing`, `LogUnavailable`, or `LogCorrupt` when it isn't the stream that kvplane needs.
+    Messages may be missing inside it (`num_deleted`): whoever reads them finds that out. Raises `LogMissing`,
+    `LogUnavailable`, or `LogCorrupt` when it isn't the stream that kvplane needs.
     """
     if create:
         await _create(js, fleet, replicas)
-    return (await stream_info(js, fleet)).state
+    info = await stream_info(js, fleet)
+    if sentence := unfit(info, fleet):
+        raise LogUnfit(sentence)
+    return info.state
 
 
 async def stream_info(js: JetStreamContext, fleet: str) -> StreamInfo:
-    """State, settings and copies of the fleet's stream. Raises as `open_stream`."""
+    """State, settings and copies of a fleet's stream, whatever they are. Raises `LogMissing` or `LogUnavailable`."""
     try:
         info = await js.stream_info(stream_name(fleet))
     except NotFoundError:
@@ -68,7 +74,6 @@ async def stream_info(js: JetStreamContext, fleet: str) -> StreamInfo:
         raise LogUnavailable(f"the log of fleet {fleet!r} is not available: {error.description}") from error
     except (APIError, NatsError) as error:
         raise LogUnavailable(f"the log of fleet {fleet!r} does not answer: {error!r}") from error
-    _check(fleet, info)
     return info
 
 
@@ -108,8 +113,9 @@ async def _exists(js: JetStreamContext, fleet: str) -> bool:
     return True
 
 
-def _check(fleet: str, info: StreamInfo) -> None:
-    config, state = info.config, info.state
+def unfit(info: StreamInfo, fleet: str) -> str:
+    """Why a stream can't be the log of a fleet, and what to do; empty when it can."""
+    config = info.config
     wrong = []
     if config.storage != StorageType.FILE:
         wrong.append("storage is not file")
@@ -121,10 +127,22 @@ def _check(fleet: str, info: StreamInfo) -> None:
         wrong.append(f"subjects are {config.subjects}")
     if config.max_age or (config.max_msgs_per_subject or -1) > 0:
         wrong.append("messages may expire (max_age or max_msgs_per_subject is set)")
-    if wrong:
-        raise LogCorrupt(f"stream {config.name} can't be a log: {'; '.join(wrong)}; recreate it with `kvplane up`")
-    if state.num_deleted:
-        raise LogCorrupt(
-            f"stream {config.name} has {state.num_deleted} deleted messages between {state.first_seq} and "
-            f"{state.last_seq}; restore it from a replica or a backup"
-        )
+    if config.retention != RetentionPolicy.LIMITS:
+        wrong.append("messages are deleted once they are read (retention is not limits)")
+    if config.allow_rollup_hdrs or config.allow_msg_ttl:
+        wrong.append("a message may delete others, or expire (allow_rollup_hdrs or allow_msg_ttl is on)")
+    if config.sealed or config.no_ack:
+        wrong.append("nothing is stored, or acknowledged, any more (sealed or no_ack is on)")
+    if 0 < (config.max_msg_size or -1) < MESSAGE_BYTES:
+        wrong.append(f"messages are refused that servers take (max_msg_size is {config.max_msg_size})")
+    if config.subject_transform or config.mirror or config.sources:
+        wrong.append("it holds other messages than were written (subject_transform, mirror or sources is set)")
+    if not wrong:
+        return ""
+    final = config.storage != StorageType.FILE or config.sealed
+    remedy = (
+        "that can't be set back: restore the log from a backup, or use another fleet"
+        if final
+        else f"set that back, as with `nats stream edit {config.name}`; no message is lost by it"
+    )
+    return f"stream {config.name} can't be a log: {'; '.join(wrong)}; {remedy}"

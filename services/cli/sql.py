@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +27,7 @@ from kvplane.services.cli.show import Column, Styled
 from kvplane.services.cli.words import hexadecimal
 from kvplane.services.history.client import pages
 from kvplane.services.history.plain import exact, plain
+from kvplane.services.history.values import far, holds, rows_of, values
 from kvplane.services.process.terminal import json_text, paragraph, spreadsheet
 from kvplane.services.protocol.errors import BadRequest
 
@@ -106,9 +109,7 @@ def choose(*, json: bool, csv: bool, parquet: Path | None, arrow: Path | None) -
     if csv:
         return lambda schema: _in_words(schema, _as_csv)
     if parquet is not None:
-        return lambda schema: _in_words(
-            schema, lambda words: _file(parquet, lambda path: pa.parquet.ParquetWriter(path, words))
-        )
+        return lambda schema: _in_words(schema, partial(_as_parquet, parquet))
     if arrow is not None:
         return lambda schema: _file(arrow, lambda path: pa.ipc.new_file(path, schema))
     return _as_table if show.on_terminal() else _as_tabs
@@ -138,13 +139,23 @@ async def _run(
 
 
 @contextmanager
-def _as_json(_: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
+def _as_json(schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
+    _check_names(schema, "JSON")
+
     def take(page: pa.Table) -> None:
-        for row in page.to_pylist():
-            sys.stdout.write(json_text(msgspec.json.encode({key: exact(value) for key, value in row.items()})) + "\n")
+        for row in rows_of(page):
+            named = {key: exact(value) for key, value in zip(schema.names, row, strict=True)}
+            sys.stdout.write(json_text(msgspec.json.encode(named)) + "\n")
 
     yield take
     sys.stdout.flush()
+
+
+def _check_names(schema: pa.Schema, form: str) -> None:
+    """Raise `BadRequest` for two columns of one name, of which one would be lost."""
+    twice = [name for name, count in Counter(schema.names).items() if count > 1]
+    if twice:
+        raise BadRequest(f"two columns are called {twice[0]!r}, and {form} has one of a name: name them with AS")
 
 
 @contextmanager
@@ -168,10 +179,15 @@ def _as_csv(schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
 def _csv_column(column: Any) -> Any:  # noqa: ANN401 - an array of pyarrow's
     """A column as CSV has it: a row stays one line, what is nested is JSON, and nothing is a formula."""
     kind = column.type
-    if pa.types.is_nested(kind) or pa.types.is_binary(kind):
+    if pa.types.is_nested(kind):
         return pa.array(
-            [None if value is None else json_text(msgspec.json.encode(exact(value))) for value in column.to_pylist()]
+            [None if value is None else json_text(msgspec.json.encode(exact(value))) for value in values(column)],
+            pa.string(),
         )
+    if pa.types.is_binary(kind):
+        return pa.array([None if value is None else value.hex() for value in column.to_pylist()], pa.string())
+    if far(column):
+        return pa.array([None if value is None else str(value) for value in values(column)], pa.string())
     if pa.types.is_dictionary(kind):
         column = column.cast(pa.string())
     elif not pa.types.is_string(kind):
@@ -199,6 +215,31 @@ def _in_words(
             take(page)
 
         yield words
+
+
+@contextmanager
+def _as_parquet(path: Path, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
+    """What Parquet has no form for is refused."""
+    _check_names(schema, "Parquet")
+    for field in schema:
+        for test, what in ((pa.types.is_union, "a UNION"), (pa.types.is_interval, "INTERVAL inside another type")):
+            if holds(field.type, test):
+                raise BadRequest(f"column {field.name!r} holds {what}, which Parquet has not: {_cast(field.name)}")
+
+    with _file(path, lambda unfinished: pa.parquet.ParquetWriter(unfinished, schema)) as take:
+
+        def checked(page: pa.Table) -> None:
+            try:
+                take(page)
+            except pa.ArrowInvalid as error:
+                names = [field.name for place, field in enumerate(schema) if far(page.column(place))]
+                raise BadRequest(f"Parquet can't hold {error}: {_cast(*names or ['it'])}") from None
+
+        yield checked
+
+
+def _cast(*names: str) -> str:
+    return f"give {', '.join(f'{name}::VARCHAR' for name in names)} instead"
 
 
 @contextmanager
@@ -278,11 +319,8 @@ def _values(page: pa.Table) -> Iterator[list[Any]]:
     hashed = [
         field.name in HASHES and getattr(field.type, "value_type", field.type) == pa.uint64() for field in page.schema
     ]  # fmt: skip
-    # Two columns may have one name.
-    for row in page.rename_columns([str(place) for place in range(page.num_columns)]).to_pylist():
-        yield [
-            hexadecimal(value) if is_hash else value for value, is_hash in zip(row.values(), hashed, strict=True)
-        ]  # fmt: skip
+    for row in rows_of(page):
+        yield [hexadecimal(value) if is_hash else value for value, is_hash in zip(row, hashed, strict=True)]
 
 
 def text(value: Any, *, most: int = sys.maxsize) -> str:  # noqa: ANN401 - any value of a result
@@ -290,7 +328,7 @@ def text(value: Any, *, most: int = sys.maxsize) -> str:  # noqa: ANN401 - any v
     data = plain(value)
     match data:
         case None:
-            return "-"
+            return "-" if value is None else str(value)
         case bool():
             return "true" if data else "false"
         case str():

@@ -13,7 +13,9 @@ import anyio
 import structlog
 from cyclopts import Parameter
 
+from kvplane.events.errors import LogMissing
 from kvplane.events.log.connection import CONNECT_SECONDS
+from kvplane.events.log.stream import stream_info
 from kvplane.services.auth.folder import FIRST, AuthFolder
 from kvplane.services.cli import show
 from kvplane.services.cli.common import (
@@ -71,6 +73,7 @@ def up(
     traffic: Annotated[bool, Parameter(negative="", env_var="KVPLANE_TRAFFIC")] = False,
     bare: Annotated[bool, Parameter(env_var="KVPLANE_BARE")] = False,
     no_history: Annotated[bool, Parameter(negative="", env_var="KVPLANE_NO_HISTORY")] = False,
+    trust_history: Annotated[bool, Parameter(negative="", env_var="KVPLANE_TRUST_HISTORY")] = False,
     policy_module: ServedPolicyModules = (),
     gateway: Annotated[str | None, Parameter(env_var="KVPLANE_GATEWAY")] = None,
     http: Http = None,
@@ -96,6 +99,9 @@ def up(
         Start the server only.
     no_history
         Keep no history; otherwise it lies beside the log, kept by a process of its own.
+    trust_history
+        Begin with what a historian gives, when the log was purged and no snapshot leads there. Without --auth that is so in
+        any case: nobody but the own historian is there yet.
     policy_module
         Modules from which policies of the form module:attr may be taken; they may lie in the current folder.
     gateway
@@ -120,7 +126,7 @@ def up(
     run_until_signal(
         partial(
             _up, data, host=host, port=port, simulate=simulate, traffic=traffic, bare=bare, history=not no_history,
-            gateway=at, http=_up_http(http), inside=inside,
+            gateway=at, http=_up_http(http), inside=inside, trust=trust_history,
         )
     )  # fmt: skip
 
@@ -192,7 +198,7 @@ class _Inside:
 
 async def _up(
     data: Path, *, host: str, port: int, simulate: int, traffic: bool, bare: bool, history: bool,
-    gateway: socket.socket | None, http: _Http, inside: _Inside,
+    gateway: socket.socket | None, http: _Http, inside: _Inside, trust: bool = False,
 ) -> None:  # fmt: skip
     configs = [NodeConfig(name=f"sim-{number + 1}", http="127.0.0.1") for number in range(simulate)]
     include = inside.prepare([config.name for config in configs])
@@ -212,7 +218,10 @@ async def _up(
 
         # Clients are entered after the server and so leave before it.
         if not bare:
-            coordinator = Coordinator(await client("coordinator"), inside.fleet, server=keeper.about, newest=True)
+            coordinator = Coordinator(
+                await client("coordinator"), inside.fleet, server=keeper.about, newest=True,
+                trust_history=trust or (history and inside.auth is None),
+            )  # fmt: skip
             services: list[Service] = [
                 Router(await client("router"), inside.fleet)
                 if gateway is None
@@ -224,13 +233,21 @@ async def _up(
             observed = await stack.enter_async_context(
                 observing(http.own, coordinator, *services, optional=http.optional)
             )
+            keep_history = partial(
+                _keep_history, data / "history", http, inside.modules, inside.common(url, "historian")
+            )
+            there = await _has_log(coordinator.client, inside.fleet)
+            if history and there:
+                # A coordinator may need what it has.
+                early = await stack.enter_async_context(anyio.create_task_group())
+                early.start_soon(keep_history)
             # It outlasts the others: nodes tell it that they leave.
             await stack.enter_async_context(outlasting(coordinator.run))
             group = await stack.enter_async_context(anyio.create_task_group())
             for service in services:
                 await group.start(service.run)
-            if history:
-                group.start_soon(_keep_history, data / "history", http, inside.modules, inside.common(url, "historian"))
+            if history and not there:
+                group.start_soon(keep_history)
             if traffic:
                 people = People(
                     await client("client"),
@@ -245,6 +262,15 @@ async def _up(
             talking=people.talking if people else 0, gateway=gateway,
         )  # fmt: skip
         await anyio.sleep_forever()
+
+
+async def _has_log(client: Client, fleet: str) -> bool:
+    """Whether the fleet has a log, without which there is no historian."""
+    try:
+        await stream_info(client.jetstream(), fleet)
+    except LogMissing:
+        return False
+    return True
 
 
 def _say(

@@ -130,6 +130,10 @@ class Watched:
         self._heartbeat_life, self._last = epoch, now
         self.on(Event.HEARTBEAT if self._life == epoch else Event.FIRST_HEARTBEAT, epoch, now)
 
+    def unheard(self) -> None:
+        """What was heard of it is no sign that it is back."""
+        self._last = self._before = -inf
+
     def seen(self, epoch: int, now: float, listening_since: float) -> float:
         """The log has it alive in this life; for how long it is silent."""
         last = max(listening_since, self._last_in(epoch))
@@ -158,6 +162,8 @@ class Liveness:
         self.heartbeats: dict[str, Heartbeat] = {}
         """Last heartbeat of every node, for its gauges."""
         self._nodes: dict[str, Watched] = {}
+        self._asleep: dict[str, int] = {}
+        """Nodes that said that they sleep, and in which life."""
         self._listening_since = 0.0
 
     def _node(self, name: str) -> Watched:
@@ -177,7 +183,20 @@ class Liveness:
         node = state.nodes.get(heartbeat.node)
         if node is not None and heartbeat.epoch == node.epoch:
             self.heartbeats[heartbeat.node] = heartbeat
+            if heartbeat.asleep:
+                self._asleep[heartbeat.node] = heartbeat.epoch
+                self._node(heartbeat.node).unheard()
+                return
+            self._asleep.pop(heartbeat.node, None)
             self._node(heartbeat.node).heartbeat(heartbeat.epoch, now)
+
+    def asleep(self, state: FleetState) -> list[str]:
+        """Nodes to be concluded lost because they said that they sleep, in the life that the fold knows."""
+        return [
+            name
+            for name, epoch in self._asleep.items()
+            if (node := state.nodes.get(name)) is not None and node.lost is None and node.epoch == epoch
+        ]
 
     def silent(self, state: FleetState, now: float) -> list[tuple[str, float]]:
         """Nodes to be concluded lost, and for how many seconds they were silent."""
@@ -209,6 +228,6 @@ class Liveness:
     def forget(self, state: FleetState) -> None:
         """Keep nothing of nodes that have left the fleet."""
         known: dict[str, Any]
-        for known in (self.heartbeats, self._nodes):
+        for known in (self.heartbeats, self._nodes, self._asleep):
             for name in [name for name in known if name not in state.nodes]:
                 del known[name]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import TYPE_CHECKING, Literal
 
 from msgspec import UNSET, Struct, field
 
+from kvplane.events.log.stream import MESSAGE_BYTES
 from kvplane.services.replication.checkpoints import odd
 from kvplane.services.replication.compaction import SNAPSHOT_COMMITS
 from kvplane.services.rpc.client import captured
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from kvplane.services.diagnosis.examine import Examined, Plain
 
 LAG_COMMITS = 1000
+SAME_SECONDS = 0.001
+"""Times of creation that are so near are those of one log."""
 SKEW_SECONDS = 1.0
 SILENT_SECONDS = 4.0
 """Servers get news of each other's copies every second; that one is offline they report much later."""
@@ -46,11 +50,39 @@ def judge(found: Examined) -> list[Finding]:
         return [Finding("problem", "log", found.log_error), *durable]
     last = log["state"]["last_seq"]
     return [
-        Finding("ok", "log", f"{last:,} commits, from {log['state']['first_seq']:,} on, nothing missing"),
-        *_captured(found), *durable, *_copies(found, log), *_room(found, log), *_clocks(found, log), *_replicas(found, last),
+        _whole(log), *_one_log(found, log),
+        *_captured(found), *durable, *_copies(found, log), *_room(found, log), *_messages(found), *_clocks(found, log),
+        *_replicas(found, last),
         *_versions(found), *_digests(found), *_skipped(found), *_nodes(found), *_histories(found, last),
-        *_snapshots(found, last),
+        *_snapshots(found, log["state"]),
     ]  # fmt: skip
+
+
+def _whole(log: Plain) -> Finding:
+    """Whether nothing is missing inside the log."""
+    state = log["state"]
+    first, last, gone = state["first_seq"], state["last_seq"], state.get("num_deleted", 0)
+    if not gone:
+        return Finding("ok", "log", f"{last:,} commits, from {first:,} on, nothing missing")
+    return Finding(
+        "problem", "log", f"stream {log['config']['name']} has {gone:,} deleted messages between {first:,} and {last:,}: it "
+        "was purged by subject, or otherwise by hand. What runs knows them: `kvplane snapshot take`, then `kvplane compact`, "
+        "before it ends; if nothing runs any more, restore the log from a backup",
+    )  # fmt: skip
+
+
+def _one_log(found: Examined, log: Plain) -> Iterator[Finding]:
+    """Whether coordinators have the log that is seen from here."""
+    if "created" not in log:
+        return
+    own = datetime.fromisoformat(log["created"]).timestamp()
+    elsewhere = [c.writer for c in found.coordinators if c.log_created and abs(c.log_created - own) > SAME_SECONDS]
+    if elsewhere:
+        yield Finding(
+            "problem", "log", f"the fleet has two: {', '.join(elsewhere)} has another one than the server that was asked here. "
+            "A server with a JetStream domain of its own, such as a leaf node, keeps streams that others do not see: have all "
+            "services connect to one side (--server), and delete the other's log",
+        )  # fmt: skip
 
 
 def _servers(servers: list[Plain]) -> Iterator[Finding]:
@@ -150,6 +182,19 @@ def _used(found: Examined, server: Plain) -> int:
     """Bytes that a server's streams take; that of `up` has one account."""
     used: int = server["stats"]["storage"] if "stats" in server else found.account.get("storage", 0)
     return used
+
+
+def _messages(found: Examined) -> Iterator[Finding]:
+    """Whether messages may be as large as commits and questions are."""
+    most = found.max_payload
+    if most >= MESSAGE_BYTES:
+        yield Finding("ok", "messages", f"they may have {most:,} bytes")
+    elif most:
+        message = (
+            f"they may have {most:,} bytes, less than {MESSAGE_BYTES:,}: events are cut, hashes of long prompts are not "
+            "recorded, and large admissions are refused; set `max_payload: 8MB` on the servers"
+        )
+        yield Finding("warning", "messages", message)
 
 
 def _clocks(found: Examined, log: Plain) -> Iterator[Finding]:
@@ -298,13 +343,32 @@ def _histories(found: Examined, last: int) -> Iterator[Finding]:
         if not history.healthy:
             yield Finding("problem", "history", history.failure or "the historian does not hear from the log")
             continue
+        if history.stored + 1 < found.first:
+            message = (
+                f"it has stored {history.stored:,} commits, and the log begins at {found.first:,}: what is between is lost to "
+                "it; begin another with --history, which starts from a snapshot"
+            )
+            yield Finding("problem", "history", message)
+            continue
         behind = max(0, last - history.stored)
         yield Finding("problem" if behind > LAG_COMMITS else "ok", "history", f"{behind:,} commits behind the log")
 
 
-def _snapshots(found: Examined, last: int) -> Iterator[Finding]:
+def _snapshots(found: Examined, log: Plain) -> Iterator[Finding]:
     newest = found.snapshots[0] if found.snapshots else 0
-    if last - newest > 2 * SNAPSHOT_COMMITS:
+    first, last = log["first_seq"], log["last_seq"]
+    if first > newest + 1:
+        which = f"the newest is of {newest:,}" if newest else "there is none"
+        remedy = (
+            "`kvplane snapshot take` makes one"
+            if found.coordinators
+            else "start one that has all of it (`kvplane historian`), and then `kvplane coordinator --trust-history`"
+        )
+        yield Finding(
+            "problem", "snapshots", f"the log was purged and begins at {first:,}, and no snapshot leads there ({which}), so "
+            f"services that start again need a historian; {remedy}",
+        )  # fmt: skip
+    elif last - newest > 2 * SNAPSHOT_COMMITS:
         message = f"the newest is {last - newest:,} commits old; do coordinators run, and is there room on the servers' disks?"
         yield Finding("warning", "snapshots", message)
     else:

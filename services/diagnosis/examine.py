@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Struct
 from nats.errors import Error as NatsError
 from nats.js.errors import Error as JetStreamError
+from nats.js.errors import NotFoundError
 
 from kvplane.events.errors import LogError, LogUnavailable
 from kvplane.events.log.snapshots import SnapshotStore
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from nats.aio.client import Client
+    from nats.js import JetStreamContext
+    from nats.js.api import RawStreamMsg
 
 ANSWER_SECONDS = 0.5
 """How long everybody has to say that they are there."""
@@ -62,6 +65,10 @@ class Examined(Struct, kw_only=True):
     log: Plain | None = None
     """The stream as the server describes it, with `newest`, the time of its last commit, and `skew`."""
     log_error: str = ""
+    max_payload: int = 0
+    """Bytes that the server takes in a message; 0 when that is not known."""
+    first: int = 1
+    """Sequence with which the log begins."""
     account: Plain = {}
     servers: list[Plain] = []
     """What the servers' monitoring endpoints say, or `error`, and what `kvplane up` says of its own."""
@@ -92,7 +99,9 @@ async def examine(client: Client, fleet: str, monitors: Sequence[str] = ()) -> E
         js = client.jetstream()
         state = await open_stream(js, fleet)
         found.log = await _described(client, stream_name(fleet))
-        newest = await js.get_msg(stream_name(fleet), state.last_seq) if state.messages else None
+        found.first = state.first_seq
+        found.max_payload = client.max_payload
+        newest = await _last(js, fleet, state.last_seq) if state.messages else None
         found.log["newest"] = newest.time.timestamp() if newest is not None and newest.time is not None else 0.0
         found.account = await _json(client, "$JS.API.INFO")
     except LogError as error:
@@ -120,6 +129,13 @@ async def examine(client: Client, fleet: str, monitors: Sequence[str] = ()) -> E
         with suppress(NatsError, OSError, ValueError, KeyError):
             found.snapshots_stream = await _described(client, f"OBJ_{stream_name(fleet)}_snapshots")
     return found
+
+
+async def _last(js: JetStreamContext, fleet: str, sequence: int) -> RawStreamMsg | None:
+    """The log's last message; none where it was deleted."""
+    with suppress(NotFoundError):
+        return await js.get_msg(stream_name(fleet), sequence)
+    return None
 
 
 async def _captured(client: Client, fleet: str) -> dict[str, str]:

@@ -23,10 +23,11 @@ from kvplane.events.subjects import subject
 from kvplane.services.engines.hearing import Hearing
 from kvplane.services.engines.life import Event, Health, Life, Looks, State
 from kvplane.services.engines.oddities import Oddities, not_understood
-from kvplane.services.engines.outbox import BUFFER_EVENTS, Outbox
+from kvplane.services.engines.outbox import Outbox
 from kvplane.services.engines.remembered import remembered
 from kvplane.services.engines.sequence import Track, Verdict, joined
-from kvplane.services.engines.sockets import REPLAY_SECONDS, Published, replay
+from kvplane.services.engines.sleep import REASON, Sleep
+from kvplane.services.engines.sockets import Published, replay
 from kvplane.services.engines.translate import Translator
 from kvplane.services.membership.member import REGISTER_SECONDS, Conclusion, Member
 from kvplane.services.protocol import labels, messages
@@ -39,30 +40,15 @@ if TYPE_CHECKING:
     from nats.aio.client import Client
 
     from kvplane.events import types
+    from kvplane.services.engines.attachment import AdapterConfig
     from kvplane.services.engines.facts import Engine, Facts, Gauges, Source
     from kvplane.services.engines.sequence import Numbered
 
 LINGER_SECONDS = 0.002
-IDLE_SECONDS = 15.0
-"""How often the replay buffer is asked whether anything was missed. A last batch that got lost shows in no other way."""
 MODELS_SECONDS = 20.0
 """How often the engine is asked whether its models are the same."""
 
 _log = structlog.get_logger("kvplane.engines")
-
-
-class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What the node is called and how it is attached."""
-
-    node: str
-    address: str
-    ranked: bool = False
-    """The engine has several ranks, so that requests must name this one."""
-    max_active: int = 0
-    pulse_seconds: float = 1.0
-    buffer_events: int = BUFFER_EVENTS
-    idle_seconds: float = IDLE_SECONDS
-    replay_seconds: float = REPLAY_SECONDS
 
 
 class Adapter:
@@ -111,6 +97,7 @@ class Adapter:
         self.hearing = Hearing(engine.kind, config.node, facts.block_size, self.published)
         self.life = Life()
         self.health = Health()
+        self.sleep = Sleep(config.node)
         self._looks = Looks(config.idle_seconds)
         self._gauges: Gauges | None = None
         self._oddities = Oddities(config.node)
@@ -135,7 +122,9 @@ class Adapter:
         if not self.well:
             return "the engine is not well"
         if self.life.state is not State.MEMBER:
-            return "it is not registered"
+            return REASON if self.sleep.asleep else "it is not registered"
+        if self.sleep.asleep:
+            return REASON
         if self.hearing.nobody:
             return self.hearing.nobody
         if strange := not_understood(self.track):
@@ -204,7 +193,7 @@ class Adapter:
         while True:
             if self._ended is not None:
                 raise self._ended
-            if self.life.must_register and self.well:
+            if self.life.must_register and self.well and not self.sleep.asleep:
                 # Not for an engine that is gone: it will be another life when it is back.
                 await self._join()
             self._catch_up()
@@ -218,6 +207,10 @@ class Adapter:
             if published.waiting:
                 await self._apply_waiting()
                 continue
+            if self.sleep.falls():
+                # What it published before has been applied.
+                self.track.translator.clear()
+                self._put(self.track.cleared(REASON))
             with anyio.move_on_after(max(0.0, min(self._looks.next, now + 0.2) - now)):
                 await arrived.wait()
 
@@ -433,6 +426,7 @@ class Adapter:
                 with suppress(EngineUnfit):
                     await self._look_at_models(anyio.current_time())
                     self._gauges = gauges = await self.engine.load(self.source.rank)
+                    self.sleep.look(asleep=gauges.asleep)
                     received = self._replayed or bool(self.track.applied or self.published.malformed)
                     self.hearing.look(gauges.served, anyio.current_time(), received=received)
                     self.health.began(gauges.started, "" if self.life.state is State.REBORN else self.facts.started)
@@ -440,11 +434,12 @@ class Adapter:
 
     def _heartbeat(self) -> messages.Heartbeat | None:
         """For as long as the engine is well."""
-        if not self.life.reporting or not self.well:
+        asleep = self.sleep.asleep
+        if not self.life.reporting or not self.well or (asleep and not self.sleep.tells()):
             return None
         gauges = self._gauges
         return messages.Heartbeat(
-            node=self.config.node, epoch=self.epoch, active=gauges.active if gauges else 0,
+            node=self.config.node, epoch=self.epoch, asleep=asleep, active=gauges.active if gauges else 0,
             waiting=gauges.waiting if gauges else 0, used_blocks=self.track.translator.used(),
             unheard=self.hearing.missing,
         )  # fmt: skip

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import anyio
 import structlog
 
-from kvplane.services.engines.adapter import Adapter, AdapterConfig
+from kvplane.services.engines.adapter import Adapter
+from kvplane.services.engines.attachment import AdapterConfig
 from kvplane.services.engines.facts import ANSWER_SECONDS, check
 from kvplane.services.protocol.errors import EngineUnfit
 from kvplane.services.rpc.readiness import Readiness

@@ -8,12 +8,32 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from kvplane.services.engines.facts import Source
+from kvplane.services.engines.outbox import BUFFER_EVENTS
+from kvplane.services.engines.sockets import REPLAY_SECONDS
 from kvplane.services.protocol.errors import EngineUnfit
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvplane.services.engines.facts import Facts
+
+
+IDLE_SECONDS = 15.0
+"""How often the replay buffer is asked whether anything was missed. A last batch that got lost shows in no other way."""
+
+
+class AdapterConfig(Struct, frozen=True, kw_only=True):
+    """What the node is called and how it is attached."""
+
+    node: str
+    address: str
+    ranked: bool = False
+    """The engine has several ranks, so that requests must name this one."""
+    max_active: int = 0
+    pulse_seconds: float = 1.0
+    buffer_events: int = BUFFER_EVENTS
+    idle_seconds: float = IDLE_SECONDS
+    replay_seconds: float = REPLAY_SECONDS
 
 
 class Attachment(Struct, frozen=True, kw_only=True):

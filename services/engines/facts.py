@@ -7,9 +7,12 @@ vLLM: `/v1/models`, `/version`, `/kv_event_sources` (0.32), `/metrics` with `vll
 from __future__ import annotations
 
 import json
+from math import inf
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import aiohttp
+import anyio
+import msgspec
 from msgspec import Struct
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -25,6 +28,8 @@ Kind = Literal["vllm", "sglang"]
 KINDS: tuple[Kind, ...] = ("vllm", "sglang")
 
 ANSWER_SECONDS = 5.0
+ASK_AGAIN_SECONDS = 60.0
+"""After so long an engine is asked again for what it did not have."""
 MOST = 2.0**53
 """Larger numbers of an engine's are no counts."""
 MOST_RANKS = 4096
@@ -36,7 +41,7 @@ _GIVE = "give --engine the address of the engine's OpenAI-compatible API, such a
 
 _WANTED = (
     "vllm:cache_config_info", "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:prefix_cache_queries",
-    "process_start_time_seconds",
+    "process_start_time_seconds", "vllm:engine_sleep_state",
     "sglang:num_running_reqs", "sglang:num_queue_reqs",
     "vllm:prefix_cache_hits_total", "vllm:generation_tokens_total", "vllm:request_success_total",
     "sglang:prompt_tokens_total", "sglang:cached_tokens_total", "sglang:generation_tokens_total", "sglang:num_requests_total",
@@ -90,6 +95,8 @@ class Gauges(Struct, frozen=True, kw_only=True):
     started: str = ""
     served: Served | None = None
     """None where the engine does not say."""
+    asleep: bool = False
+    """It takes no steps, and holds nothing of its cache for sure (vLLM's `/sleep`)."""
 
 
 class Health(NamedTuple):
@@ -154,7 +161,9 @@ def gauges(found: Samples, rank: int) -> Gauges:
         "sglang:prompt_tokens_total", "sglang:cached_tokens_total", "sglang:generation_tokens_total",
         "sglang:num_requests_total",
     )  # fmt: skip
-    return Gauges(active=running + waiting, waiting=waiting, started=started(found), served=done)
+    states = _of_rank(found.get("vllm:engine_sleep_state", ()), rank)
+    asleep = any(labels.get("sleep_state") == "awake" and not value for labels, value in states)
+    return Gauges(active=running + waiting, waiting=waiting, started=started(found), served=done, asleep=asleep)
 
 
 class Engine:
@@ -168,6 +177,7 @@ class Engine:
         self._session: aiohttp.ClientSession | None = None
         self._not_told = ""
         """What it refused to tell, in a sentence."""
+        self._ask_sleep_at = -inf
 
     async def __aenter__(self) -> Self:
         """Open."""
@@ -270,7 +280,22 @@ class Engine:
     async def load(self, rank: int = 0) -> Gauges:
         """Load of one rank now; zeros where the engine shows none. Raises `EngineUnfit` when it does not answer."""
         status, text = await self._get("/metrics")
-        return gauges(samples(text), rank) if status == 200 else Gauges()
+        found = gauges(samples(text), rank) if status == 200 else Gauges()
+        return found if found.asleep or not await self._sleeps() else msgspec.structs.replace(found, asleep=True)
+
+    async def _sleeps(self) -> bool:
+        """What `/is_sleeping` says, where there is such an endpoint: older vLLM, and pauses that no metric shows."""
+        now = anyio.current_time()
+        if self.kind != "vllm" or now < self._ask_sleep_at:
+            return False
+        status, text = await self._get("/is_sleeping")
+        if status != 200:
+            self._ask_sleep_at = now + ASK_AGAIN_SECONDS
+            return False
+        try:
+            return _fields(json.loads(text)).get("is_sleeping") is True
+        except (ValueError, RecursionError):
+            return False
 
     async def models(self) -> tuple[list[str], int]:
         """Its models, LoRAs last, and the place where LoRAs begin as in `Facts`. Raises `EngineUnfit` as `facts` does."""

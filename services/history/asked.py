@@ -26,6 +26,7 @@ from kvplane.services.history.plain import plain
 from kvplane.services.history.query import Queries, harden
 from kvplane.services.history.question import Failed, Given, Needed, Page
 from kvplane.services.history.statement import Functions, Relations, check
+from kvplane.services.history.values import rows_of
 from kvplane.services.process.confined import Within
 from kvplane.services.protocol.errors import QueryLimit, ServiceFault
 from kvplane.services.protocol.messages import Column
@@ -196,7 +197,7 @@ class _Pages:
                 batch = next(self._result, None)
                 if batch is None:
                     return rows, True
-                self._rows.extend([plain(value) for value in row.values()] for row in _rows(batch))
+                self._rows.extend([plain(value) for value in row] for row in rows_of(batch))
             size = len(_encode(self._rows[0])) + 1
             if size > left and rows:
                 return rows, False
@@ -207,13 +208,6 @@ class _Pages:
                 )  # fmt: skip
             left -= size
             rows.append(self._rows.popleft())
-
-
-def _rows(batch: pa.RecordBatch) -> list[dict[int, Any]]:
-    """Rows by the columns' places: two columns may have one name."""
-    places = [str(place) for place in range(batch.num_columns)]
-    found: list[dict[int, Any]] = batch.rename_columns(places).to_pylist()
-    return found
 
 
 def _stream(schema: pa.Schema, batches: list[pa.RecordBatch]) -> bytes:

@@ -18,7 +18,7 @@ import anyio.to_thread
 import duckdb
 import structlog
 from nats.errors import Error as NatsError
-from nats.js.errors import APIError
+from nats.js.errors import APIError, NotFoundError
 
 from kvplane.events.durations import MILLI, Durations
 from kvplane.events.errors import LogCorrupt, LogUnavailable
@@ -175,19 +175,24 @@ class Ingest:
                 f"the history holds {checkpoint.sequence} commits, the log of fleet {self.fleet!r} ends at {log.last_seq}; "
                 "the log was replaced or has lost messages: restore it, or begin another history with --history"
             )
-        if not checkpoint.sequence and log.first_seq > 1:
+        if not checkpoint.sequence and (log.first_seq > 1 or log.num_deleted):
             await self._begin_late(log.first_seq)
             checkpoint = self.store.checkpoint
         await self._check_last(checkpoint.sequence, log)
         state = await self.in_thread(lambda: nearest(self.snapshots.upto(checkpoint.sequence), self.fleet))
         if state is not None:
             self.state = state
-        if self.state.sequence + 1 < log.first_seq:
+        if self.state.sequence + 1 < log.first_seq or log.num_deleted:
             await self.in_thread(partial(self._through_rows, checkpoint.sequence))
         if self.state.sequence + 1 < log.first_seq:
+            remedy = (
+                "what is between is lost; begin another history with --history"
+                if checkpoint.sequence
+                else "`kvplane snapshot take`, where a coordinator still runs, makes a snapshot to begin with"
+            )
             raise LogCorrupt(
                 f"the log of fleet {self.fleet!r} begins at {log.first_seq}, and no snapshot or row of the history leads there "
-                f"from {self.state.sequence}: what is between is lost; begin another history with --history"
+                f"from {self.state.sequence}: {remedy}"
             )
         # Not before: it may be what the log has no more.
         swept = await self.in_thread(partial(archive.sweep, self.store))
@@ -220,6 +225,9 @@ class Ingest:
             return
         try:
             message = await self.client.jetstream().get_msg(stream_name(self.fleet), sequence)
+        except NotFoundError:
+            # Purged by hand; the history has it.
+            return
         except (NatsError, APIError, OSError, TimeoutError) as error:
             raise LogUnavailable(f"commit {sequence} of fleet {self.fleet!r} can't be read: {error!r}") from error
         found = await self.in_thread(

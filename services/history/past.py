@@ -99,11 +99,13 @@ class Past:
         """Call a function of `moment` with a way to the states from `begin` to `last`."""
         ingest = self._ingest
         log = await open_stream(ingest.client.jetstream(), ingest.fleet)
+        # Where the log has a hole, rows go as far as they can.
+        log_first = ingest.stored + 1 if log.num_deleted else log.first_seq
         snapshots = ingest.snapshots.upto(begin)
         while True:
             try:
                 async with self._one:
-                    return await self._fold_from(snapshots, log.first_seq, last, work, *arguments)
+                    return await self._fold_from(snapshots, log_first, last, work, *arguments)
             except BeforeHistory:
                 if not snapshots:
                     raise

@@ -22,7 +22,9 @@ def plain(value: Any) -> Any:  # noqa: ANN401 - any value of a result
         case float():
             return value if math.isfinite(value) else None
         case Decimal():
-            return plain(int(value)) if value == value.to_integral_value() else float(value)
+            if value == value.to_integral_value():
+                return plain(int(value))
+            return float(value) if Decimal(repr(float(value))) == value else str(value)
         case datetime() | date() | clock():
             return value.isoformat()
         case timedelta():

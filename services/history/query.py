@@ -16,6 +16,7 @@ import duckdb
 import pyarrow as pa
 
 from kvplane.services.history.statement import Functions, check
+from kvplane.services.history.values import carried
 from kvplane.services.history.watch import TICK, Watch
 from kvplane.services.protocol.errors import BadRequest, BadSql, DatabaseFailed, QueryLimit, ServiceFault
 
@@ -231,7 +232,7 @@ class Result:
             relation = self._cursor.sql(sql, params=given or None)
             if relation is None:
                 raise BadSql("only reading is allowed: send a SELECT")
-            self._reader = relation.to_arrow_reader(VECTOR)
+            self._reader = carried(relation).to_arrow_reader(VECTOR)
             self._schema = self._reader.schema
 
     @property

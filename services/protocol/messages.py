@@ -15,6 +15,7 @@ from kvplane.events.hashing import MOST_TOKENS, format_hash, pack_hashes, parse_
 from kvplane.events.subjects import check_name
 from kvplane.events.types import HASHES_LIMIT, Count, EngineHash, Length, Tier
 from kvplane.services.protocol.errors import BadRequest
+from kvplane.services.protocol.hashing import Hashing  # noqa: TC001 - msgspec reads it
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -87,6 +88,8 @@ class RouteAnswer(Struct, frozen=True, kw_only=True, omit_defaults=True):
     fallbacks: list[str] = []
     degraded: bool = False
     """The log is away: the decision is made from memory and waits to be recorded."""
+    hashing: Hashing | None = None
+    """In the answer to a dry run without blocks (empty `hashes`)."""
 
 
 class CompleteRequest(_Request, frozen=True, kw_only=True):
@@ -246,7 +249,7 @@ class ServeAnswer(Struct, frozen=True, kw_only=True):
 
 
 class Heartbeat(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A node's heartbeat with its gauges. Travels on core NATS and is never stored."""
+    """A node's heartbeat, never stored. `unheard`: its engine sends no events; `asleep`: it is to be lost for now."""
 
     node: str
     epoch: int
@@ -254,7 +257,7 @@ class Heartbeat(Struct, frozen=True, kw_only=True, omit_defaults=True):
     waiting: int = 0
     used_blocks: int = 0
     unheard: bool = False
-    """Its engine serves, and sends no events about its cache."""
+    asleep: bool = False
 
 
 class Checkpoint(Struct, frozen=True):

@@ -92,6 +92,8 @@ class CoordinatorStatus(ReplicaStatus, frozen=True, kw_only=True):
     """How often the unluckiest decision was made."""
     server: ServerStatus | None = None
     """The server that this process runs, as `kvplane up` does."""
+    log_created: float = 0.0
+    """When its log was created, in unix seconds: two logs of one fleet differ in it."""
 
 
 class HistoryStatus(Struct, frozen=True, kw_only=True):

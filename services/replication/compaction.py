@@ -17,7 +17,7 @@ from nats.errors import Error as NatsError
 from nats.js.errors import Error as JetStreamError
 
 from kvplane.events.errors import KvplaneError
-from kvplane.events.log.stream import open_stream
+from kvplane.events.log.stream import open_stream, stream_info
 from kvplane.events.subjects import stream_name
 from kvplane.projections.snapshot import dump
 from kvplane.services.process.forked import in_copy
@@ -63,6 +63,10 @@ class Compaction:
         self._bytes = size
         self._store = replica.snapshots
         self._one = anyio.Lock()
+        self._covered = 0
+        """Sequence of the newest snapshot that was there when it was looked."""
+        self._holes = 0
+        """Messages that were missing inside the log then."""
 
     async def run(self) -> None:
         """Take a snapshot whenever enough commits or bytes have come, until cancelled."""
@@ -70,9 +74,13 @@ class Compaction:
         last, read = replica.began, 0
         while True:
             await anyio.sleep(self._look_seconds)
-            if replica.state.sequence - last < self._commits and replica.bytes_read - read < self._bytes:
-                continue
+            few = replica.state.sequence - last < self._commits and replica.bytes_read - read < self._bytes
             try:
+                if await self._cut_off():
+                    _log.warning("log_begins_behind_snapshots", fleet=self._fleet, takes="a snapshot of what is known")
+                    await self.take()
+                if few:
+                    continue
                 # Another coordinator may have been first, and its snapshot says how far the log is covered.
                 newest = next(iter(await self._store.sequences()), 0)
                 if newest <= last:
@@ -82,6 +90,17 @@ class Compaction:
             except (KvplaneError, OSError) as error:
                 self.failed += 1
                 _log.warning("snapshot_failed", error=str(error))
+
+    async def _cut_off(self) -> bool:
+        """Whether a replica that starts could not come here: somebody else purged the log, and no snapshot leads over it."""
+        log = (await stream_info(self._client.jetstream(), self._fleet)).state
+        holes, self._holes = self._holes, log.num_deleted or 0
+        if self._holes > holes:
+            return True
+        if log.first_seq <= 1 or log.first_seq <= self._covered + 1:
+            return False
+        self._covered = next(iter(await self._store.sequences()), 0)
+        return log.first_seq > self._covered + 1
 
     async def take(self) -> dict[str, Any]:
         """Take a snapshot now, and let go those beyond `KEPT`. Raises `Conflict` while the state is not that of the others."""
@@ -114,12 +133,13 @@ class Compaction:
         sequences = await self._store.sequences()
         if not sequences:
             raise Conflict("there is no snapshot yet, so all of the log is needed; `kvplane snapshot take` makes one")
-        bounds = {"snapshot": sequences[-1]}
+        js = self._client.jetstream()
+        before = await open_stream(js, self._fleet)
+        # From a snapshot before a hole nothing leads on.
+        bounds = {"snapshot": sequences[0 if before.num_deleted else -1]}
         if not without_history:
             bounds["history"] = await self._stored()
         upto = min(bounds.values())
-        js = self._client.jetstream()
-        before = await open_stream(js, self._fleet)
         try:
             if upto > before.first_seq:
                 # The last one stays: with it the stream's first sequence says where the log begins.

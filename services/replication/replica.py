@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import anyio
 import structlog
 
-from kvplane.events.errors import LogError, LogPurged, LogUnavailable
+from kvplane.events.errors import LogError, LogHole, LogPurged, LogUnavailable
 from kvplane.events.log.follow import Follower
 from kvplane.events.log.snapshots import SnapshotStore
 from kvplane.events.log.stream import open_stream
@@ -20,7 +20,7 @@ from kvplane.projections.overview import summary
 from kvplane.projections.snapshot import load, peek
 from kvplane.services.process.hugepages import collapse
 from kvplane.services.process.version import package_version
-from kvplane.services.protocol.errors import LogAway, NotReady, NotVouched, ServiceFault, WorkerDied
+from kvplane.services.protocol.errors import LogAway, NoAnswer, NotReady, NotVouched, ServiceFault, WorkerDied
 from kvplane.services.protocol.status import ReplicaStatus
 from kvplane.services.replication.checkpoints import SCHEDULE, Checkpoints, Schedule
 from kvplane.services.replication.vouching import check
@@ -39,6 +39,11 @@ RECENT_SECONDS = 60.0
 (`services.routing.overlay.RECENT_SECONDS`)."""
 SNAPSHOT_TRIES = 30
 """How often snapshots are asked for when the log alone is not enough."""
+HISTORIAN_SECONDS = 20.0
+"""So long a historian is waited for: it may start at the same time."""
+HISTORIAN_AGAIN_SECONDS = 1.0
+UNABLE = 503
+"""Status of a historian that is there and can't work yet."""
 SKIPS_KNOWN = 10_000
 """For how many skipped commits their reason is kept for those who wait for their own."""
 
@@ -143,30 +148,30 @@ class Replica:
             _log.info("replica_ready", fleet=self.state.fleet, sequence=self.state.sequence, skipped=self.state.skipped)
 
     async def _follow(self) -> None:
-        """Follow the log; where it was purged beyond what is applied, go on from a snapshot."""
+        """Follow the log; where it was purged beyond what is applied, or has a hole, go on from a snapshot."""
         while True:
             try:
                 await self.follower.run()
-            except LogPurged as error:
+            except (LogPurged, LogHole) as error:
                 _log.warning("log_purged_meanwhile", applied=self.state.sequence, error=str(error))
-                if not await self._go_on():
+                if not await self._go_on(hole=isinstance(error, LogHole)):
                     if self._distrust:
-                        raise LogPurged(f"{error}; what one gave was not used: {self._distrust}") from error
+                        raise type(error)(f"{error}; what one gave was not used: {self._distrust}") from error
                     raise
 
-    async def _go_on(self) -> bool:
+    async def _go_on(self, *, hole: bool) -> bool:
         """Begin again with a snapshot of later than now; whether there is one."""
         applied = self.state.sequence
         for _ in range(SNAPSHOT_TRIES):
-            if await self._restore():
+            if await self._restore(hole=hole):
                 return self.state.sequence > applied
             await anyio.sleep(1)
         return False
 
-    async def _restore(self) -> bool:
+    async def _restore(self, *, hole: bool = False) -> bool:
         """Begin with a snapshot, if one leads on; what can't be used is passed over with a warning.
 
-        False when it could not be known whether there is one.
+        With a `hole` what comes next is missing on the log. False when it could not be known whether there is one.
         """
         applied = self.state.sequence
         try:
@@ -175,32 +180,34 @@ class Replica:
                 if sequence <= applied:
                     break
                 # What other routers decided in the last minute is read from the log, not from a snapshot of it ...
-                if not await self._load(sequence, before=time.time_ns() - self._recent):
+                if not await self._load(sequence, before=None if hole else time.time_ns() - self._recent):
                     recent.append(sequence)
                 if self.state.sequence > applied:
                     return True
-            first = (await open_stream(self._client.jetstream(), self.state.fleet)).first_seq
-            if first > applied + 1:
+            log = await open_stream(self._client.jetstream(), self.state.fleet)
+            if hole or log.first_seq > applied + 1:
                 # ... unless the log has it no more.
                 for sequence in reversed(recent):
                     await self._load(sequence, before=None)
                     if self.state.sequence > applied:
                         return True
-                await self._ask_history(first)
+                # Of a log that was purged whole the first sequence is the next one.
+                await self._ask_history(log.last_seq if hole else min(log.first_seq, log.last_seq))
         except LogError as error:
             _log.warning("snapshots_not_read", error=str(error))
             return False
         return True
 
-    async def _ask_history(self, first: int) -> None:
-        """Begin with what a historian makes of its rows: no snapshot leads to the log, which begins at `first`.
+    async def _ask_history(self, at: int) -> None:
+        """Begin with what a historian makes of its rows up to `at`: no snapshot leads to what the log has.
 
-        So it is when the log was purged and the fold of this kvplane is another one than that of the snapshots.
+        So it is when the log was purged and the fold of this kvplane is another one than that of the snapshots, or when
+        it was purged by hand.
         """
-        _log.warning("no_snapshot_to_begin_with", fleet=self.state.fleet, log_begins=first, asks="the historian")
+        _log.warning("no_snapshot_to_begin_with", fleet=self.state.fleet, sequence=at, asks="the historian")
         self._distrust = ""
         try:
-            data = await snapshot_at(self._client, self.state.fleet, first)
+            data = await self._from_history(at)
             if not self._trust_history:
                 await check(self._client, self.state.fleet, data, self.writer)
             self._begin(data)
@@ -209,6 +216,20 @@ class Replica:
             _log.error("history_not_vouched_for", error=str(error))
         except (ServiceFault, BadSnapshot) as error:
             _log.error("history_does_not_help", error=str(error))
+
+    async def _from_history(self, at: int) -> bytes:
+        """What a historian gives; one that starts beside this replica is waited for. Raises `Refused` or `NoAnswer`."""
+        give_up = anyio.current_time() + HISTORIAN_SECONDS
+        while True:
+            try:
+                return await snapshot_at(self._client, self.state.fleet, at)
+            except ServiceFault as error:
+                # One that is there and can't work says so, perhaps only until its log is there.
+                there = not isinstance(error, NoAnswer) and getattr(error, "status", 0) != UNABLE
+                if there or anyio.current_time() >= give_up:
+                    raise
+                _log.warning("historian_waited_for", fleet=self.state.fleet, error=str(error))
+            await anyio.sleep(HISTORIAN_AGAIN_SECONDS)
 
     def _begin(self, data: bytes) -> None:
         self.state.become(load(self.state.fleet, data))

@@ -17,11 +17,11 @@ import anyio
 import msgspec
 import structlog
 
-from kvplane.events.errors import BadName, KvplaneError, LogUnavailable, LostRace
+from kvplane.events.errors import BadName, CommitTooLarge, KvplaneError, LogUnavailable, LostRace
 from kvplane.events.hashing import unpack_hashes
 from kvplane.events.log.append import Appender, new_writer
 from kvplane.events.log.servers import in_cluster
-from kvplane.events.log.stream import COPIES, open_stream
+from kvplane.events.log.stream import COPIES
 from kvplane.events.subjects import heartbeat_subject
 from kvplane.projections.overview import node_row
 from kvplane.services.control import admission, commands, formats
@@ -30,12 +30,13 @@ from kvplane.services.control.registrations import Registrations
 from kvplane.services.control.unreported import Unreported
 from kvplane.services.process.version import package_version
 from kvplane.services.protocol import messages
-from kvplane.services.protocol.errors import Conflict, LogAway, UnknownModel
+from kvplane.services.protocol.errors import BadRequest, Conflict, LogAway, UnknownModel
 from kvplane.services.protocol.status import CoordinatorStatus, ServerStatus
 from kvplane.services.replication.checkpoints import SCHEDULE, Schedule
 from kvplane.services.replication.compaction import LOOK_SECONDS as SNAPSHOT_LOOK_SECONDS
 from kvplane.services.replication.compaction import SNAPSHOT_BYTES, SNAPSHOT_COMMITS, Compaction
 from kvplane.services.replication.replica import RECENT_SECONDS, Replica
+from kvplane.services.roles import one_log
 from kvplane.services.roles.engine_hashes import LIMITS as READING_LIMITS
 from kvplane.services.roles.engine_hashes import EngineHashes, ReadingLimits
 from kvplane.services.roles.readers import ANSWER_SECONDS as READERS_SECONDS
@@ -118,6 +119,7 @@ class Coordinator:
         self.engine_hashes = EngineHashes(client, fleet, f"kv.{fleet}.coordinator.{self.writer}.piece", reading)
         self.strays = Strays(client, fleet)
         self._replicas = replicas
+        self._log_created = 0.0
         self._newest = newest
         """Whether a log that has nothing yet begins in the newest format: nobody older reads it."""
         self.appender = Appender(client, fleet, self.writer)
@@ -129,7 +131,7 @@ class Coordinator:
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Answer until cancelled; creates the fleet's log when there is none, on a cluster in `COPIES`."""
         replicas = self._replicas or (COPIES if in_cluster(self.client) else 1)
-        await open_stream(self.client.jetstream(), self.fleet, replicas=replicas, create=True)
+        self._log_created = await one_log.created(self.client, self.fleet, replicas)
         async with anyio.create_task_group() as group:
             group.start_soon(self.replica.run)
             await self.replica.follower.caught_up.wait()
@@ -218,6 +220,10 @@ class Coordinator:
                     self.races_lost += 1
                     await self.replica.reached(based_on + 1)
                     continue
+                except CommitTooLarge as error:
+                    raise BadRequest(
+                        f"what is asked for does not fit into one commit ({error}); ask for less at once"
+                    ) from None
                 except LogUnavailable as error:
                     raise LogAway(f"the log does not acknowledge: {error}") from error
                 await self.replica.reached(sequence)
@@ -337,6 +343,7 @@ class Coordinator:
             races_lost=self.races_lost,
             most_tries=self.most_tries,
             server=server,
+            log_created=self._log_created,
         )
 
     async def snapshot(self, request: messages.StatusRequest) -> dict[str, object]:  # noqa: ARG002 - nothing to choose
@@ -377,6 +384,9 @@ class Coordinator:
             if deaf or self.client.stats["reconnects"] != reconnects:
                 reconnects = self.client.stats["reconnects"]
                 self.liveness.listen(now)
+            for name in self.liveness.asleep(self.state):
+                if await self._conclude(commands.lost, name, "its engine sleeps"):
+                    self.liveness.concluded(name)
             silent = self.liveness.silent(self.state, now)
             if silent:
                 # One at a time: the next is judged anew, with the heartbeats that came meanwhile.

@@ -21,7 +21,15 @@ from kvplane.events.log.group import GroupWriter, Writers
 from kvplane.events.subjects import subject
 from kvplane.services.protocol import labels
 from kvplane.services.protocol.errors import BadRequest, NoTokenizer, Overloaded
-from kvplane.services.protocol.messages import CompleteRequest, RouteAnswer, RouteRequest, StatusRequest, names, one_of
+from kvplane.services.protocol.hashing import Hashing
+from kvplane.services.protocol.messages import (
+    CompleteRequest,
+    RouteAnswer,
+    RouteRequest,
+    StatusRequest,
+    names,
+    one_of,
+)
 from kvplane.services.protocol.status import RouterStatus
 from kvplane.services.replication.checkpoints import SCHEDULE, Schedule
 from kvplane.services.replication.replica import RECENT_SECONDS, Replica
@@ -56,6 +64,11 @@ _log = structlog.get_logger("kvplane.router")
 _HASH_BYTES = 8
 _WARN_NS = 60 * 10**9
 """Between two warnings that the policy fails."""
+
+
+def _bytes(roster: Roster) -> bool:
+    """Whether prompts' bytes are their tokens."""
+    return {node.registered.labels.get(labels.TOKENIZER, "") for node in roster.nodes} == {"bytes"}
 
 
 class Router:
@@ -191,6 +204,12 @@ class Router:
             moved_from=decision.moved_from if decision.session == "moved" else "",
             fallbacks=decision.fallbacks,
             degraded=self.degraded,
+            hashing=self._hashing(request, roster) if request.dry_run and request.hashes == b"" else None,
+        )
+
+    def _hashing(self, request: RouteRequest, roster: Roster) -> Hashing:
+        return Hashing(
+            block_size=roster.block_size, lora=self._lora(request, roster), tokenizer="bytes" if _bytes(roster) else ""
         )
 
     def _give_up(self, request: str) -> None:
@@ -273,8 +292,7 @@ class Router:
         if not roster.nodes:
             # Who would know how to make tokens is not known, and does not matter.
             raise roster.nobody(request.model)
-        kinds = {node.registered.labels.get(labels.TOKENIZER, "") for node in roster.nodes}
-        if kinds != {"bytes"}:
+        if not _bytes(roster):
             raise NoTokenizer(
                 f"no tokenizer is known for model {request.model[:80]!r}; send tokens, or hashes with tokens_count"
             )

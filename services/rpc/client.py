@@ -18,7 +18,8 @@ from kvplane.events.log.servers import request as ask_once
 from kvplane.services.protocol import signs
 from kvplane.services.protocol.endpoints import of_subject
 from kvplane.services.protocol.errors import BadRequest, NoAnswer, Refused
-from kvplane.services.protocol.messages import RouteRequest, StatusRequest
+from kvplane.services.protocol.messages import RouteAnswer, RouteRequest, StatusRequest
+from kvplane.services.rpc.hashed import hashed, probe
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
@@ -46,11 +47,16 @@ async def ask(
 
     What is read from memory is asked again when its answer does not come; so is a route, under one id, so that it counts
     once. Anything else is asked once; where it may take longer than `ASK_SECONDS`, the service gives signs of life. Raises
-    `Refused` with the service's own code and sentence, `BadRequest` for more than the server takes, or `NoAnswer`.
+    `Refused` with the service's own code and sentence, `BadRequest` for more than the server takes, or `NoAnswer`. The tokens
+    of a route that are more than that are hashed here.
     """
     if isinstance(request, RouteRequest) and not request.request:
         request = msgspec.structs.replace(request, request=uuid4().hex)
     asked = _encode(request)
+    if len(asked) > client.max_payload and isinstance(request, RouteRequest) and request.hashes is None:
+        how = await ask(client, subject, probe(request), RouteAnswer, seconds=seconds)
+        request = await hashed(request, how.hashing, client.max_payload)
+        asked = _encode(request)
     if len(asked) > client.max_payload:
         raise BadRequest(
             f"the request takes {len(asked):,} bytes, and the server allows {client.max_payload:,}: send hashes instead of "

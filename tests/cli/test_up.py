@@ -12,10 +12,15 @@ import pytest
 
 from kvplane.events import types
 from kvplane.events.log.connection import connected
+from kvplane.events.log.stream import open_stream
 from kvplane.services.cli import up
 from kvplane.services.cli.common import Common
 from kvplane.services.embedded.server import embedded_server
-from tests.support.historians import last_word
+from kvplane.services.protocol.messages import StatusRequest
+from kvplane.services.protocol.status import CoordinatorStatus
+from kvplane.services.rpc.client import ask
+from tests.support.eventful_fleet import write_commits
+from tests.support.historians import historian, last_word
 from tests.support.ports import free_port
 from tests.support.waiting import until
 
@@ -30,9 +35,15 @@ NOWHERE = up._up_http("off")
 
 @asynccontextmanager
 async def up_in(
-    data: Path, port: int, capfd: pytest.CaptureFixture[str], *, simulate: int = 0, http: up._Http = NOWHERE
+    data: Path,
+    port: int,
+    capfd: pytest.CaptureFixture[str],
+    *,
+    simulate: int = 0,
+    http: up._Http = NOWHERE,
+    history: bool = False,
 ) -> AsyncIterator[str]:
-    """What `up` runs, in this event loop, without gateway and history; what it wrote at its start. It is stopped at the end."""
+    """What `up` runs, in this event loop, without gateway; what it wrote at its start. It is stopped at the end."""
     output = ""
 
     def written() -> str:
@@ -43,11 +54,11 @@ async def up_in(
     async with anyio.create_task_group() as group:
         group.start_soon(
             partial(
-                up._up, data, host="127.0.0.1", port=port, simulate=simulate, traffic=False, bare=False, history=False,
+                up._up, data, host="127.0.0.1", port=port, simulate=simulate, traffic=False, bare=False, history=history,
                 gateway=None, http=http, inside=up._Inside(Common(), None),
             )
         )  # fmt: skip
-        await until(lambda: "Ctrl-C stops it." in written())
+        await until(lambda: "Ctrl-C stops it." in written(), 30)
         yield output
         group.cancel_scope.cancel()
 
@@ -77,3 +88,18 @@ async def test_simulated_nodes_of_an_up_that_is_stopped_are_gone_at_once(
         assert [await last_word(client, f"sim-{number}") for number in (1, 2)] == [
             types.NodeRemoved("sim-1", "it was stopped"), types.NodeRemoved("sim-2", "it was stopped"),
         ]  # fmt: skip
+
+
+async def test_an_up_whose_log_was_purged_whole_begins_with_its_own_history(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    port = free_port()
+    async with embedded_server(tmp_path, port=port) as server, connected([server.url], "test") as client:
+        await open_stream(client.jetstream(), "default", create=True)
+        await write_commits(client, 20)
+        async with historian(server.url, tmp_path / "history"):
+            pass
+        await client.jetstream().purge_stream("KV_default")
+    async with up_in(tmp_path, port, capfd, history=True), connected([f"nats://127.0.0.1:{port}"], "test") as client:
+        status = await ask(client, "kv.default.coordinator.status", StatusRequest(), CoordinatorStatus)
+        assert status.began == 20

@@ -143,3 +143,23 @@ def test_a_node_that_left_is_forgotten() -> None:
     put(state, types.NodeRemoved("a"))
     liveness.forget(state)
     assert liveness.heartbeats == {}
+
+
+def test_a_node_that_says_that_it_sleeps_is_lost_at_once_and_back_when_it_is_heard_again() -> None:
+    state, liveness = fleet("a"), Liveness()
+    for now in (1.0, 2.0, 3.0):
+        liveness.observe(state, Heartbeat(node="a", epoch=1), now)
+    assert liveness.asleep(state) == []
+    liveness.observe(state, Heartbeat(node="a", epoch=7, asleep=True), 3.1)
+    assert liveness.asleep(state) == []
+    liveness.observe(state, Heartbeat(node="a", epoch=1, asleep=True), 3.2)
+    assert liveness.asleep(state) == ["a"]
+    put(state, types.NodeLost("a"))
+    liveness.concluded("a")
+    assert liveness.asleep(state) == []
+    # What was heard before it slept does not bring it back, nor does its word that it sleeps.
+    liveness.observe(state, Heartbeat(node="a", epoch=1, asleep=True), 4.2)
+    assert liveness.back(state, 4.3) == []
+    for now in (5.2, 6.2):
+        liveness.observe(state, Heartbeat(node="a", epoch=1), now)
+    assert liveness.back(state, 6.3) == ["a"]

@@ -135,6 +135,7 @@ class Live:
                     "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
                     "--enable-lora", "--max-loras", "2", "--max-lora-rank", "8", "--lora-modules",
                     *(f"{name}={self.folder / name}" for name in ADAPTERS),
+                    *self.settings.get("arguments", "").split(),
                 ],
                 env={**os.environ, **SETTINGS, **{k: v for k, v in self.settings.items() if k.isupper()}},
                 stdout=log, stderr=log, start_new_session=True,

@@ -9,7 +9,8 @@ import anyio
 import pytest
 
 from kvplane.events.hashing import block_hashes
-from kvplane.services.engines.adapter import Adapter, AdapterConfig
+from kvplane.services.engines.adapter import Adapter
+from kvplane.services.engines.attachment import AdapterConfig
 from kvplane.services.engines.facts import Engine, check
 from kvplane.services.protocol.errors import EngineUnfit
 from tests.support.fake_engine import FakeEngine, running

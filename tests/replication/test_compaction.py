@@ -27,6 +27,7 @@ from kvplane.services.history.historian import Historian
 from kvplane.services.process.forked import in_copy
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import Refused, WorkerDied
+from kvplane.services.replication import replica
 from kvplane.services.replication.compaction import KEPT
 from kvplane.services.replication.replica import Replica
 from tests.support.eventful_fleet import live
@@ -204,7 +205,10 @@ async def test_old_snapshots_go_and_the_log_below_the_oldest_is_purged_only_as_t
     assert purged["first"] == stored < newest[0]
 
 
-async def test_a_replica_without_a_snapshot_does_not_guess(fleet: Fleet, server: Server) -> None:
+async def test_a_replica_without_a_snapshot_does_not_guess(
+    fleet: Fleet, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replica, "HISTORIAN_SECONDS", 0)
     await fleet.coordinator()
     await fleet.router()
     await live(fleet)

@@ -10,7 +10,8 @@ import anyio
 from kvplane.events import codec
 from kvplane.events.types import RequestCompleted
 from kvplane.services.dataplane.complete import Completer
-from kvplane.services.engines.adapter import Adapter, AdapterConfig
+from kvplane.services.engines.adapter import Adapter
+from kvplane.services.engines.attachment import AdapterConfig
 from kvplane.services.engines.facts import Engine
 from kvplane.services.protocol import messages
 from tests.support.fake_engine import FakeEngine

@@ -38,6 +38,8 @@ class FakeEngine:
         self.models: list[Any] = [{"id": "m", "parent": None}, {"id": "ad", "parent": "m"}]
         self.more_metrics = ""
         """What its page of metrics says beside its load."""
+        self.sleeping: bool | None = None
+        """What it says at `/is_sleeping`; none where it has no such endpoint."""
         self.key, self.guards = "", "/"
         """The key that requests must have whose path begins so; none is asked for when it is empty."""
         self.missing: set[str] = set()
@@ -153,6 +155,8 @@ class FakeEngine:
                 return web.Response(status=404)
             if request.path == "/v1/models":
                 return web.Response(text=json.dumps({"data": self.models[::-1]}))
+            if request.path == "/is_sleeping" and self.sleeping is not None:
+                return web.Response(text=json.dumps({"is_sleeping": self.sleeping}))
             with suppress(KeyError):
                 return web.Response(text=pages[request.path] + self.more_metrics * (request.path == "/metrics"))
             return web.Response(status=404)
