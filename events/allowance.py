@@ -13,13 +13,12 @@ The form is the generic cell rate algorithm (ITU-T I.371): one number, the time 
 
 from __future__ import annotations
 
-from operator import attrgetter
 from typing import TYPE_CHECKING
 
-from kvplane.events.types import BlocksPlaced, BlocksRemoved, BlocksStored, RequestRouted
+from kvplane.events.types import BlocksPlaced, BlocksRemoved, BlocksStored
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable
 
     from kvplane.events.types import Event
 
@@ -33,37 +32,28 @@ COMMIT_BLOCKS, EVENT_BLOCKS = 64, 8
 """What a commit, and each of its events, counts beside its blocks."""
 
 _NS = 1_000_000_000
-NS_AT_ONCE = BLOCKS_AT_ONCE * _NS // BLOCKS_A_SECOND
-"""The time in which so much is there again."""
+_NS_AT_ONCE = BLOCKS_AT_ONCE * _NS // BLOCKS_A_SECOND
 _NS_A_BLOCK = _NS // BLOCKS_A_SECOND
 _HASH = 8
-_HASHES = attrgetter("hashes")
-
-
-def _size(event: Event) -> int:
-    """Bytes of an event's hashes."""
-    if isinstance(event, BlocksStored | BlocksRemoved | RequestRouted):
-        return len(event.hashes)
-    return len(event.stored) + len(event.evicted) if isinstance(event, BlocksPlaced) else 0
-
-
-def after(full: int, now: int, events: Sequence[Event]) -> int:
-    """When the bucket is full again once a commit with these events was taken; all in unix nanoseconds of the log.
-
-    While `full` is more than `NS_AT_ONCE` ahead, nothing may be written.
-    """
-    try:
-        # Mostly all of them are these, and then it is done without a step of Python for each.
-        size = sum(map(len, map(_HASHES, events)))
-    except AttributeError:
-        size = sum(map(_size, events))
-    blocks = COMMIT_BLOCKS + EVENT_BLOCKS * len(events) + size // _HASH
-    return (full if full > now else now) + blocks * _NS_A_BLOCK  # noqa: FURB136 - each commit's, and `max` takes twice as long
 
 
 def cost(event: Event) -> int:
     """What an event counts, in blocks."""
-    return after(0, 0, [event]) // _NS_A_BLOCK - COMMIT_BLOCKS
+    if isinstance(event, BlocksStored | BlocksRemoved):
+        return EVENT_BLOCKS + len(event.hashes) // _HASH
+    if isinstance(event, BlocksPlaced):
+        return EVENT_BLOCKS + (len(event.stored) + len(event.evicted)) // _HASH
+    return EVENT_BLOCKS
+
+
+def spent(full: int, now: int) -> bool:
+    """Whether nothing may be written now: `full` is when the bucket is full again, both in unix nanoseconds of the log."""
+    return full - now > _NS_AT_ONCE
+
+
+def after(full: int, now: int, events: Iterable[Event]) -> int:
+    """When the bucket is full again once a commit with these events was taken."""
+    return max(full, now) + (COMMIT_BLOCKS + sum(map(cost, events))) * _NS_A_BLOCK
 
 
 class Pace:
@@ -85,5 +75,5 @@ class Pace:
         return self._next - now
 
     def wrote(self, blocks: int, now: float) -> None:
-        """Events were written that count so many blocks, see `cost`."""
+        """A commit was written whose events count so many blocks."""
         self._next = max(self._next, now - self.SPARE_SECONDS) + (COMMIT_BLOCKS + blocks) / self.RATE

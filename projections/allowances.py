@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvplane.events.allowance import NS_AT_ONCE, after
+from kvplane.events import allowance
 from kvplane.events.subjects import NODE_ACCESS, NODE_ACCESS_LONG, beginning
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable
 
     from kvplane.events.types import Event
 
 SUBJECTS_LIMIT = 100_000
-"""Most subjects remembered; those that were written to first are forgotten."""
+"""Most subjects remembered; the ones written to longest ago are forgotten."""
 
 
 class Allowances(dict[str, int]):
@@ -21,18 +21,22 @@ class Allowances(dict[str, int]):
 
     def __init__(self, fleet: str) -> None:
         super().__init__()
-        self.by_nodes = (
+        self._by_nodes = (
             beginning(fleet, "cache"), beginning(fleet, "access", NODE_ACCESS), beginning(fleet, "access", NODE_ACCESS_LONG),
         )  # fmt: skip
-        """How the subjects begin on which nodes write."""
+
+    def held(self, subject: str, in_force: int) -> bool:
+        """Whether it is a node's subject, in a log whose format holds nodes to an allowance."""
+        return in_force >= allowance.ALLOWANCE_FORMAT and subject.startswith(self._by_nodes)
 
     def spent(self, subject: str, time: int) -> bool:
         """Whether nothing may be written there now."""
-        return subject in self and self[subject] - time > NS_AT_ONCE
+        return allowance.spent(self.get(subject, 0), time)
 
-    def take(self, subject: str, time: int, events: Sequence[Event]) -> None:
+    def take(self, subject: str, time: int, events: Iterable[Event]) -> None:
         """A commit with these events was written there, or one that can't be read."""
-        self[subject] = after(self.get(subject, 0), time, events)
+        full = self.pop(subject, 0)
+        self[subject] = allowance.after(full, time, events)
         if len(self) > SUBJECTS_LIMIT:
             del self[next(iter(self))]
 

@@ -142,13 +142,12 @@ def explanation(page: Notebook, log: Sequence[Message]) -> None:
 def _past(log: Sequence[Message], sequence: int) -> Past:
     """The router of a decision, at the moment of that decision."""
     state = FleetState(FLEET)
-    router, recorded = log[sequence - 1].subject, []
+    router, own = log[sequence - 1].subject, []
     for message in log[:sequence]:
         commit = state.apply(message).commit
         if commit is not None and message.subject == router:
-            recorded += [event for event in commit.events if isinstance(event, types.RequestRouted)]
-    *own, event = recorded
-    past = Past(FleetState(FLEET), router.rpartition(".")[2], own, event)
-    for message in log[: event.applied]:
+            own += [event for event in commit.events if isinstance(event, types.RequestRouted)]
+    past = Past(FleetState(FLEET), router.rpartition(".")[2], own)
+    for message in log[: own[-1].applied]:
         past.apply(message)
     return past

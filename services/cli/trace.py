@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import aclosing
+import gzip
+import sys
+from contextlib import aclosing, contextmanager
 from pathlib import Path  # noqa: TC003 - cyclopts reads annotations
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,10 +15,11 @@ from kvplane.services.cli import show
 from kvplane.services.cli.ask import CONNECT_SECONDS
 from kvplane.services.cli.common import COMMON, Common, run_async, start
 from kvplane.services.cli.progress import progress_bar
-from kvplane.services.cli.written import writing
 from kvplane.services.protocol.errors import BadRequest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from kvplane.services.whatif.export import Exported
 
 trace = App(name="trace", help="The requests that the fleet served, as a trace for kvplane simulate.")
@@ -98,3 +101,21 @@ async def _export(
                 async for line, _ in lines:
                     write(encode(line) + b"\n")
     return made
+
+
+@contextmanager
+def writing(out: Path | None) -> Iterator[Callable[[bytes], object]]:
+    """Standard output, or a file that is there whole or not at all."""
+    if out is None:
+        yield sys.stdout.buffer.write
+        sys.stdout.flush()
+        return
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    try:
+        with gzip.open(unfinished, "wb") if out.suffix == ".gz" else unfinished.open("wb") as file:
+            yield file.write
+        unfinished.rename(out)
+    except OSError as error:
+        raise BadRequest(f"{out} can't be written: {error.strerror or error}") from None
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path  # noqa: TC003 - cyclopts reads annotations
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,6 @@ from kvplane.services.cli import show
 from kvplane.services.cli.limits import within
 from kvplane.services.cli.progress import progress_bar
 from kvplane.services.cli.show import Column
-from kvplane.services.cli.written import writing
 from kvplane.services.protocol.errors import BadRequest, BadTrace
 from kvplane.services.simulation.agents import DEFAULT, DEFAULT_SESSIONS, NAME, WORKLOADS, generate_agents
 from kvplane.services.simulation.trace import Trace, work_of
@@ -63,7 +63,7 @@ def workload(
     seed
         Another seed makes other requests.
     out
-        File to write to, compressed when it ends in .gz; standard output if not given.
+        File to write to; standard output if not given.
     """
     within(requests, "requests", 1, MOST)
     within(sessions, "sessions", 1, MOST_SESSIONS)
@@ -88,9 +88,21 @@ def workload(
 
 def _write(lines: Sequence[TraceRequest], out: Path | None) -> None:
     encode = msgspec.json.Encoder().encode
-    with writing(out) as write:
-        for line in lines:
-            write(encode(line) + b"\n")
+    try:
+        if out is None:
+            for line in lines:
+                sys.stdout.buffer.write(encode(line) + b"\n")
+            sys.stdout.flush()
+        else:
+            with out.open("wb") as file:
+                for line in lines:
+                    file.write(encode(line) + b"\n")
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if out is None:
+            raise
+        raise BadRequest(f"the requests can't be written: {error}") from None
 
 
 def _like(

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from kvplane.events.codec import Message
-    from kvplane.events.types import RequestCompleted, RequestRouted
+    from kvplane.events.types import RequestRouted
 
 
 class Way(Struct, kw_only=True):
@@ -123,18 +123,13 @@ def changes_between(way: Way, first: int, second: int) -> dict[str, Any]:
         return changes(before, Picture(walk.state))
 
 
-def explain(
-    way: Way, router: str, begin: int, own: list[RequestRouted | RequestCompleted], event: RequestRouted
-) -> dict[str, Any]:
-    """A router's decision made again, see `services.routing.explain`, after its `own` events before it.
-
-    The log is read anew from `begin`.
-    """
+def explain(way: Way, router: str, begin: int, own: list[RequestRouted]) -> dict[str, Any]:
+    """The last of a router's decisions made again, see `services.routing.explain`. The log is read anew from `begin`."""
     allow(way.modules)
     with walking(way) as walk:
         walk.to(begin)
-        past = Past(walk.state, router, own, event)
-        walk.to(event.applied, past.apply)
+        past = Past(walk.state, router, own)
+        walk.to(own[-1].applied, past.apply)
         try:
             explanation = past.explain()
         except ServiceFault as error:

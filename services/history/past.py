@@ -16,7 +16,7 @@ from kvplane.events.log.stream import open_stream
 from kvplane.projections.errors import BadHistory
 from kvplane.projections.history.archive import ends
 from kvplane.projections.history.pieces import PIECE_BYTES
-from kvplane.projections.history.replay import completion_events, decision_events
+from kvplane.projections.history.replay import decision_events
 from kvplane.projections.history.tables import TABLES
 from kvplane.services.history import moment
 from kvplane.services.history.when import when
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from duckdb import DuckDBPyConnection
 
-    from kvplane.events.types import RequestCompleted, RequestRouted
+    from kvplane.events.types import RequestRouted
     from kvplane.services.history.ingest import Ingest
     from kvplane.services.protocol.messages import Moment
 
@@ -177,7 +177,8 @@ class Past:
                 f"{'' if sequence is None else f' at sequence {sequence}'}; {since}"
             )
         at, place, router, applied, decided, time, kind, hashes, size = found[-1]
-        begin, own, event = await self._read(partial(_own, at, place, router, applied, decided or time))
+        begin, own = await self._read(partial(_own, at, place, router, applied, decided or time))
+        event = own[-1]
         answer: dict[str, Any] = {
             "request": request, "sequence": at, "router": router, "applied": applied, "decided": decided, "kind": kind,
             "decisions": [row[0] for row in all_of_them], "recorded": _recorded(event),
@@ -190,7 +191,7 @@ class Past:
                 **answer,
                 "verdict": f"its {event.blocks} block hashes were not recorded, so it can't be made again",
             }
-        again = await self._fold(min(begin, applied), applied, moment.explain, router, min(begin, applied), own, event)
+        again = await self._fold(min(begin, applied), applied, moment.explain, router, min(begin, applied), own)
         verdict = "differs" if again["differences"] else "agrees"
         return {**answer, "verdict": verdict, "recomputed": again}
 
@@ -238,8 +239,8 @@ def _write(folder: str, after: int, last: int, cursor: DuckDBPyConnection) -> No
 
 def _own(
     sequence: int, place: int, router: str, applied: int, decided: int, cursor: DuckDBPyConnection
-) -> tuple[int, list[RequestRouted | RequestCompleted], RequestRouted]:
-    """Where the log is to be read anew from, what this router recorded from there on, and the decision itself."""
+) -> tuple[int, list[RequestRouted]]:
+    """Where the log is to be read anew from, and this router's decisions from there on, up to this one."""
     before = decided - int((BEFORE_SECONDS + _SKEW_SECONDS) * 1e6)
     ((begin,),) = cursor.execute(
         "SELECT coalesce(max(sequence), 0) FROM commits WHERE time < make_timestamp(?) AND sequence < ?",
@@ -256,14 +257,8 @@ def _own(
         "AND sequence > ? AND (sequence, event) <= (?, ?)",
         params=[router, begin, sequence, place],
     ).to_arrow_table()
-    ends = cursor.sql(
-        "SELECT * EXCLUDE (time) FROM completions WHERE sequence > ? AND (sequence, event) < (?, ?) "
-        "AND sequence IN (SELECT sequence FROM commits WHERE room = 'access' AND name = ?)",
-        params=[begin, sequence, place, router],
-    ).to_arrow_table()
-    events = decision_events(table) | completion_events(ends)
-    *own, event = [events[key] for key in sorted(events)]
-    return begin, own, event  # type: ignore[return-value]
+    events = decision_events(table)
+    return begin, [events[key] for key in sorted(events)]  # type: ignore[misc]
 
 
 async def _remove(folder: str) -> None:

@@ -37,8 +37,9 @@ from kvplane.services.roles.large import Large
 from kvplane.services.roles.leases import ABANDONED, Leases
 from kvplane.services.roles.places import Places
 from kvplane.services.roles.shares import Shares
-from kvplane.services.routing.decide import Chooser, Query
+from kvplane.services.routing.decide import Chooser
 from kvplane.services.routing.overlay import Overlay
+from kvplane.services.routing.query import Query
 from kvplane.services.rpc.asker import asker
 from kvplane.services.rpc.readiness import Readiness, readiness
 from kvplane.services.rpc.server import serve, serving, stop
@@ -105,7 +106,7 @@ class Router:
         self.appender = Appender(client, fleet, self.writer)
         self.writers = Writers()
         self._access = self._writer(subject(fleet, "access", self.writer))
-        self.leases = Leases(self._record_end)
+        self.leases = Leases(self._access.put)
         self.large = Large(self._prepare)
         self.shares = Shares(self.state, self.overlay)
         self._session_writers: dict[str, GroupWriter] = {}
@@ -214,7 +215,7 @@ class Router:
 
     def _give_up(self, request: str) -> None:
         """End a request of which nothing was heard: somebody else needs its place."""
-        self._record_end(types.RequestCompleted(request=request, node=self.shares.node_of(request), status=ABANDONED))
+        self._access.put(types.RequestCompleted(request=request, node=self.shares.node_of(request), status=ABANDONED))
         self.shares.over(request)
 
     def record_pending(self) -> None:
@@ -315,7 +316,10 @@ class Router:
     def complete(self, request: CompleteRequest, traceparent: str = "") -> dict[str, object]:
         """Record how a request ended, for clients that can't write to the log."""
         names((request.request, "request"), (request.node, "node"))
-        self._record_end(
+        if self.degraded:
+            # Its decision can't be read back now: it would count as load, and a node's limit be reached by what has ended.
+            self.overlay.on_log(request.request)
+        self._access.put(
             types.RequestCompleted(
                 request=request.request, node=request.node, status=request.status[:512],
                 prompt_tokens=request.prompt_tokens, cached_tokens=request.cached_tokens,
@@ -323,11 +327,6 @@ class Router:
             )
         )  # fmt: skip
         return {"request": request.request, "degraded": self.degraded}
-
-    def _record_end(self, event: types.RequestCompleted) -> None:
-        # Though its decision may not be on the log yet, or for long while that is away: what has ended is no load.
-        self.overlay.on_log(event.request)
-        self._access.put(event)
 
     def _observe(self, message: Message, applied: Applied) -> None:
         if applied.commit is not None:

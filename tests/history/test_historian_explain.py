@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import sys
-from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -124,23 +123,19 @@ async def live(fleet: Fleet, *, seed: int) -> Clients:
 class Judge:
     """Explains all decisions of one router on one way along the log."""
 
-    def __init__(self, router: str, own: list[types.RequestRouted | types.RequestCompleted]) -> None:
-        first = next(event for event in own if isinstance(event, types.RequestRouted))
-        self.past = Past(FleetState("default"), router, [], first)
-        self.own = deque(own)
+    def __init__(self, router: str, own: list[types.RequestRouted]) -> None:
+        self.past = Past(FleetState("default"), router, [*own, own[-1]])
+        self.past._own = []
+        self.own = own
         self.found: list[tuple[types.RequestRouted, Explanation]] = []
 
     def explain_here(self) -> None:
         """Explain what was decided at this sequence, and count it afterwards, as the router did."""
         past = self.past
-        while self.own:
-            event = self.own[0]
-            if isinstance(event, types.RequestRouted):
-                if event.applied > past.state.sequence:
-                    return
-                past.event = event
-                self.found.append((event, past.explain()))
-            past._own.append(self.own.popleft())
+        while len(self.found) < len(self.own) and self.own[len(self.found)].applied <= past.state.sequence:
+            past.event = self.own[len(self.found)]
+            self.found.append((past.event, past.explain()))
+            past._own.append(past.event)
 
     def read(self, message: Message) -> None:
         self.explain_here()
@@ -149,17 +144,16 @@ class Judge:
 
 def judged(log: list[Message]) -> list[tuple[types.RequestRouted, Explanation]]:
     """All decisions of a log, with what comes of them now."""
-    own: dict[str, list[types.RequestRouted | types.RequestCompleted]] = {}
+    own: dict[str, list[types.RequestRouted]] = {}
     for message in log:
         if ".access." in message.subject:
             commit = codec.decode("default", message)
-            own.setdefault(commit.place.name, []).extend(commit.events)  # type: ignore[arg-type]
+            decisions = [event for event in commit.events if isinstance(event, types.RequestRouted)]
+            if decisions:
+                own.setdefault(commit.place.name, []).extend(decisions)
     found = []
-    for router, events in own.items():
-        decisions = [event for event in events if isinstance(event, types.RequestRouted)]
-        if not decisions:
-            continue
-        judge = Judge(router, events)
+    for router, decisions in own.items():
+        judge = Judge(router, decisions)
         for message in log:
             judge.read(message)
         judge.explain_here()

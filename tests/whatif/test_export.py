@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gzip
-import os
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -19,7 +17,7 @@ from kvplane.events.hashing import pack_hashes, unpack_hashes
 from kvplane.events.log.stream import open_stream
 from kvplane.events.subjects import subject
 from kvplane.services.cli import main
-from kvplane.services.cli.written import writing
+from kvplane.services.cli.trace import writing
 from kvplane.services.demo.traffic import Traffic
 from kvplane.services.history.client import table
 from kvplane.services.protocol.errors import BadRequest, Refused
@@ -269,15 +267,3 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     with writing(path) as write:
         write(b"whole")
     assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [("made.jsonl", b"whole")]
-
-
-def test_a_pipe_is_written_as_it_comes_and_gz_is_compressed(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    with ThreadPoolExecutor(1) as pool:
-        read = pool.submit((tmp_path / "pipe").read_bytes)
-        with writing(tmp_path / "pipe") as write:
-            write(b"all")
-        assert read.result(timeout=20) == b"all"
-    with writing(tmp_path / "made.gz") as write:
-        write(b"all")
-    assert gzip.decompress((tmp_path / "made.gz").read_bytes()) == b"all"
