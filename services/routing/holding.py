@@ -89,9 +89,14 @@ class Hold(NamedTuple):
         )
 
     def event(self, query: Query, now: int, applied: int, *, first: bool) -> RequestHeld:
-        """What the log is told of it at this time and sequence; the hashes once."""
+        """What the log is told of it at this time and sequence: the decision once, then that it lasts."""
+        if not first:
+            return RequestHeld(
+                request=query.id, model=query.model, tokens=query.tokens, session=query.session, tenant=query.tenant,
+                turns=self.turns, reason=self.reason, place=self.place, expected=round(self.expected, 3),
+            )  # fmt: skip
         blocks = len(query.hashes) >> 3
-        with_hashes = first and query.recorded and blocks <= HASHES_RECORDED
+        with_hashes = query.recorded and blocks <= HASHES_RECORDED
         return RequestHeld(
             request=query.id, model=query.model, tokens=query.tokens, session=query.session, tenant=query.tenant,
             turns=self.turns, reason=self.reason, place=self.place, expected=round(self.expected, 3), blocks=blocks,
