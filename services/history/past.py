@@ -199,7 +199,8 @@ class Past:
         """Why a request waited before it was sent, and for how long in seconds; none when it did not."""
         ((reason, place, released, waited),) = await self._asked(
             "SELECT arg_min(reason, sequence) FILTER (change = 'held'), arg_min(place, sequence) FILTER (change = 'held'), "
-            "arg_max(reason, sequence) FILTER (change = 'released'), max(waited) FROM holds WHERE request = ? AND sequence <= ?",
+            "arg_max(reason, sequence) FILTER (change = 'released'), max(waited) "
+            "FROM holds WHERE request = ? AND sequence <= ?",
             request, sequence,
         )  # fmt: skip
         if reason is None and released is None:

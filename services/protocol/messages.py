@@ -67,8 +67,23 @@ class RouteRequest(_Request, frozen=True, kw_only=True):
     """W3C trace context, for those who can't set a header of this name."""
 
 
+class Held(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Why a request has to wait. Times in seconds."""
+
+    reason: str
+    place: int
+    """Its place in the queue, from 1."""
+    expected: float
+    """How long it will wait, about."""
+    ask_again: float
+    """After so long the request is to be asked for again, with the `request` of this answer; it loses its place otherwise."""
+
+
 class RouteAnswer(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Where it should go. `kind` is `exact`, `prefix` or `miss`; `session` is `kept`, `moved`, `new` or empty."""
+    """Where it should go. `kind` is `exact`, `prefix`, `miss` or `hold`; `session` is `kept`, `moved`, `new` or empty.
+
+    With `hold`, there is no node yet, and `held` says why.
+    """
 
     request: str
     node: str
@@ -86,6 +101,7 @@ class RouteAnswer(Struct, frozen=True, kw_only=True, omit_defaults=True):
     session: str = ""
     moved_from: str = ""
     fallbacks: list[str] = []
+    held: Held | None = None
     degraded: bool = False
     """The log is away: the decision is made from memory and waits to be recorded."""
     hashing: Hashing | None = None
