@@ -16,6 +16,7 @@ from kvplane.events.subjects import check_name
 from kvplane.events.types import HASHES_LIMIT, Count, EngineHash, Length, Tier
 from kvplane.services.protocol.errors import BadRequest
 from kvplane.services.protocol.hashing import Hashing  # noqa: TC001 - msgspec reads it
+from kvplane.services.protocol.held import Held  # noqa: TC001 - msgspec looks it up as it decodes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,23 +68,8 @@ class RouteRequest(_Request, frozen=True, kw_only=True):
     """W3C trace context, for those who can't set a header of this name."""
 
 
-class Held(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Why a request has to wait. Times in seconds."""
-
-    reason: str
-    place: int
-    """Its place in the queue, from 1."""
-    expected: float
-    """How long it will wait, about."""
-    ask_again: float
-    """After so long the request is to be asked for again, with the `request` of this answer; it loses its place otherwise."""
-
-
 class RouteAnswer(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Where it should go. `kind` is `exact`, `prefix`, `miss` or `hold`; `session` is `kept`, `moved`, `new` or empty.
-
-    With `hold`, there is no node yet, and `held` says why.
-    """
+    """Where it should go. `kind` is `exact`, `prefix`, `miss`, or `hold`: there is no node yet, and `held` says why."""
 
     request: str
     node: str
@@ -99,6 +85,7 @@ class RouteAnswer(Struct, frozen=True, kw_only=True, omit_defaults=True):
     rank: str = ""
     """Data-parallel rank to name in `X-data-parallel-rank`, of an engine that has several."""
     session: str = ""
+    """`kept`, `moved`, `new` or empty."""
     moved_from: str = ""
     fallbacks: list[str] = []
     held: Held | None = None

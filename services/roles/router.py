@@ -22,9 +22,9 @@ from kvplane.events.subjects import subject
 from kvplane.services.protocol import labels
 from kvplane.services.protocol.errors import BadRequest, NoTokenizer, Overloaded
 from kvplane.services.protocol.hashing import Hashing
+from kvplane.services.protocol.held import Held
 from kvplane.services.protocol.messages import (
     CompleteRequest,
-    Held,
     RouteAnswer,
     RouteRequest,
     StatusRequest,

@@ -11,6 +11,9 @@ from kvplane.events.versions import FORMAT
 from kvplane.projections import held, snapshot
 from kvplane.projections.digest import digest
 from kvplane.projections.errors import BadSnapshot
+from kvplane.projections.fleet import FleetState
+from kvplane.projections.history.replay import hold_events
+from kvplane.projections.history.rows import Rows, Waiting
 from tests.support.fold_given import SECOND, Given, registered, replayed
 
 
@@ -174,3 +177,21 @@ def test_a_snapshot_of_a_queue_that_can_not_be_is_refused(what: str) -> None:
         state.queue["x"] = held.Held("m", "", -1, "", 0, 0, 0)
     with pytest.raises(BadSnapshot, match="who is held"):
         snapshot.load("f", snapshot.dump(state))
+
+
+def test_the_history_has_all_that_the_fold_knows_of_it() -> None:
+    given = fleet()
+    state, rows, waiting = FleetState("f"), Rows(), Waiting()
+    holds(given, "one", session="s", tenant="t", turns=2, reason="no room", place=1, expected=9.0, decided=77)
+    holds(given, "one", place=1, after=20)
+    given.put("access", "w", types.RequestReleased("one", "m", "bound", 7.5))
+    for message in given.messages:
+        rows.add(message, state.apply(message), state, waiting)
+    table = rows.tables()["holds"]
+    assert table["change"].to_pylist() == ["held", "still held", "released"]
+    assert (table["waited"].to_pylist(), table["router"].to_pylist()) == ([None, None, 7.5], ["w"] * 3)
+    plain = table.drop_columns(["time"]).set_column(
+        table.schema.get_field_index("decided") - 1, "decided", table["decided"].cast("int64")
+    )
+    written = [event for message in given.messages[-3:] for event in codec.decode("f", message).events]
+    assert list(hold_events(plain).values()) == written
