@@ -44,7 +44,7 @@ SAY_SECONDS = LEASE_SECONDS / 3
 
 HOLD = {
     HOLD_PARAMETER: Parameter(
-        0, "0 or 1", "with 1, who begins waits while live conversations need more than all caches hold", most=1
+        0, "(0 or 1)", "with 1, who begins waits while live conversations need more than all caches hold", most=1
     ),
     "hold_seconds": Parameter(HOLD_SECONDS, "s", "the longest that anyone waits"),
 }

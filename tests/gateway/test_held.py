@@ -26,8 +26,10 @@ LONG = 1000
 
 
 async def holding(scene: Scene, **parameters: float) -> None:
-    await scene.fleet.ask("coordinator.format.raise", messages.FormatRequest())
     policy = messages.PolicyRequest(policy="ttft", parameters={"hold": 1, **parameters})
+    # In a log that can't hold, it is not silently without effect.
+    assert await scene.fleet.refused("coordinator.policy.set", policy) == "bad_request"
+    await scene.fleet.ask("coordinator.format.raise", messages.FormatRequest())
     await scene.fleet.ask("coordinator.policy.set", policy)
     await until(lambda: scene.gateway.router.state.holding)
 
@@ -112,4 +114,5 @@ async def test_over_nats_the_answer_says_hold_and_when_to_ask_again(fleet: Fleet
         await end(fleet, "first")
         await until(lambda: not other.state.load.contexts)
         assert other.route(again).node == first.node
+        other.record_pending()
         await until(lambda: not router.state.queue)
