@@ -174,13 +174,28 @@ class Queueing(RuleBasedStateMachine):
         for _ in range(times):
             self.pass_time(55)
 
+    @rule(times=st.integers(4, 20), quiet=st.sets(st.sampled_from("stuvwxyz"), max_size=4))
+    def go_on(self, times: int, quiet: set[str]) -> None:
+        """Those who live ask and are answered all the while, but for a few."""
+        for _ in range(times):
+            self.pass_time(55)
+            for session, own in list(self.known.items()):
+                for request in list(own.running):
+                    self.given.put("access", "w", types.RequestCompleted(request, "a"), after=0)
+                    self.over(own, request)
+                if session not in quiet and not own.silent(self.now):
+                    self.number += 1
+                    each = Waiting(f"r{self.number}", session, own.tokens, "", own.turns, self.now)
+                    assert self.asks(each) is None
+                    self.routed(each)
+
     @rule(data=st.data())
     def answer(self, data: st.DataObject) -> None:
         running = sorted(request for own in self.known.values() for request in own.running)
         if not running:
             return
         request = data.draw(st.sampled_from(running))
-        self.given.put("access", "w", types.RequestCompleted(request, "a"), after=1)
+        self.given.put("access", "w", types.RequestCompleted(request, "a"), after=0)
         for own in self.known.values():
             if request in own.running:
                 self.over(own, request)
@@ -206,7 +221,7 @@ class Queueing(RuleBasedStateMachine):
         if self.waiting:
             each = data.draw(st.sampled_from(self.waiting))
             self.waiting.remove(each)
-            self.given.put("access", "w", types.RequestReleased(each.request, "m", "left"))
+            self.given.put("access", "w", types.RequestReleased(each.request, "m", "left"), after=0)
 
     @invariant()
     def the_queue_is_that_of_the_reference(self) -> None:
@@ -247,3 +262,27 @@ def test_who_is_just_let_in_counts_before_the_log_says_so() -> None:
     assert hold is not None
     assert hold.reason == f"live conversations need {ROOM:,} of {ROOM:,} tokens, 0 before it and itself 16"
     assert hold.expected == BOUND
+
+
+def test_nobody_waits_beyond_the_bound() -> None:
+    given = fleet()
+    chooser = Chooser(given.state, Overlay())
+    hashes = query("one", "", ROOM).hashes
+    given.put("access", "w", types.RequestRouted("one", "m", "a", 0, len(hashes) // 8, ROOM, hashes, "s"))
+    asked = query("two", "t", 160)
+    waited = []
+    for seconds in range(0, BOUND + 100, 50):
+        given.put("access", "w", types.RequestHeld("two", "m", 160), after=50 if seconds else 1)
+        if chooser.hold(asked, given.now) is not None:
+            waited.append(seconds)
+    assert waited == [*range(0, BOUND, 50)]
+    assert chooser.ready("m", given.now) == ["two"]
+
+
+def test_who_has_begun_goes_before_who_has_not_and_the_small_before_the_large() -> None:
+    given = fleet()
+    for request, tokens, turns in (("large", 1000, 0), ("small", 100, 0), ("begun", 5000, 3)):
+        given.put("access", "w", types.RequestHeld(request, "m", tokens, turns=turns))
+    given.put("access", "w", types.RequestHeld("of another", "m", 5000, tenant="u"))
+    # The first of each tenant goes before the second of any.
+    assert Chooser(given.state, Overlay()).holding.line("m").order == ["begun", "of another", "small", "large"]
