@@ -5,7 +5,7 @@ In MessagePack hashes are packed little-endian u64; in JSON they are lists of de
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -17,9 +17,6 @@ from kvplane.events.types import HASHES_LIMIT, Count, EngineHash, Length, Tier
 from kvplane.services.protocol.errors import BadRequest
 from kvplane.services.protocol.hashing import Hashing  # noqa: TC001 - msgspec reads it
 from kvplane.services.protocol.held import Held  # noqa: TC001 - msgspec looks it up as it decodes
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 _HASH_BYTES = 8
 _PROMPT_LIMIT = 1 << 26
@@ -447,7 +444,7 @@ def names(*pairs: tuple[str, str]) -> None:
 
 def one_of(request: RouteRequest) -> str:
     """Which of the three forms a route request has. Raises `BadRequest`."""
-    given: Sequence[str] = [name for name in ("hashes", "tokens", "prompt") if getattr(request, name) is not None]
+    given = [name for name in ("hashes", "tokens", "prompt") if getattr(request, name) is not None]
     if len(given) != 1:
         raise BadRequest(f"give one of hashes, tokens and prompt, not {' and '.join(given) or 'none'}")
     return given[0]
