@@ -66,8 +66,11 @@ async def test_a_conversation_waits_until_another_has_ended(fleet: Fleet, monkey
             await until(lambda: len(router.state.queue) == 2)
             await asks("first", 0)
             assert answers.keys() == {"first"}
+            # Its last turn is on the log before its end is, or else it would have begun anew.
+            await router.writers.flush()
             await end(fleet, "first")
             await until(lambda: "second" in answers)
+            await router.writers.flush()
             await end(fleet, "second")
         assert answers["third"].startswith(": waiting for room\n\n")
         assert answers["third"].rstrip().endswith("data: [DONE]")
