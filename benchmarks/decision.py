@@ -17,8 +17,9 @@ from benchmarks.workload import CHAIN, chains
 from kvplane.events import codec
 from kvplane.events.types import BlocksStored, FormatRaised, RequestRouted
 from kvplane.events.versions import FORMAT
-from kvplane.services.routing.decide import Chooser, Query
+from kvplane.services.routing.decide import Chooser
 from kvplane.services.routing.overlay import Overlay
+from kvplane.services.routing.query import Query
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

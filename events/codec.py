@@ -277,6 +277,12 @@ def _check_routed(event: types.RequestRouted) -> None:
         raise BadCommit("invalid", "hashes must be empty or have one entry a block")
 
 
+def _check_held(event: types.RequestHeld) -> None:
+    _packed(event.hashes, "hashes")
+    if len(event.hashes) not in (0, event.blocks * _HASH_BYTES):
+        raise BadCommit("invalid", "hashes must be empty or have one entry a block")
+
+
 _CHECKS: dict[type[types.Event], Callable[[Any], None]] = {
     types.NodeRegistered: _check_registered,
     types.BlocksStored: _check_stored,
@@ -285,6 +291,7 @@ _CHECKS: dict[type[types.Event], Callable[[Any], None]] = {
     types.SessionAssigned: _check_session,
     types.SessionEnded: _check_session,
     types.RequestRouted: _check_routed,
+    types.RequestHeld: _check_held,
 }
 
 

@@ -204,6 +204,45 @@ class RequestCompleted(Event, frozen=True, tag=_tag):
     trace: Traceparent = ""
 
 
+class RequestHeld(Event, frozen=True, tag=_tag):
+    """A router holds a request back, since the caches have no room for its context; again now and then while it does.
+
+    `applied` and `decided` are as of a decision, with which it can be made again.
+    """
+
+    request: Name
+    model: Name
+    tokens: Length
+    session: Annotated[str, Meta(max_length=128)] = ""
+    tenant: Text = ""
+    """Who asks, as far as that is known."""
+    turns: Length = 0
+    """Requests that its conversation had before, as far as that is known."""
+    reason: Text = ""
+    place: Count = 0
+    """Its place in the queue of its model, from 1."""
+    expected: Seconds = 0.0
+    """How long it is expected to wait from then on; 0 when that is not known."""
+    blocks: Length = 0
+    hashes: Packed = b""
+    """Of the first time only."""
+    applied: Count = 0
+    decided: Count = 0
+    """When, by the router's clock, in unix microseconds."""
+    trace: Traceparent = ""
+
+
+class RequestReleased(Event, frozen=True, tag=_tag):
+    """A request is held no more."""
+
+    request: Name
+    model: Name
+    reason: Text = ""
+    """`room`, `resident`, `bound`, `off`: it was let in; `left`: its client is gone."""
+    waited: Seconds = 0.0
+    """Since it was first held, by the log's time."""
+
+
 class PolicyChanged(Event, frozen=True, tag=_tag):
     """From this sequence on, every router decides by this policy."""
 
@@ -222,5 +261,5 @@ class FormatRaised(Event, frozen=True, tag=_tag):
 NodeEvent = NodeRegistered | NodeCordoned | NodeUncordoned | NodeLost | NodeRecovered | NodeRemoved
 CacheEvent = BlocksStored | BlocksRemoved | BlocksPlaced | CacheCleared
 SessionEvent = SessionAssigned | SessionEnded
-AccessEvent = RequestRouted | RequestCompleted
+AccessEvent = RequestRouted | RequestCompleted | RequestHeld | RequestReleased
 ControlEvent = PolicyChanged | FormatRaised

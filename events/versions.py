@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kvplane.events import types  # noqa: TC001 - whoever adds a version needs it
+from kvplane.events import types
 from kvplane.events.errors import BadCommit
 
 if TYPE_CHECKING:
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 FORMAT = 4
 """The newest format that this kvplane reads and writes. 2: no node's word alone moves the fleet's pace (`projections.load`).
 3: the contexts of live conversations are counted (`projections.contexts`). 4: what one node writes in a second is bounded
-(`events.allowance`)."""
+(`events.allowance`), and requests can be held (`projections.held`)."""
 
-SINCE: dict[type[types.Event], int] = {}
+SINCE: dict[type[types.Event], int] = {types.RequestHeld: 4, types.RequestReleased: 4}
 """In which format an event got this shape; 1 for those that are not here."""
 
 FORMER: dict[Topic, dict[type[types.Event], Callable[[Any], types.Event]]] = {}

@@ -36,6 +36,7 @@ CONTEXTS_LIMIT = 200_000
 LOOKED_AT_BLOCKS = 32
 """So many blocks before the end of what is known of a prompt its conversation is looked for: an answer's length and more."""
 
+FOREVER = 1 << 63
 _NS = 1_000_000_000
 _HASH = 8
 
@@ -55,11 +56,24 @@ def session_key(model: str, session: str) -> bytes:
     return f"{model}\0{session}".encode()
 
 
+class Talk(Struct, gc=False):
+    """What goes on in a conversation: requests that run, and the log's time of the last answer in unix nanoseconds."""
+
+    running: list[str] = []
+    answered: int = 0
+
+
 class Contexts(OrderedDict[bytes | int, Context]):
     """Live contexts, those silent for longest first, and their tokens by the nodes' ordinals."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.listening = False
+        """Whether answers are listened for, as they are while the policy holds (`projections.held`)."""
+        self.talks: dict[bytes | int, Talk] = {}
+        """Of conversations that asked since then."""
+        self.asked: dict[str, Talk] = {}
+        """The same by requests that run."""
         self.kept = False
         """Whether the log is in a format in which they are."""
         self.tokens = array("d")
@@ -92,8 +106,10 @@ class Contexts(OrderedDict[bytes | int, Context]):
         self._expire(ordinals, time)
         before = self.key(event.model, event.session, event.hashes, max(event.best, event.match))
         turns = 1
+        talk = None
         if before is not None:
             turns += self[before].turns
+            talk = self.talks.get(before)
             self._forget(before, ordinals)
         key: bytes | int
         if event.session:
@@ -104,6 +120,9 @@ class Contexts(OrderedDict[bytes | int, Context]):
             return
         if key in self:
             self._forget(key, ordinals)
+        if self.listening:
+            talk = self.talks[key] = self.asked[event.request] = talk or Talk()
+            talk.running.append(event.request)
         self[key] = Context(event.node, event.tokens, turns, time)
         self.turns += turns
         self.tokens[ordinals[event.node]] += event.tokens
@@ -118,8 +137,36 @@ class Contexts(OrderedDict[bytes | int, Context]):
                 break
             self._forget(oldest, ordinals)
 
+    def over(self, request: str, time: int) -> None:
+        """A request is over."""
+        talk = self.asked.pop(request, None)
+        if talk is not None:
+            talk.running.remove(request)
+            talk.answered = time
+
+    def gone(self, request: str) -> None:
+        """A request is over together with its node."""
+        talk = self.asked.pop(request, None)
+        if talk is not None:
+            talk.running.remove(request)
+
+    def heard(self, key: bytes | int) -> int:
+        """When something was asked or answered last in a conversation; one that waits for an answer is never silent."""
+        talk = self.talks.get(key)
+        if talk is None:
+            return self[key].time
+        return FOREVER if talk.running else max(talk.answered, self[key].time)
+
+    def listen(self, *, listening: bool) -> None:
+        """Listen for answers from now on, or no more."""
+        self.listening = listening
+        if not listening:
+            self.talks, self.asked = {}, {}
+
     def _forget(self, key: bytes | int, ordinals: Mapping[str, int]) -> None:
         context = self.pop(key)
+        if self.talks:
+            self.talks.pop(key, None)
         self.tokens[ordinals[context.node]] -= context.tokens
         self.turns -= context.turns
 
@@ -133,6 +180,7 @@ class Contexts(OrderedDict[bytes | int, Context]):
         """A node keeps nothing any more."""
         for key in [key for key, context in self.items() if context.node == node]:
             self.turns -= self.pop(key).turns
+            self.talks.pop(key, None)
         self.tokens[at] = 0
 
     def adopt(self, live: Iterable[tuple[bytes | int, Context]], ordinals: Mapping[str, int]) -> None:
@@ -145,3 +193,5 @@ class Contexts(OrderedDict[bytes | int, Context]):
     def set_back(self, by: int) -> None:
         """The log's clock was ahead by so many nanoseconds and is right again."""
         self.update([(key, replace(each, time=each.time - by)) for key, each in self.items()])
+        for talk in self.talks.values():
+            talk.answered -= by

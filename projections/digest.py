@@ -57,6 +57,10 @@ def digest(state: FleetState) -> str:
         add(list(load.contexts.items()))
     if state.format >= ALLOWANCE_FORMAT:
         add(list(state.allowances.items()))
+    if state.holding:
+        queue, contexts = state.queue, load.contexts
+        add([list(queue.items()), queue.let_in, queue.let_in_half, queue.half_began])
+        add(list(contexts.talks.items()))
     for name, recency in sorted(state.recency.items()):
         add(name)
         hasher.update(pack_hashes(recency.order))

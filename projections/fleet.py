@@ -12,7 +12,7 @@ can be old, late, wrong or hostile:
 A decision about a request that names a node that has since gone is not the commit's fault: that one event is ignored
 and counted, the others of its commit are applied.
 
-A commit is judged before anything changes: one of several events whole (`_cache`, `_judge_control`), an
+A commit is judged before anything changes: one of several events whole (`_cache`, `judge_formats`), an
 event that is alone in its commit by its handler. Events of requests and sessions are never a reason to skip.
 
 When it is not the commit but this process that fails (no memory, an interrupt), the state may hold half a commit that
@@ -21,7 +21,6 @@ other replicas hold whole. It says so and is of no use from then on: `Unusable`.
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from kvplane.events import types
@@ -32,11 +31,12 @@ from kvplane.events.hashing import unpack_hashes
 from kvplane.events.versions import FORMAT
 from kvplane.projections.allowances import Allowances
 from kvplane.projections.errors import Unusable
+from kvplane.projections.held import Queue, begun
 from kvplane.projections.load import Early, Load, prefill_speed
 from kvplane.projections.nodes import Caches, Node
 from kvplane.projections.recency import Recency
 from kvplane.projections.sessions import Sessions
-from kvplane.projections.skips import Applied, Skip
+from kvplane.projections.skips import Applied, Skip, judge_formats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -78,6 +78,8 @@ class FleetState:
         self.sessions = Sessions()
         self.load = Load()
         self.recency: dict[str, Recency] = {}
+        self.queue = Queue()
+        """Requests that are held."""
         self.format = 1
         """Format of the log that is in force, see `events.versions`."""
         self.policy = DEFAULT_POLICY
@@ -106,6 +108,8 @@ class FleetState:
             types.SessionEnded: self._ended,
             types.RequestRouted: self._routed,
             types.RequestCompleted: self._completed,
+            types.RequestHeld: self._waits,
+            types.RequestReleased: self._waits,
             types.PolicyChanged: self._policy_changed,
             types.FormatRaised: self._format_raised,
         }
@@ -144,7 +148,7 @@ class FleetState:
                 if topic == "node":
                     self._check_based_on(commit)
                 elif topic == "control":
-                    self._judge_control(commit)
+                    judge_formats(commit.events, self.sequence, self.format, FORMAT)
                 for event in commit.events:
                     self._on_event[type(event)](event)
         except (BadCommit, Skip) as error:
@@ -205,12 +209,15 @@ class FleetState:
         if time < self.time - BACK_SECONDS * 10**9:
             self.load.set_back(self.time - time)
             self.allowances.set_back(self.time - time)
+            self.queue.set_back(self.time - time)
             self.set_back += 1
             self.time = time
         else:
             self.time = max(self.time, time)
         for request in self.load.expired(self.time):
             self._over(request)
+        if self.queue:
+            self.queue.expire(self.time)
 
     def _head(self, subject: str) -> None:
         self.heads.pop(subject, None)
@@ -219,7 +226,8 @@ class FleetState:
             del self.heads[next(iter(self.heads))]
 
     def _ignore(self, reason: str) -> None:
-        self.ignored[reason] = self.ignored.get(reason, 0) + 1
+        if reason:
+            self.ignored[reason] = self.ignored.get(reason, 0) + 1
 
     def _node(self, name: str) -> Node:
         node = self.nodes.get(name)
@@ -391,6 +399,8 @@ class FleetState:
             self._ignore("unknown_node")
             return
         self._over(event.request)
+        if self.queue:
+            self.queue.let_go(event.request, self.time)
         self.load.routed(event, node.registered.block_size, self.time)
         if event.session:
             self.sessions.touch(event.model, event.session)
@@ -417,25 +427,21 @@ class FleetState:
             recency.release(active.hashes)
         return True
 
+    @property
+    def holding(self) -> bool:
+        """Whether requests are held where the caches have no room for their contexts."""
+        return self.load.contexts.listening
+
+    def _waits(self, event: types.RequestHeld | types.RequestReleased) -> None:
+        self._ignore(self.queue.heard(event, self.time) if self.holding else "not_holding")
+
     def _policy_changed(self, event: types.PolicyChanged) -> None:
         self.policy = event.policy
         self.parameters = dict(event.parameters)
         self.changes += 1
-
-    def _judge_control(self, commit: Commit) -> None:
-        raised = [event for event in commit.events if isinstance(event, types.FormatRaised)]
-        if not raised:
-            return
-        formats = [self.format, *(event.format for event in raised)]
-        if any(later <= before for before, later in pairwise(formats)):
-            raise Skip("no_change")
-        last = raised[-1]
-        if last.format > FORMAT:
-            raise NewerFormat(
-                f"from commit {self.sequence} on the log is in format {last.format}, which kvplane {last.kvplane or '?'} "
-                f"wrote; this kvplane reads up to format {FORMAT}: install that version or a newer one"
-            )
+        self.queue = begun(self.queue, self.load.contexts, self.format, self.parameters)
 
     def _format_raised(self, event: types.FormatRaised) -> None:
         self.format = event.format
         self.load.in_format(event.format)
+        self.queue = begun(self.queue, self.load.contexts, self.format, self.parameters)

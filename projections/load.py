@@ -336,6 +336,8 @@ class Load:
                 self.decoding[at] += 1
         self.decoding[at] -= 1
         del self.running[request]
+        if self.contexts.asked:
+            self.contexts.over(request, time)
         self.running_bytes -= len(active.hashes)
         self.active[at] -= 1
         self.blocks[at] -= active.blocks
@@ -393,3 +395,4 @@ class Load:
         self.contexts.node_gone(node, at)
         for request in [request for request, active in self.running.items() if active.node == node]:
             self.running_bytes -= len(self.running.pop(request).hashes)
+            self.contexts.gone(request)

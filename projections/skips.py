@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
+from kvplane.events.errors import NewerFormat
+from kvplane.events.types import FormatRaised
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from kvplane.events.codec import Commit
+    from kvplane.events.types import Event
 
 REASONS = {
     "duplicate": "the writer's counter says that this commit is on the log already",
@@ -36,3 +43,19 @@ class Applied(NamedTuple):
 
 class Skip(Exception):
     """A commit changes nothing."""
+
+
+def judge_formats(events: Sequence[Event], sequence: int, in_force: int, newest: int) -> None:
+    """Raise `Skip` unless formats only go up, and `NewerFormat` when the last is beyond the newest that is known here."""
+    raised = [event for event in events if isinstance(event, FormatRaised)]
+    if not raised:
+        return
+    formats = [in_force, *(event.format for event in raised)]
+    if any(later <= before for before, later in pairwise(formats)):
+        raise Skip("no_change")
+    last = raised[-1]
+    if last.format > newest:
+        raise NewerFormat(
+            f"from commit {sequence} on the log is in format {last.format}, which kvplane {last.kvplane or '?'} "
+            f"wrote; this kvplane reads up to format {newest}: install that version or a newer one"
+        )

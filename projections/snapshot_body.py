@@ -22,7 +22,8 @@ from kvplane.events.hashing import pack_hashes, unpack_hashes
 from kvplane.events.subjects import Place
 from kvplane.events.types import NodeRegistered, Tier  # noqa: TC001 - msgspec looks them up as it decodes
 from kvplane.events.versions import FORMAT
-from kvplane.projections.contexts import Context  # noqa: TC001 - as those of the log
+from kvplane.projections.contexts import Context, Talk  # noqa: TC001 - as those of the log
+from kvplane.projections.held import Held, begun
 from kvplane.projections.load import COLUMNS, Active, Early, Prefills
 from kvplane.projections.nodes import Node
 from kvplane.projections.prefix import PrefixIndex
@@ -145,6 +146,22 @@ class BodyWithAllowances(BodyWithContexts):
     allowances: dict[str, int] = {}
 
 
+class HeldPart(_Part):
+    """Who is held, what was let in of late and the conversations that were heard of."""
+
+    queue: list[tuple[str, Held]]
+    let_in: int
+    let_in_half: int
+    half_began: int
+    talks: list[tuple[bytes | int, Talk]]
+
+
+class BodyWithHeld(BodyWithAllowances):
+    """That of a log whose policy holds requests."""
+
+    held: HeldPart | None = None
+
+
 def take(state: FleetState) -> Body:
     """The parts of a state. They share its dictionaries: encode them before the state goes on."""
     caches = state.caches
@@ -177,9 +194,18 @@ def take(state: FleetState) -> Body:
 def _form(state: FleetState) -> Callable[..., Body]:
     """The shape that the log's format has, with what it has beside those before it."""
     contexts = list(state.load.contexts.items())
+    if state.holding:
+        return partial(BodyWithHeld, contexts=contexts, allowances=state.allowances, held=_held_of(state))
     if state.format >= ALLOWANCE_FORMAT:
         return partial(BodyWithAllowances, contexts=contexts, allowances=state.allowances)
     return partial(BodyWithContexts, contexts=contexts) if state.load.contexts.kept else Body
+
+
+def _held_of(state: FleetState) -> HeldPart:
+    queue, contexts = state.queue, state.load.contexts
+    return HeldPart(
+        list(queue.items()), queue.let_in, queue.let_in_half, queue.half_began, list(contexts.talks.items())
+    )  # fmt: skip
 
 
 def _mask(bits: int) -> bytes:
@@ -248,6 +274,7 @@ def put(state: FleetState, body: Body) -> None:
     _put_contexts(state, body.contexts if isinstance(body, BodyWithContexts) else [])
     if isinstance(body, BodyWithAllowances):
         _put_allowances(state, body.allowances)
+    _put_held(state, body.held if isinstance(body, BodyWithHeld) else None)
     _put_sessions(state, body.sessions)
     _put_recency(state, body.recency)
 
@@ -344,6 +371,28 @@ def _put_allowances(state: FleetState, allowances: dict[str, int]) -> None:
     if allowances and state.format < ALLOWANCE_FORMAT:
         _broken("nodes are held to an allowance in a log that knows none")
     state.allowances.update(allowances)
+
+
+def _put_held(state: FleetState, part: HeldPart | None) -> None:
+    contexts = state.load.contexts
+    state.queue = begun(state.queue, contexts, state.format, state.parameters)
+    if state.holding != (part is not None):
+        _broken("requests are held where the policy holds none, or the other way round")
+    if part is None:
+        return
+    state.queue.update(part.queue)
+    state.queue.let_in, state.queue.let_in_half, state.queue.half_began = part.let_in, part.let_in_half, part.half_began
+    state.queue.oldest_word = min((held.renewed for held in state.queue.values()), default=0)
+    contexts.talks = dict(part.talks)
+    contexts.asked = {request: talk for talk in contexts.talks.values() for request in talk.running}
+    if (
+        len(state.queue) != len(part.queue)
+        or not contexts.talks.keys() <= contexts.keys()
+        or not contexts.asked.keys() <= state.load.running.keys()
+        or len(contexts.asked) != sum(len(talk.running) for talk in contexts.talks.values())
+        or min((held.tokens for held in state.queue.values()), default=0) < 0
+    ):
+        _broken("who is held, or what conversations ask, can't be")
 
 
 def _check_load(load: Load) -> None:

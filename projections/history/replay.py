@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 _NS = 1000
 _DECIDED = "REPLACE (epoch_us(decided) AS decided)"
-"""The columns of `decisions` as `decision_of` wants them."""
+"""The columns of `decisions` and `holds` as `decision_of` and `hold_of` want them."""
+
+_WITH_DECIDED = ("decisions", "holds")
 
 Fetch = "Callable[[str], pa.Table]"
 """Runs a query on the history's tables."""
@@ -56,7 +58,7 @@ def messages(
 def _step(fetch: Callable[[str], pa.Table], fleet: str, where: str) -> Iterator[Message]:
     events: Events = {}
     for table, read in _READERS.items():
-        columns = f"* EXCLUDE (time) {_DECIDED if table == 'decisions' else ''}"
+        columns = f"* EXCLUDE (time) {_DECIDED if table in _WITH_DECIDED else ''}"
         events.update(read(fetch(f"SELECT {columns} FROM {table} {where}")))
     commits = fetch(f"SELECT * EXCLUDE (time), epoch_us(time) AS us FROM commits {where} ORDER BY sequence")
     for row in commits.to_pylist():
@@ -168,6 +170,25 @@ def completion_events(table: pa.Table) -> Events:
     }
 
 
+def hold_of(row: Mapping[str, Any]) -> types.RequestHeld:
+    """The event of a row of `holds` whose hashes are packed and whose `decided` is in microseconds."""
+    return types.RequestHeld(
+        request=row["request"], model=row["model"], tokens=row["tokens"], session=row["session"], tenant=row["tenant"],
+        turns=row["turns"], reason=row["reason"], place=row["place"], expected=row["expected"], blocks=row["blocks"],
+        hashes=row["hashes"], applied=row["applied"], decided=row["decided"] or 0, trace=row["trace"] or "",
+    )  # fmt: skip
+
+
+def hold_events(table: pa.Table) -> Events:
+    """Events of `holds`."""
+    return {
+        _key(row): types.RequestReleased(row["request"], row["model"], row["reason"], row["waited"])
+        if row["change"] == "released"
+        else hold_of(row)
+        for row in _rows(table, "hashes")
+    }
+
+
 def policy_events(table: pa.Table) -> Events:
     """Events of `policy_changes`."""
     return {_key(row): types.PolicyChanged(row["policy"], dict(row["parameters"])) for row in _rows(table)}
@@ -184,6 +205,7 @@ _READERS: dict[str, Callable[[pa.Table], Events]] = {
     "session_changes": session_events,
     "decisions": decision_events,
     "completions": completion_events,
+    "holds": hold_events,
     "policy_changes": policy_events,
     "format_changes": format_events,
 }

@@ -94,7 +94,7 @@ class Rows:
     def __init__(self) -> None:
         self.commits: list[tuple[Message, Commit | None, str | None, str]] = []
         self.events: dict[str, list[_Row]] = {
-            "node": [], "cache": [], "session": [], "routed": [], "completed": [], "control": [],
+            "node": [], "cache": [], "session": [], "routed": [], "completed": [], "held": [], "control": [],
         }  # fmt: skip
         self.first = self.last = 0
         self.size = 0
@@ -127,6 +127,8 @@ class Rows:
                 self.events["routed"].append((message.sequence, place, time, event, (commit.place.name, size)))
                 predicted = event.match * size
                 waiting.put(event.request, Routed(message.sequence, message.time, event.model, event.policy, predicted))
+            elif isinstance(event, types.RequestHeld | types.RequestReleased):
+                self.events["held"].append((message.sequence, place, time, event, commit.place.name))
             else:
                 known = waiting.take(event.request, message.time)  # type: ignore[attr-defined]
                 self.events["completed"].append((message.sequence, place, time, event, known))
@@ -143,6 +145,7 @@ class Rows:
             "session_changes": _session_changes(self.events["session"]),
             "decisions": _decisions(self.events["routed"]),
             "completions": _completions(self.events["completed"]),
+            "holds": _holds(self.events["held"]),
             "policy_changes": _policy_changes(self.events["control"]),
             "format_changes": _format_changes(self.events["control"]),
         }
@@ -386,6 +389,40 @@ def _completions(rows: Sequence[_Row]) -> dict[str, Any]:
         "policy": [routed.policy if routed is not None else None for routed in known],
         "predicted_tokens": [routed.predicted_tokens if routed is not None else None for routed in known],
         "trace": [event.trace or None for event in events],
+    }
+
+
+def _holds(rows: Sequence[_Row]) -> dict[str, Any]:
+    if not rows:
+        return {}
+    events = [row[3] for row in rows]
+    held = [isinstance(event, types.RequestHeld) for event in events]
+
+    def of(name: str) -> list[Any]:
+        return [getattr(event, name, None) for event in events]
+
+    return {
+        **_keys(rows),
+        "request": _of(events, "request"),
+        "model": _of(events, "model"),
+        "change": [
+            ("held" if event.decided else "still held") if is_held else "released"
+            for event, is_held in zip(events, held, strict=True)
+        ],
+        "reason": _of(events, "reason"),
+        "waited": of("waited"),
+        "session": of("session"),
+        "tenant": of("tenant"),
+        "turns": of("turns"),
+        "place": of("place"),
+        "expected": of("expected"),
+        "tokens": of("tokens"),
+        "blocks": of("blocks"),
+        "router": [row[4] for row in rows],
+        "applied": of("applied"),
+        "decided": pa.array([getattr(event, "decided", None) or None for event in events], pa.timestamp("us")),
+        "hashes": packed_lists([getattr(event, "hashes", b"") for event in events]),
+        "trace": [getattr(event, "trace", "") or None for event in events],
     }
 
 

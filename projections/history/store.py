@@ -124,6 +124,9 @@ class Store:
             connection.execute("BEGIN")
             if older:
                 self._raise_version(connection)
+            # Those that came later.
+            for table in TABLES:
+                connection.execute(table.ddl(LIVE))
             self.refresh(connection)
             connection.execute("COMMIT")
             return

@@ -195,6 +195,30 @@ COMPLETIONS = Table(
     ),
 )  # fmt: skip
 
+HOLDS = Table(
+    "holds", "requests that waited for room, why, and how long",
+    (
+        *_EVENT,
+        Column("request", "VARCHAR", "the request"),
+        Column("model", "VARCHAR", "its model"),
+        Column("change", "VARCHAR", "held, still held, or released"),
+        _REASON,
+        Column("waited", "DOUBLE", "seconds that it had waited; null until it is released"),
+        Column("session", "VARCHAR", "its session, empty without one"),
+        Column("tenant", "VARCHAR", "who asked, as far as that is known"),
+        Column("turns", "UINTEGER", "requests that its conversation had before"),
+        Column("place", "UINTEGER", "its place in the queue, from 1"),
+        Column("expected", "DOUBLE", "seconds that it was expected to wait from then on"),
+        Column("tokens", "UINTEGER", "tokens of the prompt"),
+        Column("blocks", "UINTEGER", "full blocks of the prompt"),
+        Column("router", "VARCHAR", "the router, by its name as a writer"),
+        Column("applied", "UBIGINT", "sequence that the router had applied"),
+        Column("decided", "TIMESTAMP", "when, by the router's clock, UTC"),
+        Column("hashes", "UBIGINT[]", "blocks of the prompt; empty where not recorded"),
+        _TRACE,
+    ),
+)  # fmt: skip
+
 POLICY_CHANGES = Table(
     "policy_changes", "how routers decided from then on",
     (
@@ -251,7 +275,17 @@ WHATIF_REQUESTS = Table(
 ADDED = (WHATIF_RUNS, WHATIF_REQUESTS)
 """What people add to the history. It does not follow from the log, so making the history again does not bring it back."""
 
-TABLES = (COMMITS, NODE_CHANGES, CACHE_CHANGES, SESSION_CHANGES, DECISIONS, COMPLETIONS, POLICY_CHANGES, FORMAT_CHANGES)
+TABLES = (
+    COMMITS,
+    NODE_CHANGES,
+    CACHE_CHANGES,
+    SESSION_CHANGES,
+    DECISIONS,
+    COMPLETIONS,
+    HOLDS,
+    POLICY_CHANGES,
+    FORMAT_CHANGES,
+)
 SINCE_1 = ((DECISIONS, _TRACE), (COMPLETIONS, _TRACE))
 """Columns that a history of version 1 does not have."""
 BY_NAME = {table.name: table for table in TABLES}

@@ -204,6 +204,7 @@ def list_policies(*, json: Json = False) -> None:
     json
         Print JSON.
     """
+    from kvplane.services.routing.holding import HOLD  # noqa: PLC0415 - as the next
     from kvplane.services.routing.policies import POLICIES  # noqa: PLC0415 - policies compute with NumPy
 
     if json:
@@ -222,6 +223,8 @@ def list_policies(*, json: Json = False) -> None:
         rows.append([name, "-", known.summary])
         for key, value in (known.parameters or {}).items():
             rows.append([f"{name}:{key}", f"{value.default:g} {value.unit}", value.meaning])
+    rows.append(["every policy", "-", "has these as well"])
+    rows += [[f"*:{key}", f"{value.default:g} {value.unit}", value.meaning] for key, value in HOLD.items()]
     show.table([Column("policy:parameter"), Column("default"), Column("what it does", prose=True)], rows)
 
 

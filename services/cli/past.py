@@ -176,6 +176,7 @@ def _show(answer: dict[str, Any]) -> None:
         ("decided", f"{decided} by {answer['router']}"),
         ("sequence", f"{answer['applied']:,} was applied, the decision is at {answer['sequence']:,}"),
         ("policy", recorded["policy"] + (f" ({parameters})" if parameters else "")),
+        *_waited(answer.get("held")),
         ("excluded", ", ".join(recorded["exclude"]) or "no node"),
         ("outcome", _outcome(answer["outcome"])),
     ]  # fmt: skip
@@ -199,6 +200,18 @@ def _show(answer: dict[str, Any]) -> None:
             show.say(f"  {difference['what']}: recorded {recorded_as}, now {now}")
     else:
         show.say(f"not made again: {answer['verdict']}")
+
+
+_RELEASED = {
+    "room": "until it had room", "bound": "as long as anyone waits (hold_seconds)", "off": "until nobody was held any more",
+}  # fmt: skip
+
+
+def _waited(held: dict[str, Any] | None) -> list[tuple[str, Cell]]:
+    if held is None:
+        return []
+    how = _RELEASED.get(held["released"], held["released"])
+    return [("waited", f"{seconds(held['waited'])}, {how}: at place {held['place']:,}, {held['reason']}")]
 
 
 def _outcome(outcome: dict[str, Any] | None) -> str:

@@ -16,6 +16,7 @@ from kvplane.events.codec import decode_body, encode, validate
 from kvplane.events.errors import BadCommit, BadName
 from kvplane.events.subjects import Place, Topic, check_name, subject
 from kvplane.projections.fleet import NODES_LIMIT, TIER_LIMIT
+from kvplane.projections.held import HOLD_FORMAT, HOLD_PARAMETER
 from kvplane.services.protocol.errors import BadRequest, Conflict, NodeExists, UnknownNode
 
 if TYPE_CHECKING:
@@ -170,8 +171,13 @@ def end_session(state: FleetState, request: SessionRequest) -> Proposal | None:
     return propose("session", request.model, event)
 
 
-def set_policy(request: PolicyRequest) -> Proposal:
+def set_policy(state: FleetState, request: PolicyRequest) -> Proposal:
     """Change the policy of all routers."""
+    if request.parameters.get(HOLD_PARAMETER) and state.format < HOLD_FORMAT:
+        raise BadRequest(
+            f"requests can be held from format {HOLD_FORMAT} of the log on, and this one is in format {state.format}; "
+            "`kvplane format raise` raises it"
+        )
     for name, value in request.parameters.items():
         if not isfinite(value):
             raise BadRequest(f"parameter {name[:80]!r} is {value}; it must be a finite number")

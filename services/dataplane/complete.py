@@ -147,17 +147,25 @@ class Completer:
 
     async def _routed(self, asked: messages.RouteRequest, failed: list[Attempt]) -> messages.RouteAnswer:
         """Where the router would have it. What it says when nobody is left is not the cause."""
-        try:
-            # Who gives up now must still learn where the request went, so that its load can be taken back.
-            with anyio.CancelScope(shield=True):
-                answer: messages.RouteAnswer = await ask(
-                    self.client, f"kv.{self.fleet}.route", asked, messages.RouteAnswer, seconds=ROUTE_SECONDS
-                )
-        except ServiceFault:
-            if failed:
-                raise EngineFailed(_in_vain(failed)) from None
-            raise
-        return answer
+        while True:
+            try:
+                # Who gives up now must still learn where the request went, so that its load can be taken back.
+                with anyio.CancelScope(shield=True):
+                    answer: messages.RouteAnswer = await ask(
+                        self.client, f"kv.{self.fleet}.route", asked, messages.RouteAnswer, seconds=ROUTE_SECONDS
+                    )
+            except ServiceFault:
+                if failed:
+                    raise EngineFailed(_in_vain(failed)) from None
+                raise
+            held = answer.held
+            if held is None:
+                return answer
+            self.waits_for = (
+                f"room, at place {held.place:,}, for {held.expected:,.0f} s at the most or so ({held.reason})"
+            )
+            asked = msgspec.structs.replace(asked, request=answer.request)
+            await anyio.sleep(held.ask_again)
 
     async def _question(self, body: Body, session: str, traceparent: str) -> messages.RouteRequest:
         """What to ask the router."""

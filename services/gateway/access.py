@@ -41,6 +41,8 @@ class AccessLog:
                 "output_tokens": outcome.usage.output,
                 "ttft": round(outcome.ttft, 6), "attempts": outcome.attempts,
             }  # fmt: skip
+            if outcome.held:
+                line["held"] = round(outcome.held, 6)
         if traceparent:
             line["traceparent"] = traceparent
         try:

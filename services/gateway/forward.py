@@ -36,6 +36,11 @@ if TYPE_CHECKING:
     from kvplane.services.http.server import Exchange
 
 ATTEMPTS = 3
+SILENT_SECONDS = 30.0
+"""So long a request that is held says nothing to its client: what stands between waits a minute for the head of an answer."""
+ALIVE_SECONDS = 10.0
+"""So often a stream says then that it is alive, by a comment, which clients of such streams ignore."""
+_STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 PLACE_SECONDS = 1.0
 """So long a request waits for a place on a node before it is refused."""
 FIRST_BYTE_SECONDS = 600.0
@@ -70,6 +75,8 @@ class Outcome(NamedTuple):
     """Mean time between the pieces of a stream; 0 for any other answer."""
     duration: float
     attempts: int
+    held: float = 0.0
+    """How long it waited for room before."""
 
 
 class Way:
@@ -79,7 +86,8 @@ class Way:
         self, exchange: Exchange, asked: Asked, question: RouteRequest, *, pool: Pool,
         route: Callable[[RouteRequest], RouteAnswer], record: Callable[[CompleteRequest], None],
         record_pending: Callable[[], None], left_out: Callable[[], list[str]], epoch: Callable[[str], int],
-        place: Callable[[str], Awaitable[None]], measured: Measured, attempts: int = ATTEMPTS, explain: bool = False,
+        place: Callable[[str], Awaitable[None]], room: Callable[[str, str, float], Awaitable[None]],
+        leave_room: Callable[[str], None], measured: Measured, attempts: int = ATTEMPTS, explain: bool = False,
     ) -> None:  # fmt: skip
         self.exchange = exchange
         self.asked = asked
@@ -88,6 +96,12 @@ class Way:
         self._route, self._record, self._record_pending, self._left_out = route, record, record_pending, left_out
         self._epoch = epoch
         self._wait_for_place = place
+        self._wait_for_room, self._leave_room = room, leave_room
+        self.held = 0.0
+        """Seconds that it waited for room."""
+        self.kept_alive = False
+        """Whether its stream began before there was an answer."""
+        self._spoke = -ALIVE_SECONDS
         self._measured = measured
         self._queued = False
         self._attempts = attempts
@@ -117,7 +131,7 @@ class Way:
             except EngineFailed as error:
                 failed.append(f"{decision.node}: {error}")
                 tried[decision.node] = epoch
-                if self.exchange.begun:
+                if self.exchange.begun and not (self.kept_alive and not self._first):
                     self.break_off(502, "engine_failed", f"the engine broke off: {error}")
                     return
                 if self.tries >= self._attempts:
@@ -132,13 +146,52 @@ class Way:
         Who asks again at once had its answer just now, and the log says a little later that its place is free.
         """
         with suppress(Overloaded):
-            return self._decide(exclude, failed)
+            return await self._room(exclude, failed)
         with anyio.move_on_after(PLACE_SECONDS):
             while True:
                 await self._wait_for_place(self.question.model)
                 with suppress(Overloaded):
                     return self._decide(exclude, failed)
         return self._decide(exclude, failed)
+
+    async def _room(self, exclude: list[str], failed: list[str]) -> RouteAnswer:
+        """Decide, as soon as the fleet has room for the conversation."""
+        decision = self._decide(exclude, failed)
+        if decision.held is None:
+            return decision
+        begin = time.perf_counter()
+        request, held = decision.request, decision.held
+        try:
+            while True:
+                until = self._say_something(time.perf_counter() - begin)
+                await self._wait_for_room(request, self.question.model, min(held.ask_again, until))
+                decision = self._decide(exclude, failed)
+                if decision.held is None:
+                    return decision
+                held = decision.held
+        except BaseException:
+            # The client has left, or is refused: others are next.
+            self._leave_room(request)
+            raise
+        finally:
+            self.held += time.perf_counter() - begin
+
+    def _say_something(self, waited: float) -> float:
+        """Keep the connection of a stream alive that says nothing yet; seconds until that is due again.
+
+        A short wait says nothing: until then an error still has a status of its own.
+        """
+        if waited < SILENT_SECONDS:
+            return SILENT_SECONDS - waited
+        exchange = self.exchange
+        if self.asked.fields.stream is True:
+            if not exchange.begun:
+                exchange.begin(200, [*_STREAM, (b"x-request-id", self.question.request.encode())])
+                self.kept_alive = True
+            if waited >= self._spoke + ALIVE_SECONDS:
+                self._spoke = waited
+                exchange.write(b": waiting for room\n\n")
+        return ALIVE_SECONDS
 
     def _decide(self, exclude: list[str], failed: list[str]) -> RouteAnswer:
         question = self.question
@@ -208,6 +261,12 @@ class Way:
         """Pass the answer on; what an event of its stream says that went wrong."""
         exchange = self.exchange
         headers, streams = self._answered(call.headers, decision)
+        if self.kept_alive and not streams:
+            # The head has gone: an error comes as the stream's only event.
+            body = await call.read(1 << 16)
+            self._leave_queue()
+            self.break_off(call.status, "engine_refused", body[:2000].decode("utf-8", "replace"))
+            return ""
         if not streams:
             body = await call.read(ANSWER_BYTES)
             self._first = time.perf_counter()
@@ -218,7 +277,8 @@ class Way:
         events = Events(strip=self.asked.adds_usage)
         call.patient(IDLE_SECONDS)
         exchange.on_slow, exchange.on_ready = call.pause, call.resume
-        exchange.begin(call.status, headers)
+        if not self.kept_alive:
+            exchange.begin(call.status, headers)
 
         def passed(data: bytes) -> None:
             if not self._first:
@@ -286,7 +346,7 @@ class Way:
         return Outcome(
             decision.node if decision else "", status, self.ending, decision.matched_blocks if decision else 0,
             decision.blocks if decision else 0, self._usage, self.ttft, self._between(),
-            time.perf_counter() - self._begin if self._begin else 0.0, self.tries,
+            time.perf_counter() - self._begin if self._begin else 0.0, self.tries, self.held,
         )  # fmt: skip
 
 

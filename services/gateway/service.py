@@ -181,7 +181,13 @@ class Gateway:
                 elif passage.way is not None:
                     passage.way.break_off(504, "timeout", sentence)
         except Exception as error:  # noqa: BLE001 - every error is answered
-            self._refuse(exchange, path, error, name)
+            if passage.way is not None and passage.way.kept_alive and not exchange.answered:
+                status = errors.status_of(error)
+                passage.way.break_off(
+                    status, getattr(error, "code", "internal"), str(error) if status != 500 else "a defect"
+                )
+            else:
+                self._refuse(exchange, path, error, name)
         finally:
             seconds = time.perf_counter() - begin
             outcome = passage.way.outcome(exchange.status) if passage.way is not None else None
@@ -203,7 +209,8 @@ class Gateway:
         way = passage.way = Way(
             exchange, asked, question(asked, prompt, session, passage.request, passage.traceparent), pool=self._pool,
             route=self._route, record=self._record, record_pending=self.router.record_pending, left_out=self._left_out,
-            epoch=self._epoch, place=self.router.places.wait, measured=self.measured,
+            epoch=self._epoch, place=self.router.places.wait, room=self.router.held.wait,
+            leave_room=self.router.held.left, measured=self.measured,
             explain=request.header(b"x-kvplane-explain") == b"1",
         )  # fmt: skip
         await way.run()

@@ -181,7 +181,7 @@ class Past:
         answer: dict[str, Any] = {
             "request": request, "sequence": at, "router": router, "applied": applied, "decided": decided, "kind": kind,
             "decisions": [row[0] for row in all_of_them], "recorded": _recorded(event),
-            "outcome": await self._outcome(request, at, size or 0, event),
+            "outcome": await self._outcome(request, at, size or 0, event), "held": await self._held(request, at),
         }  # fmt: skip
         if decided is None:
             return {**answer, "verdict": "its time was not recorded, so it can't be made again"}
@@ -193,6 +193,18 @@ class Past:
         again = await self._fold(min(begin, applied), applied, moment.explain, router, min(begin, applied), own, event)
         verdict = "differs" if again["differences"] else "agrees"
         return {**answer, "verdict": verdict, "recomputed": again}
+
+    async def _held(self, request: str, sequence: int) -> dict[str, Any] | None:
+        """Why a request waited before it was sent, and for how long in seconds; none when it did not."""
+        ((reason, place, released, waited),) = await self._asked(
+            "SELECT arg_min(reason, sequence) FILTER (change = 'held'), arg_min(place, sequence) FILTER (change = 'held'), "
+            "arg_max(reason, sequence) FILTER (change = 'released'), max(waited) "
+            "FROM holds WHERE request = ? AND sequence <= ?",
+            request, sequence,
+        )  # fmt: skip
+        if reason is None and released is None:
+            return None
+        return {"reason": reason or "", "place": place or 0, "released": released or "", "waited": waited or 0.0}
 
     async def _outcome(self, request: str, sequence: int, size: int, event: RequestRouted) -> dict[str, Any] | None:
         rows = await self._asked(

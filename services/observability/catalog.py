@@ -106,6 +106,12 @@ ROUTER = Group("Router", (
     _of("kvplane_router_policy_failures_total", "counter", "", "decisions for which the policy failed and the least loaded "
             "node was taken", "any"),
     _of("kvplane_router_policy", "gauge", "policy", "always 1; the policy in force"),
+    _of("kvplane_fleet_held_requests", "gauge", "", "requests that wait for room, of all routers (`hold=1`)",
+            "it grows for an hour: the fleet is too small for its conversations"),
+    _of("kvplane_router_held_total", "counter", "", "requests that this router held; with `hold=1` only, as the next two"),
+    _of("kvplane_router_released_total", "counter", "reason", "requests that it released: `room`, `bound` (they had waited "
+            "`hold_seconds`), `left` (their client went) or `off`", "`bound` at all"),
+    _of("kvplane_router_held_seconds", "histogram", "", "how long those had waited"),
     _of("kvplane_router_unseen_decisions", "gauge", "", "own decisions that it has not read back from the log"),
 ))  # fmt: skip
 

@@ -186,6 +186,12 @@ def _router(scrape: Scrape, router: Router) -> None:
     put("kvplane_router_degraded", router.degraded)
     put("kvplane_router_policy_failures_total", router.chooser.policy_failures)
     put("kvplane_router_policy", 1, policy=router.state.policy)
+    put("kvplane_fleet_held_requests", len(router.state.queue))
+    if router.state.holding:
+        put("kvplane_router_held_total", router.held.holds)
+        for reason, count in router.held.released.items():
+            put("kvplane_router_released_total", count, reason=reason)
+        scrape.put_durations("kvplane_router_held_seconds", router.held.seconds)
     put("kvplane_router_unseen_decisions", len(router.overlay.pending))
 
 

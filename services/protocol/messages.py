@@ -5,7 +5,7 @@ In MessagePack hashes are packed little-endian u64; in JSON they are lists of de
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -16,9 +16,7 @@ from kvplane.events.subjects import check_name
 from kvplane.events.types import HASHES_LIMIT, Count, EngineHash, Length, Tier
 from kvplane.services.protocol.errors import BadRequest
 from kvplane.services.protocol.hashing import Hashing  # noqa: TC001 - msgspec reads it
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from kvplane.services.protocol.held import Held  # noqa: TC001 - msgspec looks it up as it decodes
 
 _HASH_BYTES = 8
 _PROMPT_LIMIT = 1 << 26
@@ -68,7 +66,7 @@ class RouteRequest(_Request, frozen=True, kw_only=True):
 
 
 class RouteAnswer(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Where it should go. `kind` is `exact`, `prefix` or `miss`; `session` is `kept`, `moved`, `new` or empty."""
+    """Where it should go. `kind` is `exact`, `prefix`, `miss`, or `hold`: there is no node yet, and `held` says why."""
 
     request: str
     node: str
@@ -84,8 +82,10 @@ class RouteAnswer(Struct, frozen=True, kw_only=True, omit_defaults=True):
     rank: str = ""
     """Data-parallel rank to name in `X-data-parallel-rank`, of an engine that has several."""
     session: str = ""
+    """`kept`, `moved`, `new` or empty."""
     moved_from: str = ""
     fallbacks: list[str] = []
+    held: Held | None = None
     degraded: bool = False
     """The log is away: the decision is made from memory and waits to be recorded."""
     hashing: Hashing | None = None
@@ -444,7 +444,7 @@ def names(*pairs: tuple[str, str]) -> None:
 
 def one_of(request: RouteRequest) -> str:
     """Which of the three forms a route request has. Raises `BadRequest`."""
-    given: Sequence[str] = [name for name in ("hashes", "tokens", "prompt") if getattr(request, name) is not None]
+    given = [name for name in ("hashes", "tokens", "prompt") if getattr(request, name) is not None]
     if len(given) != 1:
         raise BadRequest(f"give one of hashes, tokens and prompt, not {' and '.join(given) or 'none'}")
     return given[0]

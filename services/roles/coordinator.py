@@ -280,7 +280,7 @@ class Coordinator:
         """Change the policy of all routers."""
         messages.names((request.policy, "policy"))
         check(request.policy, request.parameters)
-        _, sequence = await self.commit(lambda _, r: commands.set_policy(r), request, "policy")
+        _, sequence = await self.commit(commands.set_policy, request, "policy")
         return {"policy": request.policy, "sequence": sequence}
 
     async def show_format(self, request: messages.StatusRequest) -> dict[str, object]:  # noqa: ARG002 - nothing to choose

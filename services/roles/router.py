@@ -22,6 +22,7 @@ from kvplane.events.subjects import subject
 from kvplane.services.protocol import labels
 from kvplane.services.protocol.errors import BadRequest, NoTokenizer, Overloaded
 from kvplane.services.protocol.hashing import Hashing
+from kvplane.services.protocol.held import Held
 from kvplane.services.protocol.messages import (
     CompleteRequest,
     RouteAnswer,
@@ -33,12 +34,14 @@ from kvplane.services.protocol.messages import (
 from kvplane.services.protocol.status import RouterStatus
 from kvplane.services.replication.checkpoints import SCHEDULE, Schedule
 from kvplane.services.replication.replica import RECENT_SECONDS, Replica
+from kvplane.services.roles.holding import HeldRequests
 from kvplane.services.roles.large import Large
 from kvplane.services.roles.leases import ABANDONED, Leases
 from kvplane.services.roles.places import Places
 from kvplane.services.roles.shares import Shares
-from kvplane.services.routing.decide import Chooser, Query
+from kvplane.services.routing.decide import Chooser
 from kvplane.services.routing.overlay import Overlay
+from kvplane.services.routing.query import Query
 from kvplane.services.rpc.asker import asker
 from kvplane.services.rpc.readiness import Readiness, readiness
 from kvplane.services.rpc.server import serve, serving, stop
@@ -54,6 +57,7 @@ if TYPE_CHECKING:
     from kvplane.events.codec import Commit, Message
     from kvplane.projections.skips import Applied
     from kvplane.services.routing.decide import Decision
+    from kvplane.services.routing.holding import Hold
     from kvplane.services.routing.roster import Roster
 
 BUFFER_EVENTS = 100_000
@@ -113,6 +117,7 @@ class Router:
         self._warned = 0
         self._pending: tuple[Query, Decision, int, int] | None = None
         self.places = Places()
+        self.held = HeldRequests(self.state, self.chooser, self._access.put)
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Answer until cancelled. Started means: the log is read and requests are taken."""
@@ -120,6 +125,7 @@ class Router:
             group.start_soon(self.replica.run)
             group.start_soon(self.writers.run)
             group.start_soon(self.leases.run)
+            group.start_soon(self.held.run)
             try:
                 service = await self._serve(group)
                 self.serving = True
@@ -162,6 +168,10 @@ class Router:
         try:
             if roster.limited:
                 self.shares.check(client, query.model, roster, now)
+            # While nothing can be recorded, nobody would know of a queue.
+            hold = self.chooser.hold(query, now) if self.state.holding and not request.dry_run else None
+            if hold is not None and not self.degraded:
+                return self._held(query, hold, now)
             decision = self.chooser.decide(query, now)
         except Exception as error:
             self.decisions["refused"] += 1
@@ -211,6 +221,15 @@ class Router:
         return Hashing(
             block_size=roster.block_size, lora=self._lora(request, roster), tokenizer="bytes" if _bytes(roster) else ""
         )
+
+    def _held(self, query: Query, hold: Hold, now: int) -> RouteAnswer:
+        ask_again = self.held.hold(query, hold, now, self.state.sequence)
+        return RouteAnswer(
+            request=query.id, node="", address="", kind="hold", matched_blocks=0, matched_tokens=0,
+            blocks=len(query.hashes) // _HASH_BYTES, tokens=query.tokens, policy=self.state.policy, cost=0.0,
+            applied=self.state.sequence,
+            held=Held(reason=hold.reason, place=hold.place, expected=round(hold.expected, 3), ask_again=ask_again),
+        )  # fmt: skip
 
     def _give_up(self, request: str) -> None:
         """End a request of which nothing was heard: somebody else needs its place."""
@@ -270,7 +289,17 @@ class Router:
         exclude = frozenset(request.exclude)
         recorded = count <= roster.most_blocks and self.shares.has_room(client, request.model, len(hashes))
         query = Query(
-            identity, request.model, hashes, tokens, blocks, size, request.session, exclude, traceparent, recorded
+            identity,
+            request.model,
+            hashes,
+            tokens,
+            blocks,
+            size,
+            request.session,
+            exclude,
+            traceparent,
+            recorded,
+            client,
         )
         return query, roster
 
@@ -298,6 +327,8 @@ class Router:
             )
 
     def _record(self, query: Query, decision: Decision, now: int, applied: int) -> None:
+        if self.state.queue or self.held:
+            self.held.let_in(query, now)
         routed, assigned = self.chooser.count_in(query, decision, now, applied)
         self._access.put(routed)
         if assigned is not None:
@@ -340,6 +371,7 @@ class Router:
                         node = self.state.nodes.get(event.node) if self.places else None
                         if node is not None:
                             self.places.free(node.registered.models)
+            self.held.look()
             if self._completed is not None and self.replica.ready:
                 self._completed(applied.commit)
 

@@ -15,8 +15,11 @@ import numpy as np
 
 from kvplane.events.hashing import derive_hash
 from kvplane.events.types import Candidate, RequestRouted, SessionAssigned
+from kvplane.projections.contexts import session_key
 from kvplane.services.protocol.errors import NoNode, Overloaded
+from kvplane.services.routing.holding import Holding
 from kvplane.services.routing.policies import policy
+from kvplane.services.routing.query import HASHES_RECORDED, Query
 from kvplane.services.routing.roster import Roster
 from kvplane.services.routing.view import Request, View
 
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from kvplane.projections.contexts import Context
     from kvplane.projections.fleet import FleetState
     from kvplane.projections.nodes import Node
+    from kvplane.services.routing.holding import Hold
     from kvplane.services.routing.overlay import Overlay
     from kvplane.services.routing.policies import Policy
     from kvplane.services.routing.roster import Column
@@ -36,27 +40,8 @@ SORTED_NODES = 64
 """Up to so many candidates are simply sorted."""
 ROSTERS_LIMIT = 1_000
 """Most models whose candidates are remembered; beyond it they are made anew."""
-HASHES_RECORDED = 16_384
-"""Longest request whose hashes are recorded, in blocks: DuckDB reads a history's rows by 2,048."""
 FALLBACKS = 3
 """How many further nodes a decision names, next best first."""
-
-
-class Query(NamedTuple):
-    """A request as the decision needs it. `hashes` are packed; `blocks` bounds the match."""
-
-    id: str
-    model: str
-    hashes: bytes
-    tokens: int
-    blocks: int
-    block_size: int
-    session: str = ""
-    exclude: frozenset[str] = frozenset()
-    traceparent: str = ""
-    """W3C traceparent; no decision depends on it."""
-    recorded: bool = True
-    """Whether there is room for its hashes while it runs."""
 
 
 class Decision(NamedTuple):
@@ -111,6 +96,7 @@ class Chooser:
     def __init__(self, state: FleetState, overlay: Overlay) -> None:
         self._state = state
         self._overlay = overlay
+        self.holding = Holding(state, overlay)
         self._rosters: dict[str, Roster] = {}
         self._policy: Policy | None = None
         self._parameters: dict[str, float] = {}
@@ -181,6 +167,26 @@ class Chooser:
         costs, name = self._costs(view, Request(query.id, query.tokens, query.blocks, query.block_size))
         return view, costs, name
 
+    def hold(self, query: Query, now: int) -> Hold | None:
+        """Why a request has to wait; none when it need not. Raises `UnknownModel`."""
+        state = self._state
+        if not state.holding or query.id in state.load.running:
+            return None
+        roster = self.roster(query.model)
+        if not roster.nodes:
+            return None
+        contexts = state.load.contexts
+        key: bytes | int | None = session_key(query.model, query.session)
+        if key not in contexts:
+            match, _ = self.matches(roster, query)
+            known = int(match.item(match.argmax()))
+            key = contexts.key(query.model, query.session, query.hashes, known)
+        return self.holding.hold(roster, query.model, query.id, query.tokens, key, now, query.tenant)
+
+    def ready(self, model: str, now: int) -> list[str]:
+        """Requests of a model that wait and may go now. Raises `UnknownModel`."""
+        return self.holding.ready(self.roster(model), model, now) if self._state.queue else []
+
     def _context(self, query: Query, match: Column) -> Context | None:
         """The context of the conversation that a request goes on with."""
         contexts = self._state.load.contexts
@@ -200,12 +206,19 @@ class Chooser:
         if at is not None:
             # Otherwise the node was lost since the decision; the fold will ignore the event.
             predict = "" if decision.node.managed else decision.node.model
-            self._overlay.decided(routed, at, query.block_size, now, predict=predict)
+            self._overlay.decided(
+                routed, at, query.block_size, now, predict=predict, begins=self._state.holding and self.begins(routed)
+            )
         if decision.session not in {"new", "moved"}:
             return routed, None
         self._overlay.sessions[query.model, query.session] = node
         reason = f"from {decision.moved_from}" if decision.session == "moved" else "new"
         return routed, SessionAssigned(session=query.session, model=query.model, node=node, reason=reason)
+
+    def begins(self, event: RequestRouted) -> bool:
+        """Whether a request that is sent somewhere goes on with no conversation that is known."""
+        contexts = self._state.load.contexts
+        return contexts.key(event.model, event.session, event.hashes, max(event.best, event.match)) is None
 
     @staticmethod
     def _barred(roster: Roster, query: Query, view: View, costs: Column) -> Column:

@@ -16,17 +16,20 @@ from msgspec import Struct
 
 from kvplane.events.hashing import longest_match
 from kvplane.events.types import RequestCompleted, RequestRouted
-from kvplane.services.routing.decide import Chooser, Query
+from kvplane.services.routing.decide import Chooser
 from kvplane.services.routing.overlay import PREDICTION_SECONDS, Overlay
 from kvplane.services.routing.policies import policy
+from kvplane.services.routing.query import Query
 from kvplane.services.routing.view import Request
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from kvplane.events.codec import Message
+    from kvplane.events.types import RequestHeld
     from kvplane.projections.fleet import FleetState
     from kvplane.services.protocol.errors import ServiceFault
+    from kvplane.services.routing.holding import Hold
     from kvplane.services.routing.roster import Column
 
 BEFORE_SECONDS = 2 * PREDICTION_SECONDS
@@ -131,7 +134,8 @@ class Past:
             size = node.registered.block_size
             if event.session and self.chooser.session_node(query_of(event, size))[0] != event.node:
                 self.overlay.sessions[event.model, event.session] = event.node
-            self.overlay.decided(event, at, size, now, predict="" if node.managed else node.model)
+            begins = state.holding and self.chooser.begins(event)
+            self.overlay.decided(event, at, size, now, predict="" if node.managed else node.model, begins=begins)
 
     def apply(self, message: Message) -> None:
         """Read the next commit, as the router did. Not to be called beyond the sequence that the decision had applied."""
@@ -176,6 +180,7 @@ class Past:
         ]  # fmt: skip
         # The decision itself, by the router's own way through it.
         failures = chooser.policy_failures
+        hold = chooser.hold(query, now)
         decision = chooser.decide(query, now)
         failure = chooser.last_failure if chooser.policy_failures > failures else ""
         again = decision.event(query, now, event.applied, state.nodes)
@@ -187,8 +192,44 @@ class Past:
         )  # fmt: skip
         return Explanation(
             node=again.node, policy=again.policy, parameters=parameters, candidates=weights,
-            differences=differences(event, again), failure=failure,
+            differences=[*differences(event, again), *_held(hold)], failure=failure,
         )  # fmt: skip
+
+
+def _held(hold: Hold | None) -> list[Difference]:
+    """A request that was sent somewhere is not held when the decision is made again."""
+    return [] if hold is None else [Difference("held", "no", hold.reason)]
+
+
+class PastHold(Past):
+    """A router at the moment at which it held a request for the first time."""
+
+    def __init__(
+        self, state: FleetState, router: str, own: Sequence[RequestRouted | RequestCompleted], held: RequestHeld
+    ) -> None:
+        super().__init__(state, router, own, RequestRouted(held.request, held.model, "", 0, 0, 0, applied=held.applied))
+        self.held = held
+
+    def differences(self) -> list[Difference]:
+        """Decide again, and compare. Raises what the decision raises now."""
+        self._count_in()
+        held, chooser = self.held, self.chooser
+        now = held.decided * 1000
+        self.overlay.expire(now)
+        size = chooser.roster(held.model).block_size
+        query = Query(
+            held.request, held.model, held.hashes, held.tokens, min(held.blocks, longest_match(held.tokens, size)), size,
+            held.session, tenant=held.tenant,
+        )  # fmt: skip
+        hold = chooser.hold(query, now)
+        if hold is None:
+            return [Difference("held", held.reason, "no")]
+        again = hold.event(query, now, held.applied, first=True)
+        return [
+            Difference(what, getattr(held, what), getattr(again, what))
+            for what in ("reason", "place", "expected", "turns")
+            if getattr(held, what) != getattr(again, what)
+        ]
 
 
 def differences(recorded: RequestRouted, again: RequestRouted) -> list[Difference]:

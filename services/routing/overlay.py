@@ -85,6 +85,10 @@ class Overlay:
         """Blocks of those."""
         self.columns = OnTheWay(*[np.zeros(0)] * 3)
         """These three as arrays that change with them."""
+        self.begun: dict[str, int] = {}
+        """Tokens of those that begin a conversation, where such are held."""
+        self.begun_tokens = 0
+        """Their sum."""
         self.sessions: dict[tuple[str, str], str] = {}
         """Assignments made here that are not on the log yet."""
         self._young: dict[str, Predictions] = {}
@@ -104,7 +108,9 @@ class Overlay:
             self.active, self.tokens, self.blocks = self.active + more, self.tokens + more, self.blocks + more
             self.columns = OnTheWay(*(np.frombuffer(each) for each in (self.active, self.tokens, self.blocks)))
 
-    def decided(self, event: RequestRouted, at: int, block_size: int, now: int, *, predict: str = "") -> None:
+    def decided(
+        self, event: RequestRouted, at: int, block_size: int, now: int, *, predict: str = "", begins: bool = False
+    ) -> None:
         """A decision was made here, for the node with ordinal `at`; with `predict`, its blocks in this model's cache."""
         # Not only predictions expire: what only hits, or is managed, must as well.
         self.expire(now)
@@ -115,6 +121,9 @@ class Overlay:
         self.active[at] += 1
         self.tokens[at] += tokens
         self.blocks[at] += event.blocks
+        if begins:
+            self.begun[event.request] = event.tokens
+            self.begun_tokens += event.tokens
         if predict and event.match < event.blocks and event.hashes:
             self.predict(predict, event.node, at, event.hashes, now)
 
@@ -126,6 +135,8 @@ class Overlay:
         self.active[pending.at] -= 1
         self.tokens[pending.at] -= pending.tokens
         self.blocks[pending.at] -= pending.blocks
+        if self.begun:
+            self.begun_tokens -= self.begun.pop(request, 0)
         return True
 
     def predict(self, model: str, node: str, at: int, hashes: bytes, now: int) -> None:

@@ -8,18 +8,18 @@ this form, which gets the parameters as they were set.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from kvplane.services.protocol.errors import BadRequest
 from kvplane.services.routing import classic
+from kvplane.services.routing.holding import HOLD
+from kvplane.services.routing.parameters import Parameter
 from kvplane.services.routing.roster import Column
 from kvplane.services.routing.ttft import TTFT, ttft, ttft_terms
 from kvplane.services.routing.view import Request, View
-
-if TYPE_CHECKING:
-    from kvplane.services.routing.parameters import Parameter
 
 Score = Callable[[View, Request, dict[str, float]], "Column | Sequence[float]"]
 """A policy: one cost a candidate; less is better."""
@@ -93,11 +93,11 @@ def check(name: str, parameters: Mapping[str, float]) -> None:
     """Raise `BadRequest` unless there is such a policy and it has these parameters, within their limits."""
     known = policy(name).parameters
     if known is None:
-        return
+        known = {parameter: Parameter(0, "", "", least=-math.inf) for parameter in parameters}
+    known = {**known, **HOLD}
     for parameter, value in parameters.items():
         if parameter not in known:
-            has = f"it has {', '.join(known)}" if known else "it has none"
-            raise BadRequest(f"policy {name} has no parameter {parameter[:80]!r}; {has}")
+            raise BadRequest(f"policy {name} has no parameter {parameter[:80]!r}; it has {', '.join(known)}")
         if not known[parameter].least <= value <= known[parameter].most:
             raise BadRequest(
                 f"{parameter} is {value:g}; it must be from {known[parameter].least:g} to {known[parameter].most:g}"

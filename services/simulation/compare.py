@@ -10,9 +10,10 @@ from kvplane.services.process.workers import CONTEXT, results, workers
 from kvplane.services.protocol.errors import NotServed
 from kvplane.services.routing.choice import Choice, parse
 from kvplane.services.routing.policies import allow, check
+from kvplane.services.simulation.desk import Router
 from kvplane.services.simulation.peer import POLICY, PeerDesk
 from kvplane.services.simulation.results import summarize
-from kvplane.services.simulation.world import Router, World
+from kvplane.services.simulation.world import World
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
     from kvplane.events.codec import Commit
     from kvplane.projections.fleet import FleetState
-    from kvplane.services.routing.decide import Query
+    from kvplane.services.routing.query import Query
 
 POLICY = "dynamo"
 PARAMETERS = {
@@ -331,6 +331,13 @@ class PeerDesk:
         # Dynamo doesn't say what the cost was.
         candidates = [Candidate(chosen, match, 0.0)]
         return Decision(self._state.nodes[chosen], kind, match, "", "", POLICY, 0.0, candidates, match)
+
+    def hold(self, query: Query, now: int) -> None:
+        """Nothing waits."""
+
+    def ready(self, model: str, now: int) -> tuple[str, ...]:  # noqa: ARG002 - as the others are asked
+        """So nobody may go."""
+        return ()
 
     def count_in(
         self,

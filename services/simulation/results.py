@@ -62,6 +62,13 @@ class Summary(Struct, frozen=True, kw_only=True):
     within_goal: float | None = None
     """Share of all requests, also rejected ones, with a TTFT within the goal; none without a goal."""
 
+    held: int = 0
+    """Requests that were held until there was room."""
+    held_seconds: float = 0.0
+    """Mean time that those waited; it is in their TTFT."""
+    held_longest: float = 0.0
+    """The longest of them."""
+
     @property
     def failed(self) -> bool:
         """Whether the policy failed in every decision, so that none of these figures is its own."""
@@ -144,5 +151,7 @@ def summarize(outcome: Outcome, policy: str, ideal: float, goal: float | None = 
         session=rounded(sum(each.end - each.begin for each in sessions) / len(sessions)) if sessions else None,
         moves=sum(each.moves for each in sessions), recomputed=sum(each.recomputed for each in outcome.served),
         held_twice=outcome.held_twice,
+        held=len(outcome.waited), held_seconds=rounded(sum(outcome.waited) / max(1, len(outcome.waited))),
+        held_longest=rounded(max(outcome.waited, default=0.0)),
         within_goal=None if goal is None or not everything else rounded(float((times <= goal).sum()) / everything),
     )  # fmt: skip

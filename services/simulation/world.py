@@ -15,7 +15,7 @@ import math
 from collections import deque
 from functools import partial
 from heapq import heappop, heappush
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -28,21 +28,21 @@ from kvplane.events.versions import FORMAT
 from kvplane.projections.fleet import FleetState
 from kvplane.projections.load import PREFILL_LABEL
 from kvplane.services.protocol.errors import ServiceFault
-from kvplane.services.routing.decide import Chooser, Query
-from kvplane.services.routing.overlay import Overlay
+from kvplane.services.routing.holding import SAY_SECONDS, release_reason
+from kvplane.services.routing.query import Query
 from kvplane.services.simulation.arrivals import Arrivals
+from kvplane.services.simulation.desk import Router
 from kvplane.services.simulation.engine import Engine, Job
 from kvplane.services.simulation.hardware import Hardware
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from kvplane.events.codec import Commit
-    from kvplane.services.routing.decide import Decision
-    from kvplane.services.routing.roster import Column, Roster
-    from kvplane.services.routing.view import View
+    from kvplane.services.simulation.desk import Desk
     from kvplane.services.simulation.trace import Work
 
+LOOK_SECONDS = 0.5
+"""How often routers look whether a request that they hold may go."""
 FLEET = "sim"
 MODEL = "sim"
 START = 1_000_000
@@ -82,6 +82,18 @@ class Settings(Struct, frozen=True, kw_only=True):
     hardware: Hardware = Hardware()
 
 
+class _Waiting(Struct):
+    """A request that its router holds, since when, and when that was last said on the log. Times in seconds."""
+
+    query: Query
+    desk: Desk
+    hashes: tuple[int, ...]
+    output: int
+    arrival: float
+    since: float
+    said: float = -math.inf
+
+
 class Served(Struct, gc=False):
     """One request as it went: node (its place in `Outcome.names`), times in seconds, lengths and hits in tokens, its id."""
 
@@ -115,59 +127,8 @@ class Outcome(Struct):
     """How often the policy was asked."""
     held_twice: int = 0
     """Tokens that lie in the caches at the end beside an equal one on another node."""
-
-
-class Desk(Protocol):
-    """What stands for one router: a `Chooser` with its overlay, or a peer's selector."""
-
-    @property
-    def decisions(self) -> int:
-        """How often the policy was asked."""
-
-    @property
-    def policy_failures(self) -> int:
-        """Decisions that fell back to least loaded."""
-
-    @property
-    def last_failure(self) -> str:
-        """What the last of them was."""
-
-    def decide(self, query: Query, now: int) -> Decision:
-        """Choose a node."""
-
-    def count_in(
-        self, query: Query, decision: Decision, now: int, applied: int
-    ) -> tuple[types.RequestRouted, types.SessionAssigned | None]:
-        """Count the decision, and say what goes on the log."""
-
-    def computed(self, request: str, now: int) -> None:
-        """The first token of a request came; what passes on its answer sees that at once."""
-
-    def observe(self, commit: Commit, time: int, now: int) -> None:
-        """The fold has applied a commit."""
-
-
-class Router(Chooser):
-    """A router without a network."""
-
-    def __init__(self, state: FleetState, name: str) -> None:
-        self._own = Overlay()
-        super().__init__(state, self._own)
-        self._seen = state
-        self._name = name
-        self.decisions = 0
-
-    def weigh(self, roster: Roster, query: Query, session: str, now: int) -> tuple[View, Column, str]:
-        """Ask the policy, and count that."""
-        self.decisions += 1
-        return super().weigh(roster, query, session, now)
-
-    def computed(self, request: str, now: int) -> None:
-        """Nothing: this router passes on no answers, and learns of them from the log."""
-
-    def observe(self, commit: Commit, time: int, now: int) -> None:
-        """The fold has applied a commit."""
-        self._own.observe(commit, time, self._seen, self._name, now)
+    waited: list[float] = []
+    """How long each request was held that was, in seconds."""
 
 
 class World:
@@ -206,6 +167,12 @@ class World:
         self._batch = 0
         self._changes: list[tuple[float, Callable[[], None]]] = []
         """What happens to nodes, and when."""
+        self._held: dict[str, _Waiting] = {}
+        """Requests that routers hold, those that came first before the others."""
+        self._look_again = math.inf
+        """When routers look whether one of them may go."""
+        self._waited: list[float] = []
+        """How long each request waited that was held, in seconds."""
         self.rejected = 0
         self.retried = 0
         self._begin()
@@ -238,16 +205,18 @@ class World:
         arrivals = self._arrivals
         arrived = 0
         while True:
-            change = changes[0][0] if changes else math.inf
+            change = min(changes[0][0] if changes else math.inf, self._look_again)
             self._until(change)
             # An answer may have brought a request that comes first.
-            if arrivals.next < change:
+            if self._look_again <= min(change, arrivals.next) and self._look_again < math.inf:
+                self._let_in(self._look_again)
+            elif arrivals.next < change:
                 now, number = arrivals.take()
                 self._arrive(number, self._work[number], now)
                 if not arrived % 256:
                     progress(arrived)
                 arrived += 1
-            elif changes and (self._queries or arrivals.next < math.inf):
+            elif changes and (self._queries or self._held or arrivals.next < math.inf):
                 changes.popleft()[1]()
             else:
                 break
@@ -256,7 +225,7 @@ class World:
             settings, self._names, self._served, self.rejected, self.retried, [engine.busy for engine in self._engines],
             sum(desk.policy_failures for desk in self._desks),
             next((desk.last_failure for desk in self._desks if desk.last_failure), ""),
-            sum(desk.decisions for desk in self._desks), self._held_twice(),
+            sum(desk.decisions for desk in self._desks), self._held_twice(), self._waited,
         )  # fmt: skip
 
     def _held_twice(self) -> int:
@@ -354,8 +323,15 @@ class World:
         self, query: Query, desk: Desk, hashes: tuple[int, ...], output: int, arrival: float, now: float
     ) -> None:
         self._see(now)
+        self._decide(_Waiting(query, desk, hashes, output, arrival, now), now)
+
+    def _decide(self, waiting: _Waiting, now: float) -> None:
+        """Send a request to a node, or hold it."""
+        query, desk = waiting.query, waiting.desk
         # In microseconds, as a router's.
         clock = int((self.start + now) * 1_000_000) * 1000
+        if (self.state.holding or query.id in self._held) and self._holds(waiting, now, clock):
+            return
         while True:
             try:
                 decision = desk.decide(query, clock)
@@ -367,7 +343,7 @@ class World:
             if engine is not None:
                 break
             query = query._replace(exclude=query.exclude | {name})
-        job = Job(query.id, hashes, query.tokens, output, arrival)
+        job = Job(query.id, waiting.hashes, query.tokens, waiting.output, waiting.arrival)
         if not self._engines[engine].fits(job):
             self._reject(query, now)
             return
@@ -381,10 +357,40 @@ class World:
         self._engines[engine].arrive(job, now)
         heappush(self._due, (self._engines[engine].ends, engine))
 
+    def _holds(self, waiting: _Waiting, now: float, clock: int) -> bool:
+        """Whether a request has to wait."""
+        query, desk = waiting.query, waiting.desk
+        hold = desk.hold(query, clock)
+        writer = self._writers[self._desks.index(desk)]
+        if hold is None:
+            if self._held.pop(query.id, None) is not None:
+                waited = now - waiting.since
+                self._waited.append(waited)
+                reason = release_reason(waited, self.state)
+                self._put(now, f"access.{writer}", types.RequestReleased(query.id, query.model, reason, waited), writer)
+            return False
+        if self._held.setdefault(query.id, waiting) is waiting and now >= waiting.said + SAY_SECONDS:
+            held = hold.event(query, clock, self.state.sequence, first=waiting.said == -math.inf)
+            waiting.said = now
+            self._put(now, f"access.{writer}", held, writer)
+        self._look_again = min(self._look_again, now + LOOK_SECONDS)
+        return True
+
+    def _let_in(self, now: float) -> None:
+        """Look which of the requests that are held may go, and say of the others that they still wait."""
+        self._see(now)
+        self._look_again = now + LOOK_SECONDS
+        clock = int((self.start + now) * 1_000_000) * 1000
+        ready = {request for desk in self._desks for request in desk.ready(MODEL, clock)}
+        for request, waiting in list(self._held.items()):
+            if request in ready or now >= waiting.said + SAY_SECONDS:
+                self._decide(waiting, now)
+        if not self._held:
+            self._look_again = math.inf
+
     def _reject(self, query: Query, now: float) -> None:
         self.rejected += 1
         self._arrivals.answered(query.id, now)
-        # It may have been on a node that has failed.
         self._queries.pop(query.id, None)
         self._predicted.pop(query.id, None)
 

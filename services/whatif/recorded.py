@@ -24,8 +24,8 @@ from kvplane.events.subjects import token
 from kvplane.projections.load import PREFILL_LABEL, prefill_speed
 from kvplane.projections.recency import Recency
 from kvplane.services.control.liveness import LEAST_SECONDS, MISSED_HEARTBEATS
-from kvplane.services.routing.decide import Query
 from kvplane.services.routing.policies import allow, check
+from kvplane.services.routing.query import Query
 from kvplane.services.simulation.compare import parse_choice
 from kvplane.services.simulation.engine import Engine
 from kvplane.services.simulation.hardware import Hardware

@@ -272,7 +272,7 @@ def test_reasons_and_parameters_of_any_length_are_refused_or_accepted_by_the_fol
         lambda: commands.lost(given_.state, NodeRequest(node="a", reason=long)),
         lambda: commands.remove(given_.state, NodeRequest(node="a", reason=long)),
         lambda: commands.end_session(given_.state, SessionRequest(model="m", session="s", reason=long)),
-        lambda: commands.set_policy(PolicyRequest(policy="ttft", parameters={"x" * 129: 1.0})),
+        lambda: commands.set_policy(given_.state, PolicyRequest(policy="ttft", parameters={"x" * 129: 1.0})),
     ]
     skipped = []
     for propose in proposals:

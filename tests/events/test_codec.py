@@ -232,6 +232,8 @@ EXAMPLES: list[tuple[str, types.Event]] = [
         types.RequestRouted("q", "m", "n", 1, 2, 33, bytes(16), "s", "ttft", 9, [types.Candidate("n", 1, 0.5)]),
     ),
     ("access.w", types.RequestCompleted("q", "n", "ok", 33, 16, 7, 0.25, 1.5)),
+    ("access.w", types.RequestHeld("q", "m", 33, "s", "t", 2, "no room", 3, 0.5, 1, bytes(8), 9, 7, "00-1")),
+    ("access.w", types.RequestReleased("q", "m", "room", 12.5)),
     ("control", types.PolicyChanged("ttft", {"x": -1.5})),
     ("control", types.FormatRaised(2, "9.9")),
 ]

@@ -24,8 +24,9 @@ from kvplane.projections.prefix import PrefixIndex
 from kvplane.projections.recency import Recency
 from kvplane.projections.segment import Segment, key_of_last
 from kvplane.projections.sessions import Session, Sessions
-from kvplane.services.routing.decide import Chooser, Query
+from kvplane.services.routing.decide import Chooser
 from kvplane.services.routing.overlay import Overlay
+from kvplane.services.routing.query import Query
 from tests.support.fleet_machine import CHAINS, FleetMachine
 from tests.support.fold_given import START, Given, registered
 from tests.support.index_machine import IndexMachine
@@ -167,9 +168,9 @@ def test_the_story_has_something_in_every_part() -> None:
     """Or else the examples below would show nothing."""
     state = STORY.state
     empty = [
-        # Its log is in format 1, in which no node is held to an allowance, the fleet's pace has no bounded steps, and no
-        # contexts are kept.
-        *(name for name, value in vars(state).items() if name not in {*MADE_ANEW, "allowances"} and not value),
+        # Its log is in format 1, in which no node is held to an allowance, the fleet's pace has no bounded steps, no
+        # contexts are kept and no request is held.
+        *(name for name, value in vars(state).items() if name not in {*MADE_ANEW, "allowances", "queue"} and not value),
         *(name for name, value in vars(state.load).items() if not value and name not in {"bounded", "contexts"}),
         *(f"body {name}" for name, value in msgspec.structs.asdict(snapshot_body.take(state)).items() if not value),
     ]

@@ -67,7 +67,11 @@ FIELDS: dict[type[types.Event], dict[str, st.SearchStrategy[Any]]] = {
         "tokens": st.integers(0, 99), "session": st.sampled_from(["", "s"]),
     },
     types.RequestCompleted: {"request": requests, "node": nodes},
-    types.PolicyChanged: {"policy": st.sampled_from(["ttft", "cascade"])},
+    types.RequestHeld: {"request": requests, "model": models, "tokens": st.integers(0, 99)},
+    types.RequestReleased: {"request": requests, "model": models, "reason": st.sampled_from(["room", "left"])},
+    types.PolicyChanged: {
+        "policy": st.sampled_from(["ttft", "cascade"]), "parameters": st.sampled_from([{}, {"hold": 1.0}]),
+    },
     types.FormatRaised: {"format": st.integers(2, NEWEST)},
 }  # fmt: skip
 TOPICS = {

@@ -16,9 +16,10 @@ from kvplane.events.hashing import pack_hashes
 from kvplane.projections.digest import digest
 from kvplane.services.protocol.errors import NoNode, Overloaded, ServiceFault, UnknownModel
 from kvplane.services.routing import policies
-from kvplane.services.routing.decide import Chooser, Query
+from kvplane.services.routing.decide import Chooser
 from kvplane.services.routing.overlay import PREDICTION_SECONDS, Overlay
 from kvplane.services.routing.policies import POLICIES, Policy
+from kvplane.services.routing.query import Query
 from tests.support.odd_policies import KEPT
 from tests.support.routing_given import CHAIN, NOW, Given, Parameters
 

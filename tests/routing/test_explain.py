@@ -11,7 +11,7 @@ from kvplane.events import codec, types
 from kvplane.events.codec import Message
 from kvplane.projections.fleet import FleetState
 from kvplane.services.routing import policies
-from kvplane.services.routing.explain import Explanation, Past
+from kvplane.services.routing.explain import Explanation, Past, PastHold
 from kvplane.services.routing.overlay import Overlay
 from kvplane.services.routing.ttft import ttft
 from kvplane.services.simulation.trace import work_of
@@ -99,6 +99,36 @@ def test_decisions_of_a_closed_loop_are_made_again_by_what_conversations_need(na
     assert any(weight.terms["contexts"] > 0 and weight.terms["evicted"] > 0 for weight in weights)
     for weight in weights:
         assert sum(weight.terms.values()) == pytest.approx(weight.cost, rel=1e-9, abs=1e-12)
+
+
+def test_decisions_of_a_closed_loop_with_holds_are_made_again_and_so_are_the_holds() -> None:
+    work = [
+        replace(work_of(line, GENERATED_BLOCK_SIZE), session=line.session, delay=0.5)
+        for line in generate("multi-turn", 80, seed=3, rate=20)
+    ]
+    parameters = {"hold": 1.0, "hold_seconds": 300.0}
+    world = Recorder(replace(SETTINGS, nodes=2, capacity=200, most_active=0, changes=(), parameters=parameters), work)
+    outcome = world.run()
+    assert len(outcome.served) + outcome.rejected == 80
+    # Some are let in since others have ended, none beyond the bound.
+    assert len(outcome.waited) > 10
+    assert max(outcome.waited) <= 301
+    for router in ("router-0", "router-1"):
+        own = [event for name, event in decisions(world.log) if name == router]
+        assert [explained(world.log, router, number).differences for number in range(len(own))] == [[]] * len(own)
+    holds = [
+        (commit.place.name, event)
+        for commit in (codec.decode(FLEET, message) for message in world.log)
+        for event in commit.events
+        if isinstance(event, types.RequestHeld) and event.hashes
+    ]
+    assert len(holds) == len(outcome.waited)
+    for router, held in holds:
+        before = [event for name, event in decisions(world.log) if name == router and event.decided <= held.decided]
+        past = PastHold(FleetState(FLEET), router, before, held)
+        for message in world.log[: held.applied]:
+            past.apply(message)
+        assert past.differences() == []
 
 
 def test_what_the_router_knew_beyond_the_log_is_made_again_as_well() -> None:

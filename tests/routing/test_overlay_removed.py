@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from kvplane.events import types
 from kvplane.events.hashing import pack_hashes, unpack_hashes
-from kvplane.services.routing.decide import Chooser, Query
+from kvplane.services.routing.decide import Chooser
 from kvplane.services.routing.overlay import PREDICTION_SECONDS, Overlay
+from kvplane.services.routing.query import Query
 from tests.support.fold_given import SECOND, Given, registered
 from tests.support.routed_requests import CHAIN, routed
 

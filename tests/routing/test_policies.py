@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import pytest
 
 from kvplane.events import types
 from kvplane.events.hashing import pack_hashes
 from kvplane.services.protocol.errors import BadRequest
-from kvplane.services.routing.decide import Decision, Query
 from kvplane.services.routing.policies import POLICIES, allow, check, policy
+from kvplane.services.routing.query import Query
 from tests.support.routing_given import CHAIN, NOW, Given
+
+if TYPE_CHECKING:
+    from kvplane.services.routing.decide import Decision
 
 allow(["tests.routing.test_policies", "math"])
 
@@ -198,7 +202,7 @@ def test_parameters_are_checked_by_name_and_limits() -> None:
     check("math:dist", {"anything": -1.0})
     for name, parameters, message in [
         ("ttft", {"seconds": 1.0}, "has no parameter 'seconds'; it has uncached_weight"),
-        ("cascade", {"x": 1.0}, "it has none"),
+        ("cascade", {"x": 1.0}, "it has hold, hold_seconds"),
         ("ttft", {"slow_share": 1.5}, "from 0 to 1"),
         ("ttft", {"session_seconds": -1.0}, "session_seconds is -1"),
         ("ttft", {"session_seconds": math.nan}, "session_seconds is nan"),

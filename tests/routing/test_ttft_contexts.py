@@ -7,7 +7,7 @@ import pytest
 from kvplane.events import types
 from kvplane.events.hashing import pack_hashes
 from kvplane.projections.contexts import CONTEXTS_FORMAT
-from kvplane.services.routing.decide import Query
+from kvplane.services.routing.query import Query
 from tests.support.routing_given import CHAIN, NOW, Given
 
 COMMON = CHAIN[:8]

@@ -18,7 +18,7 @@ from kvplane.events.codec import Commit
 from kvplane.events.hashing import pack_hashes
 from kvplane.events.subjects import place_of, subject
 from kvplane.services.protocol.errors import BadRequest, NoNode, Overloaded, UnknownModel
-from kvplane.services.routing.decide import Decision, Query
+from kvplane.services.routing.query import Query
 from kvplane.services.simulation.peer import PARAMETERS, PeerDesk, Selector
 from kvplane.services.simulation.trace import Work
 from kvplane.services.simulation.world import Change, Outcome, Settings, World
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from kvplane.projections.fleet import FleetState
+    from kvplane.services.routing.decide import Decision
 
 SIZE = 16
 OTHER = {"prefill_load_scale": 2.0, "kv_overlap_score_credit": 0.5, "decode_active_request_weight": 3.0}

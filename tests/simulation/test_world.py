@@ -16,14 +16,16 @@ from hypothesis import strategies as st
 
 from kvplane.events.hashing import pack_hashes
 from kvplane.services.routing.policies import POLICIES
+from kvplane.services.simulation.desk import Router
 from kvplane.services.simulation.trace import Work
 from kvplane.services.simulation.workloads import GENERATED_BLOCK_SIZE
-from kvplane.services.simulation.world import Change, Router, Settings, World
+from kvplane.services.simulation.world import Change, Settings, World
 from tests.support.generated_worlds import generated, outcome_bytes
 from tests.support.recorded_fleets import finished, held
 
 if TYPE_CHECKING:
-    from kvplane.services.routing.decide import Decision, Query
+    from kvplane.services.routing.decide import Decision
+    from kvplane.services.routing.query import Query
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = 16

@@ -53,6 +53,8 @@ _KINDS = {
     types.NodeRemoved: ("node_changes", "removed"),
     types.RequestRouted: ("decisions", ""),
     types.RequestCompleted: ("completions", ""),
+    types.RequestHeld: ("holds", ""),
+    types.RequestReleased: ("holds", "released"),
     types.PolicyChanged: ("policy_changes", ""),
     types.FormatRaised: ("format_changes", ""),
 }
@@ -130,8 +132,14 @@ class Scribe:
         if self._running and rng.random() < 0.5:
             request, place = self._running.pop(rng.randrange(len(self._running)))
             return types.RequestCompleted(request, place, "ok", 100, 16, 9, 0.25, 1.5)
+        if rng.random() < 0.1:
+            return types.RequestReleased(f"r{self.requests}", "m", "room", 2.5)
         self.requests += 1
         request = f"r{self.requests}"
+        if rng.random() < 0.1:
+            return types.RequestHeld(
+                request, "m", 20, "s", "t", 1, "full", 2, 7.5, 1, pack_hashes([7]), 3, 1_700_000_000_000_000, "00-1"
+            )
         self._running.append((request, node))
         count = rng.randrange(1, 8)
         candidates = [types.Candidate(f"node-{at}", rng.randrange(count), rng.random()) for at in range(3)]

@@ -8,8 +8,9 @@ from kvplane.events import codec, types
 from kvplane.events.codec import Message
 from kvplane.events.hashing import pack_hashes
 from kvplane.projections.fleet import FleetState
-from kvplane.services.routing.decide import Chooser, Decision, Query
+from kvplane.services.routing.decide import Chooser, Decision
 from kvplane.services.routing.overlay import Overlay
+from kvplane.services.routing.query import Query
 
 Parameters = dict[str, float]
 

@@ -1,0 +1,121 @@
+"""Conversations that wait for room: at the gateway, over NATS, and when their client or their router is gone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import msgspec
+import pytest
+
+from kvplane.projections import held
+from kvplane.services.gateway import forward
+from kvplane.services.protocol import messages
+from tests.support.gateways import on_simulated
+from tests.support.scripted_engine import MODEL
+from tests.support.waiting import until
+
+if TYPE_CHECKING:
+    from tests.support.fleet import Fleet
+    from tests.support.gateways import Scene
+
+pytestmark = pytest.mark.anyio
+
+LONG = 1000
+"""Tokens of a prompt of which the fleet has room for one."""
+
+
+async def holding(scene: Scene, **parameters: float) -> None:
+    policy = messages.PolicyRequest(policy="ttft", parameters={"hold": 1, **parameters})
+    # In a log that can't hold, it is not silently without effect.
+    assert await scene.fleet.refused("coordinator.policy.set", policy) == "bad_request"
+    await scene.fleet.ask("coordinator.format.raise", messages.FormatRequest())
+    await scene.fleet.ask("coordinator.policy.set", policy)
+    await until(lambda: scene.gateway.router.state.holding)
+
+
+def prompt(session: str, begin: int, **more: Any) -> dict[str, Any]:
+    body = {"model": MODEL, "prompt": list(range(begin, begin + LONG)), "max_tokens": 2, **more}
+    return {"json": body, "headers": {"x-session-id": session}}
+
+
+async def end(fleet: Fleet, session: str) -> None:
+    await fleet.ask("coordinator.session.end", messages.SessionRequest(model=MODEL, session=session))
+
+
+async def test_a_conversation_waits_until_another_has_ended(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forward, "SILENT_SECONDS", 0.02)
+    monkeypatch.setattr(forward, "ALIVE_SECONDS", 0.02)
+    async with on_simulated(fleet, 1, model=MODEL, capacity_blocks=96) as scene:
+        await holding(scene)
+        router = scene.gateway.router
+        answers: dict[str, str] = {}
+
+        async def asks(session: str, begin: int, **more: Any) -> None:
+            answer = await scene.http.post("/v1/completions", **prompt(session, begin, **more))
+            assert answer.status_code == 200, answer.text
+            answers[session] = answer.text
+
+        await asks("first", 0)
+        await until(lambda: len(router.state.load.contexts) == 1)
+        async with anyio.create_task_group() as group:
+            group.start_soon(asks, "second", 5000)
+            await until(lambda: len(router.state.queue) == 1)
+            # One that streams hears that it waits, and the first goes on all the while.
+            group.start_soon(lambda: asks("third", 9000, stream=True))
+            await until(lambda: len(router.state.queue) == 2)
+            await asks("first", 0)
+            assert answers.keys() == {"first"}
+            # Its last turn is on the log before its end is, or else it would have begun anew.
+            await router.writers.flush()
+            await end(fleet, "first")
+            await until(lambda: "second" in answers)
+            await router.writers.flush()
+            await end(fleet, "second")
+        assert answers["third"].startswith(": waiting for room\n\n")
+        assert answers["third"].rstrip().endswith("data: [DONE]")
+        assert not router.state.queue
+        assert (router.held.holds, router.held.released) == (2, {"room": 2})
+
+
+async def test_who_leaves_gives_the_place_back(fleet: Fleet) -> None:
+    async with on_simulated(fleet, 1, model=MODEL, capacity_blocks=96) as scene:
+        await holding(scene)
+        router = scene.gateway.router
+        await scene.http.post("/v1/completions", **prompt("first", 0))
+        async with anyio.create_task_group() as group:
+            group.start_soon(lambda: scene.http.post("/v1/completions", **prompt("second", 5000)))
+            await until(lambda: len(router.state.queue) == 1)
+            group.cancel_scope.cancel()
+        await until(lambda: not router.state.queue)
+        await scene.idle()
+        assert router.held.released == {held.LEFT: 1}
+
+
+async def test_over_nats_the_answer_says_hold_and_when_to_ask_again(fleet: Fleet) -> None:
+    async with on_simulated(fleet, 1, model=MODEL, capacity_blocks=96) as scene:
+        await holding(scene, hold_seconds=500)
+        router = scene.gateway.router
+
+        def asked(session: str, begin: int) -> messages.RouteRequest:
+            return messages.RouteRequest(model=MODEL, tokens=list(range(begin, begin + LONG)), session=session)
+
+        first = await fleet.ask("route", asked("first", 0), messages.RouteAnswer)
+        await until(lambda: len(router.state.load.contexts) == 1)
+        answer = await fleet.ask("route", asked("second", 5000), messages.RouteAnswer)
+        assert (first.kind, first.held, answer.kind, answer.node) == ("miss", None, "hold", "")
+        assert (answer.held.place, answer.held.expected) == (1, 500)
+        assert 1 <= answer.held.ask_again <= 10
+        assert "live conversations need 1,000 of" in answer.held.reason
+        # Another router, as after this one was killed, knows it by its id, and its place.
+        await router.writers.flush()
+        other = await fleet.router()
+        assert list(other.state.queue) == [answer.request]
+        again = msgspec.structs.replace(asked("second", 5000), request=answer.request)
+        assert other.route(again).kind == "hold"
+        await fleet.ask("complete", messages.CompleteRequest(request=first.request, node=first.node))
+        await end(fleet, "first")
+        await until(lambda: not other.state.load.contexts)
+        assert other.route(again).node == first.node
+        other.record_pending()
+        await until(lambda: not router.state.queue)
