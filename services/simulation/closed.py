@@ -40,7 +40,7 @@ Kind = Literal["second", "first", "generated", "multi-turn"]
 """Half of given agents, or what is generated."""
 HALVES = ("second", "first")
 CHAT: Literal["multi-turn"] = "multi-turn"
-FURTHER: tuple[str, ...] = ()
+FURTHER: tuple[str, ...] = ("ttft:hold=1",)
 """Policies that are judged in closed loops only, as in `ttft:hold=1`."""
 CAPACITY = 3_000_000
 """Tokens that a node keeps."""
@@ -51,7 +51,7 @@ SESSIONS = 200
 CHAT_REQUESTS_A_NODE = 750
 """Of `multi-turn`: enough for its sessions to come and go."""
 PLACES: dict[Kind, tuple[tuple[int, int], ...]] = {
-    "second": ((4, 1), (8, 1), (8, 2), (16, 1)), "first": ((4, 1), (8, 1), (16, 1)), "generated": ((4, 1), (8, 1)),
+    "second": ((4, 1), (8, 1), (8, 2), (16, 1)), "first": ((4, 1), (8, 1)), "generated": ((4, 1), (8, 1)),
     CHAT: ((8, 1),),
 }  # fmt: skip
 """Nodes and seeds of each kind of load: as many as some ten minutes have room for."""
