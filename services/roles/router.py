@@ -214,7 +214,7 @@ class Router:
             moved_from=decision.moved_from if decision.session == "moved" else "",
             fallbacks=decision.fallbacks,
             degraded=self.degraded,
-            hashing=self._hashing(request, roster) if request.dry_run and request.hashes == b"" else None,
+            hashing=self._hashing(request, roster) if request.dry_run and not query.hashes else None,
         )
 
     def _hashing(self, request: RouteRequest, roster: Roster) -> Hashing:
