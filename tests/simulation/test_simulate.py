@@ -350,7 +350,7 @@ BAD = [
     (["agent", "--policy", "magic"], "policy 'magic' is not one of round_robin"),
     (["agent", "--policy", ""], "policy '' is not one of"),
     (["agent", "--policy", "ttft:speed=1"], "policy ttft has no parameter 'speed'; it has uncached_weight"),
-    (["agent", "--policy", "round_robin:x=1"], "policy round_robin has no parameter 'x'; it has none"),
+    (["agent", "--policy", "round_robin:x=1"], "policy round_robin has no parameter 'x'; it has hold, hold_seconds"),
     (["agent", "--policy", "ttft:slow_share=2"], "slow_share is 2; it must be from 0 to 1"),
     (["agent", "--policy", "ttft:slow_share=nan"], "'slow_share=nan' in 'ttft:slow_share=nan' is no parameter"),
     (["agent", "--policy", "ttft:load_seconds=inf"], "is no parameter; write name=number"),
