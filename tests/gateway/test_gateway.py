@@ -134,7 +134,9 @@ async def test_an_engine_that_fails_before_its_answer_is_replaced(fleet: Fleet, 
         await scene.gateway.router.replica.reached(2)
         tried = 0
         for number in range(12):
-            answer = await scene.http.post("/v1/completions", json={**PROMPT, "user": f"u{number}"})
+            # Others' prompts, which nobody holds: they are spread.
+            prompt = {**PROMPT, "prompt": [number] * 9, "user": f"u{number}"}
+            answer = await scene.http.post("/v1/completions", json=prompt)
             assert (answer.status_code, answer.content) == (200, ANSWER)
             assert answer.headers["x-kvplane-node"] == "good"
             tried = len(bad.requests)
