@@ -27,11 +27,14 @@ SESSION_COLUMNS: tuple[tuple[Column, Callable[[Summary], str | None]], ...] = (
     (Column("moves", number=True), lambda row: None if row.session is None else f"{row.moves:,}"),
     (Column("recomputed", number=True, spare=1), lambda row: f"{row.recomputed:,}"),
     (Column("held twice", number=True, spare=2), lambda row: f"{row.held_twice:,}"),
+    (Column("waited", number=True, spare=1), lambda row: f"{row.held:,}" if row.held else None),
+    (Column("longest (s)", number=True, spare=1), lambda row: f"{row.held_longest:,.0f}" if row.held else None),
 )
 SESSION_NOTE = (
     "in goal: requests whose first token came within --goal; session: its mean time from first request to last answer; "
     "makespan: from the first request to the last answer; moves: requests of a session on another node than the one before; "
-    "recomputed: tokens that some node had computed before; held twice: tokens in a second cache at the end."
+    "recomputed: tokens that some node had computed before; held twice: tokens in a second cache at the end; waited: requests "
+    "that were held until there was room (hold=1), and the longest time."
 )
 
 

@@ -70,7 +70,8 @@ def simulate(
     kvplane simulate agents.jsonl --nodes 8 --policy ttft session blocks compares three policies. Read a row so: mean to p99
     are times to first token; hits is the share of prompt tokens that was cached, and of ideal that of what one endless cache
     would find; imbalance is the busiest node's time of prefill over the mean. With sessions: their mean time from first request
-    to last answer, the makespan of all, moves to another node, tokens that were computed again, and tokens that two nodes hold.
+    to last answer, the makespan of all, moves to another node, tokens that were computed again, and tokens that two nodes hold;
+    with a policy that holds (ttft:hold=1), how many requests waited for room, and the longest time.
 
     Parameters
     ----------
