@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from kvplane.projections import held
+from kvplane.services.dataplane.complete import Completer
 from kvplane.services.gateway import forward
 from kvplane.services.protocol import messages
 from tests.support.gateways import on_simulated
@@ -16,6 +17,7 @@ from tests.support.scripted_engine import MODEL
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
+    from kvplane.services.dataplane.complete import Completion
     from tests.support.fleet import Fleet
     from tests.support.gateways import Scene
 
@@ -119,3 +121,31 @@ async def test_over_nats_the_answer_says_hold_and_when_to_ask_again(fleet: Fleet
         assert other.route(again).node == first.node
         other.record_pending()
         await until(lambda: not router.state.queue)
+
+
+async def test_complete_asks_again_until_there_is_room(fleet: Fleet) -> None:
+    async with (
+        on_simulated(fleet, 1, model=MODEL, capacity_blocks=96) as scene,
+        Completer(await fleet.connect("complete"), fleet.name) as completer,
+    ):
+        await holding(scene)
+        router = scene.gateway.router
+        await scene.http.post("/v1/completions", **prompt("first", 0))
+        await until(lambda: len(router.state.load.contexts) == 1)
+        completions: list[Completion] = []
+
+        async def asks() -> None:
+            completions.append(await completer.complete(prompt("", 5000)["json"]))
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(asks)
+            await until(lambda: len(router.state.queue) == 1)
+            await until(lambda: completer.waits_for.startswith("room, at place 1"))
+            await router.writers.flush()
+            await end(fleet, "first")
+        (completion,) = completions
+        assert completion.decision.node == "sim-0"
+        await router.writers.flush()
+        # It was one request all the while.
+        routed, _ = await scene.recorded()
+        assert [event.request for event in routed][1:] == [completion.decision.request]
