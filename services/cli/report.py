@@ -77,7 +77,7 @@ def report_policies(
             *(f"--policy {text}" for text in policy),
             *([f"--agents {agents}"] if agents is not None else []),
             *(["--peer"] if peer else []),
-            *([f"--before {before}"] if before is not None else []),
+            *([f"--before {before.name}"] if before is not None else []),
             f"--out {out}",
         ]
     )

@@ -71,8 +71,8 @@ def closed(report: Report) -> list[str]:
         "p99",
         "of the best other",
         "imbalance",
-        "mean of schedule",
-        "of bound",
+        "mean over the schedule's",
+        "over the bound's",
     ]
     delay, routers = ROUTED
     return [
