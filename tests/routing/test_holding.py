@@ -179,7 +179,11 @@ class Queueing(RuleBasedStateMachine):
         """Those who live ask and are answered all the while, but for a few."""
         for _ in range(times):
             self.pass_time(55)
-            for session, own in list(self.known.items()):
+            for session in list(self.known):
+                own = self.known.get(session)
+                if own is None:
+                    # Forgotten as another one asked.
+                    continue
                 for request in list(own.running):
                     self.given.put("access", "w", types.RequestCompleted(request, "a"), after=0)
                     self.over(own, request)
