@@ -16,8 +16,6 @@ from __future__ import annotations
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
-from kvplane.events.types import BlocksPlaced, BlocksRemoved, BlocksStored, RequestRouted
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -41,10 +39,8 @@ _HASHES = attrgetter("hashes")
 
 
 def _size(event: Event) -> int:
-    """Bytes of an event's hashes."""
-    if isinstance(event, BlocksStored | BlocksRemoved | RequestRouted):
-        return len(event.hashes)
-    return len(event.stored) + len(event.evicted) if isinstance(event, BlocksPlaced) else 0
+    """Bytes of an event's hashes, whatever it is."""
+    return sum(len(getattr(event, field, b"")) for field in ("hashes", "stored", "evicted"))
 
 
 def after(full: int, now: int, events: Sequence[Event]) -> int:
@@ -53,7 +49,7 @@ def after(full: int, now: int, events: Sequence[Event]) -> int:
     While `full` is more than `NS_AT_ONCE` ahead, nothing may be written.
     """
     try:
-        # Mostly all of them are these, and then it is done without a step of Python for each.
+        # Mostly all of them have these alone, and then it is done without a step of Python for each.
         size = sum(map(len, map(_HASHES, events)))
     except AttributeError:
         size = sum(map(_size, events))
@@ -63,7 +59,7 @@ def after(full: int, now: int, events: Sequence[Event]) -> int:
 
 def cost(event: Event) -> int:
     """What an event counts, in blocks."""
-    return after(0, 0, [event]) // _NS_A_BLOCK - COMMIT_BLOCKS
+    return EVENT_BLOCKS + _size(event) // _HASH
 
 
 class Pace:

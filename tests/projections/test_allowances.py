@@ -134,3 +134,16 @@ def test_a_writer_with_a_pace_is_never_held() -> None:
             assert stores(given, "a", number * 20_000, 20_000, after=wait) is None
             pace.wrote(20_000 + EVENT_BLOCKS, now)
         given.put("cache", "a", types.CacheCleared("a", given.state.nodes["a"].epoch, 1), after=0)
+
+
+def test_a_commit_counts_what_its_events_count_in_whatever_company() -> None:
+    hashes = pack_hashes(range(1, 41))
+    events = [
+        types.BlocksStored("a", 1, 1, hashes), types.BlocksRemoved("a", 1, 1, hashes), types.CacheCleared("a", 1, 1), DONE,
+        types.BlocksPlaced("a", 1, hashes, hashes), types.RequestRouted("q", "m", "a", 0, 40, 640, hashes),
+        types.RequestHeld("q", "m", 640, hashes=hashes, blocks=40),
+    ]  # fmt: skip
+    full = SECOND // BLOCKS_A_SECOND
+    assert [allowance.cost(event) - EVENT_BLOCKS for event in events] == [40, 40, 0, 0, 80, 40, 40]
+    for commit in (events, *([event] for event in events)):
+        assert allowance.after(0, 0, commit) == (COMMIT_BLOCKS + sum(map(allowance.cost, commit))) * full
