@@ -178,9 +178,7 @@ class Chooser:
         contexts = state.load.contexts
         key: bytes | int | None = session_key(query.model, query.session)
         if key not in contexts:
-            match, _ = self.matches(roster, query)
-            known = int(match.item(match.argmax()))
-            key = contexts.key(query.model, query.session, query.hashes, known)
+            key = self._conversation(query, self.matches(roster, query)[0])
         return self.holding.hold(roster, query.model, query.id, query.tokens, key, now, query.tenant)
 
     def ready(self, model: str, now: int) -> list[str]:
@@ -192,9 +190,13 @@ class Chooser:
         contexts = self._state.load.contexts
         if not contexts:
             return None
-        known = int(match.item(match.argmax())) if len(match) else 0
-        key = contexts.key(query.model, query.session, query.hashes, known)
+        key = self._conversation(query, match)
         return None if key is None else contexts[key]
+
+    def _conversation(self, query: Query, match: Column) -> bytes | int | None:
+        """The key of the conversation that a request goes on with, if one is known."""
+        known = int(match.item(match.argmax())) if len(match) else 0
+        return self._state.load.contexts.key(query.model, query.session, query.hashes, known)
 
     def count_in(
         self, query: Query, decision: Decision, now: int, applied: int

@@ -18,6 +18,8 @@ from itertools import accumulate
 from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
+from msgspec.structs import replace
+
 from kvplane.events.types import RequestHeld
 from kvplane.projections.held import HELD_LIMIT, HOLD_PARAMETER, LEASE_SECONDS
 from kvplane.services.routing.parameters import Parameter
@@ -90,17 +92,17 @@ class Hold(NamedTuple):
 
     def event(self, query: Query, now: int, applied: int, *, first: bool) -> RequestHeld:
         """What the log is told of it at this time and sequence: the decision once, then that it lasts."""
+        held = RequestHeld(
+            request=query.id, model=query.model, tokens=query.tokens, session=query.session, tenant=query.tenant,
+            turns=self.turns, reason=self.reason, place=self.place, expected=round(self.expected, 3),
+        )  # fmt: skip
         if not first:
-            return RequestHeld(
-                request=query.id, model=query.model, tokens=query.tokens, session=query.session, tenant=query.tenant,
-                turns=self.turns, reason=self.reason, place=self.place, expected=round(self.expected, 3),
-            )  # fmt: skip
+            return held
         blocks = len(query.hashes) >> 3
         with_hashes = query.recorded and blocks <= HASHES_RECORDED
-        return RequestHeld(
-            request=query.id, model=query.model, tokens=query.tokens, session=query.session, tenant=query.tenant,
-            turns=self.turns, reason=self.reason, place=self.place, expected=round(self.expected, 3), blocks=blocks,
-            hashes=query.hashes if with_hashes else b"", applied=applied, decided=now // 1000, trace=query.traceparent,
+        return replace(
+            held, blocks=blocks, hashes=query.hashes if with_hashes else b"", applied=applied, decided=now // 1000,
+            trace=query.traceparent,
         )  # fmt: skip
 
 
