@@ -48,6 +48,7 @@ def gateway(
     listen: Annotated[str, Parameter(env_var="KVPLANE_LISTEN")] = LISTEN,
     workers: Annotated[int, Parameter(env_var="KVPLANE_WORKERS")] = 1,
     access_log: Annotated[bool, Parameter(env_var="KVPLANE_ACCESS_LOG", negative="")] = False,
+    tokenizer: Annotated[tuple[str, ...], Parameter(env_var="KVPLANE_TOKENIZER")] = (),
     http: Http = None,
     policy_module: ServedPolicyModules = (),
     common: Common = COMMON,
@@ -62,6 +63,9 @@ def gateway(
         Processes that share the port; each is a replica of the fleet with a router of its own. One that ends is started again.
     access_log
         Write a line of JSON a request to standard output.
+    tokenizer
+        MODEL=FOLDER with tokenizer.json and the chat template of a model, whose tokens are then found here instead of asked of
+        engines; may be repeated. Models of the Hugging Face hub that are in its cache on this machine need none.
     http
         HOST:PORT of metrics and health (/metrics, /healthz, /readyz), such as 127.0.0.1:9464; default is none.
     policy_module
@@ -72,15 +76,16 @@ def gateway(
     host, port = listening(listen)
     if not 1 <= workers <= WORKERS_LIMIT:
         raise BadRequest(f"--workers is {workers}; it must be from 1 to {WORKERS_LIMIT}, about one a core")
+    folders = _folders(tokenizer)
     allow_modules(policy_module)
     if workers == 1:
-        run_until_signal(_gateway, bound(host, port), access_log, http, common)
+        run_until_signal(_gateway, bound(host, port), access_log, folders, http, common)
     else:
         # Nobody else's from here on, and the same port for all when it was given as 0. It does not listen: it would be sent
         # connections.
         bound(host, port).close()
         place = bound(host, port, share=True, listen=False)
-        run_until_signal(_Several(place, workers, access_log, tuple(policy_module), common).run, http)
+        run_until_signal(_Several(place, workers, access_log, folders, tuple(policy_module), common).run, http)
 
 
 def listening(address: str, option: str = "--listen") -> tuple[str, int]:
@@ -91,9 +96,24 @@ def listening(address: str, option: str = "--listen") -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-async def _gateway(where: socket.socket, access_log: bool, http: str | None, common: Common) -> None:  # noqa: FBT001
+def _folders(given: tuple[str, ...]) -> dict[str, Path]:
+    """Folders of models. Raises `BadRequest`."""
+    found = {}
+    for each in given:
+        model, equals, folder = each.rpartition("=")
+        if not equals or not model or not Path(folder).is_dir():
+            raise BadRequest(
+                f"--tokenizer is {each[:200]!r}; it must be MODEL=FOLDER, with a tokenizer.json in the folder"
+            )
+        found[model] = Path(folder)
+    return found
+
+
+async def _gateway(
+    where: socket.socket, access_log: bool, folders: dict[str, Path], http: str | None, common: Common  # noqa: FBT001
+) -> None:  # fmt: skip
     async with common.connected("kvplane-gateway") as client:
-        service = Gateway(client, common.fleet, where)
+        service = Gateway(client, common.fleet, where, tokenizers=folders, hub_cache=True)
         if access_log:
             service.access.stream = sys.stdout
         async with observing(http, service):
@@ -104,11 +124,12 @@ class _Several:
     """Gateways that share a port, each in a process of its own."""
 
     def __init__(
-        self, place: socket.socket, count: int, access_log: bool, modules: tuple[str, ...], common: Common  # noqa: FBT001
+        self, place: socket.socket, count: int, access_log: bool, folders: dict[str, Path],  # noqa: FBT001
+        modules: tuple[str, ...], common: Common,
     ) -> None:  # fmt: skip
         self._place = place
         self._count = count
-        self._own = (access_log, modules, common)
+        self._own = (access_log, folders, modules, common)
         self._running: dict[str, str] = {}
         self._restarts = 0
 
@@ -142,10 +163,11 @@ class _Several:
 
 
 def _worker(
-    host: str, port: int, http: str, access_log: bool, modules: tuple[str, ...], common: Common  # noqa: FBT001
+    host: str, port: int, http: str, access_log: bool, folders: dict[str, Path], modules: tuple[str, ...],  # noqa: FBT001
+    common: Common,
 ) -> None:  # fmt: skip
     start(common)
     with failing_as("worker_failed"):
         allow_modules(modules)
         # It listens when the log is read: until then the others get all connections.
-        run_until_signal(_gateway, bound(host, port, share=True, listen=False), access_log, http, common)
+        run_until_signal(_gateway, bound(host, port, share=True, listen=False), access_log, folders, http, common)

@@ -225,7 +225,7 @@ async def _up(
             services: list[Service] = [
                 Router(await client("router"), inside.fleet)
                 if gateway is None
-                else Gateway(await client("router"), inside.fleet, gateway),
+                else Gateway(await client("router"), inside.fleet, gateway, hub_cache=True),
             ]  # fmt: skip
             if configs:
                 engines = [await client("node", config.name) for config in configs]

@@ -11,7 +11,7 @@ import msgspec
 
 from kvplane.services.protocol.messages import RouteRequest
 
-RENDER, TOKENIZE = "render", "tokenize"
+LOCAL, RENDER, TOKENIZE = "local", "render", "tokenize"
 """Where tokens come from, as metrics name it."""
 NO_SUCH_ENDPOINT = frozenset((403, 404, 405, 501))
 """vLLM forbids what it was not started with."""
@@ -71,11 +71,12 @@ def told(answer: bytes) -> list[int] | None:
 
 
 def query(
-    model: str, ids: list[int] | None, count: int, *, session: str, salt: str, request: str = "", traceparent: str = ""
+    model: str, ids: list[int] | None, count: int, *, session: str, salt: str, request: str = "", traceparent: str = "",
+    hashes: bytes = b"",
 ) -> RouteRequest:  # fmt: skip
-    """What is asked of a router about a prompt: by its token ids, or without them by about how many they are."""
+    """What is asked of a router about a prompt: by its token ids or hashes, or without them by about how many tokens it has."""
     known = ids is not None
     return RouteRequest(
-        model=model, tokens=ids, hashes=None if known else b"", tokens_count=None if known else count,
+        model=model, tokens=ids, hashes=None if known else hashes, tokens_count=None if known else count,
         session=session, salt=salt, request=request, traceparent=traceparent,
     )  # fmt: skip

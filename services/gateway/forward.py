@@ -363,5 +363,5 @@ def question(asked: Asked, prompt: Prompt, session: str, request: str, tracepare
     """What is asked of the router."""
     return prompts.query(
         asked.model, prompt.ids, prompt.tokens, session=session, salt=api.salt(asked.fields), request=request,
-        traceparent=traceparent,
+        traceparent=traceparent, hashes=prompt.hashes,
     )  # fmt: skip

@@ -1,8 +1,9 @@
 """The tokens of a request, so that its blocks have the names under which engines report them.
 
-Token ids that the client gives are taken as they are. Anything else is asked of an engine of the model, which applies
-its own template: `POST {path}/render` with the unchanged body where there is such an endpoint (vLLM), else `/tokenize`,
-which leaves out what it does not know. A prompt whose tokens no engine gives is routed by load and session.
+Token ids that the client gives are taken as they are. Those of a model whose files are here are found here (`local`).
+Anything else is asked of an engine of the model, which applies its own template: `POST {path}/render` with the unchanged body
+where there is such an endpoint (vLLM), else `/tokenize`, which leaves out what it does not know. A prompt whose tokens nobody
+gives is routed by load and session.
 """
 
 from __future__ import annotations
@@ -14,15 +15,18 @@ import msgspec
 import structlog
 
 from kvplane.services.dataplane import openai
-from kvplane.services.dataplane.prompts import NO_SUCH_ENDPOINT, RENDER, RENDERS_NOT, TOKENIZE, Lacking, told
+from kvplane.services.dataplane.prompts import LOCAL, NO_SUCH_ENDPOINT, RENDER, RENDERS_NOT, TOKENIZE, Lacking, told
 from kvplane.services.gateway import api
+from kvplane.services.gateway.local import LocalPrompts, Rendered
 from kvplane.services.http.pool import Pool, origin, request_head
 from kvplane.services.protocol.errors import EngineFailed, NoNode, Overloaded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
 
     from kvplane.services.gateway.api import Asked
+    from kvplane.services.protocol.hashing import Hashing
 
 RENDER_SECONDS = 10.0
 ATTEMPTS = 3
@@ -42,11 +46,12 @@ _MEDIA = re.compile(rb'"type"\s*:\s*"(?:(?:input_)?(?:image|audio|video|file)(?:
 
 
 class Prompt(NamedTuple):
-    """A prompt's tokens, or only about how many they are; and their source: `client`, `render`, `tokenize` or `none`."""
+    """A prompt's tokens or hashes, or only about how many tokens it has. Source: as in `sources` of metrics."""
 
     ids: list[int] | None
     tokens: int
     source: str
+    hashes: bytes = b""
 
 
 class Anyone(NamedTuple):
@@ -59,25 +64,30 @@ class Anyone(NamedTuple):
 class Prompts:
     """Gets prompts. `clock` gives seconds."""
 
-    def __init__(self, pool: Pool, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, pool: Pool, clock: Callable[[], float], *, anyone: Callable[[str, frozenset[str]], Anyone],
+        hashing: Callable[[str], Hashing], folders: Mapping[str, Path], hub_cache: bool,
+    ) -> None:  # fmt: skip
+        self._anyone = anyone
+        self.local = LocalPrompts(folders, hub_cache=hub_cache, hashing=hashing, render=self._rendered)
         self._pool = pool
         self._clock = clock
         self._lacking = Lacking()
         self._warned: set[tuple[str, str]] = set()
 
-    async def prompt(self, asked: Asked, credentials: bytes, anyone: Callable[[frozenset[str]], Anyone]) -> Prompt:
-        """The prompt of a request that gives no token ids.
-
-        `anyone` names an engine of the model that is not one of those; it raises when there is none.
-        """
+    async def prompt(self, asked: Asked, credentials: bytes) -> Prompt:
+        """The prompt of a request that gives no token ids. Raises `NoNode`, `Overloaded`."""
         guess = api.length(asked) // BYTES_A_TOKEN
         if _MEDIA(asked.body):
             # Their blocks have keys that only the engine knows.
             return Prompt(None, guess, "none")
+        known = await self.local.find(asked, credentials)
+        if known is not None:
+            return Prompt(None, known.tokens, LOCAL, known.hashes)
         tried: frozenset[str] = frozenset()
         for _ in range(ATTEMPTS):
             try:
-                engine = anyone(tried)
+                engine = self._anyone(asked.model, tried)
             except (NoNode, Overloaded):
                 if not tried:
                     raise
@@ -94,6 +104,12 @@ class Prompts:
             return Prompt(found[0], len(found[0]), found[1])
         self._warn(asked.model, "no engine gives its prompts' tokens: routed by load and session, not by cache")
         return Prompt(None, guess, "none")
+
+    async def _rendered(self, asked: Asked, credentials: bytes) -> Rendered | None:
+        """What an engine says of a request's tokens. Raises `EngineFailed`, `NoNode`, `Overloaded`."""
+        engine = self._anyone(asked.model, frozenset())
+        status, answer = await self._post(engine, f"{asked.path}/{RENDER}", asked.body, credentials)
+        return Rendered(engine.node, told(answer)) if status == 200 else None
 
     async def _ask(self, engine: Anyone, asked: Asked, credentials: bytes) -> tuple[list[int], str] | None:
         """Token ids by one engine, and which endpoint gave them; none when it won't. Raises `EngineFailed`."""

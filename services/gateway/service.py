@@ -18,6 +18,7 @@ from msgspec.structs import replace
 
 from kvplane.events.types import NodeRegistered, RequestCompleted
 from kvplane.services.dataplane.measured import Measured
+from kvplane.services.dataplane.prompts import LOCAL
 from kvplane.services.gateway import api, errors, sessions
 from kvplane.services.gateway.access import AccessLog
 from kvplane.services.gateway.breaker import Breaker
@@ -33,12 +34,15 @@ from kvplane.services.roles.router import Router
 if TYPE_CHECKING:
     import socket
     import ssl
+    from collections.abc import Mapping
+    from pathlib import Path
 
     from anyio.abc import TaskStatus
     from nats.aio.client import Client
 
     from kvplane.events.codec import Commit
     from kvplane.services.gateway.forward import Outcome
+    from kvplane.services.gateway.local import LocalPrompts
     from kvplane.services.http.server import Exchange
     from kvplane.services.rpc.readiness import Readiness
 
@@ -55,22 +59,28 @@ _log = structlog.get_logger("kvplane.gateway")
 class _Passage:
     """What is known of a request while it passes."""
 
-    __slots__ = ("model", "request", "source", "traceparent", "way")
+    __slots__ = ("model", "request", "source", "tokens", "traceparent", "way")
 
     def __init__(self, request: str, traceparent: str) -> None:
         self.request = request
         self.traceparent = traceparent
         self.model = self.source = ""
+        self.tokens = 0
         self.way: Way | None = None
 
 
 class Gateway:
-    """One gateway of a fleet, at a socket that is bound (`http.server.bound`)."""
+    """One gateway of a fleet, at a socket that is bound (`http.server.bound`).
+
+    `tokenizers` are folders with the files of models, whose tokens are then found here; with `hub_cache` the Hugging Face hub's
+    cache on this machine is looked through as well.
+    """
 
     role = "gateway"
 
     def __init__(
-        self, client: Client, fleet: str, where: socket.socket, *, tls: ssl.SSLContext | None = None
+        self, client: Client, fleet: str, where: socket.socket, *, tls: ssl.SSLContext | None = None,
+        tokenizers: Mapping[str, Path] | None = None, hub_cache: bool = False,
     ) -> None:  # fmt: skip
         self.client = client
         self.fleet = fleet
@@ -85,13 +95,17 @@ class Gateway:
         self._names: list[str] = []
         self._behind = anyio.CancelScope(shield=True)
         self._where, self._tls = where, tls
+        self._tokenizers, self._hub_cache = tokenizers or {}, hub_cache
         self._pool: Pool
         self._prompts: Prompts
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Answer until cancelled; then take no more, and let what is on its way end."""
         self._pool = Pool()
-        self._prompts = Prompts(self._pool, self._pool.clock)
+        self._prompts = Prompts(
+            self._pool, self._pool.clock, anyone=self._anyone, hashing=self.router.hashing, folders=self._tokenizers,
+            hub_cache=self._hub_cache,
+        )  # fmt: skip
         gc.set_threshold(_YOUNG_OBJECTS, *gc.get_threshold()[1:])
         async with anyio.create_task_group() as group:
             try:
@@ -108,6 +122,7 @@ class Gateway:
         with self._behind:
             async with anyio.create_task_group() as group:
                 group.start_soon(self._pool.sweep)
+                group.start_soon(self.local.run)
                 await group.start(self.router.run)
                 task_status.started()
 
@@ -118,6 +133,11 @@ class Gateway:
             drawn = os.urandom(16 * _NAMES).hex()
             self._names = [drawn[at : at + 32] for at in range(0, len(drawn), 32)]
         return self._names.pop()
+
+    @property
+    def local(self) -> LocalPrompts:
+        """What is found here of prompts."""
+        return self._prompts.local
 
     def readiness(self) -> Readiness:
         """Whether it can answer: as its router."""
@@ -131,6 +151,7 @@ class Gateway:
                 self.breaker.saw(event.node, event.status, now)
             elif type(event) is NodeRegistered:
                 self.breaker.forget(event.node)
+                self.local.registered(event.models)
 
     async def _handle(self, exchange: Exchange) -> None:
         request = exchange.request
@@ -192,6 +213,8 @@ class Gateway:
             seconds = time.perf_counter() - begin
             outcome = passage.way.outcome(exchange.status) if passage.way is not None else None
             self._measure(outcome, passage.source, seconds)
+            if passage.source == LOCAL and outcome is not None:
+                self.local.told(passage.model, passage.tokens, outcome.usage.prompt)
             self.access.write(exchange, name, passage.model, outcome, traceparent, seconds)
 
     async def _go(self, exchange: Exchange, path: str, passage: _Passage) -> None:
@@ -204,8 +227,8 @@ class Gateway:
             prompt = Prompt(ids, len(ids), "client")
         else:
             credentials = forwarded([pair for pair in request.headers if pair[0] == b"authorization"])
-            prompt = await self._prompts.prompt(asked, credentials, lambda tried: self._anyone(asked.model, tried))
-        passage.source = prompt.source
+            prompt = await self._prompts.prompt(asked, credentials)
+        passage.source, passage.tokens = prompt.source, prompt.tokens
         way = passage.way = Way(
             exchange, asked, question(asked, prompt, session, passage.request, passage.traceparent), pool=self._pool,
             route=self._route, record=self._record, record_pending=self.router.record_pending, left_out=self._left_out,

@@ -122,8 +122,13 @@ GATEWAY = Group("Gateway, beside what its router has", (
     _of("kvplane_gateway_ttft_seconds", "histogram", "", "from sending a request to an engine to the first byte of its answer"),
     _of("kvplane_gateway_between_seconds", "histogram", "", "mean time between the pieces of a stream"),
     _of("kvplane_gateway_tokens_total", "counter", "kind", "tokens that engines counted: `prompt`, `cached` of them, `output`"),
-    _of("kvplane_gateway_prompts_total", "counter", "source", "prompts by where their tokens come from: `client`, `render`, "
-            "`tokenize`, `none`", "`none` rises: those are routed without the cache"),
+    _of("kvplane_gateway_prompts_total", "counter", "source", "prompts by where their tokens come from: `client`, `local`, "
+            "`render`, `tokenize`, `none`", "`none` rises: those are routed without the cache"),
+    _of("kvplane_gateway_local_tokens", "gauge", "model", "1 while the gateway itself finds the tokens of a model's prompts, "
+            "0 while it has the model's files but asks engines", "0: the log says why"),
+    _of("kvplane_gateway_local_bytes", "gauge", "", "what known texts of prompts take in memory"),
+    _of("kvplane_gateway_compared_prompts_total", "counter", "result", "prompts found here that an engine was asked about, "
+            "too: `same`, `different`", "any `different`"),
     _of("kvplane_gateway_retries_total", "counter", "", "tries after the first", "a steady rise: see the log for the node"),
     _of("kvplane_gateway_migrations_total", "counter", "", "requests that another node answered than the one chosen first"),
     _of("kvplane_gateway_queued_requests", "gauge", "", "requests at engines whose answers have not begun",

@@ -203,6 +203,18 @@ class _Gateway(Protocol):
     breaker: _Breaker
     server: _Server
 
+    @property
+    def local(self) -> _Local: ...
+
+
+class _Local(Protocol):
+    compared: int
+    differed: int
+
+    def states(self) -> dict[str, tuple[bool, str]]: ...
+
+    def held_bytes(self) -> int: ...
+
 
 class _Breaker(Protocol):
     tripped: int
@@ -225,6 +237,12 @@ def _gateway(scrape: Scrape, gateway: _Gateway) -> None:
         put("kvplane_gateway_requests_total", measured.requests.get(ending, 0), ending=ending)
     for source, count in measured.sources.items():
         put("kvplane_gateway_prompts_total", count, source=source)
+    local = gateway.local
+    for model, (believed, _) in local.states().items():
+        put("kvplane_gateway_local_tokens", int(believed), model=model)
+    put("kvplane_gateway_local_bytes", local.held_bytes())
+    put("kvplane_gateway_compared_prompts_total", local.compared - local.differed, result="same")
+    put("kvplane_gateway_compared_prompts_total", local.differed, result="different")
     put("kvplane_gateway_retries_total", measured.retries)
     put("kvplane_gateway_migrations_total", measured.migrations)
     put("kvplane_gateway_queued_requests", measured.queued)

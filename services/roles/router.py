@@ -303,6 +303,14 @@ class Router:
         )
         return query, roster
 
+    def hashing(self, model: str) -> Hashing:
+        """How the blocks of a model's prompts are hashed. Raises `BadRequest` for what is no name, `NoNode`."""
+        names((model, "model"))
+        roster = self.chooser.roster(model)
+        if not roster.nodes:
+            raise roster.nobody(model)
+        return Hashing(block_size=roster.block_size, lora=model if roster.is_lora else "")
+
     def _prepare(self, request: RouteRequest) -> tuple[int, str]:
         """What a prompt's hashes are made with: block size and LoRA."""
         names((request.model, "model"))
