@@ -46,7 +46,7 @@ class Tokenizer:
         self._backend.no_padding()
         if (raw.get("model") or {}).get("dropout"):
             raise Unusable(f"{file} has dropout: its tokens are random")
-        self._candidates = _cuts(raw)
+        self._candidates, self._special = _cuts(raw)
         self.cuts: tuple[bytes, ...] = ()
         """Texts of the tokens before which a text may be cut; none until `choose`."""
         before = self._backend.encode("", add_special_tokens=True).ids
@@ -59,7 +59,11 @@ class Tokenizer:
         """Take as cuts the safe tokens that are in the samples, the most frequent ones, and try them."""
         counts = {cut: sum(text.count(cut) for text in samples) for cut in self._candidates}
         found = sorted((cut for cut, count in counts.items() if count), key=lambda cut: (-counts[cut], cut))[:MOST_CUTS]
-        self.cuts = tuple(cut.encode() for cut in found if self._tried(cut, samples))
+        self.cuts = tuple(
+            cut.encode()
+            for cut in found
+            if not any(_reaches_into(other, cut) for other in self._special) and self._tried(cut, samples)
+        )
 
     def _tried(self, cut: str, samples: Sequence[str]) -> bool:
         drawn = random.Random(1)  # noqa: S311 - the same texts each time
@@ -122,22 +126,17 @@ def _text(file: Path) -> str:
     return text
 
 
-def _cuts(raw: dict[str, Any]) -> list[str]:
-    """Special tokens of a file before which texts may be cut, as far as the file tells."""
+def _cuts(raw: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Special tokens of a file that are taken as they stand; and all of its special tokens."""
     added = [each for each in raw.get("added_tokens") or [] if each.get("content")]
-    contents = [each["content"] for each in added]
-    return [
+    alone = [
         each["content"]
         for each in added
-        if not each.get("normalized", True)
-        and not each.get("lstrip")
-        and not each.get("single_word")
-        and not any(_reaches_into(other, each["content"]) for other in contents)
+        if not each.get("normalized", True) and not each.get("lstrip") and not each.get("single_word")
     ]
+    return alone, [each["content"] for each in added]
 
 
 def _reaches_into(other: str, content: str) -> bool:
     """Whether another token, found further left, can take the beginning of this one."""
-    if other == content:
-        return False
-    return content in other or any(content.startswith(other[at:]) for at in range(1, len(other)))
+    return other != content and (content in other or any(content.startswith(other[at:]) for at in range(1, len(other))))

@@ -89,9 +89,9 @@ class Scene:
 
 
 @asynccontextmanager
-async def gateway_on(fleet: Fleet, group: TaskGroup) -> AsyncIterator[Scene]:
+async def gateway_on(fleet: Fleet, group: TaskGroup, **options: Any) -> AsyncIterator[Scene]:
     """A gateway in this process, at a free port."""
-    gateway = Gateway(await fleet.connect("gateway"), fleet.name, bound("127.0.0.1", 0))
+    gateway = Gateway(await fleet.connect("gateway"), fleet.name, bound("127.0.0.1", 0), **options)
     await group.start(gateway.run)
     host, port = gateway.address
     async with httpx.AsyncClient(base_url=f"http://{host}:{port}", timeout=30) as http:
