@@ -30,6 +30,7 @@ from benchmarks import (
     history,
     index,
     past,
+    prompts,
     service,
     snapshots,
     throughput,
@@ -52,6 +53,7 @@ NAMES = (
     "snapshots",
     "engines",
     "gateway",
+    "prompts",
 )
 
 app = App(name="bench", help="Measure kvplane.", result_action="return_value")
@@ -114,6 +116,7 @@ def bench(
         "snapshots": partial(snapshots.run, quick=quick),
         "engines": partial(engines.run, quick=quick),
         "gateway": partial(gateway.run, quick=quick),
+        "prompts": partial(prompts.run, quick=quick),
     }
     rows: list[Row] = []
     begin = time.perf_counter()

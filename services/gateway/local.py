@@ -7,7 +7,7 @@ asked about a few of the real requests gives other tokens. Then engines are aske
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 import anyio
@@ -82,16 +82,25 @@ class LocalPrompts:
         self._hub_cache = hub_cache
         self._hashing = hashing
         self._render = render
-        self._wake, self._woken = anyio.create_memory_object_stream[str](64)
-        self._ask, self._asked = anyio.create_memory_object_stream[_Sample](MOST_WAITING)
+        self._to_try: dict[str, None] = {}
+        self._samples: deque[_Sample] = deque()
+        self._wake = anyio.Event()
         self.compared = self.differed = 0
         """Prompts that an engine was asked about as well, and those whose tokens were others."""
 
     async def run(self) -> None:
         """Try models, and compare some of the real requests, until cancelled."""
-        async with anyio.create_task_group() as group:
-            group.start_soon(self._try_models)
-            group.start_soon(self._compare)
+        while True:
+            await self._wake.wait()
+            self._wake = anyio.Event()
+            while self._to_try:
+                name = next(iter(self._to_try))
+                del self._to_try[name]
+                local = self._models.get(name)
+                if local is not None:
+                    await self._try(name, local)
+            while self._samples:
+                await self._compare(self._samples.popleft())
 
     def states(self) -> dict[str, tuple[bool, str]]:
         """Models that have files here: whether they are believed, and if not, why."""
@@ -107,12 +116,11 @@ class LocalPrompts:
         """A node of these models has begun: its engine may have other files or settings."""
         for name in models:
             if self._models.get(name) is not None:
-                self._try(name)
+                self._soon(name)
 
-    def _try(self, name: str) -> None:
-        # When too many wait already, whoever asks next for this model tries again.
-        with suppress(anyio.WouldBlock):
-            self._wake.send_nowait(name)
+    def _soon(self, name: str) -> None:
+        self._to_try[name] = None
+        self._wake.set()
 
     async def find(self, asked: Asked, credentials: bytes) -> Known | None:
         """The prompt of a request; none if an engine must be asked."""
@@ -124,7 +132,7 @@ class LocalPrompts:
         if not local.believed or local.model is None:
             if local.reason == "not tried yet":
                 local.reason = "it is tried now"
-                self._try(asked.model)
+                self._soon(asked.model)
             return None
         try:
             work = self._begin(local, asked)
@@ -135,9 +143,9 @@ class LocalPrompts:
                 known = local.model.now(work)
         except (Elsewhere, Unusable):
             return None
-        if local.evidence.ask():
-            with suppress(anyio.WouldBlock):
-                self._ask.send_nowait(_Sample(asked, credentials, work.hasher, known))
+        if local.evidence.ask() and len(self._samples) < MOST_WAITING:
+            self._samples.append(_Sample(asked, credentials, work.hasher, known))
+            self._wake.set()
         return known
 
     def told(self, model: str, thought: int, prompt_tokens: int) -> None:
@@ -155,7 +163,7 @@ class LocalPrompts:
         folder = in_hub_cache(name)
         self._models[name] = _Local(folder) if folder is not None else None
         if folder is not None:
-            self._try(name)
+            self._soon(name)
 
     def _begin(self, local: _Local, asked: Asked) -> Work:
         how = self._hashing(asked.model)
@@ -167,18 +175,13 @@ class LocalPrompts:
             hasher = local.hashers[how.block_size, how.lora, salt] = Hasher(how.block_size, how.lora, salt)
         return _work(local.model, asked, hasher)
 
-    async def _try_models(self) -> None:
-        async for name in self._woken:
-            local = self._models.get(name)
-            if local is None:
-                continue
-            reason = await self._difference(name, local)
-            local.reason = reason
-            if not reason and not local.believed:
-                local.believed, local.evidence = True, proof.Evidence()
-                _log.info("tokens_found_here", model=name, folder=str(local.folder))
-            elif reason:
-                self._fall(name, local, reason)
+    async def _try(self, name: str, local: _Local) -> None:
+        local.reason = reason = await self._difference(name, local)
+        if reason:
+            self._fall(name, local, reason)
+        elif not local.believed:
+            local.believed, local.evidence = True, proof.Evidence()
+            _log.info("tokens_found_here", model=name, folder=str(local.folder))
 
     async def _difference(self, name: str, local: _Local) -> str:
         """Why the model is not believed; empty if it is."""
@@ -209,22 +212,22 @@ class LocalPrompts:
                 )
         return "" if compared else "its engines render no prompts to compare with: start vLLM with --enable-scale-out"
 
-    async def _compare(self) -> None:
-        async for asked, credentials, hasher, known in self._asked:
-            local = self._models.get(asked.model)
-            if local is None or not local.believed:
-                continue
-            try:
-                rendered = await self._render(asked, credentials)
-            except (EngineFailed, NoNode, Overloaded):
-                continue
-            if rendered is None or rendered.ids is None:
-                continue
-            hashes = await anyio.to_thread.run_sync(hasher.hashes, rendered.ids)
-            self.compared += 1
-            if known.tokens != len(rendered.ids) or known.hashes != hashes:
-                self.differed += 1
-                self._fall(asked.model, local, f"node {rendered.node} has other tokens for a client's request")
+    async def _compare(self, sample: _Sample) -> None:
+        asked, known = sample.asked, sample.known
+        local = self._models.get(asked.model)
+        if local is None or not local.believed:
+            return
+        try:
+            rendered = await self._render(asked, sample.credentials)
+        except (EngineFailed, NoNode, Overloaded):
+            return
+        if rendered is None or rendered.ids is None:
+            return
+        hashes = await anyio.to_thread.run_sync(sample.hasher.hashes, rendered.ids)
+        self.compared += 1
+        if known.tokens != len(rendered.ids) or known.hashes != hashes:
+            self.differed += 1
+            self._fall(asked.model, local, f"node {rendered.node} has other tokens for a client's request")
 
     def _fall(self, name: str, local: _Local, reason: str) -> None:
         local.reason = reason

@@ -17,16 +17,15 @@ import structlog
 from kvplane.services.dataplane import openai
 from kvplane.services.dataplane.prompts import LOCAL, NO_SUCH_ENDPOINT, RENDER, RENDERS_NOT, TOKENIZE, Lacking, told
 from kvplane.services.gateway import api
-from kvplane.services.gateway.local import LocalPrompts, Rendered
+from kvplane.services.gateway.local import Rendered
 from kvplane.services.http.pool import Pool, origin, request_head
 from kvplane.services.protocol.errors import EngineFailed, NoNode, Overloaded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from pathlib import Path
+    from collections.abc import Callable
 
     from kvplane.services.gateway.api import Asked
-    from kvplane.services.protocol.hashing import Hashing
+    from kvplane.services.gateway.local import LocalPrompts
 
 RENDER_SECONDS = 10.0
 ATTEMPTS = 3
@@ -65,11 +64,11 @@ class Prompts:
     """Gets prompts. `clock` gives seconds."""
 
     def __init__(
-        self, pool: Pool, clock: Callable[[], float], *, anyone: Callable[[str, frozenset[str]], Anyone],
-        hashing: Callable[[str], Hashing], folders: Mapping[str, Path], hub_cache: bool,
+        self, pool: Pool, clock: Callable[[], float], local: LocalPrompts,
+        anyone: Callable[[str, frozenset[str]], Anyone],
     ) -> None:  # fmt: skip
         self._anyone = anyone
-        self.local = LocalPrompts(folders, hub_cache=hub_cache, hashing=hashing, render=self._rendered)
+        self._local = local
         self._pool = pool
         self._clock = clock
         self._lacking = Lacking()
@@ -81,7 +80,7 @@ class Prompts:
         if _MEDIA(asked.body):
             # Their blocks have keys that only the engine knows.
             return Prompt(None, guess, "none")
-        known = await self.local.find(asked, credentials)
+        known = await self._local.find(asked, credentials)
         if known is not None:
             return Prompt(None, known.tokens, LOCAL, known.hashes)
         tried: frozenset[str] = frozenset()
@@ -105,7 +104,7 @@ class Prompts:
         self._warn(asked.model, "no engine gives its prompts' tokens: routed by load and session, not by cache")
         return Prompt(None, guess, "none")
 
-    async def _rendered(self, asked: Asked, credentials: bytes) -> Rendered | None:
+    async def rendered(self, asked: Asked, credentials: bytes) -> Rendered | None:
         """What an engine says of a request's tokens. Raises `EngineFailed`, `NoNode`, `Overloaded`."""
         engine = self._anyone(asked.model, frozenset())
         status, answer = await self._post(engine, f"{asked.path}/{RENDER}", asked.body, credentials)

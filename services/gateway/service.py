@@ -23,6 +23,7 @@ from kvplane.services.gateway import api, errors, sessions
 from kvplane.services.gateway.access import AccessLog
 from kvplane.services.gateway.breaker import Breaker
 from kvplane.services.gateway.forward import Way, forwarded, question
+from kvplane.services.gateway.local import LocalPrompts
 from kvplane.services.gateway.prompt import Anyone, Prompt, Prompts
 from kvplane.services.http.pool import Pool, origin, request_head
 from kvplane.services.http.server import Server
@@ -41,8 +42,9 @@ if TYPE_CHECKING:
     from nats.aio.client import Client
 
     from kvplane.events.codec import Commit
+    from kvplane.services.gateway.api import Asked
     from kvplane.services.gateway.forward import Outcome
-    from kvplane.services.gateway.local import LocalPrompts
+    from kvplane.services.gateway.local import Rendered
     from kvplane.services.http.server import Exchange
     from kvplane.services.rpc.readiness import Readiness
 
@@ -95,17 +97,16 @@ class Gateway:
         self._names: list[str] = []
         self._behind = anyio.CancelScope(shield=True)
         self._where, self._tls = where, tls
-        self._tokenizers, self._hub_cache = tokenizers or {}, hub_cache
+        self.local = LocalPrompts(
+            tokenizers or {}, hub_cache=hub_cache, hashing=self.router.hashing, render=self._rendered
+        )  # fmt: skip
         self._pool: Pool
         self._prompts: Prompts
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Answer until cancelled; then take no more, and let what is on its way end."""
         self._pool = Pool()
-        self._prompts = Prompts(
-            self._pool, self._pool.clock, anyone=self._anyone, hashing=self.router.hashing, folders=self._tokenizers,
-            hub_cache=self._hub_cache,
-        )  # fmt: skip
+        self._prompts = Prompts(self._pool, self._pool.clock, self.local, self._anyone)
         gc.set_threshold(_YOUNG_OBJECTS, *gc.get_threshold()[1:])
         async with anyio.create_task_group() as group:
             try:
@@ -133,11 +134,6 @@ class Gateway:
             drawn = os.urandom(16 * _NAMES).hex()
             self._names = [drawn[at : at + 32] for at in range(0, len(drawn), 32)]
         return self._names.pop()
-
-    @property
-    def local(self) -> LocalPrompts:
-        """What is found here of prompts."""
-        return self._prompts.local
 
     def readiness(self) -> Readiness:
         """Whether it can answer: as its router."""
@@ -260,6 +256,9 @@ class Gateway:
     def _record(self, done: CompleteRequest) -> None:
         self.router.record_pending()
         self.router.complete(done, done.traceparent)
+
+    async def _rendered(self, asked: Asked, credentials: bytes) -> Rendered | None:
+        return await self._prompts.rendered(asked, credentials)
 
     def _anyone(self, model: str, tried: frozenset[str]) -> Anyone:
         """An engine of the model that can be asked something; no decision about a request. Raises `NoNode`, `Overloaded`."""

@@ -204,10 +204,10 @@ class _Gateway(Protocol):
     server: _Server
 
     @property
-    def local(self) -> _Local: ...
+    def local(self) -> _LocalPrompts: ...
 
 
-class _Local(Protocol):
+class _LocalPrompts(Protocol):
     compared: int
     differed: int
 
