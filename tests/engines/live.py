@@ -27,6 +27,7 @@ from kvplane.events.log.connection import connected
 from kvplane.events.types import BlocksRemoved
 from kvplane.services.cli.common import run_async
 from kvplane.services.dataplane.complete import Completer
+from kvplane.services.dataplane.prompts import LOCAL
 from kvplane.services.embedded.server import start_server
 from kvplane.services.gateway.service import Gateway
 from kvplane.services.http.listener import bound
@@ -99,6 +100,15 @@ def make_adapters(python: str, folder: Path) -> None:
     for seed, name in enumerate(ADAPTERS):
         config = model_folder() / "config.json"
         subprocess.run([python, "-c", MAKE_ADAPTER, folder / name, config, str(seed)], check=True)
+
+
+def files_of(folder: Path) -> Path:
+    """The model's tokenizer, and the template with which its engines are started."""
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((model_folder() / name).read_bytes())
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
 
 
 def say(text: str) -> None:
@@ -292,7 +302,7 @@ async def live() -> None:
         group = await stack.enter_async_context(anyio.create_task_group())
         stack.callback(group.cancel_scope.cancel)
         await group.start(coordinator.run)
-        gateway = Gateway(second, "default", bound("127.0.0.1", 0))
+        gateway = Gateway(second, "default", bound("127.0.0.1", 0), tokenizers={"tiny": files_of(folder / "files")})
         await group.start(gateway.run)
         engines = [
             Live("a", python, server.url, folder),
@@ -319,6 +329,13 @@ async def live() -> None:
         await through.run()
         if not os.environ.get("KVPLANE_ONLY_GATEWAY"):
             await scenes(run, *engines)
+        believed = gateway.local.states()["tiny"]
+        found = gateway.measured.sources.get(LOCAL, 0)
+        say(
+            f"prompts whose tokens the gateway found itself: {found}; compared with an engine's: {gateway.local.compared}"
+        )
+        if not found or believed != (True, "") or gateway.local.differed:
+            raise SystemExit(f"the gateway's own tokens are not the engine's: {believed[1] or 'it found none'}")
     report(run, through)
 
 
