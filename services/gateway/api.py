@@ -14,6 +14,7 @@ from msgspec import Meta
 
 from kvplane.services.dataplane.openai import truncated
 from kvplane.services.protocol.errors import BadRequest
+from kvplane.services.tokens.conversation import Chat, split
 
 if TYPE_CHECKING:
     from kvplane.services.protocol.messages import RouteAnswer
@@ -26,14 +27,13 @@ _MOST_TOKEN = (1 << 32) - 1
 _NOTHING = msgspec.Raw()
 
 
-class Fields(msgspec.Struct, frozen=True, gc=False):
+class Fields(Chat, frozen=True, gc=False):
     """What is read of a body; everything else is the engine's business. Large parts stay bytes."""
 
     model: Any = None
     stream: Any = None
     stream_options: Any = None
     prompt: msgspec.Raw = _NOTHING
-    messages: msgspec.Raw = _NOTHING
     input: msgspec.Raw = _NOTHING
     system: msgspec.Raw = _NOTHING
     user: Any = None
@@ -41,7 +41,6 @@ class Fields(msgspec.Struct, frozen=True, gc=False):
     prompt_cache_key: Any = None
     conversation: Any = None
     cache_salt: Any = None
-    truncate_prompt_tokens: Any = None
     truncation_side: Any = None
 
 
@@ -60,6 +59,8 @@ class Asked(NamedTuple):
     """As it goes to the engine."""
     adds_usage: bool
     """The engine is asked for usage that the client did not ask for."""
+    messages: list[msgspec.Raw]
+    """Of a conversation, each as it came; none where they are no list."""
 
 
 def read(path: str, body: bytes) -> Asked:
@@ -72,7 +73,18 @@ def read(path: str, body: bytes) -> Asked:
         raise BadRequest("the request names no model; `GET /v1/models` lists those that are served")
     stream = fields.stream is True
     adds_usage = stream and path in {CHAT, COMPLETIONS} and not _wants_usage(fields.stream_options)
-    return Asked(path, fields.model, fields, _with_usage(fields, body) if adds_usage else body, adds_usage)
+    body = _with_usage(fields, body) if adds_usage else body
+    return Asked(path, fields.model, fields, body, adds_usage, _messages(fields))
+
+
+def _messages(fields: Fields) -> list[msgspec.Raw]:
+    raw = bytes(fields.messages) or bytes(fields.input)
+    if not raw.startswith(b"["):
+        return []
+    try:
+        return split(raw)
+    except (msgspec.MsgspecError, RecursionError):
+        return []
 
 
 def _wants_usage(options: object) -> bool:

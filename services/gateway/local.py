@@ -18,7 +18,6 @@ import structlog
 from kvplane.services.gateway import api
 from kvplane.services.protocol.errors import EngineFailed, NoNode, Overloaded
 from kvplane.services.tokens import proof
-from kvplane.services.tokens.conversation import chat
 from kvplane.services.tokens.errors import Elsewhere, Unusable
 from kvplane.services.tokens.files import in_hub_cache, load
 from kvplane.services.tokens.prefixes import Hasher
@@ -241,10 +240,7 @@ def _work(model: Model | None, asked: Asked, hasher: Hasher) -> Work:
     if model is None:
         raise Elsewhere("its files are not read")
     if asked.path == api.CHAT:
-        try:
-            return model.begin_chat(chat(asked.body), hasher)
-        except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-            raise Elsewhere(f"the request is not read here: {error}") from None
+        return model.begin_chat(asked.fields, hasher, asked.messages)
     raw = bytes(asked.fields.prompt)
     if asked.path != api.COMPLETIONS or not raw.startswith(b'"') or asked.fields.truncate_prompt_tokens is not None:
         raise Elsewhere("engines render this kind of request")

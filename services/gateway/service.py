@@ -217,7 +217,7 @@ class Gateway:
         request = exchange.request
         asked = api.read(path, request.body)
         passage.model = asked.model
-        session = sessions.session(request.headers, asked.fields)
+        session = sessions.session(request.headers, asked.fields, asked.messages)
         ids = api.token_ids(asked)
         if ids is not None:
             prompt = Prompt(ids, len(ids), "client")

@@ -15,6 +15,8 @@ import msgspec
 from xxhash import xxh3_128_hexdigest
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from kvplane.services.gateway.api import Fields
     from kvplane.services.http.reader import Headers
 
@@ -34,12 +36,11 @@ class _Message(msgspec.Struct, frozen=True, gc=False):
     type: str = ""
 
 
-_split = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _message = msgspec.json.Decoder(_Message).decode
 
 
-def session(headers: Headers, fields: Fields) -> str:
-    """Name of the request's conversation, or empty."""
+def session(headers: Headers, fields: Fields, messages: Sequence[msgspec.Raw]) -> str:
+    """Name of the request's conversation, or empty. `messages` are those of the body."""
     given = _named(headers) or _in_body(fields)
     if given:
         return (
@@ -47,7 +48,7 @@ def session(headers: Headers, fields: Fields) -> str:
             if len(given) <= LONGEST and given.isprintable()
             else xxh3_128_hexdigest(given.encode("utf-8", "replace"))
         )
-    return _begun(fields)
+    return _begun(fields, messages)
 
 
 def _named(headers: Headers) -> str:
@@ -84,12 +85,8 @@ def _of_user(given: object) -> str:
     return session if isinstance(session, str) else ""
 
 
-def _begun(fields: Fields) -> str:
-    raw = bytes(fields.messages) or bytes(fields.input)
-    if not raw.lstrip().startswith(b"[") or b"assistant" not in raw:
-        return ""
+def _begun(fields: Fields, items: Sequence[msgspec.Raw]) -> str:
     try:
-        items = _split(raw)
         for count, item in enumerate(items, 1):
             if _message(item).role == "assistant":
                 begun = [bytes(fields.system), *(bytes(each) for each in items[:count])]

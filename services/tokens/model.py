@@ -81,8 +81,8 @@ class Model:
         """What the known texts take."""
         return self.prefixes.held_bytes + self.turns.held_bytes
 
-    def begin_chat(self, asked: Chat, hasher: Hasher) -> Work:
-        """A chat. Raises `Elsewhere`."""
+    def begin_chat(self, asked: Chat, hasher: Hasher, messages: list[msgspec.Raw] | None = None) -> Work:
+        """A chat; `messages` are its own, if they are apart already. Raises `Elsewhere`."""
         template = self.template
         if template is None:
             raise Elsewhere("the model has no chat template")
@@ -97,7 +97,8 @@ class Model:
             )
         )
         try:
-            messages = conversation.split(asked.messages)
+            if messages is None:
+                messages = conversation.split(asked.messages)
             if not messages:
                 raise Elsewhere("the request has no messages")
             rendered = self._text(messages, self._read_tools(raw_tools), given, about, hasher.seed)
