@@ -253,7 +253,7 @@ def _check_registered(event: types.NodeRegistered) -> None:
         raise BadCommit("invalid", "capacity_blocks must say how many blocks the tier gpu holds")
 
 
-def _check_stored(event: types.BlocksStored) -> None:
+def _check_stored(event: types.BlocksStored | types.GroupStored) -> None:
     _packed(event.hashes, "hashes")
     if event.engine_hashes is not None and len(event.engine_hashes) * _HASH_BYTES != len(event.hashes):
         raise BadCommit("invalid", "engine_hashes and hashes must have one entry a block each")
@@ -287,6 +287,8 @@ _CHECKS: dict[type[types.Event], Callable[[Any], None]] = {
     types.NodeRegistered: _check_registered,
     types.BlocksStored: _check_stored,
     types.BlocksRemoved: lambda event: _packed(event.hashes, "hashes"),
+    types.GroupStored: _check_stored,
+    types.GroupRemoved: lambda event: _packed(event.hashes, "hashes"),
     types.BlocksPlaced: _check_placed,
     types.SessionAssigned: _check_session,
     types.SessionEnded: _check_session,

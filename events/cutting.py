@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from kvplane.events import codec
 from kvplane.events.hashing import unpack_hashes
-from kvplane.events.types import BlocksRemoved, BlocksStored, RequestRouted
+from kvplane.events.types import BlocksRemoved, BlocksStored, GroupRemoved, GroupStored, RequestRouted
 
 if TYPE_CHECKING:
     from kvplane.events.types import Event
@@ -25,7 +25,7 @@ def cut(event: Event, space: int) -> list[tuple[Event, bytes]]:
     if len(encoded) <= space:
         return [(event, encoded)]
     match event:
-        case BlocksStored() | BlocksRemoved() if len(event.hashes) > HASH_BYTES:
+        case BlocksStored() | BlocksRemoved() | GroupStored() | GroupRemoved() if len(event.hashes) > HASH_BYTES:
             middle = len(event.hashes) // HASH_BYTES // 2
             at = middle * HASH_BYTES
             first, second = replace(event, hashes=event.hashes[:at]), replace(event, hashes=event.hashes[at:])
@@ -36,6 +36,10 @@ def cut(event: Event, space: int) -> list[tuple[Event, bytes]]:
                     engine_hashes=names and names[middle:],
                 )  # fmt: skip
                 first = replace(first, engine_hashes=names and names[:middle])
+            elif isinstance(first, GroupStored) and isinstance(second, GroupStored):
+                names = first.engine_hashes
+                first = replace(first, engine_hashes=names and names[:middle])
+                second = replace(second, engine_hashes=names and names[middle:])
             return [*cut(first, space), *cut(second, space)]
         case RequestRouted(hashes=hashes) if hashes:
             return cut(replace(event, hashes=b""), space)

@@ -32,6 +32,10 @@ Traceparent = Annotated[str, Meta(max_length=TRACEPARENT_LIMIT)]
 """W3C traceparent of a request, empty without one. No fold reads it."""
 Tier = Literal["gpu", "cpu", "disk"]
 TIERS: tuple[Tier, ...] = ("gpu", "cpu", "disk")
+Group = Annotated[int, Meta(ge=0, le=63)]
+"""The engine's number of a KV cache group."""
+GroupKind = Literal["full", "sliding", "chunked", "state"]
+"""What a hit needs of a KV cache group: all of its blocks, those of the last window, those of the last chunk, the last one."""
 
 
 def _tag(name: str) -> str:
@@ -127,6 +131,37 @@ class BlocksPlaced(Event, frozen=True, tag=_tag):
     evicted: Packed = b""
     parent: Hash | None = None
     request: Annotated[str, Meta(max_length=128)] = ""
+
+
+class GroupStored(Event, frozen=True, tag=_tag):
+    """A reported node of a hybrid model holds blocks in a further KV cache group; without blocks, that it has this group.
+
+    `BlocksStored` tells of the group that is followed as the cache itself. No more of that is a hit than every further
+    group of the node can serve, see `projections.groups`. All of it is in the tier `gpu`.
+    """
+
+    node: Name
+    epoch: Count
+    batch: Count
+    group: Group
+    kind: GroupKind
+    hashes: Packed = b""
+    """The fleet's block that each of the group's blocks ends with."""
+    window: Length = 0
+    """Tokens of a sliding window, or of a chunk."""
+    span: Annotated[int, Meta(ge=1, le=65536)] = 1
+    """Of how many of the fleet's blocks each of the group's consists."""
+    engine_hashes: Annotated[list[EngineHash], Meta(max_length=HASHES_LIMIT)] | None = None
+
+
+class GroupRemoved(Event, frozen=True, tag=_tag):
+    """A reported node holds these blocks no longer in a further KV cache group."""
+
+    node: Name
+    epoch: Count
+    batch: Count
+    group: Group
+    hashes: Packed
 
 
 class CacheCleared(Event, frozen=True, tag=_tag):
@@ -259,7 +294,7 @@ class FormatRaised(Event, frozen=True, tag=_tag):
 
 
 NodeEvent = NodeRegistered | NodeCordoned | NodeUncordoned | NodeLost | NodeRecovered | NodeRemoved
-CacheEvent = BlocksStored | BlocksRemoved | BlocksPlaced | CacheCleared
+CacheEvent = BlocksStored | BlocksRemoved | BlocksPlaced | CacheCleared | GroupStored | GroupRemoved
 SessionEvent = SessionAssigned | SessionEnded
 AccessEvent = RequestRouted | RequestCompleted | RequestHeld | RequestReleased
 ControlEvent = PolicyChanged | FormatRaised

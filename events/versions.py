@@ -26,12 +26,18 @@ if TYPE_CHECKING:
 
     from kvplane.events.subjects import Topic
 
-FORMAT = 4
+FORMAT = 5
 """The newest format that this kvplane reads and writes. 2: no node's word alone moves the fleet's pace (`projections.load`).
 3: the contexts of live conversations are counted (`projections.contexts`). 4: what one node writes in a second is bounded
-(`events.allowance`), and requests can be held (`projections.held`)."""
+(`events.allowance`), and requests can be held (`projections.held`). 5: what the further KV cache groups of hybrid models hold
+is on the log, and no more is a hit than they can serve (`projections.groups`)."""
 
-SINCE: dict[type[types.Event], int] = {types.RequestHeld: 4, types.RequestReleased: 4}
+SINCE: dict[type[types.Event], int] = {
+    types.RequestHeld: 4,
+    types.RequestReleased: 4,
+    types.GroupStored: 5,
+    types.GroupRemoved: 5,
+}
 """In which format an event got this shape; 1 for those that are not here."""
 
 FORMER: dict[Topic, dict[type[types.Event], Callable[[Any], types.Event]]] = {}

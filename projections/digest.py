@@ -45,6 +45,9 @@ def digest(state: FleetState) -> str:
             if index.count(slot):
                 add(tier)
                 hasher.update(np.sort(np.frombuffer(index.packed(slot), "<u8")).tobytes())
+        for group, layout in sorted(node.groups.layouts.items()) if node.groups is not None else ():
+            add([group, *layout])
+            hasher.update(np.sort(np.frombuffer(state.caches.groups.packed(node, group), "<u8")).tobytes())
     add([(key, session) for key, session in state.sessions.items()])
     load = state.load
     add([(request, active) for request, active in load.running.items()])

@@ -99,11 +99,13 @@ class FleetState:
         self._on_event: dict[type[types.Event], Callable[..., None]] = {
             types.NodeRegistered: self._registered,
             types.NodeCordoned: self._cordoned,
-            types.NodeUncordoned: self._uncordoned,
+            types.NodeUncordoned: self._cordoned,
             types.NodeLost: self._lost,
             types.NodeRecovered: self._recovered,
             types.NodeRemoved: self._removed,
             types.BlocksPlaced: self._placed,
+            types.GroupStored: self._grouped,
+            types.GroupRemoved: self._grouped,
             types.SessionAssigned: self._assigned,
             types.SessionEnded: self._ended,
             types.RequestRouted: self._routed,
@@ -267,14 +269,9 @@ class FleetState:
         self.caches.clear(node)
         self.changes += 1
 
-    def _cordoned(self, event: types.NodeCordoned) -> None:
-        self._set_cordoned(event.node, cordoned=True)
-
-    def _uncordoned(self, event: types.NodeUncordoned) -> None:
-        self._set_cordoned(event.node, cordoned=False)
-
-    def _set_cordoned(self, name: str, *, cordoned: bool) -> None:
-        node = self._node(name)
+    def _cordoned(self, event: types.NodeCordoned | types.NodeUncordoned) -> None:
+        node = self._node(event.node)
+        cordoned = isinstance(event, types.NodeCordoned)
         if node.cordoned is cordoned:
             raise Skip("no_change")
         node.cordoned = cordoned
@@ -320,8 +317,10 @@ class FleetState:
                 raise Skip("wrong_mode")
             if kind is types.BlocksStored and event.tier != fitting:  # type: ignore[attr-defined]
                 fitting = event.tier  # type: ignore[attr-defined]
-                if self._overfull(node, fitting):
+                if self._overfull(node, fitting, self.caches.held(node, fitting)):
                     raise Skip("capacity")
+            elif kind is types.GroupStored and self._overfull(node, "gpu", self.caches.groups.held(node, event.group)):  # type: ignore[attr-defined]
+                raise Skip("capacity")
         if managed:
             # Only on managed nodes do decisions rest on the cache.
             self._check_based_on(commit)
@@ -353,10 +352,13 @@ class FleetState:
             else:
                 self._on_event[kind](event)
 
-    def _overfull(self, node: Node, tier: types.Tier) -> bool:
+    @staticmethod
+    def _overfull(node: Node, tier: types.Tier, held: int) -> bool:
         """Whether the node said already that it holds far more than it can: memory is bounded by what was registered."""
-        capacity = node.registered.capacity_blocks.get(tier, TIER_LIMIT)
-        return self.caches.held(node, tier) > min(OVERFULL * capacity, TIER_LIMIT)
+        return held > min(OVERFULL * node.registered.capacity_blocks.get(tier, TIER_LIMIT), TIER_LIMIT)
+
+    def _grouped(self, event: types.GroupStored | types.GroupRemoved) -> None:
+        self.changes += self.caches.groups.apply(self.nodes[event.node], event)
 
     def _placed(self, event: types.BlocksPlaced) -> None:
         node = self.nodes[event.node]

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Literal
 
 from msgspec import Struct
 
+from kvplane.projections.groups import Groups
 from kvplane.projections.prefix import PrefixIndex
 
 if TYPE_CHECKING:
     from kvplane.events.types import NodeRegistered, Tier
+    from kvplane.projections.groups import Membership
 
 
 NodeState = Literal["up", "cordoned", "lost"]
@@ -26,6 +28,8 @@ class Node(Struct, kw_only=True):
     """Why the node was concluded to be lost; none while it is not."""
     cordoned: bool = False
     slots: dict[Tier, int] = {}
+    groups: Membership | None = None
+    """Its KV cache groups beside the one in the slots; none while it has told of none."""
 
     @property
     def state(self) -> NodeState:
@@ -55,6 +59,8 @@ class Caches:
         self.by_model: dict[str, PrefixIndex] = {}
         self._owners: dict[str, list[str | None]] = {}
         self._no_index = PrefixIndex()
+        self.groups = Groups()
+        """What nodes of hybrid models hold beside what is in the indexes."""
         self.slots_made = 0
         """Counts slots that were taken, so that what is derived from them knows when to be made again."""
 
@@ -88,13 +94,15 @@ class Caches:
         self.forget(model)
 
     def clear(self, node: Node) -> int:
-        """Take all blocks from the node; return how many there were."""
+        """Take all blocks from the node; return how many there were, those of further groups not counted."""
+        self.groups.clear(node)
         index = self.index(node.model)
         return sum(index.clear(slot) for slot in node.slots.values())
 
     def release(self, node: Node) -> int:
         """Clear the node and free its slots; the index of a model that no node has any more goes."""
         cleared = self.clear(node)
+        self.groups.release(node)
         owners = self._owners.get(node.model, [])
         for slot in node.slots.values():
             owners[slot] = None

@@ -99,13 +99,11 @@ class PrefixIndex:
                 self._counts[slot] += blocks
 
     def _adopt_twins(self, segments: Sequence[Segment]) -> None:
-        seen: set[int] = set()
-        for segment in segments:
-            for block in unpack_hashes(segment.packed):
-                if block in seen:
-                    raise ValueError(f"block {block} is in two places")
-                seen.add(block)
-                self._bind(block, segment)
+        blocks = [(block, segment) for segment in segments for block in unpack_hashes(segment.packed)]
+        if len(dict(blocks)) != len(blocks):
+            raise ValueError("a block is in two places")
+        for block, segment in blocks:
+            self._bind(block, segment)
 
     def _find(self, here: bytes) -> tuple[Segment, int] | None:
         """Segment of a hash (as 8 bytes), and its position there."""
@@ -363,10 +361,7 @@ class PrefixIndex:
         return removed
 
     def match(self, packed: bytes, limit: int | None = None) -> list[int]:
-        """Leading blocks of a request that each slot holds, by slot.
-
-        `packed` is the request's hashes; only the first `limit` blocks count.
-        """
+        """Leading blocks of a request, given by its hashes, that each slot holds, by slot; `limit` at the most."""
         where = self._where
         bits = self._bits
         lengths = [0] * len(bits)
@@ -430,6 +425,11 @@ class PrefixIndex:
         """Whether the slot holds this block."""
         found = self._find(block.to_bytes(8, "little"))
         return found is not None and bool(found[0].get(slot) >> found[1] & 1)
+
+    def holders(self, here: bytes) -> int:
+        """Slots that hold this block (as 8 bytes), as a bit mask."""
+        found = self._find(here)
+        return 0 if found is None else found[0].holders(found[1])
 
     def held(self, slot: int) -> tuple[int, ...]:
         """Block hashes that the slot holds, in no particular order."""

@@ -90,6 +90,13 @@ class Segment(Struct, eq=False, gc=False):
             mask |= mask_of(some)
         return mask
 
+    def holders(self, position: int) -> int:
+        """Slots that hold a position, as a bit mask."""
+        slots = self.full
+        for slot, some in self.some.items() if self.some is not None else ():
+            slots |= (mask_of(some) >> position & 1) << slot
+        return slots
+
     def partial(self) -> dict[int, int]:
         """Masks of the slots that hold some of it."""
         return {slot: mask_of(some) for slot, some in self.some.items()} if self.some is not None else {}

@@ -62,7 +62,7 @@ class _Version(Struct):
     version: int
 
 
-_BODY = msgspec.msgpack.Decoder(snapshot_body.BodyWithHeld)
+_BODY = msgspec.msgpack.Decoder(snapshot_body.BodyWithGroups)
 _HEADER = msgspec.msgpack.Decoder(Header)
 _VERSION = msgspec.msgpack.Decoder(_Version)
 

@@ -12,9 +12,9 @@ import struct
 from array import array
 from collections import OrderedDict
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
-from msgspec import Meta, Struct
+from msgspec import Meta, field
 
 from kvplane.events.allowance import ALLOWANCE_FORMAT
 from kvplane.events.codec import validate
@@ -28,8 +28,10 @@ from kvplane.projections.load import COLUMNS, Active, Early, Prefills
 from kvplane.projections.nodes import Node
 from kvplane.projections.prefix import PrefixIndex
 from kvplane.projections.recency import Recency
-from kvplane.projections.segment import ALL, HASH_BYTES, SEGMENT_BYTES, Segment, key_of_last
+from kvplane.projections.segment import HASH_BYTES
 from kvplane.projections.sessions import Session
+from kvplane.projections.snapshot_groups import GroupsPart, groups_of, put_groups
+from kvplane.projections.snapshot_segments import MOST_SLOTS, Part, SegmentPart, broken, segments, segments_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,15 +39,8 @@ if TYPE_CHECKING:
     from kvplane.projections.fleet import FleetState
     from kvplane.projections.load import Load
 
-MOST_SLOTS = 1 << 16
-"""Most slots of all models. Their masks take 268 MB; without a limit a few bytes could claim any amount of memory."""
 
-
-class _Part(Struct, array_like=True, forbid_unknown_fields=True):
-    pass
-
-
-class NodePart(_Part):
+class NodePart(Part):
     """One node and the numbers of its slots."""
 
     registered: NodeRegistered
@@ -56,15 +51,7 @@ class NodePart(_Part):
     slots: dict[Tier, int]
 
 
-class SegmentPart(_Part, gc=False):
-    """A run of hashes and a bit mask of the slots that hold all of it; of others that hold some, masks of positions."""
-
-    run: Annotated[bytes, Meta(min_length=HASH_BYTES, max_length=SEGMENT_BYTES)]
-    full: bytes
-    some: list[tuple[int, bytes]] | None
-
-
-class IndexPart(_Part):
+class IndexPart(Part):
     """The index of a model, with how many slots it has."""
 
     model: str
@@ -72,7 +59,7 @@ class IndexPart(_Part):
     segments: list[SegmentPart]
 
 
-class SessionPart(_Part, gc=False):
+class SessionPart(Part, gc=False):
     """One session."""
 
     model: str
@@ -82,7 +69,7 @@ class SessionPart(_Part, gc=False):
     was: str
 
 
-class PrefillsPart(_Part):
+class PrefillsPart(Part):
     """The prompts that one node computes."""
 
     waiting: dict[str, int]
@@ -90,7 +77,7 @@ class PrefillsPart(_Part):
     since: float
 
 
-class LoadPart(_Part):
+class LoadPart(Part):
     """Load, with its columns 8 bytes a place, those of nodes that left included."""
 
     ordinals: dict[str, int]
@@ -107,7 +94,7 @@ class LoadPart(_Part):
     early: dict[str, Early]
 
 
-class RecencyPart(_Part):
+class RecencyPart(Part):
     """Blocks in order of use, the protected ones, and how many requests use each of those; 8 bytes each."""
 
     order: bytes
@@ -115,7 +102,7 @@ class RecencyPart(_Part):
     uses: bytes
 
 
-class Body(_Part):
+class Body(Part):
     """All of a state but what its header says."""
 
     nodes: list[NodePart]
@@ -137,16 +124,16 @@ class Body(_Part):
 class BodyWithContexts(Body):
     """That of a log in which contexts are kept: they come last, so that snapshots of earlier logs stay what they were."""
 
-    contexts: list[tuple[bytes | int, Context]] = []
+    contexts: list[tuple[bytes | int, Context]] = field(default_factory=list)
 
 
 class BodyWithAllowances(BodyWithContexts):
     """That of a log in which nodes are held to what they may write."""
 
-    allowances: dict[str, int] = {}
+    allowances: dict[str, int] = field(default_factory=dict)
 
 
-class HeldPart(_Part):
+class HeldPart(Part):
     """Who is held, what was let in of late and the conversations that were heard of."""
 
     queue: list[tuple[str, Held]]
@@ -162,19 +149,25 @@ class BodyWithHeld(BodyWithAllowances):
     held: HeldPart | None = None
 
 
+class BodyWithGroups(BodyWithHeld):
+    """That of a log with nodes of hybrid models."""
+
+    groups: list[GroupsPart] = field(default_factory=list)
+
+
 def take(state: FleetState) -> Body:
     """The parts of a state. They share its dictionaries: encode them before the state goes on."""
     caches = state.caches
     slots = sum(len(caches.owners(model)) for model in caches.by_model)
     if slots > MOST_SLOTS:
-        _broken(f"the fleet has {slots} slots, a snapshot holds {MOST_SLOTS}")
+        broken(f"the fleet has {slots} slots, a snapshot holds {MOST_SLOTS}")
     return _form(state)(
         nodes=[
             NodePart(node.registered, node.epoch, node.changed, node.lost, node.cordoned, node.slots)
             for node in state.nodes.values()
         ],
         indexes=[
-            IndexPart(model, len(caches.owners(model)), _segments_of(index)) for model, index in caches.by_model.items()
+            IndexPart(model, len(caches.owners(model)), segments_of(index)) for model, index in caches.by_model.items()
         ],
         sessions=[SessionPart(*key, entry.node, entry.since, entry.was) for key, entry in state.sessions.items()],
         load=_load_of(state.load),
@@ -194,6 +187,10 @@ def take(state: FleetState) -> Body:
 def _form(state: FleetState) -> Callable[..., Body]:
     """The shape that the log's format has, with what it has beside those before it."""
     contexts = list(state.load.contexts.items())
+    if state.caches.groups.by_model:
+        held = _held_of(state) if state.holding else None
+        groups = groups_of(state)
+        return partial(BodyWithGroups, contexts=contexts, allowances=state.allowances, held=held, groups=groups)
     if state.holding:
         return partial(BodyWithHeld, contexts=contexts, allowances=state.allowances, held=_held_of(state))
     if state.format >= ALLOWANCE_FORMAT:
@@ -206,23 +203,6 @@ def _held_of(state: FleetState) -> HeldPart:
     return HeldPart(
         list(queue.items()), queue.let_in, queue.let_in_half, queue.half_began, list(contexts.talks.items())
     )  # fmt: skip
-
-
-def _mask(bits: int) -> bytes:
-    return bits.to_bytes((bits.bit_length() + 7) >> 3, "little")
-
-
-def _segments_of(index: PrefixIndex) -> list[SegmentPart]:
-    return [
-        SegmentPart(
-            segment.packed,
-            _mask(segment.full),
-            None
-            if segment.some is None
-            else [(slot, _mask(positions)) for slot, positions in segment.partial().items()],
-        )
-        for segment in index.segments()
-    ]
 
 
 def _load_of(load: Load) -> LoadPart:
@@ -248,10 +228,6 @@ def _recency_of(recency: Recency) -> RecencyPart:
     return RecencyPart(pack_hashes(recency.order), pack_hashes(protected), pack_hashes(protected.values()))
 
 
-def _broken(what: str) -> NoReturn:
-    raise ValueError(what)
-
-
 def put(state: FleetState, body: Body) -> None:
     """Give a new state these parts."""
     if body.format > FORMAT:
@@ -268,8 +244,9 @@ def put(state: FleetState, body: Body) -> None:
             cordoned=part.cordoned, slots=part.slots,
         )  # fmt: skip
     if len(state.nodes) != len(body.nodes):
-        _broken("a node is there twice")
+        broken("a node is there twice")
     _put_caches(state, body.indexes)
+    put_groups(state, body.groups if isinstance(body, BodyWithGroups) else [])
     _put_load(state, body.load)
     _put_contexts(state, body.contexts if isinstance(body, BodyWithContexts) else [])
     if isinstance(body, BodyWithAllowances):
@@ -281,63 +258,33 @@ def put(state: FleetState, body: Body) -> None:
 
 def _put_caches(state: FleetState, parts: Sequence[IndexPart]) -> None:
     if sum(part.slots for part in parts) > MOST_SLOTS or any(part.slots < 1 for part in parts):
-        _broken("there are more slots than there can be")
+        broken("there are more slots than there can be")
     owners: dict[str, list[str | None]] = {part.model: [None] * part.slots for part in parts}
     if len(owners) != len(parts):
-        _broken("a model is there twice")
+        broken("a model is there twice")
     for node in state.nodes.values():
         if "gpu" not in node.slots:
-            _broken("a node has no slot for its GPU")
+            broken("a node has no slot for its GPU")
         for slot in node.slots.values():
             if slot < 0 or owners[node.model][slot] is not None:
-                _broken("a slot has two nodes")
+                broken("a slot has two nodes")
             owners[node.model][slot] = node.name
     for part in parts:
         index = PrefixIndex()
         index.add_slot(part.slots - 1)
-        index.adopt(_segments(part, owners[part.model]))
+        index.adopt(segments(part.segments, owners[part.model]))
         state.caches.adopt(part.model, index, owners[part.model])
-
-
-def _segments(part: IndexPart, owners: Sequence[str | None]) -> list[Segment]:
-    taken = int("".join("0" if owner is None else "1" for owner in reversed(owners)), 2)
-    masks: dict[bytes, int] = {}
-    segments = []
-    for each in part.segments:
-        whole = ALL[len(each.run) >> 3]
-        if len(each.run) % HASH_BYTES:
-            _broken("a run ends within a block")
-        full = masks.get(each.full)
-        if full is None:
-            full = masks[each.full] = int.from_bytes(each.full, "little")
-            if full & ~taken:
-                _broken("a slot that no node has holds blocks")
-        segment = Segment(each.run, full, key_of_last(each.run))
-        if each.some is not None:
-            _hold(segment, each.some, owners, whole)
-        if segment.covered() != whole:
-            _broken("nobody holds a block")
-        segments.append(segment)
-    return segments
-
-
-def _hold(segment: Segment, some: Sequence[tuple[int, bytes]], owners: Sequence[str | None], whole: int) -> None:
-    for slot, packed in some:
-        positions = int.from_bytes(packed, "little")
-        if slot < 0 or owners[slot] is None or segment.get(slot) or not 0 < positions < whole:
-            _broken("a slot can't hold these blocks of a segment")
-        segment.put(slot, positions)
 
 
 def _put_load(state: FleetState, part: LoadPart) -> None:
     load = state.load
     places = len(part.prefills)
     if sorted([*part.ordinals.values(), *part.free]) != [*range(places)]:
-        _broken("a node's place in the columns is not its own")
+        broken("a node's place in the columns is not its own")
     if part.ordinals.keys() != {name for name, node in state.nodes.items() if node.lost is None}:
-        _broken("load is not that of the nodes that are there")
+        broken("load is not that of the nodes that are there")
     if part.columns.keys() != set(COLUMNS):
-        _broken("load has other columns")
+        broken("load has other columns")
     for name, packed in part.columns.items():
         code = getattr(load, name).typecode
         setattr(load, name, array(code, struct.unpack(f"<{places}{code}", packed)))
@@ -360,16 +307,16 @@ def _put_contexts(state: FleetState, parts: list[tuple[bytes | int, Context]]) -
     load = state.load
     live = dict(parts)
     if len(live) != len(parts) or (live and not load.contexts.kept):
-        _broken("a context is there twice, or in a log that keeps none")
+        broken("a context is there twice, or in a log that keeps none")
     if any(each.tokens < 0 or each.turns < 1 or each.node not in load.ordinal for each in live.values()):
-        _broken("a context can't be")
+        broken("a context can't be")
     load.contexts.fit(len(load.prefills))
     load.contexts.adopt(parts, load.ordinal)
 
 
 def _put_allowances(state: FleetState, allowances: dict[str, int]) -> None:
     if allowances and state.format < ALLOWANCE_FORMAT:
-        _broken("nodes are held to an allowance in a log that knows none")
+        broken("nodes are held to an allowance in a log that knows none")
     state.allowances.update(allowances)
 
 
@@ -377,7 +324,7 @@ def _put_held(state: FleetState, part: HeldPart | None) -> None:
     contexts = state.load.contexts
     state.queue = begun(state.queue, contexts, state.format, state.parameters)
     if state.holding != (part is not None):
-        _broken("requests are held where the policy holds none, or the other way round")
+        broken("requests are held where the policy holds none, or the other way round")
     if part is None:
         return
     state.queue.update(part.queue)
@@ -392,7 +339,7 @@ def _put_held(state: FleetState, part: HeldPart | None) -> None:
         or len(contexts.asked) != sum(len(talk.running) for talk in contexts.talks.values())
         or min((held.tokens for held in state.queue.values()), default=0) < 0
     ):
-        _broken("who is held, or what conversations ask, can't be")
+        broken("who is held, or what conversations ask, can't be")
 
 
 def _check_load(load: Load) -> None:
@@ -402,32 +349,32 @@ def _check_load(load: Load) -> None:
         blocks[active.node] += active.blocks
         tokens[active.node] += active.tokens
         if len(active.hashes) % HASH_BYTES or min(active.blocks, active.tokens) < 0:
-            _broken("a request runs that can't be")
+            broken("a request runs that can't be")
     for name, at in load.ordinal.items():
         waiting = load.prefills[at].waiting
         if (load.blocks[at], load.tokens[at]) != (blocks[name], tokens[name]):
-            _broken("a node's load is not that of its requests")
+            broken("a node's load is not that of its requests")
         if load.pending[at] != sum(waiting.values()) or min(waiting.values(), default=0) < 0:
-            _broken("a node's pending tokens are not those of its requests")
+            broken("a node's pending tokens are not those of its requests")
         if not (load.speed[at] > 0 and load.pace[at] * load.ratio > 0):
-            _broken("a node has no speed")
+            broken("a node has no speed")
 
 
 def _put_sessions(state: FleetState, parts: Sequence[SessionPart]) -> None:
     entries = {(part.model, part.session): Session(part.node, part.since, part.was) for part in parts}
     if len(entries) != len(parts):
-        _broken("a session is there twice")
+        broken("a session is there twice")
     if not {part.node for part in parts if part.node} <= state.load.ordinal.keys():
-        _broken("a session is on a node that is not there")
+        broken("a session is on a node that is not there")
     state.sessions.adopt(entries)
 
 
 def _put_recency(state: FleetState, parts: dict[str, RecencyPart]) -> None:
     if parts.keys() != {name for name, node in state.nodes.items() if node.managed and node.lost is None}:
-        _broken("recency is not that of the managed nodes")
+        broken("recency is not that of the managed nodes")
     for name, part in parts.items():
         recency = state.recency[name] = Recency()
         recency.order = OrderedDict.fromkeys(unpack_hashes(part.order))
         recency.protected = dict(zip(unpack_hashes(part.protected), unpack_hashes(part.uses), strict=True))
         if len(recency.order) != state.caches.held(state.nodes[name]):
-            _broken("a managed node holds other blocks than it used")
+            broken("a managed node holds other blocks than it used")

@@ -20,6 +20,7 @@ from kvplane.events.allowance import Pace
 from kvplane.events.log.append import Appender, new_writer
 from kvplane.events.log.group import GroupWriter, Writers
 from kvplane.events.subjects import subject
+from kvplane.services.engines.groups import GROUPS_FORMAT
 from kvplane.services.engines.hearing import Hearing
 from kvplane.services.engines.life import Event, Health, Life, Looks, State
 from kvplane.services.engines.oddities import Oddities, not_understood
@@ -185,7 +186,7 @@ class Adapter:
             return
         same = before.labels.get(labels.STARTED) == self.facts.started
         if same and before.block_size == self.facts.block_size:
-            self.track.restore(before.engine_hashes(), before.position)
+            self.track.restore(before, before.position)
             _log.info("remembered", node=self.config.node, batch=before.position, blocks=self.track.translator.used())
 
     async def _follow(self) -> None:
@@ -350,9 +351,12 @@ class Adapter:
         )  # fmt: skip
         self.track.translator.epoch = await self.member.register(request, self._not_registered)
         self.life.on(Event.REGISTERED)
-        self.outbox.begin(self.track.translator.report(self.track.position))
-        blocks = self.track.translator.used()
-        _log.info("node_registered", node=config.node, epoch=self.epoch, blocks=blocks, batch=self.track.position)
+        translator = self.track.translator
+        translator.groups.tells = self.member.format >= GROUPS_FORMAT
+        self.outbox.begin(translator.report(self.track.position))
+        _log.info(
+            "node_registered", node=config.node, epoch=self.epoch, blocks=translator.used(), batch=self.track.position
+        )
 
     def _not_registered(self, error: ServiceFault) -> None:
         if error.status < 429:
@@ -402,10 +406,13 @@ class Adapter:
         )
 
     async def _look_at_models(self, now: float) -> None:
-        """Register anew, with all that is held, when the engine has loaded or unloaded a LoRA."""
+        """Register anew, with all that is held, when the engine has loaded or unloaded a LoRA, or more of it can be told."""
         if self.life.state is not State.MEMBER or now < self._models_at:
             return
         self._models_at = now + MODELS_SECONDS
+        if self.track.translator.groups.untold and await self.member.log_takes(GROUPS_FORMAT):
+            self.life.on(Event.FORGOTTEN)
+            return
         models, loras_from = await self.engine.models()
         facts = self.facts
         known = (set(facts.models), set(facts.models[facts.loras_from :]))

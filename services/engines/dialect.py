@@ -48,6 +48,10 @@ class Stored(NamedTuple):
     group: int | None
     full: bool
     """Whether the group's attention is full; others keep parts of a prompt only."""
+    kind: str = ""
+    """What the engine calls the group's kind."""
+    window: int = 0
+    """Tokens of its window or chunk; 0 where that is not said."""
 
 
 class Removed(NamedTuple):
@@ -149,7 +153,8 @@ def _stored(event: dict[str, Any]) -> Stored:
                 keys[position] = key
     return Stored(
         hashes, None if parent is None else _hashes([parent])[0], tokens, size, _tier(event), lora, salt, keys,
-        _whole(event.get("group_idx")), kind in _FULL,
+        _whole(event.get("group_idx")), kind in _FULL, str(kind)[:64],
+        max(0, _whole(event.get("kv_cache_spec_sliding_window")) or 0),
     )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ class Oddities:
         self._node = node
         self._logged: dict[str, int] = {}
         self._strange = False
+        self._trouble = ""
 
     def look(self, track: Track) -> None:
         """Log what is new."""
@@ -41,3 +42,7 @@ class Oddities:
         if reason and not self._strange:
             _log.warning("not_understood", node=self._node, reason=reason)
         self._strange = bool(reason)
+        trouble = track.translator.groups.trouble()
+        if trouble and trouble != self._trouble:
+            _log.warning("groups_not_followed", node=self._node, reason=trouble)
+        self._trouble = trouble

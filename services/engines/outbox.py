@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from kvplane.events.types import BlocksRemoved, BlocksStored
+from kvplane.events.types import BlocksRemoved, BlocksStored, GroupRemoved, GroupStored
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 BUFFER_EVENTS = 20_000
 BUFFER_BLOCKS = 2_000_000
 """So much waits for the log at the most."""
+
+_BLOCKS = (BlocksStored, BlocksRemoved, GroupStored, GroupRemoved)
 
 _log = structlog.get_logger("kvplane.engines")
 
@@ -51,9 +53,7 @@ class Outbox:
             return
         if not self.writer.waiting:
             self._blocks = 0
-        self._blocks += sum(
-            len(event.hashes) >> 3 for event in events if isinstance(event, BlocksStored | BlocksRemoved)
-        )
+        self._blocks += sum(len(event.hashes) >> 3 for event in events if isinstance(event, _BLOCKS))
         if self.writer.waiting + len(events) > self._most_events or self._blocks > BUFFER_BLOCKS:
             self.behind = True
             self.overflows += 1

@@ -13,15 +13,18 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
+from kvplane.events.hashing import unpack_hashes
 from kvplane.events.types import CacheCleared
 from kvplane.services.engines.dialect import decode
+from kvplane.services.engines.groups import Group
 from kvplane.services.protocol.errors import BadBatch, EngineUnfit
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
-    from kvplane.events.types import EngineHash, Event, Tier
+    from kvplane.events.types import Event
     from kvplane.services.engines.translate import Translator
+    from kvplane.services.protocol.messages import Remembered
 
 Numbered = tuple[int, bytes]
 """A batch's number and its bytes."""
@@ -83,10 +86,13 @@ class Track:
         """Number of the last batch that was applied; 0 before the first."""
         return max(0, (self.next or 0) - 1)
 
-    def restore(self, names: Mapping[Tier, Mapping[EngineHash, int]], position: int) -> None:
+    def restore(self, before: Remembered, position: int) -> None:
         """Go on from what the log says: what is held, and the last batch of which it knows."""
-        for tier, known in names.items():
+        for tier, known in before.engine_hashes().items():
             self.translator.restore(tier, known)
+        for number, (kind, window, span, hashes, names) in before.groups.items():
+            group = Group(kind, window, span)
+            self.translator.restore_group(number, group, dict(zip(names, unpack_hashes(hashes), strict=True)))
         self.next, self._from_log = position + 1, True
 
     def restart(self) -> None:

@@ -16,6 +16,7 @@ from kvplane.events.errors import BadHashes
 from kvplane.events.hashing import block_hashes, pack_hashes, unpack_hashes
 from kvplane.events.types import BlocksRemoved, BlocksStored, CacheCleared
 from kvplane.services.engines.dialect import Cleared, Removed, Stored
+from kvplane.services.engines.groups import Group, Groups
 from kvplane.services.engines.holding import Former, Holding
 from kvplane.services.engines.parts import part, parts, parts_named
 
@@ -42,9 +43,9 @@ COUNTS = {
     "unknown_removed": "removals of blocks that are not known to be held",
     "unnamed": "blocks that were stored by a name that is not known, without their tokens",
     "partial": "entries of less than a block",
-    "indivisible": "blocks of a slower tier that are no whole number of the fleet's",
+    "indivisible": "blocks of a slower tier or a further group that are no whole number of the fleet's",
     "misfit": "stores whose tokens are not those of their blocks",
-    "other_group": "blocks of other attention groups than the one that is followed",
+    "other_group": "blocks of KV cache groups that are not followed, or not there",
     "elsewhere": "blocks in places that are not this engine's own",
     "ambiguous": "names that the engine gave to two contents",
     "overfull": "times that more blocks were reported as held than fit, so that all were forgotten",
@@ -72,6 +73,10 @@ class Translator:
         self._former = Former(FORMER_NAMES)
         self._group: int | None = None
         self._others: set[int] = set()
+        self.groups = Groups(node, block_size, self.counts, self._block)
+        """The further groups of a hybrid model."""
+        self._aside: list[Stored | Removed] = []
+        """Of the batch that is applied, what is of those."""
         self._parts = 0
         """Into how many of the fleet's blocks one of a slower tier was split at the most."""
 
@@ -103,10 +108,12 @@ class Translator:
             for name, block in holding.names.items():
                 self._former.put(name, block)
             holding.clear()
+        self.groups.clear()
 
     def forget(self) -> None:
         """Know nothing: names of another life may mean something else."""
         self._tiers, self._former, self._group, self._others = {}, Former(FORMER_NAMES), None, set()
+        self.groups.by_number.clear()
         self._parts = 0
         self._misfits = 0
 
@@ -114,9 +121,10 @@ class Translator:
         """More is held than fits, in a sentence: removals were lost, or the capacity is not the engine's. Empty otherwise."""
         for tier, most in self._capacity.items():
             holding = self._tiers.get(tier)
-            if holding is not None and holding.copies > most:
+            copies = max(0 if holding is None else holding.copies, self.groups.most_copies() if tier == "gpu" else 0)
+            if copies > most:
                 return (
-                    f"the engine reported {holding.copies:,} blocks as held and {most:,} fit: its removals were lost, or "
+                    f"the engine reported {copies:,} blocks as held and {most:,} fit: its removals were lost, or "
                     "--capacity-blocks is too small"
                 )
         return ""
@@ -138,9 +146,15 @@ class Translator:
             if name not in holding.names:
                 holding.add(name, block)
 
+    def restore_group(self, number: int, group: Group, names: Mapping[EngineHash, int]) -> None:
+        """Have a further group, and hold in it what is known from elsewhere."""
+        self._others.add(number)
+        self.groups.restore(number, group, names)
+
     def apply(self, batch: Batch, number: int, *, again: bool = False) -> list[Event]:
         """Events that a batch means. `again`: some of the batch may have been applied before."""
         out = _Out(self, number)
+        aside = self._aside = []
         for event in batch.events:
             if type(event) is Stored:
                 self._store(event, out, again=again)
@@ -150,17 +164,27 @@ class Translator:
                 self.counts["cleared"] += 1
                 out.cleared()
                 self.clear()
+                aside.clear()
         for kind, count in batch.unknown.items():
             key = UNKNOWN + kind
             if key in self.counts or len(self.counts) < len(COUNTS) + UNKNOWN_TYPES:
                 self.counts[key] = self.counts.get(key, 0) + count
         self._trim(out)
-        return out.events
+        events = out.events
+        if aside:
+            # Last, since their names are those of the followed group; but first, which groups there are.
+            new, then = self.groups.apply(aside, self.epoch, number, again=again)
+            events = [*new, *events, *then, *self.groups.trim(self.epoch, number, self._capacity.get("gpu", 1 << 62))]
+        return events
 
     def learn(self, batch: Batch) -> None:
         """Take the meaning of names and groups from a batch whose effects are known already."""
         for event in batch.events:
-            if type(event) is not Stored or not event.tokens or not self._followed(event.group, event):
+            if type(event) is not Stored or not event.tokens:
+                continue
+            if not self._followed(event.group, event):
+                if event.tier == "gpu":
+                    self.groups.see(event)
                 continue
             fitted = self._fitted(event)
             if isinstance(fitted, Stored):
@@ -171,6 +195,8 @@ class Translator:
     def report(self, number: int) -> list[Event]:
         """All that is held, for a fleet that knows nothing of it."""
         out = _Out(self, number)
+        for event in self.groups.report(self.epoch, number):
+            out.further(event)
         for tier, holding in self._tiers.items():
             # Chains are not kept, so blocks are reported without parents: any reader understands that.
             out.stored(tier, list(holding.names), list(holding.names.values()))
@@ -199,7 +225,7 @@ class Translator:
         if stored is not None and stored.tokens:
             if not stored.full:
                 self._others.add(group)
-            elif self._group is None:
+            elif self._group is None and group not in self._others:
                 self._group = group
         if self._group is None:
             # A removal may be of the group to follow, so it counts; a store without tokens teaches nothing.
@@ -262,7 +288,11 @@ class Translator:
             counts["elsewhere"] += len(names)
             return
         if not self._followed(stored.group, stored):
-            counts["other_group"] += len(names)
+            if self._group is None and stored.full and stored.group not in self._others:
+                # Perhaps the one to follow.
+                counts["other_group"] += len(names)
+            else:
+                self._aside.append(stored)
             return
         counts["stored"] += len(names)
         fitted = self._fitted(stored)
@@ -312,7 +342,7 @@ class Translator:
             counts["elsewhere"] += len(removed.hashes)
             return
         if not self._followed(removed.group, None):
-            counts["other_group"] += len(removed.hashes)
+            self._aside.append(removed)
             return
         counts["removed"] += len(removed.hashes)
         holding = self._holding(removed.tier)
@@ -353,6 +383,9 @@ class _Out:
     def events(self) -> list[Event]:
         self._flush()
         return self._events
+
+    def further(self, event: Event) -> None:
+        self._events.append(event)
 
     def removed(self, tier: Tier, blocks: Sequence[int]) -> None:
         if blocks:

@@ -76,6 +76,8 @@ class Member:
         self.epoch = 0
         """That of the last registration; 0 before the first."""
         self.registrations = 0
+        self.format = 1
+        """The log's format, as far as that is known."""
         self._client, self._fleet, self._node = client, fleet, node
         self._writer = writer
         self._concluded = concluded
@@ -104,9 +106,16 @@ class Member:
                 failed(error)
                 await anyio.sleep(REGISTER_SECONDS)
             else:
-                self.epoch = answer.epoch
+                self.epoch, self.format = answer.epoch, answer.format
                 self.registrations += 1
                 return answer.epoch
+
+    async def log_takes(self, wanted: int) -> bool:
+        """Ask whether the log is in this format by now, or in a later one; no is also the answer when nobody answers."""
+        with suppress(ServiceFault):
+            request = messages.NodeRequest(node=self._node)
+            self.format = (await ask(self._client, self.coordinator("node.last"), request, messages.NodeLast)).format
+        return self.format >= wanted
 
     async def heartbeat(self, gauges: Callable[[], messages.Heartbeat | None], seconds: float) -> None:
         """Heartbeat at this interval, for ever, unless there is nothing to be said. Raises `LoginRefused`."""

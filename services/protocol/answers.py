@@ -20,6 +20,8 @@ class RegisterAnswer(Struct, frozen=True, kw_only=True):
     node: str
     epoch: int
     sequence: int
+    format: int = 1
+    """The log's format in force, which says what may be written."""
 
 
 class ChangeAnswer(Struct, frozen=True, kw_only=True):

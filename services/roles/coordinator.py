@@ -164,7 +164,7 @@ class Coordinator:
             "cache_admit": self.admit, "admit_to_oneself": self.admit,
             "cache_touch": partial(self._change, admission.touch),
             "cache_evict": partial(self._change, admission.evict),
-            "node_last": names.last, "last_of_oneself": names.last,
+            "node_last": self.node_last, "last_of_oneself": self.node_last,
             "cache_names": names.first, "names_of_oneself": names.first, "piece": names.more,
             "cache_lookup": self.lookup,
             "session_end": self.end_session,
@@ -251,7 +251,11 @@ class Coordinator:
         commands.register(self.state, request)
         self.registrations.register(request.node, time.monotonic())
         _, sequence = await self.commit(commands.register, request, request.node)
-        return {"node": request.node, "epoch": sequence, "sequence": sequence}
+        return {"node": request.node, "epoch": sequence, "sequence": sequence, "format": self.state.format}
+
+    async def node_last(self, request: messages.NodeRequest) -> messages.NodeLast:
+        """The log's last commit about a node itself, and its format."""
+        return msgspec.structs.replace(await self.engine_hashes.last(request), format=self.state.format)
 
     async def admit(self, request: messages.AdmitRequest) -> dict[str, object]:
         """Place blocks on a managed node."""
@@ -325,12 +329,13 @@ class Coordinator:
         serving = [node for node in self.state.nodes.values() if request.model in node.registered.models]
         if not serving:
             raise UnknownModel(f"no node serves model {request.model[:80]!r}")
-        matches = {}
+        matches: dict[str, int] = {}
         for cache_model in dict.fromkeys(node.model for node in serving):
             lengths = self.state.caches.index(cache_model).match(request.hashes)
-            for node in serving:
-                if node.model == cache_model and "gpu" in node.slots:
-                    matches[node.name] = lengths[node.slots["gpu"]]
+            nodes = [node for node in serving if node.model == cache_model and "gpu" in node.slots]
+            held = [lengths[node.slots["gpu"]] for node in nodes]
+            served = self.state.caches.groups.limit(nodes, held, request.hashes)
+            matches.update(zip([node.name for node in nodes], served, strict=True))
         blocks = len(unpack_hashes(request.hashes))
         return {"model": request.model, "blocks": blocks, "matches": matches, "sequence": self.state.sequence}
 

@@ -58,7 +58,7 @@ def _encoded(read: memory.Memory | None) -> bytes:
     return msgspec.msgpack.encode(
         messages.Remembered(
             epoch=read.epoch, block_size=read.registered.block_size, labels=read.registered.labels,
-            position=read.position, tiers=tiers,
+            position=read.position, tiers=tiers, groups=read.groups(),
         )
     )  # fmt: skip
 

@@ -6,23 +6,26 @@ from typing import TYPE_CHECKING
 
 import anyio
 import structlog
+from msgspec.structs import replace
 from nats.errors import Error as NatsError
 from nats.js.errors import APIError, NotFoundError
 
 from kvplane.events import codec
 from kvplane.events.errors import BadCommit, LogUnavailable
-from kvplane.events.hashing import unpack_hashes
+from kvplane.events.hashing import pack_hashes, unpack_hashes
 from kvplane.events.log.deliveries import Deliveries
 from kvplane.events.subjects import stream_name, subject
-from kvplane.events.types import BlocksRemoved, BlocksStored, CacheCleared, NodeRegistered
+from kvplane.events.types import BlocksRemoved, BlocksStored, CacheCleared, GroupRemoved, GroupStored, NodeRegistered
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import AnswerTooLarge
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from nats.aio.client import Client
     from nats.aio.msg import Msg
 
-    from kvplane.events.types import EngineHash, Event, Tier
+    from kvplane.events.types import EngineHash, Event, GroupKind, Tier
 
 READ_SECONDS = 30.0
 """How long nothing may arrive while the log is read."""
@@ -47,6 +50,8 @@ class Memory:
         self.position: int | None = None
         """Last batch of which the log knows; some of it may be missing."""
         self._tiers: dict[Tier, dict[int, EngineHash]] = {}
+        self._groups: dict[int, tuple[GroupStored, dict[int, EngineHash]]] = {}
+        """Further KV cache groups: what was said of each last, and its blocks."""
         self._writers: dict[str, int] = {}
 
     def apply(self, commit: codec.Commit) -> None:
@@ -64,22 +69,44 @@ class Memory:
             blocks = unpack_hashes(event.hashes)
             tier = self._tiers.setdefault(event.tier, {})
             # What another writer stored without the engine's hashes can't be followed, so it is not taken over.
-            for block, name in zip(blocks, event.engine_hashes or (), strict=False):
-                if isinstance(name, int) or len(name) <= NAME_BYTES:
-                    tier[block] = name
+            self._take(tier, blocks, event.engine_hashes)
         elif isinstance(event, BlocksRemoved):
             tier = self._tiers.setdefault(event.tier, {})
             for block in unpack_hashes(event.hashes):
                 tier.pop(block, None)
+        elif isinstance(event, GroupStored):
+            said = replace(event, batch=0, hashes=b"", engine_hashes=None)
+            before, held = self._groups.get(event.group, (said, {}))
+            held = held if before == said else {}
+            self._take(held, unpack_hashes(event.hashes), event.engine_hashes)
+            self._groups[event.group] = said, held
+        elif isinstance(event, GroupRemoved):
+            for block in unpack_hashes(event.hashes) if event.group in self._groups else ():
+                self._groups[event.group][1].pop(block, None)
         elif isinstance(event, CacheCleared):
             self._tiers.clear()
+            for _, held in self._groups.values():
+                held.clear()
         else:
             return
         self.position = event.batch
 
+    @staticmethod
+    def _take(held: dict[int, EngineHash], blocks: Sequence[int], names: Sequence[EngineHash] | None) -> None:
+        known = zip(blocks, names or (), strict=False)
+        held.update({block: name for block, name in known if isinstance(name, int) or len(name) <= NAME_BYTES})
+
     def entries(self) -> int:
         """Of how many blocks and writers this consists."""
-        return len(self._writers) + sum(len(blocks) for blocks in self._tiers.values())
+        groups = sum(len(held) for _, held in self._groups.values())
+        return len(self._writers) + groups + sum(len(blocks) for blocks in self._tiers.values())
+
+    def groups(self) -> dict[int, tuple[GroupKind, int, int, bytes, list[EngineHash]]]:
+        """Further KV cache groups, as `messages.Remembered` has them."""
+        return {
+            number: (said.kind, said.window, said.span, pack_hashes(held), list(held.values()))
+            for number, (said, held) in self._groups.items()
+        }
 
     def engine_hashes(self) -> dict[Tier, dict[EngineHash, int]]:
         """Blocks by the engine's hashes, in each tier."""

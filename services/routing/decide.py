@@ -295,6 +295,8 @@ class Chooser:
         slow: Column | None = None
         for _, index, having, slots in roster.indexes:
             match[having] = _column(index.match(hashes, blocks))[slots]
+        if roster.hybrid:
+            self._through_groups(roster, query, match)
         if roster.tiered:
             slow = np.zeros(len(roster.nodes))
             for position in roster.tiered:
@@ -306,10 +308,21 @@ class Chooser:
             if not self._overlay.lift(cache_model, hashes, blocks, lengths):
                 continue
             soon = _column(lengths)[roster.ordinals[having]]
+            if roster.hybrid:
+                # What a hybrid model keeps of a prompt is known when it is told.
+                soon[np.isin(having, roster.hybrid)] = 0
             if slow is not None:
                 slow[having] *= soon <= match[having]
             match[having] = np.maximum(match[having], soon)
         return match, slow
+
+    def _through_groups(self, roster: Roster, query: Query, match: Column) -> None:
+        """Leave of the matches of nodes with further KV cache groups what all of these can serve."""
+        for _, _, having, _ in roster.indexes:
+            places = [at for at in having.tolist() if roster.nodes[at].groups is not None]
+            nodes = [roster.nodes[at] for at in places]
+            lengths = [int(match[at]) for at in places]
+            match[places] = self._state.caches.groups.limit(nodes, lengths, query.hashes)
 
     def _through_tiers(self, node: Node, query: Query, match: int) -> tuple[int, int]:
         """Match of a node whose blocks lie in several tiers, going from tier to tier; and how many are not on `gpu`."""

@@ -71,7 +71,9 @@ class Roster:
         self.contexts = np.frombuffer(state.load.contexts.tokens)
         """Tokens of live contexts, as an array that changes with them, by the fold's ordinals."""
         self.zeros = np.zeros(len(self.nodes))
-        self.tiered = [position for position, node in enumerate(self.nodes) if len(node.slots) > 1]
+        self.hybrid = [position for position, node in enumerate(self.nodes) if node.groups is not None]
+        """Those with further KV cache groups, of whose slower tiers nothing is expected."""
+        self.tiered = [at for at, node in enumerate(self.nodes) if len(node.slots) > 1 and node.groups is None]
         self.block_size = serving[0].registered.block_size
         blocks = [sum(node.registered.capacity_blocks.values()) for node in self.nodes]
         self.room = np.array(blocks, dtype=np.float64) * self.block_size
@@ -94,6 +96,7 @@ class Roster:
             self.whole
             and len(self.indexes) == 1
             and not self.tiered
+            and not self.hybrid
             and bool(np.array_equal(self.indexes[0][3], np.arange(len(state.caches.owners(self.indexes[0][0])))))
         )
         """Whether the slots are the candidates, too, and each has one only."""

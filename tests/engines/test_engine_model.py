@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvplane.events import codec
+from kvplane.events.hashing import pack_hashes
 from kvplane.services.engines.sequence import Track, Verdict
 from kvplane.services.engines.translate import Translator
+from kvplane.services.protocol.messages import Remembered
 from kvplane.services.roles.memory import Memory
 from tests.support.naive_engine import NaiveEngine
 from tests.support.one_node_fold import Folded
@@ -59,7 +61,9 @@ class Engines(RuleBasedStateMachine):
         for commit in self.log:
             memory.apply(commit)
         if memory.position is not None and self.life_known() and self.registered_life == self.engine.life:
-            self.track.restore(memory.engine_hashes(), memory.position)
+            tiers = {tier: (pack_hashes(names.values()), list(names)) for tier, names in memory.engine_hashes().items()}
+            before = Remembered(epoch=epoch, block_size=SIZE, labels={}, position=memory.position, tiers=tiers)
+            self.track.restore(before, memory.position)
             if self.engine.sequence > len(self.engine.buffer):
                 self.uncertain |= {block for block, copies in self.engine.copies().items() if copies > 1}
         self.look()

@@ -187,7 +187,7 @@ def test_hybrid_models_are_followed_in_their_full_attention() -> None:
     assert node.held("cpu") == set()
     node.say(removed(3, group_idx=1))
     assert node.held() == set(BLOCKS[:2])
-    assert node.counted() == {"other_group": 3}
+    assert node.counted() == {"other_group": 1}
 
 
 def test_less_than_a_block_is_no_block() -> None:

@@ -18,6 +18,7 @@ from kvplane.projections.contexts import Contexts
 from kvplane.projections.digest import digest
 from kvplane.projections.errors import BadSnapshot
 from kvplane.projections.fleet import FleetState
+from kvplane.projections.groups import Groups, Membership, ModelGroups
 from kvplane.projections.load import COLUMNS, Load, Prefills
 from kvplane.projections.nodes import Caches, Node
 from kvplane.projections.prefix import PrefixIndex
@@ -51,7 +52,12 @@ def picture(thing: Any) -> Any:
         case Sessions():
             on_node = sorted((node, sorted(keys)) for node, keys in thing._on_node.items())
             return picture(thing._entries), on_node, thing._limit
-        case FleetState() | Load() | Caches() | Recency():
+        case ModelGroups():
+            held = {
+                group: [sorted(i.held(slot)) for slot in range(len(thing.owners))] for group, i in thing.indexes.items()
+            }
+            return thing.owners, held
+        case FleetState() | Load() | Caches() | Recency() | Groups() | Membership():
             return {name: picture(value) for name, value in vars(thing).items() if name not in MADE_ANEW}
         case Prefills():
             return {name: picture(getattr(thing, name)) for name in Prefills.__slots__}

@@ -60,6 +60,14 @@ FIELDS: dict[type[types.Event], dict[str, st.SearchStrategy[Any]]] = {
     types.BlocksRemoved: {"node": nodes, "epoch": epochs, "batch": st.just(1), "hashes": blocks, "tier": tiers},
     types.BlocksPlaced: {"node": nodes, "epoch": epochs, "stored": blocks, "evicted": blocks, "parent": parents},
     types.CacheCleared: {"node": nodes, "epoch": epochs},
+    types.GroupStored: {
+        "node": nodes, "epoch": epochs, "batch": st.just(1), "group": st.integers(0, 2),
+        "kind": st.sampled_from(["full", "sliding", "chunked", "state"]), "hashes": blocks, "window": st.just(32),
+        "span": st.integers(1, 2),
+    },
+    types.GroupRemoved: {
+        "node": nodes, "epoch": epochs, "batch": st.just(1), "group": st.integers(0, 2), "hashes": blocks,
+    },
     types.SessionAssigned: {"session": st.sampled_from("st"), "model": models, "node": nodes},
     types.SessionEnded: {"session": st.sampled_from("st"), "model": models},
     types.RequestRouted: {
