@@ -24,6 +24,7 @@ _BYTES = {
     # To look at a list's length is to read all of it, so it is taken from a column that says the same.
     "decisions": f"400 + least(blocks, {HASHES_LIMIT}) * 8",
     "cache_changes": "100 + (blocks + evicted_blocks) * 8",
+    "group_changes": "100 + blocks * 8",
     "node_changes": "4096",
     "commits": "CASE WHEN skipped IS NULL THEN 100 ELSE 16384 END",
 }

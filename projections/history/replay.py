@@ -136,6 +136,18 @@ def cache_events(table: pa.Table) -> Events:
     return {_key(row): _cache_event(row) for row in _rows(table, "hashes", "evicted")}
 
 
+def _group_event(row: Mapping[str, Any]) -> types.Event:
+    of = (row["node"], row["epoch"], row["batch"], row["group_number"])
+    if row["change"] == "removed":
+        return types.GroupRemoved(*of, row["hashes"])
+    return types.GroupStored(*of, row["kind"], row["hashes"], row["window_tokens"], row["span"])
+
+
+def group_events(table: pa.Table) -> Events:
+    """Events of `group_changes`."""
+    return {_key(row): _group_event(row) for row in _rows(table, "hashes")}
+
+
 def session_events(table: pa.Table) -> Events:
     """Events of `session_changes`."""
     return {
@@ -202,6 +214,7 @@ def format_events(table: pa.Table) -> Events:
 _READERS: dict[str, Callable[[pa.Table], Events]] = {
     "node_changes": node_events,
     "cache_changes": cache_events,
+    "group_changes": group_events,
     "session_changes": session_events,
     "decisions": decision_events,
     "completions": completion_events,

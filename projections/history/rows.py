@@ -7,7 +7,6 @@ without a Python object a value where it counts (block hashes stay packed bytes 
 from __future__ import annotations
 
 import json
-from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -16,15 +15,26 @@ import pyarrow as pa
 from kvplane.events import types
 from kvplane.events.errors import BadName
 from kvplane.events.subjects import place_of
+from kvplane.projections.history.cache_rows import (
+    cache_changes,
+    group_changes,
+    keys,
+    numbers,
+    of_each,
+    packed_lists,
+    times,
+    told_of_groups,
+)
 from kvplane.projections.history.tables import CANDIDATE, TABLES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
     from kvplane.events.codec import Commit, Message
     from kvplane.projections.fleet import FleetState
+    from kvplane.projections.history.cache_rows import Row
     from kvplane.projections.skips import Applied
 
 PREFIX_TOKENS = 512
@@ -35,9 +45,6 @@ MOVED = "from "
 """How the reason of an assignment begins when the session was elsewhere before."""
 
 _NS = 1_000_000_000
-_Row = tuple[int, int, int, Any, Any]
-"""Sequence, place in the commit, time in microseconds, event, and what was known."""
-
 _NODE_CHANGES: dict[type, str] = {
     types.NodeRegistered: "registered",
     types.NodeCordoned: "cordoned",
@@ -45,12 +52,6 @@ _NODE_CHANGES: dict[type, str] = {
     types.NodeLost: "lost",
     types.NodeRecovered: "recovered",
     types.NodeRemoved: "removed",
-}
-_CACHE_CHANGES: dict[type, str] = {
-    types.BlocksStored: "stored",
-    types.BlocksRemoved: "removed",
-    types.BlocksPlaced: "placed",
-    types.CacheCleared: "cleared",
 }
 
 
@@ -93,12 +94,14 @@ class Rows:
 
     def __init__(self) -> None:
         self.commits: list[tuple[Message, Commit | None, str | None, str]] = []
-        self.events: dict[str, list[_Row]] = {
+        self.events: dict[str, list[Row]] = {
             "node": [], "cache": [], "session": [], "routed": [], "completed": [], "held": [], "control": [],
         }  # fmt: skip
         self.first = self.last = 0
         self.size = 0
         """About how many bytes they hold."""
+        self._groups = False
+        """Whether anything was told of further KV cache groups."""
 
     def add(self, message: Message, applied: Applied, state: FleetState, waiting: Waiting) -> None:
         """A message that was just applied to the state, or skipped by it."""
@@ -115,6 +118,8 @@ class Rows:
         time = message.time // 1000
         topic = commit.place.topic
         if topic != "access":
+            node = state.nodes.get(commit.place.name) if topic == "cache" else None
+            self._groups |= node is not None and node.groups is not None
             self.events[topic] += [
                 (message.sequence, place, time, event, None) for place, event in enumerate(commit.events)
             ]
@@ -138,10 +143,12 @@ class Rows:
 
     def tables(self) -> dict[str, pa.Table]:
         """All rows as Arrow tables, those without rows left out."""
+        cache, groups = told_of_groups(self.events["cache"]) if self._groups else (self.events["cache"], [])
         made = {
             "commits": _commits(self.commits),
             "node_changes": _node_changes(self.events["node"]),
-            "cache_changes": _cache_changes(self.events["cache"]),
+            "cache_changes": cache_changes(cache),
+            "group_changes": group_changes(groups),
             "session_changes": _session_changes(self.events["session"]),
             "decisions": _decisions(self.events["routed"]),
             "completions": _completions(self.events["completed"]),
@@ -152,35 +159,6 @@ class Rows:
         return {table.name: pa.table(made[table.name], schema=table.schema) for table in TABLES if made[table.name]}
 
 
-def packed_lists(packed: Sequence[bytes]) -> pa.ListArray:
-    """Packed hashes of each row as a column of lists."""
-    offsets = np.zeros(len(packed) + 1, np.int32)
-    np.cumsum([len(part) >> 3 for part in packed], out=offsets[1:])
-    return pa.ListArray.from_arrays(offsets, pa.array(np.frombuffer(b"".join(packed), "<u8")))
-
-
-def _times(rows: Iterable[int]) -> pa.Array:
-    return pa.array(np.array(list(rows), "datetime64[us]"))
-
-
-def _of(things: Sequence[Any], name: str) -> list[Any]:
-    """A field of each."""
-    return list(map(attrgetter(name), things))
-
-
-def _numbers(things: Sequence[Any], name: str, form: type[np.generic]) -> NDArray[Any]:
-    """A field of each, as numbers."""
-    return np.fromiter(map(attrgetter(name), things), form, len(things))
-
-
-def _keys(rows: Sequence[_Row]) -> dict[str, Any]:
-    return {
-        "sequence": np.fromiter(map(itemgetter(0), rows), np.uint64, len(rows)),
-        "event": np.fromiter(map(itemgetter(1), rows), np.uint16, len(rows)),
-        "time": _times(row[2] for row in rows),
-    }
-
-
 def _commits(rows: Sequence[tuple[Message, Commit | None, str | None, str]]) -> dict[str, Any]:
     if not rows:
         return {}
@@ -189,7 +167,7 @@ def _commits(rows: Sequence[tuple[Message, Commit | None, str | None, str]]) -> 
     gone = [(message if commit is None else None) for message, commit, _, _ in rows]
     return {
         "sequence": np.array([message.sequence for message, _, _, _ in rows], np.uint64),
-        "time": _times(message.time // 1000 for message, _, _, _ in rows),
+        "time": times(message.time // 1000 for message, _, _, _ in rows),
         "nanos": np.array([message.time % 1000 for message, _, _, _ in rows], np.uint16),
         "room": [place[0] for place in places],
         "name": [place[1] for place in places],
@@ -223,7 +201,7 @@ def _place(message: Message) -> tuple[str, str]:
     return place.topic, place.name
 
 
-def _node_changes(rows: Sequence[_Row]) -> dict[str, Any]:
+def _node_changes(rows: Sequence[Row]) -> dict[str, Any]:
     if not rows:
         return {}
     events = [row[3] for row in rows]
@@ -233,8 +211,8 @@ def _node_changes(rows: Sequence[_Row]) -> dict[str, Any]:
         return [get(event) if event is not None else None for event in registered]
 
     return {
-        **_keys(rows),
-        "node": _of(events, "node"),
+        **keys(rows),
+        "node": of_each(events, "node"),
         "change": [_NODE_CHANGES[type(event)] for event in events],
         "reason": [getattr(event, "reason", None) for event in events],
         "address": of(lambda event: event.address),
@@ -251,49 +229,20 @@ def _node_changes(rows: Sequence[_Row]) -> dict[str, Any]:
     }
 
 
-def _cache_changes(rows: Sequence[_Row]) -> dict[str, Any]:
-    if not rows:
-        return {}
-    events = [row[3] for row in rows]
-    placed = [isinstance(event, types.BlocksPlaced) for event in events]
-    hashes = [
-        event.stored if place else getattr(event, "hashes", b"") for event, place in zip(events, placed, strict=True)
-    ]
-    evicted = [event.evicted if place else b"" for event, place in zip(events, placed, strict=True)]
-    return {
-        **_keys(rows),
-        "node": _of(events, "node"),
-        "change": [_CACHE_CHANGES[type(event)] for event in events],
-        "tier": [getattr(event, "tier", None) for event in events],
-        "epoch": _of(events, "epoch"),
-        "batch": [getattr(event, "batch", None) for event in events],
-        "parent": [getattr(event, "parent", None) for event in events],
-        "blocks": np.array([len(packed) >> 3 for packed in hashes], np.uint32),
-        "evicted_blocks": [
-            len(packed) >> 3 if place else len(event.hashes) >> 3 if isinstance(event, types.BlocksRemoved) else 0
-            for event, place, packed in zip(events, placed, evicted, strict=True)
-        ],
-        "hashes": packed_lists(hashes),
-        "evicted": packed_lists(evicted),
-        "request": [event.request if place else None for event, place in zip(events, placed, strict=True)],
-        "reason": [getattr(event, "reason", None) for event in events],
-    }
-
-
-def _session_changes(rows: Sequence[_Row]) -> dict[str, Any]:
+def _session_changes(rows: Sequence[Row]) -> dict[str, Any]:
     if not rows:
         return {}
     events = [row[3] for row in rows]
     return {
-        **_keys(rows),
-        "session": _of(events, "session"),
-        "model": _of(events, "model"),
+        **keys(rows),
+        "session": of_each(events, "session"),
+        "model": of_each(events, "model"),
         "change": [
             "ended" if isinstance(event, types.SessionEnded) else "moved" if event.reason.startswith(MOVED) else "new"
             for event in events
         ],
         "node": [getattr(event, "node", None) for event in events],
-        "reason": _of(events, "reason"),
+        "reason": of_each(events, "reason"),
     }
 
 
@@ -320,44 +269,44 @@ def _prefixes(hashes: pa.ListArray, sizes: NDArray[np.int64]) -> pa.Array:
     return pa.array(values[np.minimum(places, len(values) - 1)], mask=counts == 0)
 
 
-def _decisions(rows: Sequence[_Row]) -> dict[str, Any]:
+def _decisions(rows: Sequence[Row]) -> dict[str, Any]:
     if not rows:
         return {}
     events = [row[3] for row in rows]
     sizes = np.fromiter((row[4][1] for row in rows), np.int64, len(rows))
-    match = _numbers(events, "match", np.uint32)
-    blocks = _numbers(events, "blocks", np.uint32)
-    tokens = _numbers(events, "tokens", np.uint32)
-    hashes = packed_lists(_of(events, "hashes"))
+    match = numbers(events, "match", np.uint32)
+    blocks = numbers(events, "blocks", np.uint32)
+    tokens = numbers(events, "tokens", np.uint32)
+    hashes = packed_lists(of_each(events, "hashes"))
     candidates = [candidate for event in events for candidate in event.candidates]
     offsets = np.zeros(len(events) + 1, np.int32)
     np.cumsum([len(event.candidates) for event in events], out=offsets[1:])
     structs = pa.StructArray.from_arrays(
         [
-            pa.array(_of(candidates, "node"), pa.string()),
-            _numbers(candidates, "match", np.uint64),
-            _numbers(candidates, "cost", np.float64),
+            pa.array(of_each(candidates, "node"), pa.string()),
+            numbers(candidates, "match", np.uint64),
+            numbers(candidates, "cost", np.float64),
         ],
         fields=list(CANDIDATE),
     )
     return {
-        **_keys(rows),
-        "request": _of(events, "request"),
-        "model": _of(events, "model"),
-        "session": _of(events, "session"),
-        "node": _of(events, "node"),
+        **keys(rows),
+        "request": of_each(events, "request"),
+        "model": of_each(events, "model"),
+        "session": of_each(events, "session"),
+        "node": of_each(events, "node"),
         "kind": _kinds(match, blocks, tokens, sizes),
         "match": match,
         "best_match": [event.best if event.decided else None for event in events],
         "blocks": blocks,
         "block_size": pa.array(sizes.astype(np.uint32), mask=sizes == 0),
         "tokens": tokens,
-        "policy": _of(events, "policy"),
+        "policy": of_each(events, "policy"),
         "cost": [event.candidates[0].cost if event.candidates else None for event in events],
         "router": [row[4][0] for row in rows],
-        "applied": _numbers(events, "applied", np.uint64),
-        "decided": _times(event.decided or _NOT_A_TIME for event in events),
-        "exclude": _of(events, "exclude"),
+        "applied": numbers(events, "applied", np.uint64),
+        "decided": times(event.decided or _NOT_A_TIME for event in events),
+        "exclude": of_each(events, "exclude"),
         "prefix": _prefixes(hashes, sizes),
         "hashes": hashes,
         "candidates": pa.ListArray.from_arrays(offsets, structs),
@@ -369,21 +318,21 @@ _NOT_A_TIME = np.iinfo(np.int64).min
 """How NumPy says that there is no time; null in Arrow."""
 
 
-def _completions(rows: Sequence[_Row]) -> dict[str, Any]:
+def _completions(rows: Sequence[Row]) -> dict[str, Any]:
     if not rows:
         return {}
     events = [row[3] for row in rows]
     known: list[Routed | None] = [row[4] for row in rows]
     return {
-        **_keys(rows),
-        "request": _of(events, "request"),
-        "node": _of(events, "node"),
-        "status": _of(events, "status"),
-        "prompt_tokens": _numbers(events, "prompt_tokens", np.uint64),
-        "cached_tokens": _numbers(events, "cached_tokens", np.uint64),
-        "output_tokens": _numbers(events, "output_tokens", np.uint64),
-        "ttft": _numbers(events, "ttft", np.float64),
-        "duration": _numbers(events, "duration", np.float64),
+        **keys(rows),
+        "request": of_each(events, "request"),
+        "node": of_each(events, "node"),
+        "status": of_each(events, "status"),
+        "prompt_tokens": numbers(events, "prompt_tokens", np.uint64),
+        "cached_tokens": numbers(events, "cached_tokens", np.uint64),
+        "output_tokens": numbers(events, "output_tokens", np.uint64),
+        "ttft": numbers(events, "ttft", np.float64),
+        "duration": numbers(events, "duration", np.float64),
         "routed": [routed.sequence if routed is not None else None for routed in known],
         "model": [routed.model if routed is not None else None for routed in known],
         "policy": [routed.policy if routed is not None else None for routed in known],
@@ -392,7 +341,7 @@ def _completions(rows: Sequence[_Row]) -> dict[str, Any]:
     }
 
 
-def _holds(rows: Sequence[_Row]) -> dict[str, Any]:
+def _holds(rows: Sequence[Row]) -> dict[str, Any]:
     if not rows:
         return {}
     events = [row[3] for row in rows]
@@ -402,14 +351,14 @@ def _holds(rows: Sequence[_Row]) -> dict[str, Any]:
         return [getattr(event, name, None) for event in events]
 
     return {
-        **_keys(rows),
-        "request": _of(events, "request"),
-        "model": _of(events, "model"),
+        **keys(rows),
+        "request": of_each(events, "request"),
+        "model": of_each(events, "model"),
         "change": [
             ("held" if event.decided else "still held") if is_held else "released"
             for event, is_held in zip(events, held, strict=True)
         ],
-        "reason": _of(events, "reason"),
+        "reason": of_each(events, "reason"),
         "waited": of("waited"),
         "session": of("session"),
         "tenant": of("tenant"),
@@ -426,23 +375,23 @@ def _holds(rows: Sequence[_Row]) -> dict[str, Any]:
     }
 
 
-def _policy_changes(control: Sequence[_Row]) -> dict[str, Any]:
+def _policy_changes(control: Sequence[Row]) -> dict[str, Any]:
     rows = [row for row in control if isinstance(row[3], types.PolicyChanged)]
     if not rows:
         return {}
     return {
-        **_keys(rows),
+        **keys(rows),
         "policy": [row[3].policy for row in rows],
         "parameters": [list(row[3].parameters.items()) for row in rows],
     }
 
 
-def _format_changes(control: Sequence[_Row]) -> dict[str, Any]:
+def _format_changes(control: Sequence[Row]) -> dict[str, Any]:
     rows = [row for row in control if isinstance(row[3], types.FormatRaised)]
     if not rows:
         return {}
     return {
-        **_keys(rows),
+        **keys(rows),
         "format": [row[3].format for row in rows],
         "kvplane": [row[3].kvplane for row in rows],
     }

@@ -136,6 +136,23 @@ CACHE_CHANGES = Table(
     ),
 )  # fmt: skip
 
+GROUP_CHANGES = Table(
+    "group_changes", "what nodes of hybrid models stored and evicted in further KV cache groups",
+    (
+        *_EVENT,
+        Column("node", "VARCHAR", "the node"),
+        Column("change", "VARCHAR", "stored or removed; what clears the cache clears its groups"),
+        Column("group_number", "USMALLINT", "the engine's number of the group"),
+        Column("kind", "VARCHAR", "full, sliding, chunked or state: what a hit needs of it; null for removals"),
+        Column("window_tokens", "UINTEGER", "tokens of its window or chunk; null for removals"),
+        Column("span", "UINTEGER", "of how many of the fleet's blocks each of its blocks consists; null for removals"),
+        Column("epoch", "UBIGINT", "life of the node's cache: the sequence of its registration"),
+        Column("batch", "UBIGINT", "the engine's counter"),
+        Column("blocks", "UINTEGER", "blocks that were stored or removed"),
+        Column("hashes", "UBIGINT[]", "the fleet's block that each of them ends with"),
+    ),
+)  # fmt: skip
+
 SESSION_CHANGES = Table(
     "session_changes", "which node sessions were put on, and when they ended",
     (
@@ -279,6 +296,7 @@ TABLES = (
     COMMITS,
     NODE_CHANGES,
     CACHE_CHANGES,
+    GROUP_CHANGES,
     SESSION_CHANGES,
     DECISIONS,
     COMPLETIONS,

@@ -132,19 +132,20 @@ class Live:
             "endpoint": f"tcp://*:{self.events}", "replay_endpoint": f"tcp://*:{self.replay}", "buffer_steps": 10_000,
         }  # fmt: skip
         algorithm = self.settings.get("algorithm", "sha256")
+        loras = ["--enable-lora", "--max-loras", "2", "--max-lora-rank", "8", "--lora-modules"]
+        loras += [f"{name}={self.folder / name}" for name in ADAPTERS]
         with (self.folder / f"{self.name}.log").open("ab") as log:
             self.engine = subprocess.Popen(
                 [
                     self.python, "-m", "vllm.entrypoints.openai.api_server",
-                    "--model", str(model_folder()), "--served-model-name", "tiny",
+                    "--model", self.settings.get("model", str(model_folder())), "--served-model-name", "tiny",
                     "--host", "127.0.0.1", "--port", str(self.http), "--load-format", "dummy", "--dtype", "bfloat16",
                     "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "8", "--num-gpu-blocks-override", "64",
                     "--block-size", "32", "--enable-prefix-caching", "--enable-prompt-tokens-details",
                     "--prefix-caching-hash-algo", algorithm, "--kv-events-config", json.dumps(config),
                     "--enable-scale-out", "--chat-template", TEMPLATE,
                     "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
-                    "--enable-lora", "--max-loras", "2", "--max-lora-rank", "8", "--lora-modules",
-                    *(f"{name}={self.folder / name}" for name in ADAPTERS),
+                    *([] if "model" in self.settings else loras),
                     *self.settings.get("arguments", "").split(),
                 ],
                 env={**os.environ, **SETTINGS, **{k: v for k, v in self.settings.items() if k.isupper()}},

@@ -53,10 +53,8 @@ def picture(thing: Any) -> Any:
             on_node = sorted((node, sorted(keys)) for node, keys in thing._on_node.items())
             return picture(thing._entries), on_node, thing._limit
         case ModelGroups():
-            held = {
-                group: [sorted(i.held(slot)) for slot in range(len(thing.owners))] for group, i in thing.indexes.items()
-            }
-            return thing.owners, held
+            slots = range(len(thing.owners))
+            return thing.owners, {group: [sorted(i.held(slot)) for slot in slots] for group, i in thing.indexes.items()}
         case FleetState() | Load() | Caches() | Recency() | Groups() | Membership():
             return {name: picture(value) for name, value in vars(thing).items() if name not in MADE_ANEW}
         case Prefills():

@@ -45,6 +45,8 @@ _KINDS = {
     types.BlocksRemoved: ("cache_changes", "removed"),
     types.BlocksPlaced: ("cache_changes", "placed"),
     types.CacheCleared: ("cache_changes", "cleared"),
+    types.GroupStored: ("group_changes", "stored"),
+    types.GroupRemoved: ("group_changes", "removed"),
     types.NodeRegistered: ("node_changes", "registered"),
     types.NodeCordoned: ("node_changes", "cordoned"),
     types.NodeUncordoned: ("node_changes", "uncordoned"),
