@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from heapq import heappop, heappush
 from math import lcm
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from kvplane.events.types import GroupKind, GroupStored
 from kvplane.projections.prefix import PrefixIndex
@@ -23,8 +23,7 @@ from kvplane.projections.prefix import PrefixIndex
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from kvplane.events.types import GroupRemoved
-    from kvplane.projections.nodes import Node
+    from kvplane.events.types import GroupRemoved, NodeRegistered
 
 _HASH_BYTES = 8
 
@@ -56,6 +55,18 @@ class Membership:
         self.layouts: dict[int, Layout] = {}
 
 
+class Member(Protocol):
+    """A node, as far as its groups are concerned."""
+
+    name: str
+    registered: NodeRegistered
+    groups: Membership | None
+
+    @property
+    def model(self) -> str:
+        """The model whose cache this is."""
+
+
 class ModelGroups:
     """The groups of one model: the nodes by their slots, and an index of blocks for each group."""
 
@@ -70,7 +81,7 @@ class Groups:
     def __init__(self) -> None:
         self.by_model: dict[str, ModelGroups] = {}
 
-    def apply(self, node: Node, event: GroupStored | GroupRemoved) -> bool:
+    def apply(self, node: Member, event: GroupStored | GroupRemoved) -> bool:
         """A node has a group and blocks in it, or lost some. Whether it was not known of the node that it has the group."""
         if isinstance(event, GroupStored):
             return self._stored(node, event)
@@ -78,7 +89,7 @@ class Groups:
             self.by_model[node.model].indexes[event.group].remove(node.groups.slot, event.hashes)
         return False
 
-    def _stored(self, node: Node, event: GroupStored) -> bool:
+    def _stored(self, node: Member, event: GroupStored) -> bool:
         of = self.by_model.setdefault(node.model, ModelGroups())
         member = node.groups
         if member is None:
@@ -94,23 +105,23 @@ class Groups:
             index.store(member.slot, event.hashes)
         return before != layout
 
-    def held(self, node: Node, group: int) -> int:
+    def held(self, node: Member, group: int) -> int:
         """Blocks that a node holds in a group."""
         if node.groups is None or group not in node.groups.layouts:
             return 0
         return self.by_model[node.model].indexes[group].count(node.groups.slot)
 
-    def packed(self, node: Node, group: int) -> bytes:
+    def packed(self, node: Member, group: int) -> bytes:
         """Those blocks, in no particular order."""
         return b"" if node.groups is None else self.by_model[node.model].indexes[group].packed(node.groups.slot)
 
-    def clear(self, node: Node) -> None:
+    def clear(self, node: Member) -> None:
         """Take all blocks from a node. It still has its groups."""
         if node.groups is not None:
             for group in node.groups.layouts:
                 self.by_model[node.model].indexes[group].clear(node.groups.slot)
 
-    def release(self, node: Node) -> None:
+    def release(self, node: Member) -> None:
         """The node has no groups any more."""
         if node.groups is None:
             return
@@ -121,7 +132,7 @@ class Groups:
         if not any(of.owners):
             del self.by_model[node.model]
 
-    def limit(self, nodes: Sequence[Node], lengths: Sequence[int], hashes: bytes) -> list[int]:
+    def limit(self, nodes: Sequence[Member], lengths: Sequence[int], hashes: bytes) -> list[int]:
         """What of the matches of nodes of one model that have groups every group of theirs can serve."""
         found = [0] * len(nodes)
         alike: dict[tuple[int, tuple[tuple[int, Layout], ...]], dict[int, int]] = {}

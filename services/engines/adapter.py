@@ -349,14 +349,12 @@ class Adapter:
             capacity_blocks={"gpu": facts.capacity_blocks}, engine=f"{self.engine.kind} {facts.version}".strip(),
             max_active=config.max_active, pulse_seconds=config.pulse_seconds, labels=own, replace=True,
         )  # fmt: skip
-        self.track.translator.epoch = await self.member.register(request, self._not_registered)
+        translator, last = self.track.translator, self.track.position
+        translator.epoch = await self.member.register(request, self._not_registered)
         self.life.on(Event.REGISTERED)
-        translator = self.track.translator
         translator.groups.tells = self.member.format >= GROUPS_FORMAT
-        self.outbox.begin(translator.report(self.track.position))
-        _log.info(
-            "node_registered", node=config.node, epoch=self.epoch, blocks=translator.used(), batch=self.track.position
-        )
+        self.outbox.begin(translator.report(last))
+        _log.info("node_registered", node=config.node, epoch=self.epoch, blocks=translator.used(), batch=last)
 
     def _not_registered(self, error: ServiceFault) -> None:
         if error.status < 429:

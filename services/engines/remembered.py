@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from kvplane.services.protocol.messages import NodeRequest, Piece, Remembered
+from kvplane.services.protocol.messages import NodeRequest, Piece
+from kvplane.services.protocol.remembered import Remembered
 from kvplane.services.rpc.client import ask
 from kvplane.services.rpc.pieces import whole
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from kvplane.events.types import Event
     from kvplane.services.engines.translate import Translator
-    from kvplane.services.protocol.messages import Remembered
+    from kvplane.services.protocol.remembered import Remembered
 
 Numbered = tuple[int, bytes]
 """A batch's number and its bytes."""

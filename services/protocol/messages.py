@@ -13,7 +13,7 @@ from msgspec import Meta, Struct
 from kvplane.events.errors import BadHashes, BadName
 from kvplane.events.hashing import MOST_TOKENS, format_hash, pack_hashes, parse_hash, unpack_hashes
 from kvplane.events.subjects import check_name
-from kvplane.events.types import HASHES_LIMIT, Count, EngineHash, GroupKind, Length, Tier
+from kvplane.events.types import HASHES_LIMIT, Count, Length, Tier
 from kvplane.services.protocol.errors import BadRequest
 from kvplane.services.protocol.hashing import Hashing  # noqa: TC001 - msgspec reads it
 from kvplane.services.protocol.held import Held  # noqa: TC001 - msgspec looks it up as it decodes
@@ -144,27 +144,6 @@ class NodeLast(Struct, frozen=True, kw_only=True):
     body: bytes
     format: int = 1
     """The log's format in force."""
-
-
-class Remembered(Struct, frozen=True, kw_only=True):
-    """What the log says of the last epoch of a node: how it was registered, the last batch, and what each tier holds.
-
-    A tier is its block hashes, packed, and the engine's hashes of them in the same order.
-    """
-
-    epoch: int
-    block_size: int
-    labels: dict[str, str]
-    position: int | None
-    tiers: dict[Tier, tuple[bytes, list[EngineHash]]]
-    groups: dict[int, tuple[GroupKind, int, int, bytes, list[EngineHash]]] = {}
-    """Further KV cache groups, by their numbers: kind, window, span, and what each holds, as a tier's."""
-
-    def engine_hashes(self) -> dict[Tier, dict[EngineHash, int]]:
-        """Blocks by the engine's hashes, in each tier."""
-        return {
-            tier: dict(zip(names, unpack_hashes(hashes), strict=True)) for tier, (hashes, names) in self.tiers.items()
-        }
 
 
 class ListRequest(_Request, frozen=True, kw_only=True):

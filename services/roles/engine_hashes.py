@@ -18,6 +18,7 @@ from kvplane.events.errors import KvplaneError
 from kvplane.events.hashing import pack_hashes
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.errors import Busy
+from kvplane.services.protocol.remembered import Remembered
 from kvplane.services.roles import memory
 from kvplane.services.rpc.pieces import PIECE_BYTES, Pieces
 
@@ -56,7 +57,7 @@ def _encoded(read: memory.Memory | None) -> bytes:
         return msgspec.msgpack.encode(None)
     tiers = {tier: (pack_hashes(names.values()), list(names)) for tier, names in read.engine_hashes().items()}
     return msgspec.msgpack.encode(
-        messages.Remembered(
+        Remembered(
             epoch=read.epoch, block_size=read.registered.block_size, labels=read.registered.labels,
             position=read.position, tiers=tiers, groups=read.groups(),
         )

@@ -102,7 +102,7 @@ class Memory:
         return len(self._writers) + groups + sum(len(blocks) for blocks in self._tiers.values())
 
     def groups(self) -> dict[int, tuple[GroupKind, int, int, bytes, list[EngineHash]]]:
-        """Further KV cache groups, as `messages.Remembered` has them."""
+        """Further KV cache groups, as `Remembered` has them."""
         return {
             number: (said.kind, said.window, said.span, pack_hashes(held), list(held.values()))
             for number, (said, held) in self._groups.items()

@@ -16,7 +16,7 @@ from kvplane.events import codec
 from kvplane.events.hashing import pack_hashes
 from kvplane.services.engines.sequence import Track, Verdict
 from kvplane.services.engines.translate import Translator
-from kvplane.services.protocol.messages import Remembered
+from kvplane.services.protocol.remembered import Remembered
 from kvplane.services.roles.memory import Memory
 from tests.support.naive_engine import NaiveEngine
 from tests.support.one_node_fold import Folded

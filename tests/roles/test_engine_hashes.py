@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from anyio.abc import Process
     from nats.aio.client import Client
 
-    from kvplane.services.protocol.messages import Remembered
+    from kvplane.services.protocol.remembered import Remembered
     from kvplane.services.roles.coordinator import Coordinator
     from tests.support.fleet import Fleet
 
