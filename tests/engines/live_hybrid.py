@@ -42,14 +42,6 @@ MODELS: dict[str, dict[str, Any]] = {
         "sliding_window": 128, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_theta": 150000.0,
         "swiglu_limit": 7.0, "attention_bias": True, "hidden_act": "silu", "tie_word_embeddings": False,
     },
-    "granite": {
-        **_COMMON, "architectures": ["GraniteMoeHybridForCausalLM"], "model_type": "granitemoehybrid",
-        "layer_types": ["mamba", "attention"] * 2, "num_local_experts": 0, "num_experts_per_tok": 0,
-        "shared_intermediate_size": 256, "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 16,
-        "mamba_d_conv": 4, "mamba_expand": 2, "mamba_chunk_size": 32, "position_embedding_type": "rope",
-        "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": True, "embedding_multiplier": 1.0,
-        "attention_multiplier": 0.2, "residual_multiplier": 1.0, "logits_scaling": 1.0,
-    },
 }  # fmt: skip
 """Tiny hybrid models by their names."""
 
