@@ -210,6 +210,23 @@ def test_a_group_that_holds_nothing_serves_nothing() -> None:
     assert (on.hit([*PROMPT, 1]), on.folded.match(block_hashes(PROMPT, SIZE), 6)) == (0, 6)
 
 
+def test_a_name_that_says_nothing_is_left_out() -> None:
+    on = attached([("sliding_window", 9, SIZE), FULL])
+    ends = on.engine.ends(PROMPT)
+    # Which of six blocks this is can't be known, nor what follows a block that was never told.
+    on.engine.stored(0, "sliding_window", 9, SIZE, ends[-1:], PROMPT, 0, 6)
+    on.engine.stored(0, "sliding_window", 9, SIZE, ends[3:5], PROMPT, 3, 2)
+    on.hear()
+    assert on.translator.counts["unnamed"] == 3
+    assert on.folded.state.caches.groups.held(on.folded.state.nodes["a"], 0) == 0
+    # With all of its tokens a block needs no name that is known.
+    on.engine.stored(0, "sliding_window", 9, SIZE, ends[:2], PROMPT, 0, 2)
+    on.engine.stored(0, "sliding_window", 9, SIZE, ends[2:3], PROMPT, 2, 1)
+    on.hear()
+    assert on.translator.counts["unnamed"] == 4
+    assert on.folded.state.caches.groups.held(on.folded.state.nodes["a"], 0) == 2
+
+
 def test_chunks_whose_size_is_not_told_are_needed_from_the_beginning() -> None:
     on = attached([FULL, ("chunked_local_attention", None, SIZE)])
     on.engine.request(PROMPT)

@@ -227,6 +227,14 @@ def test_a_group_without_blocks_serves_nothing_until_it_has_some() -> None:
     assert hit(given) == 0
 
 
+def test_what_clears_the_cache_clears_its_groups() -> None:
+    given = of(Layout("sliding", 65, 1))
+    given.put("cache", "a", types.CacheCleared("a", given.state.nodes["a"].epoch))
+    given.stores("a", *CHAINS[0])
+    assert hit(given) == 0
+    assert given.state.nodes["a"].groups is not None
+
+
 def test_before_its_format_nobody_takes_it() -> None:
     given = Given()
     epoch = given.node(registered("a"))
