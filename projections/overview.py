@@ -8,6 +8,7 @@ from kvplane.projections.digest import digest
 
 if TYPE_CHECKING:
     from kvplane.projections.fleet import FleetState
+    from kvplane.projections.groups import Membership
     from kvplane.projections.nodes import Node
 
 LISTED = 1000
@@ -37,6 +38,7 @@ def summary(state: FleetState, *, digests: bool) -> dict[str, Any]:
 def node_row(state: FleetState, node: Node) -> dict[str, Any]:
     """A node with its cache and load."""
     load = state.load.of(node.name)
+    groups = {} if node.groups is None else {"groups": _groups(state, node, node.groups)}
     return {
         "node": node.name,
         "state": node.state,
@@ -51,6 +53,15 @@ def node_row(state: FleetState, node: Node) -> dict[str, Any]:
         "active": load.active if load else 0,
         "max_active": node.registered.max_active,
         "sessions": state.sessions.on_node(node.name),
+        **groups,
+    }
+
+
+def _groups(state: FleetState, node: Node, member: Membership) -> dict[int, dict[str, Any]]:
+    """The further KV cache groups of a hybrid model."""
+    return {
+        number: {**layout._asdict(), "held_blocks": state.caches.groups.held(node, number)}
+        for number, layout in sorted(member.layouts.items())
     }
 
 

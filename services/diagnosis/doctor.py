@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from msgspec import UNSET, Struct, field
 
@@ -13,7 +13,7 @@ from kvplane.services.replication.compaction import SNAPSHOT_COMMITS
 from kvplane.services.rpc.client import captured
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping, Sequence
 
     from kvplane.services.diagnosis.examine import Examined, Plain
 
@@ -327,8 +327,19 @@ def _nodes(found: Examined) -> Iterator[Finding]:
             "--kv-events-config, as `kvplane attach vllm --help` shows, or give attach --events where it publishes"
         )
         yield Finding("problem", "nodes", message)
+    for why, names in _by(found.nodes, "inexact").items():
+        yield Finding("warning", "nodes", f"{', '.join(names[:5])}: {why}")
     if lost:
         yield Finding("warning", "nodes", f"lost: {', '.join(lost[:5])}")
+
+
+def _by(rows: Sequence[Mapping[str, Any]], field: str) -> dict[str, list[str]]:
+    """Names of nodes by what their rows say in a field, where they say anything."""
+    names: dict[str, list[str]] = {}
+    for row in rows:
+        if row.get(field):
+            names.setdefault(row[field], []).append(row["node"])
+    return names
 
 
 def _histories(found: Examined, last: int) -> Iterator[Finding]:

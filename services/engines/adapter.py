@@ -446,5 +446,5 @@ class Adapter:
         return messages.Heartbeat(
             node=self.config.node, epoch=self.epoch, asleep=asleep, active=gauges.active if gauges else 0,
             waiting=gauges.waiting if gauges else 0, used_blocks=self.track.translator.used(),
-            unheard=self.hearing.missing,
+            unheard=self.hearing.missing, inexact=self.track.translator.groups.trouble(),
         )  # fmt: skip

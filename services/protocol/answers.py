@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec import UNSET, Struct, UnsetType
 
-from kvplane.events.types import Tier  # noqa: TC001 - a Struct looks its types up
+from kvplane.events.types import GroupKind, Tier  # noqa: TC001 - a Struct looks its types up
 
 
 class CompleteAnswer(Struct, frozen=True, kw_only=True):
@@ -32,6 +32,17 @@ class ChangeAnswer(Struct, frozen=True, kw_only=True):
     sequence: int
 
 
+class GroupRow(Struct, frozen=True, kw_only=True):
+    """A further KV cache group: what a hit needs of it, and how many blocks it holds."""
+
+    kind: GroupKind
+    window: int
+    """Tokens of its window or chunk."""
+    span: int
+    """Of how many of the node's blocks each of its blocks consists."""
+    held_blocks: int
+
+
 class NodeRow(Struct, frozen=True, kw_only=True):
     """A node with its cache and load."""
 
@@ -55,6 +66,10 @@ class NodeRow(Struct, frozen=True, kw_only=True):
     """Requests that wait there, by its last heartbeat."""
     unheard: bool
     """It serves, and no event about its cache has come."""
+    inexact: str | UnsetType = UNSET
+    """Why its hits are not foretold exactly, by its last heartbeat."""
+    groups: dict[int, GroupRow] | UnsetType = UNSET
+    """Further KV cache groups of a hybrid model, by the engine's numbers."""
 
 
 class NodesAnswer(Struct, frozen=True, kw_only=True):

@@ -13,7 +13,7 @@ from msgspec import Meta, Struct
 from kvplane.events.errors import BadHashes, BadName
 from kvplane.events.hashing import MOST_TOKENS, format_hash, pack_hashes, parse_hash, unpack_hashes
 from kvplane.events.subjects import check_name
-from kvplane.events.types import HASHES_LIMIT, Count, Length, Tier
+from kvplane.events.types import HASHES_LIMIT, Count, Length, Text, Tier
 from kvplane.services.protocol.errors import BadRequest
 from kvplane.services.protocol.hashing import Hashing  # noqa: TC001 - msgspec reads it
 from kvplane.services.protocol.held import Held  # noqa: TC001 - msgspec looks it up as it decodes
@@ -232,7 +232,10 @@ class ServeAnswer(Struct, frozen=True, kw_only=True):
 
 
 class Heartbeat(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A node's heartbeat, never stored. `unheard`: its engine sends no events; `asleep`: it is to be lost for now."""
+    """A node's heartbeat, never stored. `unheard`: its engine sends no events; `asleep`: it is to be lost for now.
+
+    `inexact`: why its hits are not foretold exactly.
+    """
 
     node: str
     epoch: int
@@ -241,6 +244,7 @@ class Heartbeat(Struct, frozen=True, kw_only=True, omit_defaults=True):
     used_blocks: int = 0
     unheard: bool = False
     asleep: bool = False
+    inexact: Text = ""
 
 
 class Checkpoint(Struct, frozen=True):

@@ -318,6 +318,7 @@ class Coordinator:
                     "waiting": heartbeat.waiting if heartbeat else None,
                     # An adapter knows by the engine's metrics; where there are none, the log's completions show it.
                     "unheard": bool(heartbeat and heartbeat.unheard) or self.unreported.silent(name, time.monotonic()),
+                    **({"inexact": heartbeat.inexact} if heartbeat and heartbeat.inexact else {}),
                 }
             )
         return {"fleet": self.fleet, "sequence": self.state.sequence, "nodes": rows}

@@ -95,6 +95,7 @@ def test_a_fleet_that_is_well_has_no_findings() -> None:
         ({"coordinators": [coordinator("c", skipped={"defect": 1})]}, ("problem", "skipped commits")),
         ({"nodes": []}, ("warning", "nodes")),
         ({"nodes": [{"node": "n", "state": "cordoned", "reason": ""}]}, ("problem", "nodes")),
+        ({"nodes": [{"node": "n", "state": "up", "reason": "", "inexact": "why"}]}, ("warning", "nodes")),
         ({"histories": []}, ("warning", "history")),
         ({"histories": [history(), history()]}, ("warning", "history")),
         ({"histories": [history(healthy=False, failure="disk full")]}, ("problem", "history")),

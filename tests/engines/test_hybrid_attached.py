@@ -8,7 +8,7 @@ import pytest
 
 from kvplane.events.hashing import block_hashes
 from kvplane.events.versions import FORMAT
-from kvplane.services.protocol.messages import FormatRequest, LookupRequest, RouteRequest
+from kvplane.services.protocol.messages import FormatRequest, ListRequest, LookupRequest, RouteRequest
 from kvplane.services.rpc.client import ask
 from tests.support.attaching import attaching
 from tests.support.fake_engine import FakeEngine, running
@@ -46,6 +46,10 @@ async def test_a_hybrid_engine_is_foretold_exactly_once_the_log_takes_it(fleet: 
         route = await fleet.ask("route", RouteRequest(model="m", tokens=[*tokens, 1], dry_run=True))
         return answer["matches"]["a"], route["matched_blocks"]
 
+    async def row() -> dict[str, Any]:
+        answer: Any = await ask(fleet.client, "kv.default.coordinator.node.list", ListRequest())
+        return dict(answer["nodes"][0])
+
     async with running(engine), attaching(fleet, engine.url) as live:
         await live.member()
         (adapter,) = live.service.adapters
@@ -54,7 +58,9 @@ async def test_a_hybrid_engine_is_foretold_exactly_once_the_log_takes_it(fleet: 
         node = coordinator.state.nodes["a"]
         await until(lambda: coordinator.state.caches.held(node) == 6)
         assert await foretold(PROMPT[:-size]) == (5, 5)
-        assert "kvplane format raise" in adapter.track.translator.groups.trouble()
+        beats = coordinator.liveness.heartbeats
+        await until(lambda: "a" in beats and beats["a"].inexact)
+        assert "kvplane format raise" in (await row())["inexact"]
         await ask(fleet.client, "kv.default.coordinator.format.raise", FormatRequest())
         assert coordinator.state.format == FORMAT
         before = adapter.epoch
@@ -65,7 +71,10 @@ async def test_a_hybrid_engine_is_foretold_exactly_once_the_log_takes_it(fleet: 
         # The window of 9 tokens needs two blocks before its end, and these two are there only for the whole prompt.
         assert await foretold(PROMPT[:-size]) == (0, 0)
         assert await foretold(PROMPT) == (6, 6)
-        assert not adapter.track.translator.groups.trouble()
+        await until(lambda: beats["a"].epoch > before and not beats["a"].inexact)
+        shown = await row()
+        group = {"kind": "sliding", "window": 9, "span": 1, "held_blocks": 2}
+        assert ("inexact" in shown, [*shown["groups"].values()]) == (False, [group])
 
 
 async def test_the_next_adapter_knows_from_the_log_what_groups_hold(fleet: Fleet) -> None:
