@@ -315,10 +315,11 @@ class FleetState:
             kind = type(event)
             if kind is not types.CacheCleared and (kind is types.BlocksPlaced) is not managed:
                 raise Skip("wrong_mode")
-            if kind is types.BlocksStored and event.tier != fitting:  # type: ignore[attr-defined]
-                fitting = event.tier  # type: ignore[attr-defined]
-                if self._overfull(node, fitting, self.caches.held(node, fitting)):
-                    raise Skip("capacity")
+            if kind is types.BlocksStored:
+                if event.tier != fitting:  # type: ignore[attr-defined]
+                    fitting = event.tier  # type: ignore[attr-defined]
+                    if self._overfull(node, fitting, self.caches.held(node, fitting)):
+                        raise Skip("capacity")
             elif kind is types.GroupStored and self._overfull(node, "gpu", self.caches.groups.held(node, event.group)):  # type: ignore[attr-defined]
                 raise Skip("capacity")
         if managed:

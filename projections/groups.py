@@ -53,6 +53,13 @@ class Membership:
     def __init__(self, slot: int) -> None:
         self.slot = slot
         self.layouts: dict[int, Layout] = {}
+        self.key: tuple[tuple[int, Layout], ...] = ()
+        """The layouts in the order of their groups."""
+
+    def tell(self, layouts: Mapping[int, Layout]) -> None:
+        """Have these groups, too."""
+        self.layouts.update(layouts)
+        self.key = tuple(sorted(self.layouts.items()))
 
 
 class Member(Protocol):
@@ -100,7 +107,7 @@ class Groups:
         index = of.indexes.setdefault(event.group, PrefixIndex())
         if before != layout:
             index.clear(member.slot)
-            member.layouts[event.group] = layout
+            member.tell({event.group: layout})
         if event.hashes:
             index.store(member.slot, event.hashes)
         return before != layout
@@ -143,8 +150,7 @@ class Groups:
                 found[at] = length
                 continue
             where[member.slot] = at
-            layouts = tuple(sorted(member.layouts.items()))
-            alike.setdefault((node.registered.block_size, layouts), {})[member.slot] = length
+            alike.setdefault((node.registered.block_size, member.key), {})[member.slot] = length
         for (block_size, layouts), matches in alike.items():
             indexes = self.by_model[nodes[0].model].indexes
             groups = [(layout, indexes[group]) for group, layout in layouts]
@@ -153,12 +159,42 @@ class Groups:
         return found
 
 
+class _Reach:
+    """What slots can serve of one request in one group."""
+
+    def __init__(self, layout: Layout, index: PrefixIndex, block_size: int, hashes: bytes) -> None:
+        self.span = layout.span
+        self._layout, self._index, self._block_size, self._hashes = layout, index, block_size, hashes
+        self._holders: dict[int, int] = {}
+
+    def holders(self, block: int) -> int:
+        """Slots that hold one of the group's blocks, as a bit mask."""
+        known = self._holders.get(block)
+        if known is None:
+            at = ((block + 1) * self.span - 1) * _HASH_BYTES
+            known = self._holders[block] = self._index.holders(self._hashes[at : at + _HASH_BYTES])
+        return known
+
+    def needed(self, end: int) -> range:
+        """The group's blocks that a hit needs which ends with this many of the fleet's, from the last one on."""
+        last = end // self.span
+        return range(last - 1, self._layout.lowest(last, self._block_size) - 1, -1)
+
+    def before(self, block: int, slots: int) -> int:
+        """Where hits of slots that lack a block may end, at the most."""
+        if self._layout.kind != "chunked":
+            # All but those of chunks need the block before their end.
+            while block and not self.holders(block - 1) & slots:
+                block -= 1
+        return block * self.span
+
+
 def _ends(
     groups: Sequence[tuple[Layout, PrefixIndex]], block_size: int, matches: Mapping[int, int], hashes: bytes
 ) -> Iterable[tuple[int, int]]:
     """The longest end that all groups can serve, for slots with these matches; those that have none are left out."""
     align = lcm(*(layout.span for layout, _ in groups))
-    holders: list[dict[int, int]] = [{} for _ in groups]
+    reaches = [_Reach(layout, index, block_size, hashes) for layout, index in groups]
     waiting: dict[int, int] = {}
     ends: list[int] = []
 
@@ -175,16 +211,12 @@ def _ends(
         slots = waiting.pop(end)
         if not end:
             return
-        for (layout, index), known in zip(groups, holders, strict=True):
-            span = layout.span
-            for block in range(end // span - 1, layout.lowest(end // span, block_size) - 1, -1):
-                here = known.get(block)
-                if here is None:
-                    at = ((block + 1) * span - 1) * _HASH_BYTES
-                    here = known[block] = index.holders(hashes[at : at + _HASH_BYTES])
-                if slots & ~here:
-                    later(block * span, slots & ~here)
-                    slots &= here
+        for reach in reaches:
+            for block in reach.needed(end):
+                lacking = slots & ~reach.holders(block)
+                if lacking:
+                    later(reach.before(block, lacking), lacking)
+                    slots ^= lacking
                     if not slots:
                         break
             if not slots:

@@ -54,7 +54,7 @@ def put_groups(state: FleetState, parts: Sequence[GroupsPart]) -> None:
             if any(layout.span < 1 or layout.window < 0 for layout in layouts.values()):
                 broken("a group can't be laid out so")
             node.groups = Membership(slot)
-            node.groups.layouts = layouts
+            node.groups.tell(layouts)
         for group, parts_of in part.segments.items():
             having = [name if name is not None and group in part.layouts[name] else None for name in part.owners]
             index = of.indexes[group] = PrefixIndex()
