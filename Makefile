@@ -37,6 +37,7 @@ test-engine: $(READY) ## run two real vLLM engines behind a router (installs 3.5
 	$(BIN)/python -m tests.engines.live
 	$(BIN)/python -m tests.engines.live_runtime
 	$(BIN)/python -m tests.engines.live_tokens
+	$(BIN)/python -m tests.engines.live_hybrid gemma3
 
 check: $(READY) ## style, types, imports, purity
 	$(BIN)/ruff check

@@ -203,8 +203,8 @@ ADAPTER = Group("Adapter of an engine (`kvplane attach`)", (
             "any: the log is away for long, or too slow"),
     _of("kvplane_adapter_not_followed_total", "counter", "node reason", "blocks and removals that the fleet does not get, by "
             "reason: `lost_parent` and `unnamed` (what they hold is not known), `unknown_removed`, `partial`, `misfit`, "
-            "`other_group` (of a hybrid model), `elsewhere` (not the engine's own), `ambiguous`, `trimmed` (more copies than "
-            "blocks)", "`misfit` at all; `lost_parent` rises: what follows a gap"),
+            "`other_group` (slower tiers of a hybrid model), `indivisible`, `elsewhere` (not the engine's own), `ambiguous`, "
+            "`trimmed` (more copies than blocks)", "`misfit` at all; `lost_parent` rises: what follows a gap"),
     _of("kvplane_adapter_unknown_events_total", "counter", "node type", "events of types that are not known here",
             "any: the engine is newer than this kvplane"),
     _of("kvplane_adapter_malformed_messages_total", "counter", "node", "messages on the engine's socket that are no batches",

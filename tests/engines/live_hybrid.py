@@ -44,6 +44,8 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Tiny hybrid models by their names."""
+ARGUMENTS = {"gpt_oss": "--tool-call-parser openai"}
+"""What the engine must be told of a model."""
 
 
 def make_model(name: str, folder: Path) -> Path:
@@ -70,7 +72,12 @@ async def live(name: str) -> None:
         await group.start(coordinator.run)
         await group.start(router.run)
         engine = Live(
-            "a", installed(), server.url, folder, model=str(make_model(name, folder)), arguments="--max-model-len 768"
+            "a",
+            installed(),
+            server.url,
+            folder,
+            model=str(make_model(name, folder)),
+            arguments=f"--max-model-len 768 {ARGUMENTS.get(name, '')}",
         )
         run = Run(client, completer, coordinator, [engine])
         await client.subscribe("kv.default.cache.*", cb=run.count_removed)
