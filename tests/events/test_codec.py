@@ -225,6 +225,8 @@ EXAMPLES: list[tuple[str, types.Event]] = [
     ("cache.n", types.BlocksRemoved("n", 3, 4, bytes(8), "disk")),
     ("cache.n", types.BlocksPlaced("n", 3, bytes(8), b"\xff" * 8, 7, "q")),
     ("cache.n", types.CacheCleared("n", 3, 4, "gap")),
+    ("cache.n", types.GroupStored("n", 3, 4, 2, "sliding", bytes(16), 1024, 2, [5, -6])),
+    ("cache.n", types.GroupRemoved("n", 3, 4, 2, bytes(8))),
     ("session.m", types.SessionAssigned("s", "m", "n", "new")),
     ("session.m", types.SessionEnded("s", "m", "bye")),
     (
