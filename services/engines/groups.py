@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from kvplane.events.errors import BadHashes
 from kvplane.events.hashing import block_hashes, pack_hashes, unpack_hashes
-from kvplane.events.types import GroupRemoved, GroupStored
+from kvplane.events.types import LENGTH_LIMIT, GroupRemoved, GroupStored
 from kvplane.services.engines.dialect import Removed, Stored
 from kvplane.services.engines.holding import Holding
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 GROUPS_FORMAT = 5
 """From this format of the log on, groups can be told."""
+NUMBERS = range(64)
+"""Groups that the log takes."""
+MOST_SPAN = 65536
 EVENT_BLOCKS = 4096
 """Most blocks in one event."""
 _KINDS: dict[str, GroupKind] = {
@@ -87,11 +90,13 @@ class Groups:
         if group is None:
             span, rest = divmod(stored.block_size, self._block_size)
             kind = _KINDS.get(stored.kind, "full")
-            if kind in {"sliding", "chunked"} and not stored.window:
-                # As far as it goes, all of it is needed.
+            if kind in {"sliding", "chunked"} and not 0 < stored.window <= LENGTH_LIMIT:
+                # As far as it is known, all of it is needed.
                 kind = "full"
-            group = self.by_number[number] = Group(kind, stored.window if kind != "full" else 0, span)
-            if rest or not span:
+            group = Group(kind, stored.window if kind in {"sliding", "chunked"} else 0, span)
+            if number in NUMBERS:
+                self.by_number[number] = group
+            if rest or not 0 < span <= MOST_SPAN:
                 group.kind, group.window, group.span, group.unfit = "full", 0, 1, stored.block_size
         return group
 
@@ -110,7 +115,7 @@ class Groups:
         for event in waiting:
             number = event.group or 0
             group = self.see(event) if isinstance(event, Stored) else self.by_number.get(number)
-            if group is None or event.tier != "gpu":
+            if group is None or number not in NUMBERS or event.tier != "gpu":
                 self._counts["other_group"] += len(event.hashes)
                 continue
             if not group.told:

@@ -34,7 +34,9 @@ def test_maps_arrays_and_a_batch_that_is_a_map_say_the_same() -> None:
         "BlockStored", [11, 12], None, [1, 2, 3, 4], 2, None, "GPU", None, [["salty"], None], 0, "full_attention",
     ])  # fmt: skip
     assert as_map == as_array
-    assert as_map == Stored([11, 12], None, [1, 2, 3, 4], 2, "gpu", "", "salty", None, 0, full=True)
+    assert as_map == Stored(
+        [11, 12], None, [1, 2, 3, 4], 2, "gpu", "", "salty", None, 0, full=True, kind="full_attention"
+    )
     event = {"type": "BlockRemoved", "block_hashes": [b"x" * 32], "medium": "CPU", "group_idx": 1}
     batch = decode(pack({"ts": 1.0, "events": [event], "data_parallel_rank": 2, "whatever": {}}))
     assert batch.events == decode(pack([1.0, [["BlockRemoved", [b"x" * 32], "CPU", 1]], 2])).events
@@ -86,6 +88,9 @@ def test_places_that_are_not_the_engines_own_are_no_tier() -> None:
 def test_only_full_attention_is_full() -> None:
     kinds = ["full_attention", "mla_attention", "sliding_window", "mamba", "chunked_local_attention"]
     assert [stored(kv_cache_spec_kind=kind).full for kind in kinds] == [True, True, False, False, False]
+    assert [stored(kv_cache_spec_kind=kind).kind for kind in kinds] == kinds
+    windows = [128, None, -1, "x", True]
+    assert [stored(kv_cache_spec_sliding_window=window).window for window in windows] == [128, 0, 0, 0, 0]
 
 
 def test_events_of_unknown_types_are_counted() -> None:

@@ -267,6 +267,17 @@ def test_in_an_older_log_nothing_is_told_of_groups_and_that_is_said() -> None:
     assert on.hit([*PROMPT, 1]) == on.engine.hit([*PROMPT, 1])
 
 
+def test_odd_groups_never_cost_what_else_is_told() -> None:
+    on = attached([FULL, ("sliding_window", 9, SIZE)])
+    for number, window, size in ((64, 9, SIZE), (-1, 9, SIZE), (2, 1 << 40, SIZE), (3, 9, SIZE << 40), (4, 9, 0)):
+        on.engine.stored(number, "sliding_window", window, size, [], PROMPT, 0, 0)
+    on.engine.stored(0, "full_attention", None, SIZE, on.engine.ends(PROMPT), PROMPT, 0, 6)
+    on.hear()
+    layouts = on.folded.state.nodes["a"].groups.layouts  # type: ignore[union-attr]
+    assert layouts == {2: ("full", 0, 1), 3: ("full", 0, 1), 4: ("full", 0, 1)}
+    assert on.folded.match(block_hashes(PROMPT, SIZE), 6) == 6
+
+
 def test_copies_of_a_groups_blocks_are_counted() -> None:
     on = attached([FULL, ("mamba", None, SIZE)])
     ends = on.engine.ends(PROMPT)
