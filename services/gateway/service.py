@@ -98,7 +98,7 @@ class Gateway:
         self._behind = anyio.CancelScope(shield=True)
         self._where, self._tls = where, tls
         self.local = LocalPrompts(
-            tokenizers or {}, hub_cache=hub_cache, hashing=self.router.hashing, render=self._rendered
+            tokenizers or {}, hub_cache=hub_cache, hashing=self.router.hashing, base=self.router.base, render=self._rendered
         )  # fmt: skip
         self._pool: Pool
         self._prompts: Prompts

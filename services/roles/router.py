@@ -311,6 +311,14 @@ class Router:
             raise roster.nobody(model)
         return Hashing(block_size=roster.block_size, lora=model if roster.is_lora else "")
 
+    def base(self, model: str) -> str:
+        """The model whose cache and tokenizer a LoRA or an alias has. Raises `BadRequest` for what is no name, `NoNode`."""
+        names((model, "model"))
+        roster = self.chooser.roster(model)
+        if not roster.nodes:
+            raise roster.nobody(model)
+        return roster.nodes[0].registered.models[0]
+
     def _prepare(self, request: RouteRequest) -> tuple[int, str]:
         """What a prompt's hashes are made with: block size and LoRA."""
         names((request.model, "model"))
