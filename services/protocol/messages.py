@@ -13,7 +13,7 @@ from msgspec import Meta, Struct
 from kvplane.events.errors import BadHashes, BadName
 from kvplane.events.hashing import MOST_TOKENS, format_hash, pack_hashes, parse_hash, unpack_hashes
 from kvplane.events.subjects import check_name
-from kvplane.events.types import HASHES_LIMIT, Count, EngineHash, Length, Tier
+from kvplane.events.types import HASHES_LIMIT, TENANT_LIMIT, Count, EngineHash, Length, Tier
 from kvplane.services.protocol.errors import BadRequest
 from kvplane.services.protocol.hashing import Hashing  # noqa: TC001 - msgspec reads it
 from kvplane.services.protocol.held import Held  # noqa: TC001 - msgspec looks it up as it decodes
@@ -63,6 +63,8 @@ class RouteRequest(_Request, frozen=True, kw_only=True):
     it until its completion."""
     traceparent: str = ""
     """W3C trace context, for those who can't set a header of this name."""
+    tenant: Annotated[str, Meta(max_length=TENANT_LIMIT)] = ""
+    """Whose request it is, for the log and the order of those who wait: the name of a gateway's key."""
 
 
 class RouteAnswer(Struct, frozen=True, kw_only=True, omit_defaults=True):
