@@ -57,7 +57,7 @@ class RouteRequest(_Request, frozen=True, kw_only=True):
     dry_run: bool = False
     """Only ask: the decision is neither recorded nor counted as load."""
     lease_seconds: Annotated[float, Meta(ge=0, le=LEASE_LIMIT)] = 0.0
-    """For those who may never send it: so long it counts as load, then it is completed as `abandoned`; 0: until it is completed."""
+    """For those who may never send it: so long it is load, then it is completed as `abandoned`. 0: until it is completed."""
     traceparent: str = ""
     """W3C trace context, for those who can't set a header of this name."""
     tenant: Annotated[str, Meta(max_length=TENANT_LIMIT)] = ""
