@@ -95,6 +95,10 @@ class Usage:
                 return max(second + MINUTE + 1 - now, 0.0)
         return float(MINUTE)
 
+    def reset(self, now: float) -> float:
+        """Seconds until nothing of the last minute counts any more."""
+        return max(self._seconds[-1][0] + MINUTE + 1 - now, 0.0) if self._seconds else 0.0
+
     @property
     def idle(self) -> bool:
         """Whether nothing is known of it any more."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import anyio
@@ -64,6 +65,9 @@ _CONTROLS = (
 """Beginnings of headers by which this gateway, others and engines are told where a request goes; clients don't."""
 
 _ALONE = (b"keep-alive", b"close")
+_NOTHING: frozenset[bytes] = frozenset()
+_NAME_BYTES = 64
+"""So much of a header's name says whether it goes on."""
 
 _log = structlog.get_logger("kvplane.gateway")
 
@@ -394,14 +398,19 @@ def _of_one_connection(headers: Headers, dropped: frozenset[bytes]) -> frozenset
 
 def forwarded(headers: Headers, credentials: bytes | None = None) -> bytes:
     """The client's headers as they go to the engine; with `credentials`, those lines instead of the client's own."""
-    dropped = _of_one_connection(headers, _DROPPED if credentials is None else _GUARDED)
-    kept = []
-    for pair in headers:
-        # Some servers take one for the other.
-        name = pair[0].replace(b"_", b"-")
-        if name not in dropped and not name.startswith(_CONTROLS):
-            kept.append(b"%b: %b\r\n" % pair)
+    guarded = credentials is not None
+    kept = [b"%b: %b\r\n" % pair for pair in headers if _goes_on(pair[0][:_NAME_BYTES], guarded)]
+    named = _of_one_connection(headers, _NOTHING)
+    if named:
+        kept = [line for line in kept if line.partition(b":")[0] not in named]
     return b"".join(kept) + (credentials or b"")
+
+
+@lru_cache(maxsize=1024)
+def _goes_on(name: bytes, guarded: bool) -> bool:  # noqa: FBT001 - the cache is quicker by place
+    # Some servers take one for the other.
+    name = name.replace(b"_", b"-")
+    return name not in (_GUARDED if guarded else _DROPPED) and not name.startswith(_CONTROLS)
 
 
 def question(asked: Asked, prompt: Prompt, session: str, request: str, traceparent: str) -> RouteRequest:

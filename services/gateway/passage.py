@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from kvplane.services.protocol.errors import BadRequest
+from kvplane.services.gateway import api
+from kvplane.services.protocol.errors import BadRequest, Forbidden
 
 if TYPE_CHECKING:
     from kvplane.services.gateway.forward import Way
@@ -29,6 +30,22 @@ class Passage:
         self.model = self.source = ""
         self.tokens = 0
         self.way: Way | None = None
+
+
+_FOR_TENANTS = frozenset((
+    api.COUNT_TOKENS, "/v1/embeddings", "/v1/pooling", "/v1/score", "/v1/rerank", "/v1/classify", "/v1/moderations",
+    "/v1/audio/transcriptions", "/v1/audio/translations", "/v1/audio/speech", "/v1/images/generations", "/tokenize",
+    "/detokenize", *(f"{path}/render" for path in api.GENERATING),
+))  # fmt: skip
+"""What else of an engine's is for tenants. Not what changes it, such as loading LoRAs, nor what it keeps of others."""
+
+
+def check_passing(path: str, key: Key, model: str) -> None:
+    """Raise `Forbidden` unless a key is for an endpoint of engines that is only passed on; `model` is the one that is named."""
+    if path not in _FOR_TENANTS:
+        raise Forbidden(f"{path[:200]} is not for those who come with a key")
+    if key.models and not model:
+        raise Forbidden(f"the key {key.name!r} is for some models, and the request names none that can be read")
 
 
 def usable(name: str) -> bool:

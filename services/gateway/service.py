@@ -26,7 +26,7 @@ from kvplane.services.gateway.breaker import Breaker
 from kvplane.services.gateway.forward import Way, answered, forwarded, question
 from kvplane.services.gateway.guard import Guard, Guarded
 from kvplane.services.gateway.local import LocalPrompts
-from kvplane.services.gateway.passage import Passage, model_of, seconds_of, usable
+from kvplane.services.gateway.passage import Passage, check_passing, model_of, seconds_of, usable
 from kvplane.services.gateway.prompt import Anyone, Prompt, Prompts
 from kvplane.services.http.pool import Pool, origin, request_head
 from kvplane.services.http.server import Server
@@ -319,8 +319,10 @@ class Gateway:
         request = exchange.request
         visit: Visit | None = None
         try:
-            model = model_of(request.body) or self._only_model()
+            named = model_of(request.body)
+            model = named or self._only_model()
             if key is not None and self.guard.doors is not None:
+                check_passing(path, key, named)
                 visit = self.guard.doors.enter(key, model, self._name())
             answer = self.router.route(RouteRequest(model=model, hashes=b"", tokens_count=1, dry_run=True))
             where = origin(answer.address)

@@ -132,11 +132,11 @@ class Doors:
         now = time.time()
         used = self.used.of(key.name, now)
         found: Headers = []
+        reset = used.reset(now)
         if key.requests_per_minute:
-            reset = used.until(now, requests=used.requests)
             found += _said(b"requests", key.requests_per_minute, used.requests, reset)
         if key.tokens_per_minute:
-            found += _said(b"tokens", key.tokens_per_minute, used.tokens, used.until(now, tokens=used.tokens))
+            found += _said(b"tokens", key.tokens_per_minute, used.tokens, reset)
         return found
 
     def _refused(self, key: Key, excess: Excess, tokens: int = 0) -> LimitExceeded:

@@ -74,6 +74,13 @@ async def test_who_has_no_key_is_told_so_in_the_form_of_the_api(fleet: Fleet, tm
         ):
             answer = await scene.http.post(path, json=body, headers=bearer(other))
             assert (answer.status_code, answer.json()["error"]["code"]) == (403, "not_allowed")
+        # Engines have more than tenants should: what loads models, and what is kept of others' requests.
+        for path in ("/v1/load_lora_adapter", "/v1/responses/resp_1", "/v1/files", "/v1/chat/completions/x"):
+            answer = await scene.http.post(path, json={"model": MODEL}, headers=bearer(right))
+            assert (answer.status_code, answer.json()["error"]["code"]) == (403, "not_allowed")
+        answer = await scene.http.post("/v1/embeddings", content=b"model=m", headers=bearer(other))
+        assert answer.status_code == 403
+        assert (await scene.http.post("/v1/embeddings", json={"input": "x"}, headers=bearer(right))).status_code == 200
         # A decision that is recorded could be ended by nobody.
         body = {"model": MODEL, "tokens": [1]}
         assert (await scene.http.post("/route", json=body, headers=bearer(right))).status_code == 403
