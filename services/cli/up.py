@@ -273,7 +273,7 @@ async def _up(
         _say(
             inside, url, data, http=observed, simulated=bool(configs), history=history, bare=bare,
             talking=people.talking if people else 0, gateway=gateway,
-            secure=guarded.tls_cert is not None,
+            guarded=guarded,
         )  # fmt: skip
         await anyio.sleep_forever()
 
@@ -289,12 +289,12 @@ async def _has_log(client: Client, fleet: str) -> bool:
 
 def _say(
     inside: _Inside, url: str, data: Path, *, http: str | None, simulated: bool, history: bool, bare: bool, talking: int,
-    gateway: socket.socket | None, secure: bool,
+    gateway: socket.socket | None, guarded: Guarded,
 ) -> None:  # fmt: skip
     """What there is now, and what to try."""
     if gateway is not None:
         host, port = gateway.getsockname()[:2]
-        served = f"{'https' if secure else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+        served = f"{'https' if guarded.tls_cert else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
         show.say(Styled(served, "bold"), " serves OpenAI's API at /v1, and Anthropic's", error=True, wrap=False)
     where = f" at {url}, fleet {inside.fleet!r}, log in {data.absolute()}"
     show.say(Styled("kvplane is up", "bold"), where, error=True, wrap=False)
@@ -310,7 +310,8 @@ def _say(
         tries.append(f"curl http://{http}/metrics")
     if simulated and not bare:
         if gateway is not None:
-            tries.append(f'curl {served}/v1/completions -d \'{{"model": "sim", "prompt": "Hello"}}\'')
+            key = " -H 'authorization: Bearer KEY'" if guarded.keys else ""
+            tries.append(f'curl {served}/v1/completions{key} -d \'{{"model": "sim", "prompt": "Hello"}}\'')
         tries.append(f"kvplane route sim --prompt 'Hello, which node is mine?'{option}")
     for line in tries:
         show.say(f"  {line}", error=True, wrap=False)
