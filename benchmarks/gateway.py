@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -59,6 +60,7 @@ EVENT = (
 USAGE = {"prompt_tokens": 256, "completion_tokens": 200, "prompt_tokens_details": {"cached_tokens": 240}}
 LAST = b"data: %b\n\n" % json.dumps({**CHUNK, "choices": [], "usage": USAGE}).encode()
 GAP_SECONDS = 0.01
+_STREAMS = re.compile(rb'"stream":\s*true').search
 _JSON = [(b"content-type", b"application/json")]
 _EVENTS = [(b"content-type", b"text/event-stream")]
 
@@ -138,8 +140,9 @@ def cpu(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def _engine(exchange: Exchange) -> None:
-    if b'"stream": true' not in exchange.request.body:
+async def mock_engine(exchange: Exchange) -> None:
+    """An answer of a few bytes, or a stream."""
+    if not _STREAMS(exchange.request.body):
         exchange.send(200, _JSON, ANSWER)
         return
     exchange.begin(200, _EVENTS)
@@ -158,7 +161,7 @@ def _refusal(_: Exception) -> bytes:
 
 async def _serve_engine() -> None:
     pin(1)
-    async with Server(_engine, _refusal).listening(bound("127.0.0.1", 0)) as (_, port):
+    async with Server(mock_engine, _refusal).listening(bound("127.0.0.1", 0)) as (_, port):
         await serve_until_closed({"port": port, "pid": os.getpid()})
 
 

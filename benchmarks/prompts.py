@@ -6,6 +6,7 @@ tool's result, some 1,000 tokens a turn, from some 75,000 tokens to 100,000, as 
 
 from __future__ import annotations
 
+import asyncio
 import importlib.resources
 import json
 import os
@@ -14,16 +15,18 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
 import anyio.to_thread
 import msgspec
 
+from benchmarks import routers
 from benchmarks.common import Limit, Row, Worker, pin, quiet, row, serve_until_closed
-from benchmarks.gateway import ANSWER, FLEET, NODES, Client, client, cpu, many, posted
+from benchmarks.gateway import CHUNKS, FLEET, NODES, client, cpu, many, mock_engine, posted
 from kvplane.events.hashing import block_hashes
 from kvplane.events.log.append import Appender, new_writer
 from kvplane.events.log.connection import connected
@@ -54,6 +57,7 @@ BEGIN, TURNS = 75_000, 25
 """Tokens of a conversation at first, and its turns."""
 SHORT = Limit(most=0.2)
 LONG = Limit(most=2)
+STREAM = Limit(most=3)
 FIRST = Limit(most=20)
 _WORDS = [
     "cache",
@@ -73,6 +77,10 @@ _WORDS = [
     "=",
     "(x)",
 ]
+SHORT_CHAT = json.dumps({"model": "m", "messages": [{"role": "user", "content": "x" * 900}], "max_tokens": 16}).encode()
+STREAMED_CHAT = json.dumps(
+    {"model": "m", "messages": [{"role": "user", "content": "x" * 900}], "stream": True}
+).encode()
 _JSON = [(b"content-type", b"application/json")]
 
 
@@ -159,8 +167,13 @@ async def _serve_engine(files: str) -> None:
     model = load(Path(files))
 
     async def handle(exchange: Exchange) -> None:
+        if exchange.request.path == b"/v1/models":
+            exchange.send(
+                200, _JSON, b'{"object": "list", "data": [{"id": "m", "object": "model", "owned_by": "vllm"}]}'
+            )
+            return
         if not exchange.request.path.endswith(b"/render"):
-            exchange.send(200, _JSON, ANSWER)
+            await mock_engine(exchange)
             return
         body = exchange.request.body
         if exchange.request.path.startswith(CHAT.encode()):
@@ -171,7 +184,7 @@ async def _serve_engine(files: str) -> None:
             text = msgspec.json.decode(body)["prompt"]
         exchange.send(200, _JSON, msgspec.json.encode({"token_ids": model.tokenizer.ids([text])[0]}))
 
-    async with Server(handle, lambda _: b"{}").listening(bound("127.0.0.1", 0)) as (_, port):
+    async with Server(handle, lambda _: b"{}").listening(bound("0.0.0.0", 0)) as (_, port):  # noqa: S104 - all of 127/8
         await serve_until_closed({"port": port, "pid": os.getpid()})
 
 
@@ -189,52 +202,98 @@ async def _serve_gateway(url: str, files: str) -> None:
         group.cancel_scope.cancel()
 
 
-async def _go_through(port: int, bodies: list[bytes]) -> None:
-    one: Client = await client(port)
+async def _go_through(port: int, bodies: list[bytes], end: bytes) -> None:
+    one = await client(port)
     for body in bodies:
-        await one.send(posted(body, CHAT), ANSWER)
+        await one.send(posted(body, CHAT), end)
     one.close()
+
+
+async def _end(port: int) -> bytes:
+    """What answers end with: some gateways send them in chunks."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(posted(SHORT_CHAT, CHAT))
+    data = b""
+    with suppress(TimeoutError):
+        while True:
+            data += await asyncio.wait_for(reader.read(1 << 16), 1)
+    writer.close()
+    if not data.startswith(b"HTTP/1.1 200"):
+        raise RuntimeError(f"the answer is {data[:500]!r}")
+    return b"0\r\n\r\n" if data.endswith(b"0\r\n\r\n") else data[-20:]
+
+
+class Figures(NamedTuple):
+    """Milliseconds of CPU of a gateway's process: a short chat, a further request of a long one, a stream."""
+
+    short: float
+    long: float
+    stream: float
+
+
+async def _figures(hello: dict[str, int], talks: list[list[bytes]], requests: int, streams: int) -> Figures:
+    port, pid = hello["port"], hello["pid"]
+    end = await _end(port)
+    await many(port, posted(SHORT_CHAT, CHAT), end, 300)
+    before = cpu(pid)
+    await many(port, posted(SHORT_CHAT, CHAT), end, requests)
+    short = (cpu(pid) - before) / requests
+    for bodies in talks:
+        await _go_through(port, bodies[:1], end)
+    before = cpu(pid)
+    async with anyio.create_task_group() as group:
+        for bodies in talks:
+            group.start_soon(_go_through, port, bodies[1:], end)
+    long = (cpu(pid) - before) / (len(talks) * (TURNS - 1))
+    before = cpu(pid)
+    await many(port, posted(STREAMED_CHAT, CHAT), b"0\r\n\r\n", streams)
+    return Figures(short * 1e3, long * 1e3, (cpu(pid) - before) / streams * 1e3)
 
 
 async def measure(*, quick: bool) -> list[Row]:
     """The rows."""
-    conversations, requests = (3, 500) if quick else (8, 4000)
+    conversations, requests, streams = (3, 500, 64) if quick else (8, 4000, 256)
     talks = [talk(seed) for seed in range(conversations)]
-    short = json.dumps({"model": "m", "messages": [{"role": "user", "content": "x" * 900}], "max_tokens": 16}).encode()
+    figures: dict[str, Figures] = {}
     with tempfile.TemporaryDirectory() as work:
         files = folder(Path(work))
         first, further, whole = await anyio.to_thread.run_sync(_in_process, files, talks)
         data = Path(work, "log")
         data.mkdir()
         async with embedded_server(data, port=free_port()) as server, connected([server.url], "bench") as nats:
-            with Worker("prompts", arguments=["engine", str(files)]) as engine, Worker(
-                "gateway", arguments=["forward", str(engine.hello["port"])]
-            ) as forward:  # fmt: skip
-                await _fill(nats, engine.hello["port"])
+            with Worker("prompts", arguments=["engine", str(files)]) as engine:
+                port = engine.hello["port"]
+                await _fill(nats, port)
+                pin(1)
+                with Worker("gateway", arguments=["forward", str(port)]) as forward:
+                    figures["bare forward"] = await _figures(forward.hello, talks, requests, streams)
                 with Worker("prompts", arguments=["gateway", server.url, str(files)]) as gateway:
-                    pin(1)
-                    figures = {}
-                    for name, hello in {"forward": forward.hello, "gateway": gateway.hello}.items():
-                        await many(hello["port"], posted(short, CHAT), ANSWER, 200)
-                        before = cpu(hello["pid"])
-                        await many(hello["port"], posted(short, CHAT), ANSWER, requests)
-                        of_short = (cpu(hello["pid"]) - before) / requests * 1e3
-                        for bodies in talks:
-                            await _go_through(hello["port"], bodies[:1])
-                        before = cpu(hello["pid"])
-                        async with anyio.create_task_group() as group:
-                            for bodies in talks:
-                                group.start_soon(_go_through, hello["port"], bodies[1:])
-                        of_long = (cpu(hello["pid"]) - before) / (len(talks) * (TURNS - 1)) * 1e3
-                        figures[name] = (of_short, of_long)
-    bare, full = figures["forward"], figures["gateway"]
+                    figures["kvplane"] = await _figures(gateway.hello, talks, requests, streams)
+                urls = [f"http://127.0.0.{at + 1}:{port}" for at in range(NODES)]
+                for name, command in routers.found().items():
+                    with routers.running(command, urls) as hello:
+                        figures[name] = await _figures(hello, talks, requests, streams)
     return [
-        row("prompts: tokens and hashes of a further request, 100,000 tokens", further, "ms",
-            limit=LONG, beside="everything anew", other=whole),
+        row("prompts: tokens and hashes of a further request, 100,000 tokens", further, "ms", limit=LONG,
+            beside="everything anew", other=whole),
         row("prompts: tokens and hashes of a first request, 75,000 tokens", first, "ms", limit=FIRST),
-        row("gateway: CPU of a 1-KB chat, tokens found here", full[0], "ms", limit=SHORT, beside="bare forward", other=bare[0]),
-        row("gateway: CPU of a further request, 400 KB", full[1], "ms", limit=LONG, beside="bare forward", other=bare[1]),
+        *_rows(figures),
     ]  # fmt: skip
+
+
+def _rows(figures: dict[str, Figures]) -> list[Row]:
+    ours = figures.pop("kvplane")
+    rows = []
+    for what, limit, measured, others in (
+        ("1-KB chat", SHORT, ours.short, {name: each.short for name, each in figures.items()}),
+        ("further request of 400 KB", LONG, ours.long, {name: each.long for name, each in figures.items()}),
+        (f"stream of {CHUNKS} chunks", STREAM, ours.stream, {name: each.stream for name, each in figures.items()}),
+    ):
+        for at, (name, other) in enumerate(others.items()):
+            rows.append(
+                row(f"gateway: CPU of a {what}", measured, "ms", limit=None if at else limit, beside=name, other=other)
+            )
+    return rows
 
 
 async def _fill(nats: NatsClient, port: int) -> None:

@@ -30,6 +30,8 @@ EngineHash = int | bytes
 TRACEPARENT_LIMIT = 64
 Traceparent = Annotated[str, Meta(max_length=TRACEPARENT_LIMIT)]
 """W3C traceparent of a request, empty without one. No fold reads it."""
+TENANT_LIMIT = 128
+Tenant = Annotated[str, Meta(max_length=TENANT_LIMIT)]
 Tier = Literal["gpu", "cpu", "disk"]
 TIERS: tuple[Tier, ...] = ("gpu", "cpu", "disk")
 Group = Annotated[int, Meta(ge=0, le=63)]
@@ -223,6 +225,8 @@ class RequestRouted(Event, frozen=True, tag=_tag):
     exclude: Annotated[list[Name], Meta(max_length=4096)] = []
     """Nodes that the request would not have."""
     trace: Traceparent = ""
+    tenant: Tenant = ""
+    """The key's name by which it was let in, empty without one. No fold reads it; `projections.tenants` counts by it."""
 
 
 class RequestCompleted(Event, frozen=True, tag=_tag):

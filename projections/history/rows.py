@@ -311,6 +311,7 @@ def _decisions(rows: Sequence[Row]) -> dict[str, Any]:
         "hashes": hashes,
         "candidates": pa.ListArray.from_arrays(offsets, structs),
         "trace": [event.trace or None for event in events],
+        "tenant": pa.array([event.tenant or None for event in events], pa.string()),
     }
 
 

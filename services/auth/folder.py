@@ -12,11 +12,8 @@ before that, and get their names after; what a killed command left is put right 
 
 from __future__ import annotations
 
-import fcntl
-import os
 import socket
-import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
@@ -45,6 +42,7 @@ from kvplane.services.auth.configuration import (
 from kvplane.services.auth.keys import new_seed
 from kvplane.services.auth.roles import ROLES, Role
 from kvplane.services.auth.users import User
+from kvplane.services.process.private import locked, make_folder, write_private
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -60,11 +58,7 @@ FIRST: tuple[Role, ...] = ("admin", "coordinator", "router", "historian", "clien
 """Roles that `init` makes a user of."""
 SOON = timedelta(days=30)
 
-LOCK_SECONDS = 20.0
-"""How long one command waits until another has changed the folder."""
-_AGAIN_SECONDS = 0.01
-
-_LOCK, _DRAFT = ".lock", ".next"
+_DRAFT = ".next"
 _CA_KEY = "ca.key"
 _USERS = "users.json"
 _LONGEST_FILE = 150
@@ -123,7 +117,7 @@ class AuthFolder:
         """A folder that nobody else changes meanwhile; whoever changes it calls `save`."""
         if not create:
             cls.existing(path)
-        with _locked(path):
+        with locked(path):
             held = cls(path)
             held.mend()
             yield held
@@ -211,13 +205,13 @@ class AuthFolder:
 
     def save(self, *, renew: bool = False) -> list[str]:
         """Write the list of users and what servers read; the names of servers whose certificate was made anew."""
-        _folder(self.path)
+        make_folder(self.path)
         self._write_ca()
         made = [server.name for server in self._book.servers if self._write_certificate(server, renew=renew)]
         for path, seed in self._new.items():
-            _private(_draft(path), seed.text.encode() + b"\n")
+            write_private(_draft(path), seed.text.encode() + b"\n")
         # From here on the change is made.
-        _private(self.path / _USERS, msgspec.json.format(msgspec.json.encode(self._book), indent=2) + b"\n")
+        write_private(self.path / _USERS, msgspec.json.format(msgspec.json.encode(self._book), indent=2) + b"\n")
         for path in self._new:
             _draft(path).replace(path)
         for path in self._gone:
@@ -279,11 +273,11 @@ class AuthFolder:
         """Write what a server includes."""
         folder = self.server_folder(server.name)
         seen = self._seen(server)
-        _private(folder / CLIENT, client_configuration(self.users, seen).encode())
-        _private(folder / CLUSTER, cluster_configuration(seen).encode())
+        write_private(folder / CLIENT, client_configuration(self.users, seen).encode())
+        write_private(folder / CLUSTER, cluster_configuration(seen).encode())
         # Of a folder that an older kvplane made it is not there until `auth init`; a server reads it at its start only.
         if server.monitor:
-            _private(folder / MONITOR, monitor_configuration(server.monitor).encode())
+            write_private(folder / MONITOR, monitor_configuration(server.monitor).encode())
 
     def place_alone(self) -> Path:
         """Write the configuration of the one server on this machine, as it sees the folder now; what it includes."""
@@ -292,7 +286,7 @@ class AuthFolder:
             raise BadCredentials(
                 f"{self.path} is for the servers {names}; make another with `kvplane auth init FOLDER`"
             )
-        with _locked(self.path):
+        with locked(self.path):
             self._load()
             self.write_configuration(msgspec.structs.replace(self._book.servers[0], seen=""))
         return (self.server_folder(ALONE) / CLIENT).absolute()
@@ -308,8 +302,8 @@ class AuthFolder:
         if self._known:
             raise BadCredentials(f"{self.ca} is gone, and clients trust it; restore it from a backup")
         made = certificates.new_ca(f"kvplane {datetime.now(UTC):%Y-%m-%d}")
-        _private(self.path / _CA_KEY, made.key)
-        _private(self.ca, made.certificate)
+        write_private(self.path / _CA_KEY, made.key)
+        write_private(self.ca, made.certificate)
 
     def _write_certificate(self, server: Server, *, renew: bool) -> bool:
         folder = self.server_folder(server.name)
@@ -321,35 +315,10 @@ class AuthFolder:
             if same and (folder / KEY).exists() and certificates.signed_by(held, authority):
                 return False
         made = certificates.new_server(Pair(authority, _read(self.path / _CA_KEY)), server.name, server.names)
-        _private(folder / KEY, made.key)
-        _private(path, made.certificate)
-        _private(folder / CA, authority)
+        write_private(folder / KEY, made.key)
+        write_private(path, made.certificate)
+        write_private(folder / CA, authority)
         return True
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Nobody else changes the folder meanwhile. Raises `BadCredentials` when another does so for long."""
-    try:
-        _folder(path)
-        descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise BadCredentials(f"{path} can't be written ({error.strerror}); choose another folder") from None
-    try:
-        end = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= end:
-                    raise BadCredentials(
-                        f"another `kvplane auth` has been changing {path} for {LOCK_SECONDS:g} s; wait until it has ended"
-                    ) from None
-                time.sleep(_AGAIN_SECONDS)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _draft(path: Path) -> Path:
@@ -376,25 +345,3 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise BadCredentials(f"{path} can't be read ({error.strerror}); restore it from a backup") from None
-
-
-def _folder(path: Path) -> None:
-    if not path.exists():
-        _folder(path.parent) if not path.parent.exists() else None
-        with suppress(FileExistsError):
-            path.mkdir(mode=0o700)
-
-
-def _private(path: Path, data: bytes) -> None:
-    """Write a file that only its owner may read, whole or not at all."""
-    try:
-        _folder(path.parent)
-        draft = path.with_name(f".{path.name}.new")
-        draft.unlink(missing_ok=True)
-        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except OSError as error:
-        raise BadCredentials(f"{path} can't be written ({error.strerror}); choose another folder") from None

@@ -1,7 +1,8 @@
 """The command `kvplane`.
 
 `run` has what runs on, `ask` what asks a running fleet, `log` what reads the log, `history`, `past`, `sql`, `report`,
-`whatif` and `trace` what a historian answers, `auth` what makes credentials, `simulate` and `workload` what needs no fleet.
+`whatif` and `trace` what a historian answers, `auth` and `key` what makes credentials, `simulate` and `workload` what needs no
+fleet.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ COMMANDS = {
     "format:format": "The log's format: which is in force, who reads which, and raising it.",
     "doctor:doctor": "Look whether all is well: log, servers, clocks, replicas and their digests, history, nodes.",
     "auth:auth": "Make and take back credentials: who may log in, and what each may do.",
+    "key:key": "Keys of gateways: who may use which models, and how much.",
     "demo:demo": "Start a fleet on this machine, show every feature, kill it, bring it back. Exit code 0 when every step "
     "held.",
     "simulate:simulate": "Ask what hit rate and time to first token a fleet would have with your requests, under several "

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 import sys
 import tempfile
 from contextlib import nullcontext
@@ -22,6 +25,7 @@ from kvplane.services.cli.common import (
     run_until_signal,
     start,
 )  # fmt: skip
+from kvplane.services.cli.guarding import GUARDING, Guarding, on_hangup, warn_of_strangers
 from kvplane.services.gateway.service import Gateway
 from kvplane.services.http.listener import bound
 from kvplane.services.observability.joined import handler
@@ -51,6 +55,7 @@ def gateway(
     tokenizer: Annotated[tuple[str, ...], Parameter(env_var="KVPLANE_TOKENIZER")] = (),
     http: Http = None,
     policy_module: ServedPolicyModules = (),
+    guarding: Guarding = GUARDING,
     common: Common = COMMON,
 ) -> None:
     """Serve OpenAI's and Anthropic's APIs in front of the fleet's engines: route, forward, record.
@@ -78,14 +83,20 @@ def gateway(
         raise BadRequest(f"--workers is {workers}; it must be from 1 to {WORKERS_LIMIT}, about one a core")
     folders = _folders(tokenizer)
     allow_modules(policy_module)
+    guarding.guarded()
     if workers == 1:
-        run_until_signal(_gateway, bound(host, port), access_log, folders, http, common)
+        where = bound(host, port)
+        warn_of_strangers(where, guarding)
+        run_until_signal(_gateway, where, access_log, folders, http, guarding, common)
     else:
         # Nobody else's from here on, and the same port for all when it was given as 0. It does not listen: it would be sent
         # connections.
         bound(host, port).close()
         place = bound(host, port, share=True, listen=False)
-        run_until_signal(_Several(place, workers, access_log, folders, tuple(policy_module), common).run, http)
+        warn_of_strangers(place, guarding)
+        run_until_signal(
+            _Several(place, workers, access_log, folders, tuple(policy_module), guarding, common).run, http
+        )
 
 
 def listening(address: str, option: str = "--listen") -> tuple[str, int]:
@@ -110,13 +121,17 @@ def _folders(given: tuple[str, ...]) -> dict[str, Path]:
 
 
 async def _gateway(
-    where: socket.socket, access_log: bool, folders: dict[str, Path], http: str | None, common: Common  # noqa: FBT001
+    where: socket.socket, access_log: bool, folders: dict[str, Path], http: str | None, guarding: Guarding,  # noqa: FBT001
+    common: Common,
 ) -> None:  # fmt: skip
+    guarded = guarding.guarded()
     async with common.connected("kvplane-gateway") as client:
-        service = Gateway(client, common.fleet, where, tokenizers=folders, hub_cache=True)
+        service = Gateway(client, common.fleet, where, tokenizers=folders, hub_cache=True, guarded=guarded)
         if access_log:
             service.access.stream = sys.stdout
-        async with observing(http, service):
+        async with observing(http, service), anyio.create_task_group() as group:
+            if guarding.reloads:
+                group.start_soon(on_hangup, service.guard.reload)
             await service.run()
 
 
@@ -125,11 +140,12 @@ class _Several:
 
     def __init__(
         self, place: socket.socket, count: int, access_log: bool, folders: dict[str, Path],  # noqa: FBT001
-        modules: tuple[str, ...], common: Common,
+        modules: tuple[str, ...], guarding: Guarding, common: Common,
     ) -> None:  # fmt: skip
         self._place = place
         self._count = count
-        self._own = (access_log, folders, modules, common)
+        self._reloads = guarding.reloads
+        self._own = (access_log, folders, modules, guarding, common)
         self._running: dict[str, str] = {}
         self._restarts = 0
 
@@ -137,8 +153,17 @@ class _Several:
         """Keep them running until cancelled; then all of them let what is on its way end."""
         with tempfile.TemporaryDirectory(prefix="kvplane-") as folder:
             async with self._observed(http), anyio.create_task_group() as group:
+                if self._reloads:
+                    group.start_soon(on_hangup, self._pass_on)
                 for number in range(1, self._count + 1):
                     group.start_soon(self._keep, f"{number}", Path(folder, f"{number}.sock"))
+
+    @staticmethod
+    def _pass_on() -> None:
+        """Have all of them read their files again. One that has only begun to start reads them anyway, or is started again."""
+        for process in multiprocessing.active_children():
+            if process.pid is not None:
+                os.kill(process.pid, signal.SIGHUP)
 
     def _observed(self, http: str | None) -> AbstractAsyncContextManager[object]:
         if not http:
@@ -164,10 +189,12 @@ class _Several:
 
 def _worker(
     host: str, port: int, http: str, access_log: bool, folders: dict[str, Path], modules: tuple[str, ...],  # noqa: FBT001
+    guarding: Guarding,
     common: Common,
 ) -> None:  # fmt: skip
     start(common)
     with failing_as("worker_failed"):
         allow_modules(modules)
         # It listens when the log is read: until then the others get all connections.
-        run_until_signal(_gateway, bound(host, port, share=True, listen=False), access_log, folders, http, common)
+        where = bound(host, port, share=True, listen=False)
+        run_until_signal(_gateway, where, access_log, folders, http, guarding, common)

@@ -171,6 +171,7 @@ def _show(answer: dict[str, Any]) -> None:
         ("request", f"{answer['request']}: {recorded['tokens']:,} tokens in {recorded['blocks']:,} full blocks"),
         ("model", recorded["model"]),
         ("session", recorded["session"] or "none"),
+        *([("tenant", recorded["tenant"])] if recorded.get("tenant") else []),
         ("trace", recorded["trace"] or (answer["outcome"] or {}).get("trace") or "none"),
         ("sent to", f"{recorded['node']}, {answer['kind']} match of {recorded['match']} blocks, longest {recorded['best']}"),
         ("decided", f"{decided} by {answer['router']}"),

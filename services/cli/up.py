@@ -30,6 +30,7 @@ from kvplane.services.cli.common import (
     start,
 )
 from kvplane.services.cli.gateway import LISTEN, listening
+from kvplane.services.cli.guarding import GUARDING, Guarding, on_hangup, warn_of_strangers
 from kvplane.services.cli.show import Styled
 from kvplane.services.demo.people import People
 from kvplane.services.embedded.keeper import kept
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from nats.aio.client import Client
 
     from kvplane.services.auth.roles import Role
+    from kvplane.services.gateway.guard import Guarded
     from kvplane.services.observability.collect import Service
 
 UP_HTTP = "127.0.0.1:9464"
@@ -78,6 +80,7 @@ def up(
     gateway: Annotated[str | None, Parameter(env_var="KVPLANE_GATEWAY")] = None,
     http: Http = None,
     auth: Annotated[Path | None, Parameter(env_var="KVPLANE_AUTH")] = None,
+    guarding: Guarding = GUARDING,
     common: Common = COMMON,
 ) -> None:
     """Start a NATS server with its log in a folder, a coordinator, a gateway with its router, and a historian, until Ctrl-C.
@@ -123,10 +126,18 @@ def up(
     allow_modules(policy_module)
     inside = _Inside(common, auth, tuple(policy_module))
     at = None if bare else _up_gateway(gateway)
+    guarded = guarding.guarded()
+    if at is not None:
+        warn_of_strangers(at, guarding)
+    elif guarding != GUARDING:
+        raise BadRequest(
+            "--keys, --tls-cert and --engine-key are a gateway's, and there is none; see --gateway and --bare"
+        )
     run_until_signal(
         partial(
             _up, data, host=host, port=port, simulate=simulate, traffic=traffic, bare=bare, history=not no_history,
             gateway=at, http=_up_http(http), inside=inside, trust=trust_history,
+            guarded=guarded,
         )
     )  # fmt: skip
 
@@ -198,7 +209,7 @@ class _Inside:
 
 async def _up(
     data: Path, *, host: str, port: int, simulate: int, traffic: bool, bare: bool, history: bool,
-    gateway: socket.socket | None, http: _Http, inside: _Inside, trust: bool = False,
+    gateway: socket.socket | None, http: _Http, inside: _Inside, guarded: Guarded, trust: bool = False,
 ) -> None:  # fmt: skip
     configs = [NodeConfig(name=f"sim-{number + 1}", http="127.0.0.1") for number in range(simulate)]
     include = inside.prepare([config.name for config in configs])
@@ -225,7 +236,7 @@ async def _up(
             services: list[Service] = [
                 Router(await client("router"), inside.fleet)
                 if gateway is None
-                else Gateway(await client("router"), inside.fleet, gateway, hub_cache=True),
+                else Gateway(await client("router"), inside.fleet, gateway, hub_cache=True, guarded=guarded),
             ]  # fmt: skip
             if configs:
                 engines = [await client("node", config.name) for config in configs]
@@ -246,6 +257,8 @@ async def _up(
             group = await stack.enter_async_context(anyio.create_task_group())
             for service in services:
                 await group.start(service.run)
+                if isinstance(service, Gateway) and (guarded.keys or guarded.tls_cert):
+                    group.start_soon(on_hangup, service.guard.reload)
             if history and not there:
                 group.start_soon(keep_history)
             if traffic:
@@ -260,6 +273,7 @@ async def _up(
         _say(
             inside, url, data, http=observed, simulated=bool(configs), history=history, bare=bare,
             talking=people.talking if people else 0, gateway=gateway,
+            guarded=guarded,
         )  # fmt: skip
         await anyio.sleep_forever()
 
@@ -275,12 +289,12 @@ async def _has_log(client: Client, fleet: str) -> bool:
 
 def _say(
     inside: _Inside, url: str, data: Path, *, http: str | None, simulated: bool, history: bool, bare: bool, talking: int,
-    gateway: socket.socket | None,
+    gateway: socket.socket | None, guarded: Guarded,
 ) -> None:  # fmt: skip
     """What there is now, and what to try."""
     if gateway is not None:
         host, port = gateway.getsockname()[:2]
-        served = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        served = f"{'https' if guarded.tls_cert else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
         show.say(Styled(served, "bold"), " serves OpenAI's API at /v1, and Anthropic's", error=True, wrap=False)
     where = f" at {url}, fleet {inside.fleet!r}, log in {data.absolute()}"
     show.say(Styled("kvplane is up", "bold"), where, error=True, wrap=False)
@@ -296,7 +310,8 @@ def _say(
         tries.append(f"curl http://{http}/metrics")
     if simulated and not bare:
         if gateway is not None:
-            tries.append(f'curl {served}/v1/completions -d \'{{"model": "sim", "prompt": "Hello"}}\'')
+            key = " -H 'authorization: Bearer KEY'" if guarded.keys else ""
+            tries.append(f'curl {served}/v1/completions{key} -d \'{{"model": "sim", "prompt": "Hello"}}\'')
         tries.append(f"kvplane route sim --prompt 'Hello, which node is mine?'{option}")
     for line in tries:
         show.say(f"  {line}", error=True, wrap=False)

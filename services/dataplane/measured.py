@@ -10,6 +10,8 @@ class Measured:
 
     def __init__(self) -> None:
         self.open = 0
+        self.unauthorized = 0
+        """Requests without a key where one is asked for, or with a wrong one."""
         self.requests: dict[str, int] = {}
         """By how they ended: `ok`, `cancelled`, `refused`, `failed`."""
         self.sources: dict[str, int] = {}

@@ -25,8 +25,9 @@ class AccessLog:
         self.stream = stream
 
     def write(
-        self, exchange: Exchange, request: str, model: str, outcome: Outcome | None, traceparent: str, seconds: float
-    ) -> None:
+        self, exchange: Exchange, request: str, model: str, outcome: Outcome | None, traceparent: str, seconds: float,
+        *, tenant: str = "",
+    ) -> None:  # fmt: skip
         """Write a request's line. Times in seconds."""
         if self.stream is None:
             return
@@ -34,6 +35,8 @@ class AccessLog:
             "time": time.time(), "request": request, "peer": exchange.peer, "path": exchange.request.path.decode("latin-1"),
             "model": model, "status": exchange.status or 499, "seconds": round(seconds, 6),
         }  # fmt: skip
+        if tenant:
+            line["tenant"] = tenant
         if outcome is not None:
             line |= {
                 "node": outcome.node, "ending": outcome.ending, "matched_blocks": outcome.match, "blocks": outcome.blocks,

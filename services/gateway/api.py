@@ -42,6 +42,8 @@ class Fields(Chat, frozen=True, gc=False):
     conversation: Any = None
     cache_salt: Any = None
     truncation_side: Any = None
+    service_tier: Any = None
+    priority: Any = None
 
 
 _decode = msgspec.json.Decoder(Fields).decode
@@ -134,6 +136,17 @@ def kept(fields: Fields, ids: list[int]) -> list[int] | None:
 def salt(fields: Fields) -> str:
     """What separates this request's cache from others'."""
     return fields.cache_salt if isinstance(fields.cache_salt, str) else ""
+
+
+_TIERS = {"priority": -1, "flex": 1}
+_MOST_PRIORITY = 1 << 31
+
+
+def priority(fields: Fields) -> int:
+    """How urgent a request is, a lower number before a higher one: OpenAI's `service_tier` first, then vLLM's `priority`."""
+    tier = _TIERS.get(fields.service_tier, 0) if isinstance(fields.service_tier, str) else 0
+    given = fields.priority if type(fields.priority) is int else 0
+    return tier * 2 * _MOST_PRIORITY + max(1 - _MOST_PRIORITY, min(given, _MOST_PRIORITY - 1))
 
 
 def length(asked: Asked) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import anyio
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from kvplane.services.http.pool import Call, Pool
     from kvplane.services.http.reader import Headers
     from kvplane.services.http.server import Exchange
+    from kvplane.services.roles.places import Places
 
 ATTEMPTS = 3
 SILENT_SECONDS = 30.0
@@ -41,8 +43,8 @@ SILENT_SECONDS = 30.0
 ALIVE_SECONDS = 10.0
 """So often a stream says then that it is alive, by a comment, which clients of such streams ignore."""
 _STREAM = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-PLACE_SECONDS = 1.0
-"""So long a request waits for a place on a node before it is refused."""
+PLACE_SECONDS = 10.0
+"""So long a request waits for a place on a node before it is refused; one that would have to wait longer is refused at once."""
 FIRST_BYTE_SECONDS = 600.0
 """How long an engine may be silent before its answer: requests wait there for their turn."""
 IDLE_SECONDS = 120.0
@@ -55,8 +57,17 @@ _DROPPED = frozenset((
     b"x-data-parallel-rank", b"x-request-id", b"traceparent", b"x-kvplane-explain", b"x-request-timeout",
 ))  # fmt: skip
 """Headers that are of one connection only, or that the gateway writes itself."""
+_GUARDED = _DROPPED | {b"authorization", b"x-api-key", b"api-key"}
+_CONTROLS = (
+    b"x-kvplane-", b"x-gateway-", b"x-smg-", b"x-dynamo-", b"x-worker-instance-id", b"x-prefill-instance-id",
+    b"x-decode-instance-id", b"x-prefiller-host-port", b"x-decoder-host-port", b"x-disaggregated-", b"x-vllm-",
+)  # fmt: skip
+"""Beginnings of headers by which this gateway, others and engines are told where a request goes; clients don't."""
 
 _ALONE = (b"keep-alive", b"close")
+_NOTHING: frozenset[bytes] = frozenset()
+_NAME_BYTES = 64
+"""So much of a header's name says whether it goes on."""
 
 _log = structlog.get_logger("kvplane.gateway")
 
@@ -86,8 +97,9 @@ class Way:
         self, exchange: Exchange, asked: Asked, question: RouteRequest, *, pool: Pool,
         route: Callable[[RouteRequest], RouteAnswer], record: Callable[[CompleteRequest], None],
         record_pending: Callable[[], None], left_out: Callable[[], list[str]], epoch: Callable[[str], int],
-        place: Callable[[str], Awaitable[None]], room: Callable[[str, str, float], Awaitable[None]],
+        places: Places, room: Callable[[str, str, float], Awaitable[None]],
         leave_room: Callable[[str], None], measured: Measured, attempts: int = ATTEMPTS, explain: bool = False,
+        credentials: bytes | None = None, limits: Headers | None = None,
     ) -> None:  # fmt: skip
         self.exchange = exchange
         self.asked = asked
@@ -95,7 +107,7 @@ class Way:
         self._pool = pool
         self._route, self._record, self._record_pending, self._left_out = route, record, record_pending, left_out
         self._epoch = epoch
-        self._wait_for_place = place
+        self._places = places
         self._wait_for_room, self._leave_room = room, leave_room
         self.held = 0.0
         """Seconds that it waited for room."""
@@ -110,7 +122,9 @@ class Way:
         self._first = 0.0
         self._pieces = 0
         self._begin = 0.0
-        self._headers = forwarded(exchange.request.headers)
+        self._headers = forwarded(exchange.request.headers, credentials)
+        self._limits = limits
+        """Headers of the answer that say what the tenant has left."""
         self.tries = 0
         self.decision: RouteAnswer | None = None
         self.ttft = 0.0
@@ -141,18 +155,40 @@ class Way:
                 return
 
     async def _place(self, exclude: list[str], failed: list[str]) -> RouteAnswer:
-        """Decide. That all places are taken is believed after a moment only.
+        """Decide. That all places are taken is believed after a while only.
 
         Who asks again at once had its answer just now, and the log says a little later that its place is free.
         """
-        with suppress(Overloaded):
-            return await self._room(exclude, failed)
-        with anyio.move_on_after(PLACE_SECONDS):
-            while True:
-                await self._wait_for_place(self.question.model)
+        places, model = self._places, self.question.model
+        while True:
+            # Who comes has no place before those who wait.
+            if not places.waits_for(model):
                 with suppress(Overloaded):
-                    return self._decide(exclude, failed)
-        return self._decide(exclude, failed)
+                    return await self._room(exclude, failed)
+            decision = await self._in_turn(exclude, failed)
+            if decision.held is None:
+                return decision
+            # It waits for room outside of the queue, and for a place once more if there is none then.
+            with suppress(Overloaded):
+                return await self._room(exclude, failed)
+
+    async def _in_turn(self, exclude: list[str], failed: list[str]) -> RouteAnswer:
+        """Decide when it is its turn. Raises `Overloaded` when that takes too long."""
+        places, model, tenant = self._places, self.question.model, self.question.tenant
+        if places.expected(model, tenant) <= PLACE_SECONDS:
+            with anyio.move_on_after(PLACE_SECONDS):
+                urgency, size = api.priority(self.asked.fields), len(self.asked.body)
+                with places.turn(model, tenant, urgency, size) as turn:
+                    while True:
+                        await turn.mine()
+                        with suppress(Overloaded):
+                            return self._decide(exclude, failed)
+        if not places.waits_for(model):
+            return self._decide(exclude, failed)
+        raise places.told(
+            Overloaded(f"every node of model {model[:80]!r} runs as many requests as it may (max_active), and others wait"),
+            model, tenant,
+        )  # fmt: skip
 
     async def _room(self, exclude: list[str], failed: list[str]) -> RouteAnswer:
         """Decide, as soon as the fleet has room for the conversation."""
@@ -300,17 +336,14 @@ class Way:
 
     def _answered(self, headers: Headers, decision: RouteAnswer) -> tuple[Headers, bool]:
         """Headers of the client's answer, and whether it is a stream of events."""
-        kept = []
-        streams = False
-        for pair in headers:
-            if pair[0] not in _DROPPED:
-                kept.append(pair)
-                if pair[0] == b"content-type":
-                    streams = pair[1].startswith(b"text/event-stream")
+        kept = answered(headers)
+        streams = any(name == b"content-type" and value.startswith(b"text/event-stream") for name, value in kept)
         kept += [
             (b"x-request-id", self.question.request.encode()), (b"x-kvplane-node", decision.node.encode()),
             (b"x-kvplane-match", b"%d/%d" % (decision.matched_tokens, decision.tokens)),
         ]  # fmt: skip
+        if self._limits:
+            kept += self._limits
         if self.question.traceparent:
             kept.append((b"traceparent", self.question.traceparent.encode()))
         if self._explain:
@@ -350,13 +383,34 @@ class Way:
         )  # fmt: skip
 
 
-def forwarded(headers: Headers) -> bytes:
-    """The client's headers as they go to the engine."""
-    dropped = _DROPPED
+def answered(headers: Headers) -> Headers:
+    """An engine's headers as they go to the client."""
+    dropped = _of_one_connection(headers, _DROPPED)
+    return [pair for pair in headers if pair[0] not in dropped]
+
+
+def _of_one_connection(headers: Headers, dropped: frozenset[bytes]) -> frozenset[bytes]:
     for name, value in headers:
         if name == b"connection" and value.lower() not in _ALONE:
             dropped = dropped | {part.strip().lower() for part in value.split(b",")}
-    return b"".join([b"%b: %b\r\n" % pair for pair in headers if pair[0] not in dropped])
+    return dropped
+
+
+def forwarded(headers: Headers, credentials: bytes | None = None) -> bytes:
+    """The client's headers as they go to the engine; with `credentials`, those lines instead of the client's own."""
+    guarded = credentials is not None
+    kept = [b"%b: %b\r\n" % pair for pair in headers if _goes_on(pair[0][:_NAME_BYTES], guarded)]
+    named = _of_one_connection(headers, _NOTHING)
+    if named:
+        kept = [line for line in kept if line.partition(b":")[0] not in named]
+    return b"".join(kept) + (credentials or b"")
+
+
+@lru_cache(maxsize=1024)
+def _goes_on(name: bytes, guarded: bool) -> bool:  # noqa: FBT001 - the cache is quicker by place
+    # Some servers take one for the other.
+    name = name.replace(b"_", b"-")
+    return name not in (_GUARDED if guarded else _DROPPED) and not name.startswith(_CONTROLS)
 
 
 def question(asked: Asked, prompt: Prompt, session: str, request: str, traceparent: str) -> RouteRequest:

@@ -7,6 +7,8 @@ asked about a few of the real requests gives other tokens. Then engines are aske
 
 from __future__ import annotations
 
+import math
+import time
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 ASIDE_CHARACTERS = 1 << 15
 """A text that is longer has its tokens found in a thread, so that others need not wait."""
+AGAIN_SECONDS = 30.0
+"""Pause before engines that did not answer are asked about a model again."""
 MOST_WAITING = 8
 """Real requests that wait for an engine to be asked about them as well; more are not asked about."""
 WRONG_COUNT = "answers count other numbers of tokens than were found here"
@@ -63,6 +67,8 @@ class _Local:
         self.model: Model | None = None
         self.believed = False
         self.reason = "not tried yet"
+        self.again = 0.0
+        """When it is tried again, if not for a node that registers; in seconds of the gateway's clock."""
         self.evidence = proof.Evidence()
         self.hashers: dict[tuple[int, str, str], Hasher] = {}
 
@@ -70,16 +76,17 @@ class _Local:
 class LocalPrompts:
     """Finds the tokens of prompts. `folders` leads from models to their files; `render` asks an engine about a request.
 
-    `hashing` says how a model's blocks are hashed; it raises when no node serves the model.
+    `hashing` says how a model's blocks are hashed, and `base` whose tokenizer a LoRA or an alias has; both raise `NoNode` when
+    no node serves the model.
     """
 
     def __init__(
         self, folders: Mapping[str, Path], *, hub_cache: bool, hashing: Callable[[str], Hashing],
-        render: Callable[[Asked, bytes], Awaitable[Rendered | None]],
+        base: Callable[[str], str], render: Callable[[Asked, bytes], Awaitable[Rendered | None]],
     ) -> None:  # fmt: skip
         self._models: dict[str, _Local | None] = {name: _Local(folder) for name, folder in folders.items()}
         self._hub_cache = hub_cache
-        self._hashing = hashing
+        self._hashing, self._base = hashing, base
         self._render = render
         self._to_try: dict[str, None] = {}
         self._samples: deque[_Sample] = deque()
@@ -123,15 +130,13 @@ class LocalPrompts:
 
     async def find(self, asked: Asked, credentials: bytes) -> Known | None:
         """The prompt of a request; none if an engine must be asked."""
-        local = self._models.get(asked.model)
+        name, local = self._known(asked.model)
         if local is None:
-            if asked.model not in self._models and self._hub_cache:
-                self._look_for(asked.model)
             return None
         if not local.believed or local.model is None:
-            if local.reason == "not tried yet":
-                local.reason = "it is tried now"
-                self._soon(asked.model)
+            if time.monotonic() >= local.again:
+                local.again = math.inf
+                self._soon(name)
             return None
         try:
             work = self._begin(local, asked)
@@ -149,20 +154,24 @@ class LocalPrompts:
 
     def told(self, model: str, thought: int, prompt_tokens: int) -> None:
         """An answer has counted a prompt that was found here to have `thought` tokens."""
-        local = self._models.get(model)
+        name, local = self._known(model)
         if local is not None and local.believed and local.evidence.told(thought, prompt_tokens):
-            self._fall(model, local, WRONG_COUNT)
+            self._fall(name, local, WRONG_COUNT)
 
-    def _look_for(self, name: str) -> None:
+    def _known(self, model: str) -> tuple[str, _Local | None]:
+        """Whose files a model has, and what is known of them."""
+        local = self._models.get(model)
+        if local is not None or not (self._models or self._hub_cache):
+            return model, local
         # Names come from clients: of those that no node serves nothing is remembered.
         try:
-            self._hashing(name)
+            name = self._base(model)
         except (NoNode, Overloaded):
-            return
-        folder = in_hub_cache(name)
-        self._models[name] = _Local(folder) if folder is not None else None
-        if folder is not None:
-            self._soon(name)
+            return model, None
+        if name not in self._models and self._hub_cache:
+            folder = in_hub_cache(name)
+            self._models[name] = _Local(folder) if folder is not None else None
+        return name, self._models.get(name)
 
     def _begin(self, local: _Local, asked: Asked) -> Work:
         how = self._hashing(asked.model)
@@ -200,6 +209,7 @@ class LocalPrompts:
             try:
                 rendered = await self._render(asked, b"")
             except (EngineFailed, NoNode, Overloaded) as error:
+                local.again = time.monotonic() + AGAIN_SECONDS
                 return f"no engine tells its tokens: {error}"
             if rendered is None or rendered.ids is None:
                 continue
@@ -213,7 +223,7 @@ class LocalPrompts:
 
     async def _compare(self, sample: _Sample) -> None:
         asked, known = sample.asked, sample.known
-        local = self._models.get(asked.model)
+        name, local = self._known(asked.model)
         if local is None or not local.believed:
             return
         try:
@@ -226,7 +236,7 @@ class LocalPrompts:
         self.compared += 1
         if known.tokens != len(rendered.ids) or known.hashes != hashes:
             self.differed += 1
-            self._fall(asked.model, local, f"node {rendered.node} has other tokens for a client's request")
+            self._fall(name, local, f"node {rendered.node} has other tokens for a client's request")
 
     def _fall(self, name: str, local: _Local, reason: str) -> None:
         local.reason = reason

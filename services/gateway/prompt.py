@@ -65,9 +65,11 @@ class Prompts:
 
     def __init__(
         self, pool: Pool, clock: Callable[[], float], local: LocalPrompts,
-        anyone: Callable[[str, frozenset[str]], Anyone],
+        anyone: Callable[[str, frozenset[str]], Anyone], engine_key: bytes = b"",
     ) -> None:  # fmt: skip
         self._anyone = anyone
+        self._engine_key = engine_key
+        """The line of a head with which engines are asked, when not with what the client sent."""
         self._local = local
         self._pool = pool
         self._clock = clock
@@ -141,7 +143,7 @@ class Prompts:
 
     async def _post(self, engine: Anyone, path: str, body: bytes, credentials: bytes) -> tuple[int, bytes]:
         where = origin(engine.address)
-        head = request_head(where, b"POST", path.encode(), len(body), _JSON + credentials)
+        head = request_head(where, b"POST", path.encode(), len(body), _JSON + (self._engine_key or credentials))
         call = await self._pool.send(where, head, body, patience=RENDER_SECONDS)
         try:
             if call.status >= 500:

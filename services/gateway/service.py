@@ -7,6 +7,7 @@ decision costs no hop, and any number of gateways and plain routers stand beside
 from __future__ import annotations
 
 import gc
+import math
 import os
 import time
 from typing import TYPE_CHECKING
@@ -22,20 +23,30 @@ from kvplane.services.dataplane.prompts import LOCAL
 from kvplane.services.gateway import api, errors, sessions
 from kvplane.services.gateway.access import AccessLog
 from kvplane.services.gateway.breaker import Breaker
-from kvplane.services.gateway.forward import Way, forwarded, question
+from kvplane.services.gateway.forward import Way, answered, forwarded, question
+from kvplane.services.gateway.guard import Guard, Guarded
 from kvplane.services.gateway.local import LocalPrompts
+from kvplane.services.gateway.passage import Passage, check_passing, model_of, seconds_of, usable
 from kvplane.services.gateway.prompt import Anyone, Prompt, Prompts
 from kvplane.services.http.pool import Pool, origin, request_head
 from kvplane.services.http.server import Server
-from kvplane.services.protocol.errors import BadHttp, BadRequest, EngineFailed, NoNode, Overloaded
+from kvplane.services.protocol.errors import (
+    BadHttp,
+    BadRequest,
+    EngineFailed,
+    LimitExceeded,
+    NoNode,
+    Overloaded,
+    Unauthorized,
+)
 from kvplane.services.protocol.messages import CompleteRequest, RouteAnswer, RouteRequest, decode_request, encode_answer
 from kvplane.services.protocol.traceparent import parse
 from kvplane.services.roles.router import Router
+from kvplane.services.tenancy.measured import Tokens
 
 if TYPE_CHECKING:
     import socket
-    import ssl
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from anyio.abc import TaskStatus
@@ -47,28 +58,16 @@ if TYPE_CHECKING:
     from kvplane.services.gateway.local import Rendered
     from kvplane.services.http.server import Exchange
     from kvplane.services.rpc.readiness import Readiness
+    from kvplane.services.tenancy.doors import Visit
+    from kvplane.services.tenancy.keys import Key
 
 _JSON = [(b"content-type", b"application/json")]
 _PASSING_SECONDS = 600.0
-_LONGEST_NAME = 128
 _NAMES = 256
 _YOUNG_OBJECTS = 10_000
 """So many new objects before the collector looks for garbage: with Python's 700 it looks twice a request."""
 
 _log = structlog.get_logger("kvplane.gateway")
-
-
-class _Passage:
-    """What is known of a request while it passes."""
-
-    __slots__ = ("model", "request", "source", "tokens", "traceparent", "way")
-
-    def __init__(self, request: str, traceparent: str) -> None:
-        self.request = request
-        self.traceparent = traceparent
-        self.model = self.source = ""
-        self.tokens = 0
-        self.way: Way | None = None
 
 
 class Gateway:
@@ -81,12 +80,14 @@ class Gateway:
     role = "gateway"
 
     def __init__(
-        self, client: Client, fleet: str, where: socket.socket, *, tls: ssl.SSLContext | None = None,
+        self, client: Client, fleet: str, where: socket.socket, *, guarded: Guarded = Guarded(),  # noqa: B008 - it is frozen
         tokenizers: Mapping[str, Path] | None = None, hub_cache: bool = False,
     ) -> None:  # fmt: skip
         self.client = client
         self.fleet = fleet
-        self.router = Router(client, fleet, completed=self._completed)
+        observed = None if guarded.keys is None else self._observed
+        self.router = Router(client, fleet, completed=self._completed, observed=observed)
+        self.guard = Guard(guarded, client, fleet, self.router.writer)
         self.tally = self.router.tally
         self.breaker = Breaker()
         self.measured = Measured()
@@ -96,22 +97,23 @@ class Gateway:
         self.address = ("", 0)
         self._names: list[str] = []
         self._behind = anyio.CancelScope(shield=True)
-        self._where, self._tls = where, tls
+        self._where = where
         self.local = LocalPrompts(
-            tokenizers or {}, hub_cache=hub_cache, hashing=self.router.hashing, render=self._rendered
+            tokenizers or {}, hub_cache=hub_cache, hashing=self.router.hashing, base=self.router.base, render=self._rendered
         )  # fmt: skip
         self._pool: Pool
         self._prompts: Prompts
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Answer until cancelled; then take no more, and let what is on its way end."""
-        self._pool = Pool()
-        self._prompts = Prompts(self._pool, self._pool.clock, self.local, self._anyone)
+        self._pool = Pool(tls=self.guard.engine_tls)
+        engine_key = self.guard.credentials or b""
+        self._prompts = Prompts(self._pool, self._pool.clock, self.local, self._anyone, engine_key)
         gc.set_threshold(_YOUNG_OBJECTS, *gc.get_threshold()[1:])
         async with anyio.create_task_group() as group:
             try:
                 await group.start(self._run_behind)
-                async with self.server.listening(self._where, tls=self._tls) as self.address:
+                async with self.server.listening(self._where, tls=self.guard.tls) as self.address:
                     _log.info("gateway_ready", fleet=self.fleet, at="{}:{}".format(*self.address))
                     task_status.started()
                     await anyio.sleep_forever()
@@ -124,6 +126,7 @@ class Gateway:
             async with anyio.create_task_group() as group:
                 group.start_soon(self._pool.sweep)
                 group.start_soon(self.local.run)
+                group.start_soon(self.guard.run)
                 await group.start(self.router.run)
                 task_status.started()
 
@@ -138,6 +141,9 @@ class Gateway:
     def readiness(self) -> Readiness:
         """Whether it can answer: as its router."""
         return self.router.readiness()
+
+    def _observed(self, commit: Commit, time: int) -> None:
+        self.guard.observe(commit, time)
 
     def _completed(self, commit: Commit) -> None:
         """What the log says of requests that have ended, everybody's, and of nodes that are new."""
@@ -154,16 +160,18 @@ class Gateway:
         path = request.path.decode("latin-1")
         self.measured.open += 1
         try:
-            if request.method == b"POST" and path in api.GENERATING:
-                await self._generate(exchange, path)
-            elif request.method == b"POST" and path == "/route":
-                self._decide(exchange)
-            elif path in {"/health", "/healthz", "/ping"}:
+            if path in {"/health", "/healthz", "/ping"}:
                 self._health(exchange)
+                return
+            key = None if self.guard.doors is None else self.guard.doors.key_of(request.headers)
+            if request.method == b"POST" and path in api.GENERATING:
+                await self._generate(exchange, path, key)
+            elif request.method == b"POST" and path == "/route":
+                self._decide(exchange, key)
             elif request.method == b"GET" and path == "/v1/models":
-                exchange.send(200, _JSON, self._models())
+                exchange.send(200, _JSON, self._models(key))
             elif path.startswith("/v1/") or path in {"/tokenize", "/detokenize"}:
-                await self._pass(exchange, path)
+                await self._pass(exchange, path, key)
             else:
                 self._fail(
                     exchange,
@@ -172,23 +180,26 @@ class Gateway:
                     "not_found",
                     f"there is no {path[:200]} here; OpenAI's endpoints are below /v1/",
                 )
+        except Unauthorized as error:
+            self.measured.unauthorized += 1
+            self._refuse(exchange, path, error, "")
         finally:
             self.measured.open -= 1
 
-    async def _generate(self, exchange: Exchange, path: str) -> None:
+    async def _generate(self, exchange: Exchange, path: str, key: Key | None) -> None:
         request = exchange.request
         begin = time.perf_counter()
         given = request.header(b"x-request-id").decode("latin-1")
-        name = given if _usable(given) else self._name()
+        name = given if usable(given) and (key is None or self._is_free(given)) else self._name()
         header = request.header(b"traceparent")
         traceparent = parse(header.decode("latin-1")) if header else ""
-        passage = _Passage(name, traceparent)
+        passage = Passage(name, traceparent, key)
         try:
             timeout = request.header(b"x-request-timeout")
             if not timeout:
                 await self._go(exchange, path, passage)
                 return
-            seconds = _deadline(timeout)
+            seconds = seconds_of(timeout)
             with anyio.move_on_after(seconds) as deadline:
                 await self._go(exchange, path, passage)
             if deadline.cancelled_caught:
@@ -208,35 +219,65 @@ class Gateway:
         finally:
             seconds = time.perf_counter() - begin
             outcome = passage.way.outcome(exchange.status) if passage.way is not None else None
-            self._measure(outcome, passage.source, seconds)
+            self._measure(outcome, passage, seconds)
             if passage.source == LOCAL and outcome is not None:
                 self.local.told(passage.model, passage.tokens, outcome.usage.prompt)
-            self.access.write(exchange, name, passage.model, outcome, traceparent, seconds)
+            self.access.write(
+                exchange, name, passage.model, outcome, traceparent, seconds, tenant=key.name if key is not None else ""
+            )
 
-    async def _go(self, exchange: Exchange, path: str, passage: _Passage) -> None:
+    async def _go(self, exchange: Exchange, path: str, passage: Passage) -> None:
         request = exchange.request
         asked = api.read(path, request.body)
         passage.model = asked.model
         session = sessions.session(request.headers, asked.fields, asked.messages)
+        if passage.key is not None:
+            # Another tenant's conversation of the same name is another one.
+            session = sessions.of_tenant(session, passage.key.name)
+            self._enter(passage, passage.key)
         ids = api.token_ids(asked)
         if ids is not None:
             prompt = Prompt(ids, len(ids), "client")
         else:
-            credentials = forwarded([pair for pair in request.headers if pair[0] == b"authorization"])
-            prompt = await self._prompts.prompt(asked, credentials)
+            prompt = await self._prompts.prompt(asked, self.guard.for_prompts(request.headers))
         passage.source, passage.tokens = prompt.source, prompt.tokens
+        wanted = question(asked, prompt, session, passage.request, passage.traceparent)
+        if passage.visit is not None:
+            passage.visit.prompt(prompt.tokens)
+            wanted = replace(wanted, tenant=passage.visit.key.name)
         way = passage.way = Way(
-            exchange, asked, question(asked, prompt, session, passage.request, passage.traceparent), pool=self._pool,
+            exchange, asked, wanted, pool=self._pool,
             route=self._route, record=self._record, record_pending=self.router.record_pending, left_out=self._left_out,
-            epoch=self._epoch, place=self.router.places.wait, room=self.router.held.wait,
+            epoch=self._epoch, places=self.router.places, room=self.router.held.wait,
             leave_room=self.router.held.left, measured=self.measured,
-            explain=request.header(b"x-kvplane-explain") == b"1",
+            explain=request.header(b"x-kvplane-explain") == b"1", credentials=self.guard.credentials,
+            limits=passage.visit.headers() if passage.visit is not None else None,
         )  # fmt: skip
         await way.run()
 
-    def _measure(self, outcome: Outcome | None, source: str, seconds: float) -> None:
+    def _is_free(self, name: str) -> bool:
+        return self.guard.doors is None or self.guard.doors.is_free(name)
+
+    def _enter(self, passage: Passage, key: Key) -> None:
+        """Let a request in. Raises `Forbidden` or `LimitExceeded`."""
+        doors = self.guard.doors
+        if doors is None:
+            return
+        try:
+            passage.visit = doors.enter(key, passage.model, passage.request)
+        except LimitExceeded:
+            self.guard.look_for(key)
+            raise
+
+    def _measure(self, outcome: Outcome | None, passage: Passage, seconds: float) -> None:
         ending = outcome.ending.partition(":")[0] if outcome is not None else "refused"
-        self.measured.ended(ending, source, seconds)
+        self.measured.ended(ending, passage.source, seconds)
+        doors, key = self.guard.doors, passage.key
+        if doors is not None and key is not None:
+            used = outcome.usage if outcome is not None else None
+            doors.measured.ended(key.name, ending, Tokens(used.prompt, used.cached, used.output) if used else None)
+            if passage.visit is not None:
+                passage.visit.over(used.output if used else 0)
         if outcome is not None and outcome.node:
             usage = outcome.usage
             self.measured.answered(
@@ -273,24 +314,24 @@ class Gateway:
             answer = self.router.route(asked)
         return Anyone(answer.node, answer.address)
 
-    async def _pass(self, exchange: Exchange, path: str) -> None:
+    async def _pass(self, exchange: Exchange, path: str, key: Key | None) -> None:
         """An endpoint of the engines' that fills no cache: to one by model and load, without a record."""
         request = exchange.request
+        visit: Visit | None = None
         try:
-            model = _model_of(request.body)
-            answer = self.router.route(
-                RouteRequest(model=model or self._only_model(), hashes=b"", tokens_count=1, dry_run=True)
-            )
+            named = model_of(request.body)
+            model = named or self._only_model()
+            if key is not None and self.guard.doors is not None:
+                check_passing(path, key, named)
+                visit = self.guard.doors.enter(key, model, self._name())
+            answer = self.router.route(RouteRequest(model=model, hashes=b"", tokens_count=1, dry_run=True))
             where = origin(answer.address)
-            head = request_head(where, request.method, request.target, len(request.body), forwarded(request.headers))
+            lines = forwarded(request.headers, self.guard.credentials)
+            head = request_head(where, request.method, request.target, len(request.body), lines)
             call = await self._pool.send(where, head, request.body, patience=_PASSING_SECONDS)
             try:
-                headers = [
-                    pair
-                    for pair in call.headers
-                    if pair[0] not in {b"connection", b"transfer-encoding", b"content-length", b"keep-alive"}
-                ]
-                exchange.begin(call.status, [*headers, (b"x-kvplane-node", answer.node.encode())])
+                headers = [*answered(call.headers), (b"x-kvplane-node", answer.node.encode())]
+                exchange.begin(call.status, headers)
                 exchange.on_slow, exchange.on_ready = call.pause, call.resume
                 call.relay(exchange.write)
                 await call.done()
@@ -299,11 +340,17 @@ class Gateway:
                 call.release()
         except Exception as error:  # noqa: BLE001 - every error is answered
             self._refuse(exchange, path, error, "")
+        finally:
+            if visit is not None:
+                visit.over(0)
 
-    def _decide(self, exchange: Exchange) -> None:
+    def _decide(self, exchange: Exchange, key: Key | None) -> None:
         """`POST /route`: a decision for those without NATS; as `kv.<fleet>.route`."""
         try:
             asked = decode_request(exchange.request.body, RouteRequest)
+            if key is not None and self.guard.doors is not None:
+                self.guard.doors.ask(key, asked.model, self._name(), dry_run=asked.dry_run)
+                asked = replace(asked, tenant=key.name)
             exchange.send(200, _JSON, encode_answer(self._route(asked), as_json=True))
             self.router.record_pending()
         except Exception as error:  # noqa: BLE001 - every error is answered
@@ -318,10 +365,12 @@ class Gateway:
             body,
         )
 
-    def _models(self) -> bytes:
+    def _models(self, key: Key | None) -> bytes:
         served: dict[str, int] = {}
         for node in self.router.state.nodes.values():
             for model in node.registered.models:
+                if key is not None and not key.may(model):
+                    continue
                 served[model] = served.get(model, 0) + node.available
         return msgspec.json.encode(
             {
@@ -347,9 +396,17 @@ class Gateway:
             _log.warning("request_failed", path=path, request=name, error=repr(error), exc_info=status == 500)
         code = getattr(error, "code", "internal")
         sentence = str(error) if status != 500 else f"this is a defect of kvplane: {type(error).__name__}; see its log"
-        self._fail(exchange, path, status, code, sentence, name)
+        more = list(getattr(error, "headers", ()))
+        if status in {429, 503}:
+            more.append((b"retry-after", b"%d" % math.ceil(max(1.0, getattr(error, "retry_after", 0.0)))))
+        elif status == 401:
+            more.append((b"www-authenticate", b"Bearer"))
+        self._fail(exchange, path, status, code, sentence, name, more)
 
-    def _fail(self, exchange: Exchange, path: str, status: int, code: str, sentence: str, name: str = "") -> None:
+    def _fail(
+        self, exchange: Exchange, path: str, status: int, code: str, sentence: str, name: str = "",
+        more: Iterable[tuple[bytes, bytes]] = (),
+    ) -> None:  # fmt: skip
         if exchange.begun:
             if not exchange.answered:
                 exchange.abort()
@@ -357,36 +414,10 @@ class Gateway:
         headers = [
             *_JSON,
             *([(b"x-request-id", name.encode())] if name else []),
-            *([(b"retry-after", b"1")] if status in {429, 503} else []),
+            *more,
         ]
         exchange.send(status, headers, errors.body_of(path, status, code, sentence))
 
 
 def _refusal(error: BadHttp) -> bytes:
     return errors.body_of("", error.status, error.code, str(error))
-
-
-def _usable(name: str) -> bool:
-    return bool(name) and len(name) <= _LONGEST_NAME and name.isascii() and name.isprintable()
-
-
-def _deadline(header: bytes) -> float:
-    try:
-        seconds = float(header)
-    except ValueError:
-        seconds = -1.0
-    if not 0 < seconds < 1e6:
-        raise BadRequest(f"x-request-timeout is {header[:40]!r}; it must be seconds, more than 0")
-    return seconds
-
-
-class _Model(msgspec.Struct, gc=False):
-    model: str = ""
-
-
-def _model_of(body: bytes) -> str:
-    """The model that a body names, if it is one that does."""
-    try:
-        return msgspec.json.decode(body, type=_Model).model
-    except (msgspec.MsgspecError, UnicodeError, RecursionError):
-        return ""

@@ -51,6 +51,14 @@ def session(headers: Headers, fields: Fields, messages: Sequence[msgspec.Raw]) -
     return _begun(fields, messages)
 
 
+def of_tenant(name: str, tenant: str) -> str:
+    """A conversation's name among those of all tenants."""
+    if not name:
+        return ""
+    whole = f"{tenant}/{name}"
+    return whole if len(whole) <= LONGEST else xxh3_128_hexdigest(whole.encode("utf-8", "replace"))
+
+
 def _named(headers: Headers) -> str:
     found = {name: value for name, value in reversed(headers) if name in _NAMING and value}
     if not found:

@@ -226,7 +226,7 @@ def _recorded(event: RequestRouted) -> dict[str, Any]:
         "node": event.node, "model": event.model, "session": event.session, "policy": event.policy, "match": event.match,
         "best": event.best, "blocks": event.blocks, "tokens": event.tokens, "exclude": event.exclude,
         "candidates": [[candidate.node, candidate.match, candidate.cost] for candidate in event.candidates],
-        "trace": event.trace,
+        "trace": event.trace, "tenant": event.tenant,
     }  # fmt: skip
 
 

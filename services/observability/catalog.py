@@ -138,6 +138,14 @@ GATEWAY = Group("Gateway, beside what its router has", (
     _of("kvplane_gateway_open_requests", "gauge", "", "requests on their way"),
     _of("kvplane_gateway_connections", "gauge", "", "clients' connections"),
     _of("kvplane_gateway_refused_connections_total", "counter", "", "connections beyond the limit", "any"),
+    _of("kvplane_gateway_keys", "gauge", "", "keys that are in force, with `--keys`"),
+    _of("kvplane_gateway_unauthorized_total", "counter", "", "requests with a wrong key, or without one where it is asked for",
+            "a steady rise: somebody tries keys, or one was taken back that is still in use"),
+    _of("kvplane_gateway_tenant_requests_total", "counter", "tenant ending", "a key's requests by how they ended; 100 "
+            "tenants by name, all others as `(others)`"),
+    _of("kvplane_gateway_tenant_tokens_total", "counter", "tenant kind", "tokens of its requests that engines counted"),
+    _of("kvplane_gateway_tenant_limited_total", "counter", "tenant limit", "requests that were more than it may: `requests`, "
+            "`tokens`, `concurrent`", "a tenant that needs more, or a client that does not wait"),
     Family("kvplane_gateway_workers", "gauge", (), "processes of `--workers` that answer; their metrics have a label `worker`",
             "fewer than were asked for"),
     Family("kvplane_gateway_worker_restarts_total", "counter", (), "processes that ended and were started again", "any"),

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from kvplane.services.rpc.readiness import Readiness
     from kvplane.services.rpc.tally import Tally
     from kvplane.services.simulation.simnode import SimNodes
+    from kvplane.services.tenancy.doors import Doors
 
 
 class Service(Protocol):
@@ -202,9 +203,14 @@ class _Gateway(Protocol):
     measured: Measured
     breaker: _Breaker
     server: _Server
+    guard: _Guard
 
     @property
     def local(self) -> _LocalPrompts: ...
+
+
+class _Guard(Protocol):
+    doors: Doors | None
 
 
 class _LocalPrompts(Protocol):
@@ -251,6 +257,17 @@ def _gateway(scrape: Scrape, gateway: _Gateway) -> None:
         ("prompt", measured.prompt_tokens), ("cached", measured.cached_tokens), ("output", measured.output_tokens),
     ):  # fmt: skip
         put("kvplane_gateway_tokens_total", count, kind=what)
+    doors = gateway.guard.doors
+    if doors is not None:
+        put("kvplane_gateway_unauthorized_total", measured.unauthorized)
+        put("kvplane_gateway_keys", len(doors.keys.all))
+        for tenant, counted in doors.measured.all.items():
+            for ending, count in counted.requests.items():
+                put("kvplane_gateway_tenant_requests_total", count, tenant=tenant, ending=ending)
+            for kind, count in counted.tokens.items():
+                put("kvplane_gateway_tenant_tokens_total", count, tenant=tenant, kind=kind)
+            for limit, count in counted.limited.items():
+                put("kvplane_gateway_tenant_limited_total", count, tenant=tenant, limit=limit)
     scrape.put_durations("kvplane_gateway_seconds", measured.duration)
     scrape.put_durations("kvplane_gateway_ttft_seconds", measured.ttft)
     scrape.put_durations("kvplane_gateway_between_seconds", measured.between)

@@ -10,6 +10,8 @@ class ServiceFault(KvplaneError):
 
     status = 500
     code = "internal"
+    retry_after = 0.0
+    """Seconds after which it may go; 0 where that is not known."""
 
 
 class BadRequest(ServiceFault):
@@ -17,6 +19,39 @@ class BadRequest(ServiceFault):
 
     status = 400
     code = "bad_request"
+
+
+class Unauthorized(ServiceFault):
+    """A gateway asks for a key, and the request has none that is right."""
+
+    status = 401
+    code = "invalid_api_key"
+
+
+class Forbidden(ServiceFault):
+    """The request's key is not for what it asks for."""
+
+    status = 403
+    code = "not_allowed"
+
+
+class LimitExceeded(ServiceFault):
+    """The tenant has had as much as it may for now. `headers` are those of an HTTP answer that say so."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+
+    def __init__(self, sentence: str, *, retry_after: float, headers: list[tuple[bytes, bytes]]) -> None:
+        super().__init__(sentence)
+        self.retry_after = retry_after
+        self.headers = headers
+
+
+class TooLarge(ServiceFault):
+    """The request alone is more than its tenant may ever have at once."""
+
+    status = 413
+    code = "request_too_large"
 
 
 class NotYours(ServiceFault):
@@ -79,6 +114,13 @@ class Overloaded(ServiceFault):
 
     status = 429
     code = "overloaded"
+
+
+class QueueFull(Overloaded):
+    """And as many wait for a place as may."""
+
+    status = 503
+    code = "queue_full"
 
 
 class TooOften(ServiceFault):

@@ -13,7 +13,7 @@ from msgspec import Meta, Struct
 from kvplane.events.errors import BadHashes, BadName
 from kvplane.events.hashing import MOST_TOKENS, format_hash, pack_hashes, parse_hash, unpack_hashes
 from kvplane.events.subjects import check_name
-from kvplane.events.types import HASHES_LIMIT, Count, Length, Text, Tier
+from kvplane.events.types import HASHES_LIMIT, TENANT_LIMIT, Count, Length, Text, Tier
 from kvplane.services.protocol.errors import BadRequest
 from kvplane.services.protocol.hashing import Hashing  # noqa: TC001 - msgspec reads it
 from kvplane.services.protocol.held import Held  # noqa: TC001 - msgspec looks it up as it decodes
@@ -40,16 +40,14 @@ class _Request(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unk
 
 
 class RouteRequest(_Request, frozen=True, kw_only=True):
-    """Ask where a request should go. One of `hashes`, `tokens` and `prompt` says what it holds.
-
-    With `hashes`, `tokens_count` is the prompt's length in tokens; left out, it is taken as the full blocks and one more.
-    """
+    """Ask where a request should go. One of `hashes`, `tokens` and `prompt` says what it holds."""
 
     model: str
     hashes: Packed | None = None
     tokens: Annotated[list[int], Meta(max_length=MOST_TOKENS)] | None = None
     prompt: Annotated[str, Meta(max_length=_PROMPT_LIMIT)] | None = None
     tokens_count: Length | None = None
+    """With `hashes`, the prompt's length in tokens; left out, it is taken as the full blocks and one more."""
     session: str = ""
     adapter: Annotated[str, Meta(max_length=512)] = ""
     """LoRA adapter; not needed when `model` is the name of one."""
@@ -59,10 +57,11 @@ class RouteRequest(_Request, frozen=True, kw_only=True):
     dry_run: bool = False
     """Only ask: the decision is neither recorded nor counted as load."""
     lease_seconds: Annotated[float, Meta(ge=0, le=LEASE_LIMIT)] = 0.0
-    """Whoever may never send it: it counts as load for so long, and is completed as `abandoned` if nobody does before. 0 counts
-    it until its completion."""
+    """For those who may never send it: so long it is load, then it is completed as `abandoned`. 0: until it is completed."""
     traceparent: str = ""
     """W3C trace context, for those who can't set a header of this name."""
+    tenant: Annotated[str, Meta(max_length=TENANT_LIMIT)] = ""
+    """Whose request it is, for the log and the order of those who wait: the name of a gateway's key."""
 
 
 class RouteAnswer(Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -82,10 +82,12 @@ class Router:
 
     def __init__(
         self, client: Client, fleet: str, *, recent_seconds: float = RECENT_SECONDS, schedule: Schedule = SCHEDULE,
-        completed: Callable[[Commit], None] | None = None,
+        completed: Callable[[Commit], None] | None = None, observed: Callable[[Commit, int], None] | None = None,
     ) -> None:  # fmt: skip
         self._completed = completed
         """Told of commits, those of others included."""
+        self._observed = observed
+        """The same with their time, and of those as well that were there before."""
         self.client = client
         self.fleet = fleet
         self.writer = new_writer("router")
@@ -261,6 +263,8 @@ class Router:
             pairs.append((request.session, "session"))
         if request.request:
             pairs.append((request.request, "request"))
+        if request.tenant:
+            pairs.append((request.tenant, "tenant"))
         names(*pairs)
         roster = self.chooser.roster(request.model)
         size = roster.block_size
@@ -299,7 +303,8 @@ class Router:
             exclude,
             traceparent,
             recorded,
-            client,
+            request.tenant or client,
+            request.tenant,
         )
         return query, roster
 
@@ -310,6 +315,14 @@ class Router:
         if not roster.nodes:
             raise roster.nobody(model)
         return Hashing(block_size=roster.block_size, lora=model if roster.is_lora else "")
+
+    def base(self, model: str) -> str:
+        """The model whose cache and tokenizer a LoRA or an alias has. Raises `BadRequest` for what is no name, `NoNode`."""
+        names((model, "model"))
+        roster = self.chooser.roster(model)
+        if not roster.nodes:
+            raise roster.nobody(model)
+        return roster.nodes[0].registered.models[0]
 
     def _prepare(self, request: RouteRequest) -> tuple[int, str]:
         """What a prompt's hashes are made with: block size and LoRA."""
@@ -379,6 +392,10 @@ class Router:
                         node = self.state.nodes.get(event.node) if self.places else None
                         if node is not None:
                             self.places.free(node.registered.models)
+                if self._observed is not None:
+                    self._observed(applied.commit, message.time)
+            elif self.places and applied.commit.place.topic == "node":
+                self.places.changed()
             self.held.look()
             if self._completed is not None and self.replica.ready:
                 self._completed(applied.commit)

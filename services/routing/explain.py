@@ -92,6 +92,8 @@ def query_of(event: RequestRouted, block_size: int) -> Query:
         block_size,
         event.session,
         frozenset(event.exclude),
+        tenant=event.tenant,
+        key=event.tenant,
     )
 
 

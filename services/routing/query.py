@@ -25,3 +25,5 @@ class Query(NamedTuple):
     """Whether there is room for its hashes while it runs."""
     tenant: str = ""
     """Who asks, as far as that is known; only the order of those who wait depends on it."""
+    key: str = ""
+    """Name of the key by which a gateway let it in; it is recorded, and no decision depends on it."""

@@ -15,6 +15,7 @@ from kvplane.services.auth.folder import AuthFolder
 from kvplane.services.cli import main
 from kvplane.services.cli.common import Common
 from kvplane.services.cli.doctor import _credentials
+from kvplane.services.process.private import write_private
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -99,7 +100,7 @@ def test_a_command_that_is_killed_at_any_point_has_changed_all_or_nothing(
 
                 return step
 
-            patched.setattr(folders, "_private", dying(folders._private))
+            patched.setattr(folders, "write_private", dying(write_private))
             patched.setattr(Path, "replace", dying(Path.replace))
             patched.setattr(Path, "unlink", dying(Path.unlink))
             with suppress(Killed):

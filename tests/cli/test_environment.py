@@ -55,7 +55,7 @@ def test_every_option_of_what_runs_on_comes_from_the_environment() -> None:
 
 def test_of_commands_that_ask_only_where_and_as_whom_they_ask() -> None:
     asking = {each.variable for each in FOUND if each.command not in SERVICES} - CONNECTION
-    assert asking == {"KVPLANE_AUTH", "KVPLANE_HISTORY", "KVPLANE_MONITOR", "KVPLANE_API_KEY"}
+    assert asking == {"KVPLANE_AUTH", "KVPLANE_HISTORY", "KVPLANE_MONITOR", "KVPLANE_API_KEY", "KVPLANE_KEYS"}
 
 
 def test_help_names_each_variable_once() -> None:

@@ -27,6 +27,7 @@ from kvplane.services.demo.traffic import Traffic
 from kvplane.services.demo.workload import conversations
 from kvplane.services.process.terminal import printable
 from tests.support.commands import all_there, asked, run, up
+from tests.support.keys import make_key
 from tests.support.shown import left_out, on_terminal, plain
 
 if TYPE_CHECKING:
@@ -85,6 +86,16 @@ def auth(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("keys") / "keys.json"
+    make_key(
+        path, "a-tenant/with-a-long-name-of-its-own", ("sim", "a-model/with-a-long-name"), tokens_per_minute=123456789
+    )
+    make_key(path, "b", requests_per_minute=60, concurrent=4)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
 def agents(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = str(tmp_path_factory.mktemp("agents") / "agents.jsonl")
     main(["workload", "agent", "--sessions", "5", "--out", path])
@@ -92,7 +103,7 @@ def agents(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def calls(url: str, request_id: str, auth: str, agents: str) -> list[Call]:
+def calls(url: str, request_id: str, auth: str, keys: str, agents: str) -> list[Call]:
     """What every command gives to be shown."""
     found: list[Call] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -111,6 +122,7 @@ def calls(url: str, request_id: str, auth: str, agents: str) -> list[Call]:
             ["sql", "SELECT * FROM decisions"], ["sql", "SELECT * FROM decisions LIMIT 2"],
             ["sql", "SELECT * FROM node_changes"], ["report"], ["history", "status"], ["snapshot", "take"],
             ["snapshot", "list"], ["compact"], ["format", "show"], ["doctor"], ["auth", "list", "--auth", auth],
+            ["key", "list", "--keys", keys],
         ):  # fmt: skip
             began = len(found)
             # Rows of SQL are shown on a terminal only; a pipe gets them as they come.

@@ -169,3 +169,27 @@ async def test_nobody_waits_for_the_tokens_of_a_long_text(
             await ask(scene, talk(2))
             released.set()
         assert scene.gateway.measured.sources["local"] == 2
+
+
+async def test_an_alias_has_the_files_of_its_model(fleet: Fleet, files: Path) -> None:
+    folder = folder_of(files, "words", PLAIN)
+    engine = RenderingEngine(Reference(folder))
+    engine.models = [MODEL, "alias"]
+    async with scene_of(fleet, engine, folder) as scene:
+        await believed(scene)
+        await ask(scene, {**talk(0), "model": "alias"})
+        assert scene.gateway.measured.sources == {"render": 1, "local": 1}
+
+
+async def test_a_model_whose_engine_was_away_is_tried_again(
+    fleet: Fleet, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "AGAIN_SECONDS", 0)
+    folder = folder_of(files, "words", PLAIN)
+    engine = RenderingEngine(Reference(folder))
+    engine.fails = True
+    async with scene_of(fleet, engine, folder) as scene:
+        await ask(scene, talk(0))
+        await until(lambda: "no engine tells" in scene.gateway.local.states()[MODEL][1])
+        engine.fails = False
+        await believed(scene)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from kvplane.events import codec
 from kvplane.events.errors import BadCommit
 from kvplane.events.log.follow import replay
 from kvplane.events.types import RequestCompleted, RequestRouted
+from kvplane.services.gateway.guard import Guarded
 from kvplane.services.gateway.service import Gateway
 from kvplane.services.http.listener import bound
 from kvplane.services.simulation.simnode import NodeConfig
@@ -22,6 +24,7 @@ from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
     from anyio.abc import SocketStream, TaskGroup
 
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from tests.support.fleet import Fleet
 
 
+OPEN = Guarded()
 FAST = {"prefill_speed": 20_000.0, "decode_speed": 1e4, "http": "127.0.0.1"}
 ANSWER = json.dumps(
     {
@@ -89,12 +93,14 @@ class Scene:
 
 
 @asynccontextmanager
-async def gateway_on(fleet: Fleet, group: TaskGroup, **options: Any) -> AsyncIterator[Scene]:
-    """A gateway in this process, at a free port."""
+async def gateway_on(fleet: Fleet, group: TaskGroup, ca: Path | None = None, **options: Any) -> AsyncIterator[Scene]:
+    """A gateway in this process, at a free port; with `ca` it is spoken to over TLS."""
     gateway = Gateway(await fleet.connect("gateway"), fleet.name, bound("127.0.0.1", 0), **options)
     await group.start(gateway.run)
     host, port = gateway.address
-    async with httpx.AsyncClient(base_url=f"http://{host}:{port}", timeout=30) as http:
+    verify = True if ca is None else ssl.create_default_context(cafile=ca)
+    scheme = "http" if ca is None else "https"
+    async with httpx.AsyncClient(base_url=f"{scheme}://{host}:{port}", timeout=30, verify=verify) as http:
         yield Scene(fleet, gateway, http)
 
 
@@ -108,10 +114,10 @@ async def answers(stream: SocketStream) -> None:
 
 
 @asynccontextmanager
-async def on_engines(fleet: Fleet, *all_engines: ScriptedEngine) -> AsyncIterator[Scene]:
+async def on_engines(fleet: Fleet, *all_engines: ScriptedEngine, guarded: Guarded = OPEN) -> AsyncIterator[Scene]:
     await fleet.coordinator()
     async with engines(fleet, *all_engines), anyio.create_task_group() as group:
-        async with gateway_on(fleet, group) as scene:
+        async with gateway_on(fleet, group, guarded=guarded) as scene:
             yield scene
         group.cancel_scope.cancel()
 

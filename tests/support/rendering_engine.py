@@ -26,14 +26,17 @@ class RenderingEngine:
     def __init__(self, files: Reference) -> None:
         self.files = files
         self.renders = True
+        self.fails = False
+        """Its rendering ends in an error."""
+        self.models = [MODEL]
         self.counts = True
         """It says how many tokens a prompt has."""
         self.rendered: list[dict[str, Any]] = []
         self.port = 0
 
     async def _render(self, request: web.Request) -> web.Response:
-        if not self.renders:
-            return web.Response(status=404)
+        if not self.renders or self.fails:
+            return web.Response(status=500 if self.fails else 404)
         body = await request.json()
         self.rendered.append(body)
         answer = {"token_ids": self.files.ids(body)}
@@ -53,7 +56,7 @@ class RenderingEngine:
         await fleet.ask(
             "coordinator.node.register",
             RegisterRequest(
-                node="a", address=f"http://127.0.0.1:{self.port}", models=[MODEL], block_size=BLOCK,
+                node="a", address=f"http://127.0.0.1:{self.port}", models=self.models, block_size=BLOCK,
                 capacity_blocks={"gpu": 100_000}, replace=replace,
             ),
         )  # fmt: skip
