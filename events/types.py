@@ -188,6 +188,10 @@ class RequestRouted(Event, frozen=True, tag=_tag):
     exclude: Annotated[list[Name], Meta(max_length=4096)] = []
     """Nodes that the request would not have."""
     trace: Traceparent = ""
+    origin: Annotated[str, Meta(max_length=128)] = ""
+    """The request that this is a further attempt of; empty for a first one. No fold reads it, nor `leg`."""
+    leg: Length = 0
+    """Which part of the answer it makes, from 0: a stream that broke off is gone on with by the next leg."""
 
 
 class RequestCompleted(Event, frozen=True, tag=_tag):

@@ -17,6 +17,9 @@ class Measured:
         self.retries = 0
         self.migrations = 0
         """Requests that another node answered than the first that was chosen."""
+        self.legs: dict[str, int] = {}
+        """Streams that broke off, by what became of it: `ok` (a further leg was whole), `failed` (it broke off, too), `ended`
+        (nothing was missing but the end), `no_node`, `not_continued`."""
         self.queued = 0
         """Requests at engines whose answers have not begun."""
         self.prompt_tokens = 0
@@ -26,6 +29,10 @@ class Measured:
         self.between = Durations(MICRO)
         """Mean time between the pieces of a stream."""
         self.duration = Durations(MILLI)
+
+    def leg(self, outcome: str) -> None:
+        """A stream broke off, or a further leg of it has ended."""
+        self.legs[outcome] = self.legs.get(outcome, 0) + 1
 
     def ended(self, ending: str, source: str, seconds: float) -> None:
         """A request has ended, `seconds` after it had come."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
@@ -22,9 +23,12 @@ from kvplane.services.dataplane.prompts import LOCAL
 from kvplane.services.gateway import api, errors, sessions
 from kvplane.services.gateway.access import AccessLog
 from kvplane.services.gateway.breaker import Breaker
+from kvplane.services.gateway.continuation import unwanted
 from kvplane.services.gateway.forward import Way, forwarded, question
+from kvplane.services.gateway.legs import Legs, continued
 from kvplane.services.gateway.local import LocalPrompts
-from kvplane.services.gateway.prompt import Anyone, Prompt, Prompts
+from kvplane.services.gateway.prompt import Anyone, Prompts
+from kvplane.services.gateway.transcript import Kept
 from kvplane.services.http.pool import Pool, origin, request_head
 from kvplane.services.http.server import Server
 from kvplane.services.protocol.errors import BadHttp, BadRequest, EngineFailed, NoNode, Overloaded
@@ -91,6 +95,9 @@ class Gateway:
         self.breaker = Breaker()
         self.measured = Measured()
         self.access = AccessLog()
+        self.continues = True
+        """Streams that break off are gone on with at another engine."""
+        self.kept = Kept()
         # A client's, an engine's that works for it, and one that is kept for the next.
         self.server = Server(self._handle, _refusal, descriptors=3)
         self.address = ("", 0)
@@ -198,7 +205,7 @@ class Gateway:
                 elif passage.way is not None:
                     passage.way.break_off(504, "timeout", sentence)
         except Exception as error:  # noqa: BLE001 - every error is answered
-            if passage.way is not None and passage.way.kept_alive and not exchange.answered:
+            if passage.way is not None and exchange.begun and not exchange.answered:
                 status = errors.status_of(error)
                 passage.way.break_off(
                     status, getattr(error, "code", "internal"), str(error) if status != 500 else "a defect"
@@ -218,21 +225,25 @@ class Gateway:
         asked = api.read(path, request.body)
         passage.model = asked.model
         session = sessions.session(request.headers, asked.fields, asked.messages)
-        ids = api.token_ids(asked)
-        if ids is not None:
-            prompt = Prompt(ids, len(ids), "client")
-        else:
-            credentials = forwarded([pair for pair in request.headers if pair[0] == b"authorization"])
-            prompt = await self._prompts.prompt(asked, credentials)
+        credentials = forwarded([pair for pair in request.headers if pair[0] == b"authorization"])
+        prompt = await self._prompts.prompt(asked, credentials)
         passage.source, passage.tokens = prompt.source, prompt.tokens
+        legs = None
+        if self.continues and continued(asked) and not unwanted(request.headers):
+            legs = Legs(asked, prompt, self.kept, partial(self._prompts.prompt, credentials=credentials))
         way = passage.way = Way(
             exchange, asked, question(asked, prompt, session, passage.request, passage.traceparent), pool=self._pool,
             route=self._route, record=self._record, record_pending=self.router.record_pending, left_out=self._left_out,
             epoch=self._epoch, place=self.router.places.wait, room=self.router.held.wait,
             leave_room=self.router.held.left, measured=self.measured,
-            explain=request.header(b"x-kvplane-explain") == b"1",
+            explain=request.header(b"x-kvplane-explain") == b"1", legs=legs, gives_ids=self._gives_ids,
         )  # fmt: skip
         await way.run()
+
+    def _gives_ids(self, node: str) -> bool:
+        """Whether the node's engine tells the token ids of its answer when it is asked to."""
+        known = self.router.state.nodes.get(node)
+        return known is not None and known.registered.engine.startswith("vllm")
 
     def _measure(self, outcome: Outcome | None, source: str, seconds: float) -> None:
         ending = outcome.ending.partition(":")[0] if outcome is not None else "refused"

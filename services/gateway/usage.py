@@ -97,6 +97,8 @@ class Events:
     """
 
     __slots__ = ("_before", "_ended", "_held", "_last", "_strip", "error", "usage")
+    broken = ""
+    """What it says is the client's to know."""
 
     def __init__(self, *, strip: bool) -> None:
         self._strip = strip
@@ -109,6 +111,11 @@ class Events:
         self.usage = Usage()
         self.error = ""
         """What an event of the engine's said that went wrong."""
+
+    @property
+    def counted(self) -> Usage:
+        """Usage, as far as the engine has said it."""
+        return self.usage
 
     @property
     def whole(self) -> bool:
@@ -130,7 +137,7 @@ class Events:
             return data
         if self._held:
             data, self._held = self._held + data, b""
-        end = _last_end(data)
+        end = last_end(data)
         whole, rest = data[:end], data[end:]
         if len(rest) > LONGEST_EVENT:
             # No event is so long; whatever it is, the client shall have it.
@@ -146,19 +153,19 @@ class Events:
     def _watch(self, data: bytes) -> None:
         """Look for usage in whole events, keeping what is not whole."""
         if not self._held and not _matters(data):
-            end = _last_end(data)
+            end = last_end(data)
             self._held = data[end:]
             return
         data = self._held + data
-        end = _last_end(data)
+        end = last_end(data)
         if _matters(data[:end]):
-            for event in _events(data[:end]):
+            for event in events_in(data[:end]):
                 self._read(event)
         self._held = data[end:] if len(data) - end <= LONGEST_EVENT else b""
 
     def _stripped(self, data: bytes) -> bytes:
         kept = []
-        for event in _events(data):
+        for event in events_in(data):
             chunk = self._read(event)
             if chunk is None or chunk.choices or chunk.usage is None or chunk.error:
                 kept.append(event)
@@ -191,14 +198,14 @@ def _matters(data: bytes) -> bool:
     return b'"usage"' in data or b'"error"' in data
 
 
-def _last_end(data: bytes) -> int:
+def last_end(data: bytes) -> int:
     """Where the last whole event ends."""
     return max(
         data.rfind(b"\n\n") + 2 if b"\n\n" in data else 0, data.rfind(b"\r\n\r\n") + 4 if b"\r\n\r\n" in data else 0
     )
 
 
-def _events(data: bytes) -> list[bytes]:
+def events_in(data: bytes) -> list[bytes]:
     """Whole events, each with its end."""
     blank = b"\r\n\r\n" if b"\r\n\r\n" in data else b"\n\n"
     parts = data.split(blank)

@@ -63,6 +63,10 @@ class RouteRequest(_Request, frozen=True, kw_only=True):
     it until its completion."""
     traceparent: str = ""
     """W3C trace context, for those who can't set a header of this name."""
+    origin: Annotated[str, Meta(max_length=128)] = ""
+    """The request that this is a further attempt of; it is recorded."""
+    leg: Length = 0
+    """Which leg of a stream that goes on at another node, from 0; it is recorded."""
 
 
 class RouteAnswer(Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -300,6 +300,8 @@ class Router:
             traceparent,
             recorded,
             client,
+            request.origin,
+            request.leg,
         )
         return query, roster
 

@@ -25,3 +25,6 @@ class Query(NamedTuple):
     """Whether there is room for its hashes while it runs."""
     tenant: str = ""
     """Who asks, as far as that is known; only the order of those who wait depends on it."""
+    origin: str = ""
+    leg: int = 0
+    """The request that it is a further attempt of, and which leg of a stream; no decision depends on them."""
