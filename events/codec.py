@@ -59,7 +59,8 @@ DEPTH_LIMIT = 32
 
 _PACKED_FIELDS = ("hashes", "stored", "evicted")
 _HASH_BYTES = 8
-_AT_TRACE = ".trace`"
+_AT_LATER = (".trace`", ".origin`", ".leg`")
+"""Where a decoder finds fault with fields that came later than their events."""
 
 
 class Message(NamedTuple):
@@ -106,6 +107,7 @@ _DECODERS = {
 _FIELDS: dict[object, set[str]] = {
     kind.__struct_config__.tag: {"type", *kind.__struct_fields__} for kind in types.Event.__subclasses__()
 }
+_ROUTED = types.RequestRouted.__struct_config__.tag
 _ENCODER = msgspec.msgpack.Encoder()
 
 
@@ -172,6 +174,12 @@ def _from_plain(raw: Any, form: Any) -> list[types.Event]:  # noqa: ANN401 - wha
             if not isinstance(traceparent, str) or len(traceparent) > types.TRACEPARENT_LIMIT:
                 # To readers that are older than this field it is unknown, whatever is in it.
                 del event["trace"]
+            if kind == _ROUTED:
+                origin, leg = event.get("origin", ""), event.get("leg", 0)
+                if not (isinstance(origin, str) and len(origin) <= NAME_LIMIT):
+                    del event["origin"]
+                if not (type(leg) is int and 0 <= leg <= types.LENGTH_LIMIT):
+                    del event["leg"]
     events: list[types.Event] = msgspec.convert(raw, form, builtin_types=(bytes,))
     return events
 
@@ -223,7 +231,7 @@ def _decoded(topic: Topic, body: bytes) -> Sequence[types.Event]:
         try:
             return decoder.decode(body)
         except msgspec.ValidationError as error:
-            if "unknown field" not in str(error) and not str(error).endswith(_AT_TRACE):
+            if "unknown field" not in str(error) and not str(error).endswith(_AT_LATER):
                 raise
         return _from_plain(msgspec.msgpack.decode(body), form)
     except msgspec.ValidationError as error:

@@ -153,6 +153,7 @@ def decision_of(row: Mapping[str, Any]) -> types.RequestRouted:
         tokens=row["tokens"], hashes=row["hashes"], session=row["session"], policy=row["policy"], applied=row["applied"],
         candidates=[types.Candidate(**candidate) for candidate in row["candidates"]], best=row["best_match"] or 0,
         decided=row["decided"] or 0, exclude=row["exclude"], trace=row["trace"] or "",
+        origin=row["origin"] or "", leg=row["leg"] or 0,
     )  # fmt: skip
 
 

@@ -362,6 +362,8 @@ def _decisions(rows: Sequence[_Row]) -> dict[str, Any]:
         "hashes": hashes,
         "candidates": pa.ListArray.from_arrays(offsets, structs),
         "trace": [event.trace or None for event in events],
+        "origin": pa.array([event.origin or None for event in events], pa.string()),
+        "leg": pa.array([event.leg or None for event in events], pa.uint32()),
     }
 
 

@@ -19,7 +19,7 @@ import duckdb
 
 from kvplane.projections.errors import BadHistory, HistoryFull
 from kvplane.projections.history.rows import MATCHED_SECONDS, Routed, Waiting
-from kvplane.projections.history.tables import ADDED, SINCE_1, TABLES, VERSION
+from kvplane.projections.history.tables import ADDED, LACKING, TABLES, VERSION
 from kvplane.projections.history.views import VIEWS
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Store:
         self.spill = folder / SPILL
         self.fleet = fleet
         self.raised = False
-        """Whether the file was of version 1 and has the columns of this one since it was opened."""
+        """Whether the file was of a former version and has the columns of this one since it was opened."""
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.archive.mkdir(mode=0o700, exist_ok=True)
@@ -109,10 +109,11 @@ class Store:
         if known:
             # Another version may have other columns.
             row = (connection.sql("SELECT * FROM checkpoint").to_arrow_table().to_pylist() or [{}])[0]
-            older = row.get("version") == 1
-            if row.get("version") != VERSION and not older:
+            version = row.get("version")
+            older = version in LACKING
+            if version != VERSION and not older:
                 raise BadHistory(
-                    f"the history in {self.folder.name} is of version {row.get('version')}, this kvplane reads {VERSION}; "
+                    f"the history in {self.folder.name} is of version {version}, this kvplane reads {VERSION}; "
                     "`kvplane history rebuild` makes it again from the log and the archive"
                 )
             if row["fleet"] != self.fleet:
@@ -123,7 +124,7 @@ class Store:
             self._check_archive(connection)
             connection.execute("BEGIN")
             if older:
-                self._raise_version(connection)
+                self._raise_version(connection, version)
             # Those that came later.
             for table in TABLES:
                 connection.execute(table.ddl(LIVE))
@@ -147,11 +148,12 @@ class Store:
         self.refresh(connection)
         connection.execute("COMMIT")
 
-    def _raise_version(self, connection: duckdb.DuckDBPyConnection) -> None:
-        """Give a history of version 1 the columns that it lacks; files of the archive stay as they are."""
-        for table, column in SINCE_1:
+    def _raise_version(self, connection: duckdb.DuckDBPyConnection, version: int) -> None:
+        """Give a history of a former version the columns that it lacks; files of the archive stay as they are."""
+        for table, column in LACKING[version]:
             connection.execute(f"ALTER TABLE {LIVE}.{table.name} ADD COLUMN {column.name} {column.sql}")
-        connection.execute("ALTER TABLE archive_files ADD COLUMN version INTEGER DEFAULT 1")
+        if version == 1:
+            connection.execute("ALTER TABLE archive_files ADD COLUMN version INTEGER DEFAULT 1")
         connection.execute("UPDATE checkpoint SET version = ?", [VERSION])
         self.raised = True
 

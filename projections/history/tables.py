@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-VERSION = 2
-"""Of the tables. A history of version 1 gets the columns in `SINCE_1`; any other is made again from the log and the archive."""
-READABLE = ("1", "2")
+VERSION = 3
+"""Of the tables. A history of a version in `LACKING` gets the columns that it lacks; any other is made again from the log and
+the archive."""
+READABLE = ("1", "2", "3")
 """Versions of archived files that can be read; columns that they don't have are null."""
 
 CANDIDATE = pa.struct([("node", pa.string()), ("match", pa.uint64()), ("cost", pa.float64())])
@@ -68,6 +69,10 @@ class Table(NamedTuple):
 _SEQUENCE = Column("sequence", "UBIGINT", "sequence of the commit on the log")
 _TIME = Column("time", "TIMESTAMP", "when the log stored it, UTC")
 _EVENT = (_SEQUENCE, Column("event", "USMALLINT", "place of the event in its commit, from 0"), _TIME)
+_ORIGIN = Column("origin", "VARCHAR", "the request of which this is a further attempt; null for a first one")
+_LEG = Column(
+    "leg", "UINTEGER", "which further leg of a stream it makes, from 1: it goes on where one broke off; else null"
+)
 _TRACE = Column(
     "trace", "VARCHAR", "W3C traceparent that came with it; null without one. `trace[4:35]` is the trace's id"
 )
@@ -172,6 +177,9 @@ DECISIONS = Table(
         Column("hashes", "UBIGINT[]", "blocks of the prompt; empty where not recorded"),
         Column("candidates", 'STRUCT(node VARCHAR, "match" UBIGINT, cost DOUBLE)[]', "the best few nodes, by cost"),
         _TRACE,
+        # The order is that of their coming: rows are inserted by it.
+        _ORIGIN,
+        _LEG,
     ),
 )  # fmt: skip
 
@@ -288,5 +296,8 @@ TABLES = (
 )
 SINCE_1 = ((DECISIONS, _TRACE), (COMPLETIONS, _TRACE))
 """Columns that a history of version 1 does not have."""
+SINCE_2 = ((DECISIONS, _ORIGIN), (DECISIONS, _LEG))
+LACKING = {1: (*SINCE_1, *SINCE_2), 2: SINCE_2}
+"""Columns that a history of a former version does not have."""
 BY_NAME = {table.name: table for table in TABLES}
 """All of them: what is archived, and what the log can be made again from."""

@@ -75,7 +75,7 @@ class Prompts:
         self._warned: set[tuple[str, str]] = set()
 
     async def prompt(self, asked: Asked, credentials: bytes, *, with_ids: bool = False) -> Prompt:
-        """The prompt of a request; `with_ids` asks engines also where its hashes are found here. Raises `NoNode`, `Overloaded`."""
+        """The prompt of a request; with its ids even where hashes are found here. Raises `NoNode`, `Overloaded`."""
         ids = api.token_ids(asked)
         if ids is not None:
             return Prompt(ids, len(ids), "client")

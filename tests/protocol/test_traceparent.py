@@ -23,7 +23,7 @@ from kvplane.projections.digest import digest
 from kvplane.projections.fleet import FleetState
 from kvplane.projections.history import archive, replay
 from kvplane.projections.history.store import LIVE, Store
-from kvplane.projections.history.tables import SINCE_1, VERSION
+from kvplane.projections.history.tables import LACKING, SINCE_1, VERSION
 from kvplane.services.protocol import messages
 from kvplane.services.protocol.traceparent import parse
 from kvplane.services.simulation.simnode import NodeConfig
@@ -183,8 +183,9 @@ def test_a_trace_nested_too_deep_is_as_any_unknown_field() -> None:
 def make_version_1(folder: Path) -> None:
     """Turn a history into what version 1 wrote: no trace in tables or files, no version of files."""
     connection = duckdb.connect(str(folder / "history.duckdb"))
-    for table, column in SINCE_1:
+    for table, _ in SINCE_1:
         connection.execute(f"DROP VIEW main.{table.name}")
+    for table, column in LACKING[1]:
         connection.execute(f"ALTER TABLE {LIVE}.{table.name} DROP COLUMN {column.name}")
     connection.execute("ALTER TABLE archive_files DROP COLUMN version")
     for path in (folder / "archive").rglob("*.parquet"):
@@ -193,8 +194,9 @@ def make_version_1(folder: Path) -> None:
         ).fetchall()
         metadata = {**dict(meta), "kvplane_version": "1"}
         pairs = ", ".join(f"{key}: '{value}'" for key, value in metadata.items() if key.startswith("kvplane"))
-        rows = f"SELECT * EXCLUDE (trace) FROM read_parquet('{path}', hive_partitioning = false)"
-        if not any(path.is_relative_to(folder / "archive" / table.name) for table, _ in SINCE_1):
+        lacking = [column.name for table, column in LACKING[1] if path.is_relative_to(folder / "archive" / table.name)]
+        rows = f"SELECT * EXCLUDE ({', '.join(lacking)}) FROM read_parquet('{path}', hive_partitioning = false)"
+        if not lacking:
             rows = f"SELECT * FROM read_parquet('{path}', hive_partitioning = false)"
         connection.execute(f"COPY ({rows}) TO '{path}.new' (FORMAT parquet, KV_METADATA {{{pairs}}})")
         path.with_name(path.name + ".new").rename(path)
