@@ -61,7 +61,6 @@ _DROPPED = frozenset((
 """Headers that are of one connection only, or that the gateway writes itself."""
 
 _ALONE = (b"keep-alive", b"close")
-_BLANK = (b"\n\n", b"\r\n\r\n")
 
 _log = structlog.get_logger("kvplane.gateway")
 
@@ -111,8 +110,6 @@ class Way:
         self._target, self._body = exchange.request.target, asked.body
         self._passed = False
         """The client has something of an engine's answer."""
-        self._cut = False
-        """What it has ends inside an event."""
         self._first_ttft = 0.0
         self.held = 0.0
         """Seconds that it waited for room."""
@@ -202,7 +199,7 @@ class Way:
 
     def _give_up(self, sentence: str) -> None:
         words = self._legs.transcript.last_words if self._legs is not None else b""
-        if words and not self._cut:
+        if words:
             # It is the engine that says so.
             self.exchange.write(words)
             self.exchange.end()
@@ -371,7 +368,6 @@ class Way:
             shown = events.feed(data)
             if shown:
                 self._passed = True
-                self._cut = not shown.endswith(_BLANK)
                 exchange.write(shown)
 
         try:
@@ -409,9 +405,6 @@ class Way:
     def break_off(self, status: int, code: str, sentence: str) -> None:
         """End an answer that has begun with an event that says why."""
         if not self.exchange.gone and not self.exchange.answered:
-            if self._cut:
-                # Behind half an event it would be a part of that.
-                self.exchange.write(b"\n\n")
             self.exchange.write(errors.event_of(self.asked.path, status, code, sentence))
             self.exchange.end()
 

@@ -1,8 +1,8 @@
 """What an answer counts, read while it passes. Pure: bytes in, bytes out.
 
-A stream of server-sent events is passed on as it comes. `Events` looks at the events that can matter, by a search for
-`"usage"` in the bytes; a stream whose usage only the gateway asked for is held back by at most one event, so that the
-extra one can be left out.
+A stream of server-sent events is passed on as it comes, whole events at a time: behind half of one no error could be told.
+`Events` looks at the events that can matter, by a search for `"usage"` in the bytes, and leaves out the extra one of a stream
+whose usage only the gateway asked for.
 """
 
 from __future__ import annotations
@@ -132,9 +132,6 @@ class Events:
             self._ended = True
         if not self._held and data.endswith(b"\n\n") and not _matters(data):
             return data
-        if not self._strip:
-            self._watch(data)
-            return data
         if self._held:
             data, self._held = self._held + data, b""
         end = last_end(data)
@@ -150,24 +147,11 @@ class Events:
         held, self._held = self._held, b""
         return held
 
-    def _watch(self, data: bytes) -> None:
-        """Look for usage in whole events, keeping what is not whole."""
-        if not self._held and not _matters(data):
-            end = last_end(data)
-            self._held = data[end:]
-            return
-        data = self._held + data
-        end = last_end(data)
-        if _matters(data[:end]):
-            for event in events_in(data[:end]):
-                self._read(event)
-        self._held = data[end:] if len(data) - end <= LONGEST_EVENT else b""
-
     def _stripped(self, data: bytes) -> bytes:
         kept = []
         for event in events_in(data):
             chunk = self._read(event)
-            if chunk is None or chunk.choices or chunk.usage is None or chunk.error:
+            if not self._strip or chunk is None or chunk.choices or chunk.usage is None or chunk.error:
                 kept.append(event)
         return b"".join(kept)
 

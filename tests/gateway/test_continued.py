@@ -7,16 +7,20 @@ import random
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import pytest
 
+from kvplane.services.gateway.legs import Legs
+from kvplane.services.history.historian import Historian
 from tests.support.gateways import on_engines
 from tests.support.scripted_engine import MODEL
 from tests.support.telling_engine import CLEAR, SINGLE, UNCLEAR, TellingEngine, Vocabulary
-from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
+    from kvplane.services.protocol.messages import RouteRequest
     from tests.support.fleet import Fleet
     from tests.support.gateways import Scene
 
@@ -28,7 +32,7 @@ HOWS = ("eof", "reset", "half", "error", "bare")
 class Told:
     """What a client makes of a stream."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, *, ids: bool) -> None:
         self.text, self.roles, self.events, self.ended = "", 0, 0, 0
         self.finish: list[str] = []
         self.usage: dict[str, Any] | None = None
@@ -44,7 +48,7 @@ class Told:
                 continue
             self.events += 1
             body = json.loads(data)
-            assert 'token_ids":[' not in data, "ids that nobody asked for"
+            assert ids or 'token_ids":[' not in data, "ids that nobody asked for"
             self.error = body.get("error") or self.error
             if "type" in body:
                 self._of_message(body)
@@ -78,7 +82,7 @@ class Engines:
             engine.asked.clear()
         answer = await self.scene.http.post(path, json={"model": MODEL, "stream": True, **body}, headers=headers)
         assert answer.status_code == 200, answer.text
-        return Told(answer.text)
+        return Told(answer.text, ids="return_token_ids" in body)
 
     @property
     def asked(self) -> list[tuple[str, dict[str, Any]]]:
@@ -115,7 +119,7 @@ async def check(engines: Engines, path: str, body: dict[str, Any], seed: int, *,
         told = await engines.ask(path, body, *deaths, how=drawn.choice(HOWS))
         legs += len(engines.asked)
         assert told.error is None, (told.error, deaths)
-        assert told.text == whole.text, (deaths, told.text, whole.text, engines.asked)
+        assert told.text == whole.text, (deaths, repr((told.text, whole.text)), engines.asked)
         assert (told.roles, told.finish, told.ended, told.starts) == (whole.roles, whole.finish, 1, whole.starts), (
             deaths
         )
@@ -140,7 +144,7 @@ def asked(kind: tuple[str, dict[str, Any]], seed: int, **more: Any) -> tuple[str
 
 
 @pytest.mark.parametrize("usage", [False, True], ids=["", "usage"])
-async def test_an_engine_that_gives_token_ids(fleet: Fleet, usage: bool) -> None:  # noqa: FBT001
+async def test_an_engine_that_gives_token_ids(fleet: Fleet, usage: bool) -> None:
     async with telling(fleet, UNCLEAR, gives_ids=True) as engines:
         legs = 0
         for seed in range(SEEDS):
@@ -203,3 +207,174 @@ async def test_without_render_text_goes_to_the_end_of_the_prompt(fleet: Fleet) -
         path, body = asked(ANTHROPIC, 3)
         told = await engines.ask(path, body, 5)
         assert "are not known" in told.error["message"]
+
+
+INELIGIBLE: list[tuple[tuple[str, dict[str, Any]], dict[str, Any], str]] = [
+    (CHAT, {"n": 2}, "'n'"), (TEXT, {"best_of": 2}, "'best_of'"), (CHAT, {"logprobs": True}, "'logprobs'"),
+    (TEXT, {"logprobs": 0}, "'logprobs'"), (TEXT, {"echo": True}, "'echo'"), (TEXT, {"suffix": "w1 "}, "'suffix'"),
+    (CHAT, {"response_format": {"type": "json_object"}}, "'response_format'"),
+    (CHAT, {"structured_outputs": {"regex": "a"}}, "'structured_outputs'"), (CHAT, {"guided_json": {}}, "'guided_json'"),
+    (CHAT, {"seed": 3}, "'seed'"), (CHAT, {"seed": 3, "temperature": 0.5}, "'seed'"),
+    (CHAT, {"presence_penalty": 0.5}, "'presence_penalty'"), (TEXT, {"frequency_penalty": 1}, "'frequency_penalty'"),
+    (CHAT, {"tools": [{"type": "function"}], "tool_choice": "required"}, "'tools'"),
+    (TEXT, {"prompt": ["w1 ", "w2 "]}, "several prompts"), (TEXT, {"truncate_prompt_tokens": 5}, "'truncate_prompt_tokens'"),
+    (TEXT, {"kv_transfer_params": {"a": 1}}, "'kv_transfer_params'"),
+    (CHAT, {"a_field_of_tomorrow": 1}, "'a_field_of_tomorrow'"),
+    (ANTHROPIC, {"tools": [{"name": "at"}]}, "'tools'"), (ANTHROPIC, {"thinking": {"type": "enabled"}}, "'thinking'"),
+    (CHAT, {"return_token_ids": True}, ""),
+]  # fmt: skip
+HARMLESS: list[dict[str, Any]] = [
+    {"n": 1}, {"seed": 3, "temperature": 0}, {"presence_penalty": 0.0, "frequency_penalty": 0}, {"logprobs": False},
+    {"response_format": {"type": "text"}}, {"tools": [], "parallel_tool_calls": True}, {"metadata": {"a": "b"}, "user": "u"},
+    {"chat_template_kwargs": {"enable_thinking": False}}, {"guided_json": None}, {"min_tokens": 25},
+    {"max_completion_tokens": 20},
+]  # fmt: skip
+
+
+async def test_what_is_not_continued_ends_with_an_error_that_says_why(fleet: Fleet) -> None:
+    async with telling(fleet, CLEAR, gives_ids=True) as engines:
+        for (path, body), more, why in INELIGIBLE:
+            told = await engines.ask(path, {**body, **more}, 4)
+            message = told.error["message"]
+            assert "the engine broke off" in message
+            assert why in message, message
+            assert len(engines.asked) == 1
+            # The engine's own last words, where it has some, are the client's.
+            said = await engines.ask(path, {**body, **more}, 4, how="error")
+            assert said.error["message"] == "EngineCore is dead"
+        path, body = CHAT
+        assert (await engines.ask(path, body, 4, **{"x-kvplane-continue": "0"})).error is not None
+        for more in HARMLESS:
+            await check(engines, path, {**body, **more}, 5)
+        engines.scene.gateway.continues = False
+        assert (await engines.ask(path, body, 4)).error is not None
+        assert len(engines.asked) == 1
+        assert engines.scene.gateway.kept.bytes == 0
+
+
+async def test_legs_and_what_is_kept_are_bounded(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with telling(fleet, CLEAR, gives_ids=True) as engines:
+        path, body = CHAT
+        told = await engines.ask(path, body, 3, 1, 1, 1, 1, 1)
+        assert "no other goes on" in told.error["message"]
+        assert len(engines.asked) == len(engines.engines)
+        legs = engines.scene.gateway.measured.legs
+        assert (legs["failed"], legs["no_node"]) == (2, 1)
+        monkeypatch.setattr("kvplane.services.gateway.legs.LEGS", 2)
+        told = await engines.ask(path, body, 3, 1)
+        assert "it broke off 2 times" in told.error["message"]
+        monkeypatch.setattr("kvplane.services.gateway.transcript.KEPT_BYTES", 20)
+        told = await engines.ask(path, body, 20)
+        assert "too much of it would have to be kept" in told.error["message"]
+        assert engines.scene.gateway.kept.bytes == 0
+
+
+async def test_every_leg_is_on_the_log_and_explained(fleet: Fleet, tmp_path: Path) -> None:
+    async with telling(fleet, CLEAR, gives_ids=True) as engines, anyio.create_task_group() as group:
+        historian = Historian(await fleet.connect("historian"), fleet.name, tmp_path / "history", servers=[fleet.url])
+        await group.start(historian.run)
+        path, body = CHAT
+        whole = await engines.ask(path, {**body, **USAGE})
+        told = await engines.ask(path, {**body, **USAGE}, 5, 3, **{"x-request-id": "mine"})
+        assert told.text == whole.text
+        await engines.scene.idle()
+        routed, completed = await engines.scene.recorded()
+        legs = [event for event in routed if "mine" in {event.request, event.origin}]
+        assert [(event.request, event.origin, event.leg) for event in legs] == [
+            ("mine", "", 0), ("mine.1", "mine", 1), ("mine.2", "mine", 2)
+        ]  # fmt: skip
+        assert len({event.node for event in legs}) == 3
+        assert [sorted(event.exclude) for event in legs] == [
+            [],
+            [legs[0].node],
+            sorted(event.node for event in legs[:2]),
+        ]
+        ends = {event.request: event for event in completed}
+        assert [ends[event.request].status.partition(":")[0] for event in legs] == ["failed", "failed", "ok"]
+        # The first had its role first, and each counts its own.
+        assert told.usage is not None
+        made = [ends[event.request].output_tokens for event in legs]
+        assert made[:2] == [4, 3]
+        assert sum(made) == told.usage["completion_tokens"]
+        assert [event.tokens for event in legs] == [legs[0].tokens, legs[0].tokens + 4, legs[0].tokens + 7]
+        explained = await historian.past.explain("mine.1", None)
+        assert explained["recomputed"]["differences"] == []
+        shown = [(row["request"], row["leg"], row["node"], row["output_tokens"]) for row in explained["attempts"]]
+        assert shown == [(event.request, event.leg, event.node, ends[event.request].output_tokens) for event in legs]
+        outcome = engines.scene.gateway.measured
+        assert outcome.legs == {"failed": 1, "ok": 1}
+        group.cancel_scope.cancel()
+
+
+async def test_a_client_that_leaves_between_legs(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    between, left = anyio.Event(), anyio.Event()
+    told = Legs.next
+
+    async def waits(legs: Legs, question: RouteRequest) -> object:
+        between.set()
+        await left.wait()
+        return await told(legs, question)
+
+    monkeypatch.setattr(Legs, "next", waits)
+    async with telling(fleet, CLEAR, gives_ids=True) as engines:
+        engines.deaths[:] = [3]
+        path, body = CHAT
+        async with engines.scene.http.stream("POST", path, json={"model": MODEL, "stream": True, **body}) as answer:
+            pieces = answer.aiter_bytes()
+            await anext(pieces)
+            await between.wait()
+        await engines.scene.idle()
+        left.set()
+        routed, completed = await engines.scene.recorded()
+        assert (len(routed), len(engines.asked)) == (1, 1)
+        assert [event.status.partition(":")[0] for event in completed] == ["failed"]
+        assert engines.scene.gateway.kept.bytes == 0
+        assert engines.scene.gateway.measured.requests == {"cancelled": 1}
+
+
+async def test_silence_counts_as_breaking_off(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvplane.services.gateway.forward.IDLE_SECONDS", 0.2)
+    monkeypatch.setattr("kvplane.services.http.pool.LOOK_SECONDS", 0.05)
+    async with telling(fleet, CLEAR, gives_ids=True) as engines:
+        path, body = TEXT
+        whole = await engines.ask(path, body)
+        assert (await engines.ask(path, body, 5, how="silent")).text == whole.text
+
+
+async def test_calls_of_tools(fleet: Fleet) -> None:
+    """A text whose engine looks for calls goes on at one that looks as well; a call under way does not."""
+    async with telling(fleet, CLEAR, gives_ids=True) as engines:
+        path, body = CHAT
+        tools = {"tools": [{"type": "function", "function": {"name": "at"}}], "max_tokens": 400}
+        await check(engines, path, {**body, **tools}, 3)
+        told = await engines.ask(path, {**body, **tools}, 5)
+        assert told.error is None
+        assert {(path, "continue_final_message" in sent) for path, sent in engines.asked} == {
+            (path, False),
+            (path, True),
+        }
+        for engine in engines.engines:
+            engine.calls_after = 3
+        told = await engines.ask(path, {**body, **tools}, 6)
+        assert "a tool call is under way" in told.error["message"]
+
+
+@pytest.mark.parametrize("gives_ids", [True, False])
+async def test_reasoning(fleet: Fleet, gives_ids: bool) -> None:
+    """It is in no message; where all token ids are known it is in the prompt of the next leg."""
+    async with telling(fleet, CLEAR, gives_ids=gives_ids) as engines:
+        for engine in engines.engines:
+            engine.reasons = 5
+        path, body = CHAT
+        whole = await engines.ask(path, body)
+        for death, goes_on in ((0, True), (4, False), (10, gives_ids)):
+            told = await engines.ask(path, body, death)
+            assert (told.error is None) == goes_on, (death, told.error)
+            assert told.error is not None or told.text == whole.text
+
+
+async def test_an_event_that_broke_off_does_not_swallow_the_error(fleet: Fleet) -> None:
+    async with telling(fleet, CLEAR, gives_ids=False) as engines:
+        path, body = TEXT
+        told = await engines.ask(path, {**body, **USAGE}, 4, how="half", **{"x-kvplane-continue": "no"})
+        assert "broke off" in told.error["message"]

@@ -42,6 +42,7 @@ class ScriptedEngine:
         self.closed = 0
         """Requests whose connection the other side closed before their script had ended."""
         self.port = 0
+        self.blocks = 1000
         self.aliases: list[str] = []
         """Further models, as LoRAs are."""
 
@@ -104,7 +105,7 @@ async def engines(fleet: Fleet, *all_engines: ScriptedEngine) -> AsyncIterator[N
                 "coordinator.node.register",
                 RegisterRequest(
                     node=engine.name, address=f"http://127.0.0.1:{engine.port}", models=[MODEL, *engine.aliases], block_size=4,
-                    capacity_blocks={"gpu": 1000}, engine=engine.kind,
+                    capacity_blocks={"gpu": engine.blocks}, engine=engine.kind,
                 ),
             )  # fmt: skip
         yield

@@ -1,7 +1,7 @@
 """An engine whose answer follows from its prompt, so that it can be told whether another one goes on where it died.
 
-The next token is a hash of all tokens before it. Tokens are pieces of text, some of which are the beginning of others, so that a
-text made of them may be cut into tokens in another way than it came about.
+The next token is a hash of all tokens before it. Tokens are pieces of text, some of which are the beginning of others, so that
+a text made of them may be cut into tokens in another way than it came about.
 """
 
 from __future__ import annotations
@@ -61,6 +61,10 @@ class TellingEngine(ScriptedEngine):
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.interval = 1
         """Tokens a chunk."""
+        self.calls_after: int | None = None
+        """Chunks after which it begins to call a tool."""
+        self.reasons = 0
+        """So many tokens of a chat's answer are its reasoning."""
         self.aliases = ["lora"]
 
     async def serve(self, stream: SocketStream) -> None:
@@ -94,7 +98,7 @@ class TellingEngine(ScriptedEngine):
     def _answer(self, path: str, body: dict[str, Any]) -> tuple[list[tuple[list[int], str]], str, int]:
         """Pieces, each tokens and the text that came with them, the finish reason, and the prompt's length."""
         tokens, stops = self.prompt(body), body.get("stop") or body.get("stop_sequences") or []
-        most = body.get("max_tokens") or body.get("max_completion_tokens") or (16 if path == "/v1/completions" else 400)
+        most = body.get("max_completion_tokens") or body.get("max_tokens") or (16 if path == "/v1/completions" else 400)
         hold = max([len(stop) - 1 for stop in stops], default=0)
         begin, text, shown, finish = len(tokens), "", 0, "length"
         pieces: list[tuple[list[int], str]] = []
@@ -129,6 +133,9 @@ class TellingEngine(ScriptedEngine):
         for number, (ids, text) in enumerate(pieces):
             made += len(ids)
             last = finish if number == len(pieces) - 1 else None
+            shapes.field = "reasoning" if begin + made <= self._thinks_until(body, path) else "content"
+            if self.calls_after == number:
+                said.append(shapes.call())
             said.append(shapes.piece(text, ids if body.get("return_token_ids") else None, last))
         usage = {"prompt_tokens": begin, "completion_tokens": made, "total_tokens": begin + made}
         usage["prompt_tokens_details"] = {"cached_tokens": begin // 2}  # type: ignore[assignment]
@@ -140,6 +147,9 @@ class TellingEngine(ScriptedEngine):
         await stream.send(b"".join(map(chunk, said[:death])))
         await self._die(stream, said[death], shapes)
         return False
+
+    def _thinks_until(self, body: dict[str, Any], path: str) -> int:
+        return len(self.prompt(body)) + self.reasons if path == "/v1/chat/completions" else 0
 
     async def _die(self, stream: SocketStream, would_say: bytes, shapes: _Shapes) -> None:
         match self.how:
@@ -167,12 +177,14 @@ def _event(body: dict[str, Any]) -> bytes:
 
 class _Shapes:
     kind = "text_completion"
+    field = "content"
 
     def __init__(self, id: str) -> None:  # noqa: A002
         # Each engine has names of its own for what it answers.
         self.names = {"id": id, "object": self.kind, "created": zlib.crc32(id.encode()), "model": MODEL}
 
     def head(self, prompt: int) -> bytes:
+        del prompt
         return self._chunk({"delta": {"role": "assistant", "content": ""}, "finish_reason": None}, None)
 
     def _said(self, text: str) -> dict[str, Any]:
@@ -183,6 +195,9 @@ class _Shapes:
 
     def piece(self, text: str, ids: list[int] | None, finish: str | None) -> bytes:
         return self._chunk({**self._said(text), "finish_reason": finish}, ids)
+
+    def call(self) -> bytes:
+        raise NotImplementedError
 
     def error(self) -> bytes:
         return _data({"error": {"message": "EngineCore is dead", "type": "InternalServerError", "code": 500}})
@@ -196,7 +211,11 @@ class _Chat(_Shapes):
     kind = "chat.completion.chunk"
 
     def _said(self, text: str) -> dict[str, Any]:
-        return {"delta": {"content": text}}
+        return {"delta": {self.field: text}}
+
+    def call(self) -> bytes:
+        called = {"index": 0, "id": "c", "type": "function", "function": {"name": "at", "arguments": ""}}
+        return self._chunk({"delta": {"tool_calls": [called]}, "finish_reason": None}, None)
 
 
 class _Messages(_Shapes):
