@@ -49,6 +49,7 @@ def gateway(
     workers: Annotated[int, Parameter(env_var="KVPLANE_WORKERS")] = 1,
     access_log: Annotated[bool, Parameter(env_var="KVPLANE_ACCESS_LOG", negative="")] = False,
     tokenizer: Annotated[tuple[str, ...], Parameter(env_var="KVPLANE_TOKENIZER")] = (),
+    continue_streams: Annotated[bool, Parameter(env_var="KVPLANE_CONTINUE_STREAMS")] = True,
     http: Http = None,
     policy_module: ServedPolicyModules = (),
     common: Common = COMMON,
@@ -66,6 +67,8 @@ def gateway(
     tokenizer
         MODEL=FOLDER with tokenizer.json and the chat template of a model, whose tokens are then found here instead of asked of
         engines; may be repeated. Models of the Hugging Face hub that are in its cache on this machine need none.
+    continue_streams
+        Go on at another engine with a stream whose engine broke off, where that is exact; else it ends with an error.
     http
         HOST:PORT of metrics and health (/metrics, /healthz, /readyz), such as 127.0.0.1:9464; default is none.
     policy_module
@@ -79,13 +82,14 @@ def gateway(
     folders = _folders(tokenizer)
     allow_modules(policy_module)
     if workers == 1:
-        run_until_signal(_gateway, bound(host, port), access_log, folders, http, common)
+        run_until_signal(_gateway, bound(host, port), access_log, folders, continue_streams, http, common)
     else:
         # Nobody else's from here on, and the same port for all when it was given as 0. It does not listen: it would be sent
         # connections.
         bound(host, port).close()
         place = bound(host, port, share=True, listen=False)
-        run_until_signal(_Several(place, workers, access_log, folders, tuple(policy_module), common).run, http)
+        several = _Several(place, workers, access_log, folders, continue_streams, tuple(policy_module), common)
+        run_until_signal(several.run, http)
 
 
 def listening(address: str, option: str = "--listen") -> tuple[str, int]:
@@ -110,10 +114,12 @@ def _folders(given: tuple[str, ...]) -> dict[str, Path]:
 
 
 async def _gateway(
-    where: socket.socket, access_log: bool, folders: dict[str, Path], http: str | None, common: Common  # noqa: FBT001
+    where: socket.socket, access_log: bool, folders: dict[str, Path], continues: bool, http: str | None,  # noqa: FBT001
+    common: Common,
 ) -> None:  # fmt: skip
     async with common.connected("kvplane-gateway") as client:
         service = Gateway(client, common.fleet, where, tokenizers=folders, hub_cache=True)
+        service.continues = continues
         if access_log:
             service.access.stream = sys.stdout
         async with observing(http, service):
@@ -125,11 +131,11 @@ class _Several:
 
     def __init__(
         self, place: socket.socket, count: int, access_log: bool, folders: dict[str, Path],  # noqa: FBT001
-        modules: tuple[str, ...], common: Common,
+        continues: bool, modules: tuple[str, ...], common: Common,  # noqa: FBT001
     ) -> None:  # fmt: skip
         self._place = place
         self._count = count
-        self._own = (access_log, folders, modules, common)
+        self._own = (access_log, folders, continues, modules, common)
         self._running: dict[str, str] = {}
         self._restarts = 0
 
@@ -163,11 +169,13 @@ class _Several:
 
 
 def _worker(
-    host: str, port: int, http: str, access_log: bool, folders: dict[str, Path], modules: tuple[str, ...],  # noqa: FBT001
-    common: Common,
+    host: str, port: int, http: str, access_log: bool, folders: dict[str, Path], continues: bool,  # noqa: FBT001
+    modules: tuple[str, ...], common: Common,
 ) -> None:  # fmt: skip
     start(common)
     with failing_as("worker_failed"):
         allow_modules(modules)
         # It listens when the log is read: until then the others get all connections.
-        run_until_signal(_gateway, bound(host, port, share=True, listen=False), access_log, folders, http, common)
+        run_until_signal(
+            _gateway, bound(host, port, share=True, listen=False), access_log, folders, continues, http, common
+        )

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from kvplane.events.durations import MICRO, MILLI, Durations
 
+OUTCOMES = ("ok", "failed", "ended", "no_node", "not_continued")
+"""What becomes of streams that break off: a further leg was whole, or broke off too; nothing was missing but the end; no other
+node could be had; it was not to be continued."""
+
 
 class Measured:
     """Counts and times of one gateway since its start."""
@@ -18,8 +22,7 @@ class Measured:
         self.migrations = 0
         """Requests that another node answered than the first that was chosen."""
         self.legs: dict[str, int] = {}
-        """Streams that broke off, by what became of it: `ok` (a further leg was whole), `failed` (it broke off, too), `ended`
-        (nothing was missing but the end), `no_node`, `not_continued`."""
+        """Streams that broke off, by `OUTCOMES`."""
         self.queued = 0
         """Requests at engines whose answers have not begun."""
         self.prompt_tokens = 0

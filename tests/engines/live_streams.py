@@ -1,0 +1,174 @@
+"""Streams of real vLLM engines that are killed at a random token: at temperature 0 the client's text is that without a kill.
+
+`make test-engine` runs it: three engines with equal weights, one of them killed in the middle of an answer each time, or one
+after the other. Token ids go on exactly; where only text can, the words may be cut into tokens in another way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import tempfile
+import time
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import anyio
+import httpx
+
+from kvplane.events.log.connection import connected
+from kvplane.services.cli.common import run_async
+from kvplane.services.embedded.server import start_server
+from kvplane.services.gateway.service import Gateway
+from kvplane.services.http.listener import bound
+from kvplane.services.roles.coordinator import Coordinator
+from tests.engines.live import READY_SECONDS, Live, installed, make_adapters, model_folder, say
+from tests.support.ports import free_port
+
+SEEDS = int(os.environ.get("KVPLANE_SEEDS", "12"))
+"""Answers that are broken off, in the course of which engines are started again."""
+LENGTH = 60
+PLAIN = list(range(64, 90))
+"""Letters: an answer of any bytes is mostly no text."""
+KINDS = ("chat", "text", "ids", "LoRA")
+
+
+class Told(NamedTuple):
+    """What the client had."""
+
+    text: str
+    finish: list[str]
+    usage: dict[str, Any]
+    errors: list[str]
+    roles: int
+    ids: int
+
+
+class Streams:
+    """Three engines, and a client that asks twice: undisturbed, and with a kill."""
+
+    def __init__(self, gateway: Gateway, engines: list[Live], coordinator: Coordinator) -> None:
+        self.http = httpx.AsyncClient(base_url="http://{}:{}".format(*gateway.address), timeout=120)
+        self.gateway, self.engines, self.coordinator = gateway, {each.name: each for each in engines}, coordinator
+        self.random = random.Random(11)
+        self.kills = self.rounds = 0
+        self.wrong: list[str] = []
+
+    async def until_up(self, count: int) -> None:
+        """Wait until so many are there."""
+        begin = time.monotonic()
+        while sum(node.available for node in self.coordinator.state.nodes.values()) < count:
+            if time.monotonic() - begin > READY_SECONDS:
+                raise SystemExit("the engines are not nodes in time")
+            await anyio.sleep(0.3)
+
+    def body(self, kind: str) -> tuple[str, dict[str, Any]]:
+        """A request of a kind, about something new."""
+        drawn = [self.random.choice(PLAIN) for _ in range(40)]
+        body: dict[str, Any] = {
+            "model": "adapter-x" if kind == "LoRA" else "tiny", "temperature": 0, "max_tokens": LENGTH, "ignore_eos": True,
+            "allowed_token_ids": PLAIN, "stream": True, "stream_options": {"include_usage": True},
+            # Penalises what was said, in the prompt as well: without it a model of random weights repeats itself.
+            "repetition_penalty": 1.3,
+        }  # fmt: skip
+        words = "".join(chr(33 + token) for token in drawn)
+        if kind == "chat":
+            return "/v1/chat/completions", {**body, "messages": [{"role": "user", "content": words}]}
+        return "/v1/completions", {**body, "prompt": words if kind == "text" else drawn}
+
+    async def ask(self, path: str, body: dict[str, Any], kills: list[int]) -> Told:
+        """Read a stream, killing the engine that makes it after so many chunks, each counted from the kill before."""
+        text, roles, seen = "", 0, 0
+        finish: list[str] = []
+        errors: list[str] = []
+        usage: dict[str, Any] = {}
+        ids: set[str] = set()
+        request = f"r{self.random.randrange(1 << 60):x}"
+        async with self.http.stream("POST", path, json=body, headers={"x-request-id": request}) as answer:
+            async for line in answer.aiter_lines():
+                data = line.removeprefix("data: ")
+                if not line.startswith("data: ") or data == "[DONE]":
+                    continue
+                chunk = json.loads(data)
+                errors += [str(chunk["error"])] if "error" in chunk else []
+                usage = chunk.get("usage") or usage
+                for choice in chunk.get("choices", ()):
+                    delta = choice.get("delta") or {}
+                    ids.add(chunk["id"])
+                    roles += "role" in delta
+                    text += delta.get("content") or choice.get("text") or ""
+                    finish += [choice["finish_reason"]] if choice.get("finish_reason") else []
+                seen += 1
+                if kills and seen >= kills[0]:
+                    seen, kills = 0, kills[1:]
+                    self.kill(request)
+        return Told(text, finish, usage, errors, roles, len(ids))
+
+    def kill(self, request: str) -> None:
+        """Kill the engine on which the last leg of a request runs."""
+        held = self.gateway.router.state.load.running
+        legs = {name: each for name, each in held.items() if name.split(".")[0] == request}
+        node = legs[max(legs)].node
+        self.engines[node].kill_engine()
+        self.kills += 1
+
+    async def round(self, kind: str, kills: int) -> None:
+        """One answer, undisturbed and then broken off."""
+        await self.until_up(kills + 1)
+        path, body = self.body(kind)
+        whole = await self.ask(path, body, [])
+        if len(whole.text) < LENGTH or whole.errors:
+            raise SystemExit(f"an undisturbed answer is {whole}")
+        told = await self.ask(path, body, [self.random.randrange(2, LENGTH // kills - 4) for _ in range(kills)])
+        self.rounds += 1
+        counted = [told.usage.get(name) == whole.usage[name] for name in ("prompt_tokens", "completion_tokens")]
+        same = told._replace(usage={}) == whole._replace(usage={})
+        say(f"{kind:6} {kills} kills: {'same' if same and all(counted) else 'DIFFERENT'}")
+        if not same or not all(counted):
+            self.wrong.append(f"{kind}: {told} instead of {whole}")
+        for engine in self.engines.values():
+            if engine.engine is not None and engine.engine.poll() is not None:
+                engine.start_engine()
+
+
+async def live() -> None:
+    python = installed()
+    async with AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        make_adapters(python, folder)
+        server = await start_server(folder / "data", port=free_port())
+        stack.push_async_callback(server.stop)
+        first = await stack.enter_async_context(connected([server.url], "one"))
+        second = await stack.enter_async_context(connected([server.url], "two"))
+        group = await stack.enter_async_context(anyio.create_task_group())
+        stack.callback(group.cancel_scope.cancel)
+        coordinator = Coordinator(first, "default")
+        await group.start(coordinator.run)
+        gateway = Gateway(second, "default", bound("127.0.0.1", 0))
+        await group.start(gateway.run)
+        # Of rounded weights the order of additions decides, and that differs between a prompt and an answer.
+        engines = [Live(name, python, server.url, folder, arguments="--dtype float32 --seed 0") for name in "abc"]
+        for each in engines:
+            stack.callback(each.kill_engine)
+            stack.callback(each.kill_adapter)
+            each.start_engine()
+            each.start_adapter()
+        streams = Streams(gateway, engines, coordinator)
+        await streams.until_up(len(engines))
+        for seed in range(SEEDS):
+            await streams.round(KINDS[seed % len(KINDS)], 2 if seed % 3 == 2 else 1)
+        await streams.http.aclose()
+        legs = gateway.measured.legs
+    say(f"{streams.rounds} streams, {streams.kills} engines killed in them, legs: {legs}")
+    if streams.wrong:
+        raise SystemExit(f"{len(streams.wrong)} of {streams.rounds} differ: " + "; ".join(streams.wrong))
+    if streams.kills < streams.rounds:
+        raise SystemExit("too few engines were killed in the middle of a stream")
+
+
+if __name__ == "__main__":
+    if not model_folder().exists():
+        raise SystemExit("no model: give KVPLANE_TINY_MODEL the folder of a small one that fits blocks of 32 tokens")
+    run_async(live)
