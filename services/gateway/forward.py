@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import anyio
 import structlog
@@ -21,6 +21,7 @@ from kvplane.services.dataplane import prompts
 from kvplane.services.dataplane.endings import CANCELLED, FAILED, LONGEST, REFUSED
 from kvplane.services.gateway import api, errors
 from kvplane.services.gateway.legs import Ending, Leg
+from kvplane.services.gateway.outcome import Outcome
 from kvplane.services.gateway.usage import ANSWER_BYTES, Events, Usage, in_answer
 from kvplane.services.http.pool import origin, request_head
 from kvplane.services.protocol.errors import EngineFailed, NoNode, Overloaded
@@ -67,24 +68,6 @@ _log = structlog.get_logger("kvplane.gateway")
 
 class _LegRefused(EngineFailed):
     """An engine would not go on with a stream, which is no fault of it."""
-
-
-class Outcome(NamedTuple):
-    """What became of a request; for the access log and the metrics. Times in seconds."""
-
-    node: str
-    status: int
-    ending: str
-    match: int
-    blocks: int
-    usage: Usage
-    ttft: float
-    between: float
-    """Mean time between the pieces of a stream; 0 for any other answer."""
-    duration: float
-    attempts: int
-    held: float = 0.0
-    """How long it waited for room before."""
 
 
 class Way:

@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 
     from kvplane.events.codec import Commit
     from kvplane.services.gateway.api import Asked
-    from kvplane.services.gateway.forward import Outcome
     from kvplane.services.gateway.local import Rendered
+    from kvplane.services.gateway.outcome import Outcome
     from kvplane.services.http.server import Exchange
     from kvplane.services.rpc.readiness import Readiness
 
