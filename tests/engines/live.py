@@ -123,6 +123,8 @@ class Live:
         self.settings = settings
         self.http, self.events, self.replay = free_port(), free_port(), free_port()
         self.url = f"http://127.0.0.1:{self.http}"
+        self.address = self.url
+        """Where its clients are sent."""
         self.engine: subprocess.Popen[bytes] | None = None
         self.adapter: subprocess.Popen[bytes] | None = None
 
@@ -156,6 +158,7 @@ class Live:
             self.adapter = subprocess.Popen(
                 [
                     sys.executable, "-m", "kvplane", "attach", "vllm", "--engine", self.url, "--node", self.name,
+                    "--address", self.address,
                     "--server", self.server, "--pulse-seconds", "0.5",
                 ],
                 stdout=log, stderr=log, cwd=ROOT,

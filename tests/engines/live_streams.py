@@ -1,17 +1,18 @@
-"""Streams of real vLLM engines that are killed at a random token: at temperature 0 the client's text is that without a kill.
+"""Streams of real vLLM engines that die at a random token: at temperature 0 the client's text is that without a death.
 
-`make test-engine` runs it: three engines with equal weights, one of them killed in the middle of an answer each time, or one
-after the other. Token ids go on exactly; where only text can, the words may be cut into tokens in another way.
+`make test-engine` runs it: three engines with equal weights behind relays. Over many seeds the connections of the one that
+answers are cut, and in the end two engines are killed in one answer.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
 import tempfile
 import time
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,9 +28,9 @@ from kvplane.services.roles.coordinator import Coordinator
 from tests.engines.live import READY_SECONDS, Live, installed, make_adapters, model_folder, say
 from tests.support.ports import free_port
 
-SEEDS = int(os.environ.get("KVPLANE_SEEDS", "12"))
-"""Answers that are broken off, in the course of which engines are started again."""
-LENGTH = 60
+SEEDS = int(os.environ.get("KVPLANE_SEEDS", "50"))
+"""Answers that are broken off."""
+LENGTH = 240
 PLAIN = list(range(64, 90))
 """Letters: an answer of any bytes is mostly no text."""
 KINDS = ("chat", "text", "ids", "LoRA")
@@ -46,12 +47,50 @@ class Told(NamedTuple):
     ids: int
 
 
+class Relay:
+    """Stands between a gateway and an engine. To its clients, what it cuts off is an engine that died."""
+
+    def __init__(self, engine: int) -> None:
+        self._engine = engine
+        self._open: set[asyncio.WriteTransport] = set()
+        self.port = 0
+
+    async def listen(self) -> None:
+        server = await asyncio.start_server(self._relay, "127.0.0.1", 0)
+        self.port = server.sockets[0].getsockname()[1]
+
+    def cut(self) -> None:
+        for transport in list(self._open):
+            transport.abort()
+
+    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            back, forth = await asyncio.open_connection("127.0.0.1", self._engine)
+            both = {writer.transport, forth.transport}
+            self._open |= both
+            try:
+                await asyncio.gather(self._pass(reader, forth), self._pass(back, writer))
+            finally:
+                self._open -= both
+                for transport in both:
+                    transport.abort()
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1 << 16):
+            writer.write(data)
+            await writer.drain()
+        writer.transport.abort()
+
+
 class Streams:
     """Three engines, and a client that asks twice: undisturbed, and with a kill."""
 
     def __init__(self, gateway: Gateway, engines: list[Live], coordinator: Coordinator) -> None:
         self.http = httpx.AsyncClient(base_url="http://{}:{}".format(*gateway.address), timeout=120)
         self.gateway, self.engines, self.coordinator = gateway, {each.name: each for each in engines}, coordinator
+        self.relays: dict[str, Relay] = {}
+        self.really = False
+        """Engines are killed; else only their connections are cut, which needs no engine to be started again."""
         self.random = random.Random(11)
         self.kills = self.rounds = 0
         self.wrong: list[str] = []
@@ -107,30 +146,33 @@ class Streams:
         return Told(text, finish, usage, errors, roles, len(ids))
 
     def kill(self, request: str) -> None:
-        """Kill the engine on which the last leg of a request runs."""
-        held = self.gateway.router.state.load.running
-        legs = {name: each for name, each in held.items() if name.split(".")[0] == request}
+        """End the engine's part in the last leg of a request, if it is still at it."""
+        legs = {
+            name: leg for name, leg in self.gateway.router.state.load.running.items() if name.split(".")[0] == request
+        }
+        if not legs:
+            return
         node = legs[max(legs)].node
-        self.engines[node].kill_engine()
         self.kills += 1
+        if self.really:
+            self.engines[node].kill_engine()
+        else:
+            self.relays[node].cut()
 
     async def round(self, kind: str, kills: int) -> None:
         """One answer, undisturbed and then broken off."""
-        await self.until_up(kills + 1)
         path, body = self.body(kind)
         whole = await self.ask(path, body, [])
         if len(whole.text) < LENGTH or whole.errors:
             raise SystemExit(f"an undisturbed answer is {whole}")
-        told = await self.ask(path, body, [self.random.randrange(2, LENGTH // kills - 4) for _ in range(kills)])
+        before = self.kills
+        told = await self.ask(path, body, [self.random.randrange(2, LENGTH // kills // 2) for _ in range(kills)])
         self.rounds += 1
         counted = [told.usage.get(name) == whole.usage[name] for name in ("prompt_tokens", "completion_tokens")]
-        same = told._replace(usage={}) == whole._replace(usage={})
-        say(f"{kind:6} {kills} kills: {'same' if same and all(counted) else 'DIFFERENT'}")
-        if not same or not all(counted):
+        same = told._replace(usage={}) == whole._replace(usage={}) and all(counted)
+        say(f"{kind:6} {self.kills - before} of {kills} kills: {'same' if same else 'DIFFERENT'}")
+        if not same:
             self.wrong.append(f"{kind}: {told} instead of {whole}")
-        for engine in self.engines.values():
-            if engine.engine is not None and engine.engine.poll() is not None:
-                engine.start_engine()
 
 
 async def live() -> None:
@@ -154,11 +196,17 @@ async def live() -> None:
             stack.callback(each.kill_engine)
             stack.callback(each.kill_adapter)
             each.start_engine()
-            each.start_adapter()
         streams = Streams(gateway, engines, coordinator)
+        for each in engines:
+            relay = streams.relays[each.name] = Relay(each.http)
+            await relay.listen()
+            each.address = f"http://127.0.0.1:{relay.port}"
+            each.start_adapter()
         await streams.until_up(len(engines))
         for seed in range(SEEDS):
             await streams.round(KINDS[seed % len(KINDS)], 2 if seed % 3 == 2 else 1)
+        streams.really = True
+        await streams.round("chat", 2)
         await streams.http.aclose()
         legs = gateway.measured.legs
     say(f"{streams.rounds} streams, {streams.kills} engines killed in them, legs: {legs}")
