@@ -77,7 +77,13 @@ def continuing(asked: Asked) -> Continuing | str:
     """What is to be known of a stream that may be continued, or why it may not be."""
     if asked.path not in {CHAT, COMPLETIONS, MESSAGES}:
         return f"streams of {asked.path} are not continued"
-    body = _decode(asked.body)
+    try:
+        body = _decode(asked.body)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        return f"its request can't be read whole: {error}"
+    for name in ("max_tokens", "max_completion_tokens", "min_tokens"):
+        if not (body.get(name) is None or type(body[name]) is int):
+            return f"its {name!r} is no whole number"
     tools = asked.path == CHAT and bool(body.get("tools")) and body.get("tool_choice", "auto") in {None, "auto", "none"}
     for name, value in body.items():
         if value is None or name in _EACH_TOKEN or name in _ASIDE or name in _OF_PROMPT:

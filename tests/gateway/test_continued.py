@@ -221,7 +221,7 @@ INELIGIBLE: list[tuple[tuple[str, dict[str, Any]], dict[str, Any], str]] = [
     (TEXT, {"kv_transfer_params": {"a": 1}}, "'kv_transfer_params'"),
     (CHAT, {"a_field_of_tomorrow": 1}, "'a_field_of_tomorrow'"),
     (ANTHROPIC, {"tools": [{"name": "at"}]}, "'tools'"), (ANTHROPIC, {"thinking": {"type": "enabled"}}, "'thinking'"),
-    (CHAT, {"return_token_ids": True}, ""),
+    (TEXT, {"max_tokens": 30.0}, "'max_tokens'"), (CHAT, {"return_token_ids": True}, ""),
 ]  # fmt: skip
 HARMLESS: list[dict[str, Any]] = [
     {"n": 1}, {"seed": 3, "temperature": 0}, {"presence_penalty": 0.0, "frequency_penalty": 0}, {"logprobs": False},
