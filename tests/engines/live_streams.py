@@ -48,38 +48,42 @@ class Told(NamedTuple):
 
 
 class Relay:
-    """Stands between a gateway and an engine. To its clients, what it cuts off is an engine that died."""
+    """Stands between a gateway and an engine; `deaths` are shared by all: after so many events of a stream it is cut off."""
 
-    def __init__(self, engine: int) -> None:
-        self._engine = engine
-        self._open: set[asyncio.WriteTransport] = set()
-        self.port = 0
+    def __init__(self, engine: int, deaths: list[int]) -> None:
+        self._engine, self._deaths = engine, deaths
+        self.port = self.cuts = 0
 
     async def listen(self) -> None:
         server = await asyncio.start_server(self._relay, "127.0.0.1", 0)
         self.port = server.sockets[0].getsockname()[1]
 
-    def cut(self) -> None:
-        for transport in list(self._open):
-            transport.abort()
-
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError):
             back, forth = await asyncio.open_connection("127.0.0.1", self._engine)
-            both = {writer.transport, forth.transport}
-            self._open |= both
             try:
-                await asyncio.gather(self._pass(reader, forth), self._pass(back, writer))
+                await asyncio.gather(self._pass(reader, forth, cuts=False), self._pass(back, writer, cuts=True))
             finally:
-                self._open -= both
-                for transport in both:
-                    transport.abort()
+                for each in (writer, forth):
+                    each.transport.abort()
 
-    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, cuts: bool) -> None:
+        events = 0
         while data := await reader.read(1 << 16):
+            count = data.count(b"data: {") if cuts else 0
+            if count and self._deaths and events + count > self._deaths[0]:
+                for _ in range(self._deaths.pop(0) - events):
+                    writer.write(data[: data.index(b"data: {") + 7])
+                    data = data[data.index(b"data: {") + 7 :]
+                await writer.drain()
+                self.cuts += 1
+                break
+            events += count
             writer.write(data)
             await writer.drain()
-        writer.transport.abort()
+        # What was written arrives, and then the end.
+        writer.close()
+        raise ConnectionResetError
 
 
 class Streams:
@@ -89,11 +93,17 @@ class Streams:
         self.http = httpx.AsyncClient(base_url="http://{}:{}".format(*gateway.address), timeout=120)
         self.gateway, self.engines, self.coordinator = gateway, {each.name: each for each in engines}, coordinator
         self.relays: dict[str, Relay] = {}
+        self.pending: list[int] = []
         self.really = False
         """Engines are killed; else only their connections are cut, which needs no engine to be started again."""
         self.random = random.Random(11)
         self.kills = self.rounds = 0
         self.wrong: list[str] = []
+
+    @property
+    def deaths(self) -> int:
+        """How often an engine died in a stream."""
+        return self.kills + sum(relay.cuts for relay in self.relays.values())
 
     async def until_up(self, count: int) -> None:
         """Wait until so many are there."""
@@ -140,7 +150,7 @@ class Streams:
                     text += delta.get("content") or choice.get("text") or ""
                     finish += [choice["finish_reason"]] if choice.get("finish_reason") else []
                 seen += 1
-                if kills and seen >= kills[0]:
+                if self.really and kills and seen >= kills[0]:
                     seen, kills = 0, kills[1:]
                     self.kill(request)
         return Told(text, finish, usage, errors, roles, len(ids))
@@ -154,10 +164,7 @@ class Streams:
             return
         node = legs[max(legs)].node
         self.kills += 1
-        if self.really:
-            self.engines[node].kill_engine()
-        else:
-            self.relays[node].cut()
+        self.engines[node].kill_engine()
 
     async def round(self, kind: str, kills: int) -> None:
         """One answer, undisturbed and then broken off."""
@@ -165,12 +172,14 @@ class Streams:
         whole = await self.ask(path, body, [])
         if len(whole.text) < LENGTH or whole.errors:
             raise SystemExit(f"an undisturbed answer is {whole}")
-        before = self.kills
-        told = await self.ask(path, body, [self.random.randrange(2, LENGTH // kills // 2) for _ in range(kills)])
+        before = self.deaths
+        drawn = [self.random.randrange(1, LENGTH // kills) for _ in range(kills)]
+        self.pending[:] = [] if self.really else drawn
+        told = await self.ask(path, body, drawn)
         self.rounds += 1
         counted = [told.usage.get(name) == whole.usage[name] for name in ("prompt_tokens", "completion_tokens")]
         same = told._replace(usage={}) == whole._replace(usage={}) and all(counted)
-        say(f"{kind:6} {self.kills - before} of {kills} kills: {'same' if same else 'DIFFERENT'}")
+        say(f"{kind:6} {self.deaths - before} of {kills} kills: {'same' if same else 'DIFFERENT'}")
         if not same:
             self.wrong.append(f"{kind}: {told} instead of {whole}")
 
@@ -198,7 +207,7 @@ async def live() -> None:
             each.start_engine()
         streams = Streams(gateway, engines, coordinator)
         for each in engines:
-            relay = streams.relays[each.name] = Relay(each.http)
+            relay = streams.relays[each.name] = Relay(each.http, streams.pending)
             await relay.listen()
             each.address = f"http://127.0.0.1:{relay.port}"
             each.start_adapter()
@@ -209,10 +218,10 @@ async def live() -> None:
         await streams.round("chat", 2)
         await streams.http.aclose()
         legs = gateway.measured.legs
-    say(f"{streams.rounds} streams, {streams.kills} engines killed in them, legs: {legs}")
+    say(f"{streams.rounds} streams, {streams.deaths} deaths in them, legs: {legs}")
     if streams.wrong:
         raise SystemExit(f"{len(streams.wrong)} of {streams.rounds} differ: " + "; ".join(streams.wrong))
-    if streams.kills < streams.rounds:
+    if streams.deaths < streams.rounds:
         raise SystemExit("too few engines were killed in the middle of a stream")
 
 

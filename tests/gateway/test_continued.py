@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from tests.support.gateways import Scene
 
 pytestmark = pytest.mark.anyio
-SEEDS = 50
+SEEDS = 20
+"""Of each way to go on, with one death and with two."""
 HOWS = ("eof", "reset", "half", "error", "bare")
 
 
@@ -167,9 +168,9 @@ async def test_an_engine_that_gives_none(fleet: Fleet, interval: int) -> None:
 
 async def test_several_tokens_a_chunk(fleet: Fleet) -> None:
     """Of such chunks it is not known which token their text ends with: it is cut into tokens anew."""
-    async with telling(fleet, CLEAR, gives_ids=True) as engines:
+    async with telling(fleet, SINGLE, gives_ids=True) as engines:
         for engine in engines.engines:
-            engine.interval = 3
+            engine.interval, engine.lag = 3, 1
         for seed in range(SEEDS):
             await check(engines, *asked((CHAT, TEXT, IDS)[seed % 3], seed, **USAGE), seed)
 

@@ -61,6 +61,8 @@ class TellingEngine(ScriptedEngine):
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.interval = 1
         """Tokens a chunk."""
+        self.lag = 0
+        """Characters by which its text is behind its tokens."""
         self.calls_after: int | None = None
         """Chunks after which it begins to call a tool."""
         self.reasons = 0
@@ -99,7 +101,7 @@ class TellingEngine(ScriptedEngine):
         """Pieces, each tokens and the text that came with them, the finish reason, and the prompt's length."""
         tokens, stops = self.prompt(body), body.get("stop") or body.get("stop_sequences") or []
         most = body.get("max_completion_tokens") or body.get("max_tokens") or (16 if path == "/v1/completions" else 400)
-        hold = max([len(stop) - 1 for stop in stops], default=0)
+        hold = max([len(stop) - 1 for stop in stops], default=self.lag)
         begin, text, shown, finish = len(tokens), "", 0, "length"
         pieces: list[tuple[list[int], str]] = []
         new: list[int] = []
