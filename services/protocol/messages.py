@@ -11,11 +11,11 @@ import msgspec
 from msgspec import Meta, Struct
 
 from kvplane.events.errors import BadHashes, BadName
-from kvplane.events.hashing import MOST_TOKENS, format_hash, pack_hashes, parse_hash, unpack_hashes
+from kvplane.events.hashing import MOST_TOKENS, pack_hashes, parse_hash
 from kvplane.events.subjects import check_name
 from kvplane.events.types import HASHES_LIMIT, Count, EngineHash, Length, Tier
 from kvplane.services.protocol.errors import BadRequest
-from kvplane.services.protocol.hashing import Hashing  # noqa: TC001 - msgspec reads it
+from kvplane.services.protocol.hashing import PACKED_FIELDS, Hashing, hashes_as_text
 from kvplane.services.protocol.held import Held  # noqa: TC001 - msgspec looks it up as it decodes
 
 _HASH_BYTES = 8
@@ -64,9 +64,8 @@ class RouteRequest(_Request, frozen=True, kw_only=True):
     traceparent: str = ""
     """W3C trace context, for those who can't set a header of this name."""
     origin: Annotated[str, Meta(max_length=128)] = ""
-    """The request that this is a further attempt of; it is recorded."""
     leg: Length = 0
-    """Which leg of a stream that goes on at another node, from 0; it is recorded."""
+    """The request that it is a further attempt of, and which leg of a stream, from 0. Both are recorded."""
 
 
 class RouteAnswer(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -162,9 +161,7 @@ class Remembered(Struct, frozen=True, kw_only=True):
 
     def engine_hashes(self) -> dict[Tier, dict[EngineHash, int]]:
         """Blocks by the engine's hashes, in each tier."""
-        return {
-            tier: dict(zip(names, unpack_hashes(hashes), strict=True)) for tier, (hashes, names) in self.tiers.items()
-        }
+        return {tier: dict(zip(names(hashes), strict=True)) for tier, (hashes, names) in self.tiers.items()}
 
 
 class ListRequest(_Request, frozen=True, kw_only=True):
@@ -366,7 +363,6 @@ class WhatifRequest(_Request, frozen=True, kw_only=True):
 
 T = TypeVar("T", bound=Struct)
 _UNKNOWN_FIELD = "Object contains unknown field `"
-_PACKED_FIELDS = {"hashes", "evicted", "stored"}
 _DECODERS: dict[type, msgspec.msgpack.Decoder[Any]] = {}
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -386,7 +382,7 @@ def decode_request(body: bytes, form: type[T]) -> T:
             request: T = decoder.decode(body)
         else:
             raw = msgspec.json.decode(body or b"{}")
-            for field in _PACKED_FIELDS & raw.keys():
+            for field in PACKED_FIELDS & raw.keys():
                 if isinstance(raw[field], list):
                     raw[field] = pack_hashes(parse_hash(value) for value in raw[field])
             request = msgspec.convert(raw, form, builtin_types=(bytes,))
@@ -421,20 +417,7 @@ def encode_answer(answer: object, *, as_json: bool) -> bytes:
     if not as_json:
         return _encode(answer)
     data = msgspec.to_builtins(answer, builtin_types=(bytes,))
-    return msgspec.json.encode(_hashes_as_text(data))
-
-
-def _hashes_as_text(data: Any) -> Any:  # noqa: ANN401 - plain data of any shape
-    if isinstance(data, dict):
-        return {
-            key: [format_hash(value) for value in unpack_hashes(part)]
-            if key in _PACKED_FIELDS and isinstance(part, bytes)
-            else _hashes_as_text(part)
-            for key, part in data.items()
-        }
-    if isinstance(data, list):
-        return [_hashes_as_text(part) for part in data]
-    return data
+    return msgspec.json.encode(hashes_as_text(data))
 
 
 def names(*pairs: tuple[str, str]) -> None:
