@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from kvplane.events.errors import BadHashes, BadName
-from kvplane.events.hashing import MOST_TOKENS, pack_hashes, parse_hash
+from kvplane.events.hashing import MOST_TOKENS, pack_hashes, parse_hash, unpack_hashes
 from kvplane.events.subjects import check_name
 from kvplane.events.types import HASHES_LIMIT, Count, EngineHash, Length, Tier
 from kvplane.services.protocol.errors import BadRequest

@@ -165,7 +165,7 @@ class Live:
             )  # fmt: skip
 
     def kill_engine(self) -> None:
-        if self.engine is not None:
+        if self.engine is not None and self.engine.poll() is None:
             os.killpg(self.engine.pid, signal.SIGKILL)
             self.engine.wait()
 
