@@ -161,7 +161,9 @@ class Remembered(Struct, frozen=True, kw_only=True):
 
     def engine_hashes(self) -> dict[Tier, dict[EngineHash, int]]:
         """Blocks by the engine's hashes, in each tier."""
-        return {tier: dict(zip(names, unpack_hashes(hashes), strict=True)) for tier, (hashes, names) in self.tiers.items()}
+        return {
+            tier: dict(zip(names, unpack_hashes(hashes), strict=True)) for tier, (hashes, names) in self.tiers.items()
+        }
 
 
 class ListRequest(_Request, frozen=True, kw_only=True):
