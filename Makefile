@@ -36,6 +36,7 @@ chaos: $(READY) ## kill, stop and cut a fleet under load: make chaos MINUTES=30 
 test-engine: $(READY) ## run two real vLLM engines behind a router (installs 3.5 GB into build/)
 	$(BIN)/python -m tests.engines.live
 	$(BIN)/python -m tests.engines.live_runtime
+	$(BIN)/python -m tests.engines.live_streams
 	$(BIN)/python -m tests.engines.live_tokens
 	$(BIN)/python -m tests.engines.live_hybrid gemma3
 

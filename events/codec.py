@@ -59,7 +59,7 @@ DEPTH_LIMIT = 32
 
 _PACKED_FIELDS = ("hashes", "stored", "evicted")
 _HASH_BYTES = 8
-_AT_LATER = (".trace`", ".tenant`")
+_AT_LATER = (".trace`", ".tenant`", ".origin`", ".leg`")
 """Where a decoder finds fault with fields that came later than their events."""
 
 
@@ -174,9 +174,14 @@ def _from_plain(raw: Any, form: Any) -> list[types.Event]:  # noqa: ANN401 - wha
             if not isinstance(traceparent, str) or len(traceparent) > types.TRACEPARENT_LIMIT:
                 # To readers that are older than this field it is unknown, whatever is in it.
                 del event["trace"]
-            tenant = event.get("tenant", "")
-            if kind == _ROUTED and not (isinstance(tenant, str) and len(tenant) <= types.TENANT_LIMIT):
-                del event["tenant"]
+            if kind == _ROUTED:
+                tenant, origin, leg = event.get("tenant", ""), event.get("origin", ""), event.get("leg", 0)
+                if not (isinstance(tenant, str) and len(tenant) <= types.TENANT_LIMIT):
+                    del event["tenant"]
+                if not (isinstance(origin, str) and len(origin) <= NAME_LIMIT):
+                    del event["origin"]
+                if not (type(leg) is int and 0 <= leg <= types.LENGTH_LIMIT):
+                    del event["leg"]
     events: list[types.Event] = msgspec.convert(raw, form, builtin_types=(bytes,))
     return events
 

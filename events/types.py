@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
+from kvplane.events.subjects import NAME_LIMIT
+
 EVENTS_LIMIT = 16384
 """Most events in one commit."""
 LENGTH_LIMIT = 1 << 31
@@ -17,7 +19,7 @@ LENGTH_LIMIT = 1 << 31
 HASHES_LIMIT = 1 << 18
 """Most block hashes in one event."""
 
-Name = Annotated[str, Meta(min_length=1, max_length=128)]
+Name = Annotated[str, Meta(min_length=1, max_length=NAME_LIMIT)]
 Text = Annotated[str, Meta(max_length=512)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 53))]
 Length = Annotated[int, Meta(ge=0, le=LENGTH_LIMIT)]
@@ -227,6 +229,10 @@ class RequestRouted(Event, frozen=True, tag=_tag):
     trace: Traceparent = ""
     tenant: Tenant = ""
     """The key's name by which it was let in, empty without one. No fold reads it; `projections.tenants` counts by it."""
+    origin: Annotated[str, Meta(max_length=NAME_LIMIT)] = ""
+    """The request that this is a further attempt of; empty for a first one. No fold reads it, nor `leg`."""
+    leg: Length = 0
+    """Which part of the answer it makes, from 0: a stream that broke off is gone on with by the next leg."""
 
 
 class RequestCompleted(Event, frozen=True, tag=_tag):

@@ -166,6 +166,7 @@ def decision_of(row: Mapping[str, Any]) -> types.RequestRouted:
         candidates=[types.Candidate(**candidate) for candidate in row["candidates"]], best=row["best_match"] or 0,
         decided=row["decided"] or 0, exclude=row["exclude"], trace=row["trace"] or "",
         tenant=row["tenant"] or "",
+        origin=row["origin"] or "", leg=row["leg"] or 0,
     )  # fmt: skip
 
 

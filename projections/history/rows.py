@@ -312,6 +312,8 @@ def _decisions(rows: Sequence[Row]) -> dict[str, Any]:
         "candidates": pa.ListArray.from_arrays(offsets, structs),
         "trace": [event.trace or None for event in events],
         "tenant": pa.array([event.tenant or None for event in events], pa.string()),
+        "origin": pa.array([event.origin or None for event in events], pa.string()),
+        "leg": pa.array([event.leg or None for event in events], pa.uint32()),
     }
 
 

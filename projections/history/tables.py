@@ -70,6 +70,10 @@ _SEQUENCE = Column("sequence", "UBIGINT", "sequence of the commit on the log")
 _TIME = Column("time", "TIMESTAMP", "when the log stored it, UTC")
 _EVENT = (_SEQUENCE, Column("event", "USMALLINT", "place of the event in its commit, from 0"), _TIME)
 _TENANT = Column("tenant", "VARCHAR", "name of the key by which a gateway let it in; null without one")
+_ORIGIN = Column("origin", "VARCHAR", "the request of which this is a further attempt; null for a first one")
+_LEG = Column(
+    "leg", "UINTEGER", "which further leg of a stream it makes, from 1: it goes on where one broke off; else null"
+)
 _TRACE = Column(
     "trace", "VARCHAR", "W3C traceparent that came with it; null without one. `trace[4:35]` is the trace's id"
 )
@@ -193,6 +197,8 @@ DECISIONS = Table(
         _TRACE,
         # The order is that of their coming: rows are inserted by it.
         _TENANT,
+        _ORIGIN,
+        _LEG,
     ),
 )  # fmt: skip
 
@@ -310,7 +316,7 @@ TABLES = (
 )
 SINCE_1 = ((DECISIONS, _TRACE), (COMPLETIONS, _TRACE))
 """Columns that a history of version 1 does not have."""
-SINCE_2 = ((DECISIONS, _TENANT),)
+SINCE_2 = ((DECISIONS, _TENANT), (DECISIONS, _ORIGIN), (DECISIONS, _LEG))
 LACKING = {1: (*SINCE_1, *SINCE_2), 2: SINCE_2}
 """Columns that a history of a former version does not have."""
 BY_NAME = {table.name: table for table in TABLES}

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import anyio
 import structlog
@@ -53,6 +53,7 @@ def gateway(
     workers: Annotated[int, Parameter(env_var="KVPLANE_WORKERS")] = 1,
     access_log: Annotated[bool, Parameter(env_var="KVPLANE_ACCESS_LOG", negative="")] = False,
     tokenizer: Annotated[tuple[str, ...], Parameter(env_var="KVPLANE_TOKENIZER")] = (),
+    continue_streams: Annotated[bool, Parameter(env_var="KVPLANE_CONTINUE_STREAMS")] = True,
     http: Http = None,
     policy_module: ServedPolicyModules = (),
     guarding: Guarding = GUARDING,
@@ -71,6 +72,8 @@ def gateway(
     tokenizer
         MODEL=FOLDER with tokenizer.json and the chat template of a model, whose tokens are then found here instead of asked of
         engines; may be repeated. Models of the Hugging Face hub that are in its cache on this machine need none.
+    continue_streams
+        Go on at another engine with a stream whose engine broke off, where that is exact; else it ends with an error.
     http
         HOST:PORT of metrics and health (/metrics, /healthz, /readyz), such as 127.0.0.1:9464; default is none.
     policy_module
@@ -84,19 +87,18 @@ def gateway(
     folders = _folders(tokenizer)
     allow_modules(policy_module)
     guarding.guarded()
+    serving = _Serving(access_log, folders, continue_streams, guarding, common)
     if workers == 1:
         where = bound(host, port)
         warn_of_strangers(where, guarding)
-        run_until_signal(_gateway, where, access_log, folders, http, guarding, common)
+        run_until_signal(_gateway, where, http, serving)
     else:
         # Nobody else's from here on, and the same port for all when it was given as 0. It does not listen: it would be sent
         # connections.
         bound(host, port).close()
         place = bound(host, port, share=True, listen=False)
         warn_of_strangers(place, guarding)
-        run_until_signal(
-            _Several(place, workers, access_log, folders, tuple(policy_module), guarding, common).run, http
-        )
+        run_until_signal(_Several(place, workers, tuple(policy_module), serving).run, http)
 
 
 def listening(address: str, option: str = "--listen") -> tuple[str, int]:
@@ -120,14 +122,23 @@ def _folders(given: tuple[str, ...]) -> dict[str, Path]:
     return found
 
 
-async def _gateway(
-    where: socket.socket, access_log: bool, folders: dict[str, Path], http: str | None, guarding: Guarding,  # noqa: FBT001
-    common: Common,
-) -> None:  # fmt: skip
+class _Serving(NamedTuple):
+    """How gateways serve, in this process or in several."""
+
+    access_log: bool
+    folders: dict[str, Path]
+    continues: bool
+    guarding: Guarding
+    common: Common
+
+
+async def _gateway(where: socket.socket, http: str | None, serving: _Serving) -> None:
+    common, guarding = serving.common, serving.guarding
     guarded = guarding.guarded()
     async with common.connected("kvplane-gateway") as client:
-        service = Gateway(client, common.fleet, where, tokenizers=folders, hub_cache=True, guarded=guarded)
-        if access_log:
+        service = Gateway(client, common.fleet, where, tokenizers=serving.folders, hub_cache=True, guarded=guarded)
+        service.continues = serving.continues
+        if serving.access_log:
             service.access.stream = sys.stdout
         async with observing(http, service), anyio.create_task_group() as group:
             if guarding.reloads:
@@ -138,14 +149,11 @@ async def _gateway(
 class _Several:
     """Gateways that share a port, each in a process of its own."""
 
-    def __init__(
-        self, place: socket.socket, count: int, access_log: bool, folders: dict[str, Path],  # noqa: FBT001
-        modules: tuple[str, ...], guarding: Guarding, common: Common,
-    ) -> None:  # fmt: skip
+    def __init__(self, place: socket.socket, count: int, modules: tuple[str, ...], serving: _Serving) -> None:
         self._place = place
         self._count = count
-        self._reloads = guarding.reloads
-        self._own = (access_log, folders, modules, guarding, common)
+        self._reloads = serving.guarding.reloads
+        self._own = (modules, serving)
         self._running: dict[str, str] = {}
         self._restarts = 0
 
@@ -187,14 +195,9 @@ class _Several:
             await anyio.sleep(pause)
 
 
-def _worker(
-    host: str, port: int, http: str, access_log: bool, folders: dict[str, Path], modules: tuple[str, ...],  # noqa: FBT001
-    guarding: Guarding,
-    common: Common,
-) -> None:  # fmt: skip
-    start(common)
+def _worker(host: str, port: int, http: str, modules: tuple[str, ...], serving: _Serving) -> None:
+    start(serving.common)
     with failing_as("worker_failed"):
         allow_modules(modules)
         # It listens when the log is read: until then the others get all connections.
-        where = bound(host, port, share=True, listen=False)
-        run_until_signal(_gateway, where, access_log, folders, http, guarding, common)
+        run_until_signal(_gateway, bound(host, port, share=True, listen=False), http, serving)

@@ -184,6 +184,7 @@ def _show(answer: dict[str, Any]) -> None:
     if others:
         rows.append(("sent again", f"it has {len(others)} other decisions, at {', '.join(others)}; see --sequence"))
     show.pairs(rows)
+    _show_attempts(answer)
     if again.get("candidates"):
         show.say("")
         _show_candidates(again["candidates"])
@@ -201,6 +202,28 @@ def _show(answer: dict[str, Any]) -> None:
             show.say(f"  {difference['what']}: recorded {recorded_as}, now {now}")
     else:
         show.say(f"not made again: {answer['verdict']}")
+
+
+def _show_attempts(answer: dict[str, Any]) -> None:
+    """What else was tried for the same request of a client, where that was anything."""
+    attempts = answer.get("attempts")
+    if not attempts:
+        return
+    show.say("")
+    show.table(
+        [
+            Column("attempt"), Column("sequence", number=True), Column("leg", number=True), Column("node"),
+            Column("tokens", number=True), Column("outcome", prose=True),
+        ],
+        [
+            [
+                row["request"], f"{row['sequence']:,}", f"{row['leg']}", row["node"],
+                "-" if row["output_tokens"] is None else f"{row['output_tokens']:,}", row["status"] or "not completed",
+            ]
+            for row in attempts
+        ],
+        note="All attempts at the same request of a client: each leg goes on with the stream where the one before broke off.",
+    )  # fmt: skip
 
 
 _RELEASED = {

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from kvplane.events.durations import MICRO, MILLI, Durations
 
+OUTCOMES = ("ok", "failed", "ended", "no_node", "not_continued")
+"""What becomes of streams that break off: a further leg was whole, or broke off too; nothing was missing but the end; no other
+node could be had; it was not to be continued."""
+
 
 class Measured:
     """Counts and times of one gateway since its start."""
@@ -19,6 +23,8 @@ class Measured:
         self.retries = 0
         self.migrations = 0
         """Requests that another node answered than the first that was chosen."""
+        self.legs: dict[str, int] = {}
+        """Streams that broke off, by `OUTCOMES`."""
         self.queued = 0
         """Requests at engines whose answers have not begun."""
         self.prompt_tokens = 0
@@ -28,6 +34,10 @@ class Measured:
         self.between = Durations(MICRO)
         """Mean time between the pieces of a stream."""
         self.duration = Durations(MILLI)
+
+    def leg(self, outcome: str) -> None:
+        """A stream broke off, or a further leg of it has ended."""
+        self.legs[outcome] = self.legs.get(outcome, 0) + 1
 
     def ended(self, ending: str, source: str, seconds: float) -> None:
         """A request has ended, `seconds` after it had come."""

@@ -11,7 +11,7 @@ import structlog
 from kvplane.services.process.terminal import json_text
 
 if TYPE_CHECKING:
-    from kvplane.services.gateway.forward import Outcome
+    from kvplane.services.gateway.outcome import Outcome
     from kvplane.services.http.server import Exchange
 
 

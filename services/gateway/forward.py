@@ -1,17 +1,16 @@
 """A request's way through the gateway: decide, send, pass the answer on, record.
 
 Each attempt is a decision of its own and ends with a completion of its own. Until the client has seen a byte, the next
-candidate is tried; after that a stream ends with an error event, and any other answer with a broken connection: never
-silently. When the client leaves, its handler is cancelled, which closes the engine's connection, and the attempt is
-recorded as `cancelled`.
+candidate is tried; after that a stream is gone on with elsewhere (`legs`) where that is exact, else it ends with an error
+event, and any other answer with a broken connection: never silently. When the client leaves, its handler is cancelled, which
+closes the engine's connection, and the attempt is recorded as `cancelled`.
 """
 
 from __future__ import annotations
 
 import time
 from contextlib import suppress
-from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import anyio
 import structlog
@@ -21,6 +20,9 @@ from kvplane.events.errors import KvplaneError
 from kvplane.services.dataplane import prompts
 from kvplane.services.dataplane.endings import CANCELLED, FAILED, LONGEST, REFUSED
 from kvplane.services.gateway import api, errors
+from kvplane.services.gateway.headers import forwarded
+from kvplane.services.gateway.legs import Ending, Leg
+from kvplane.services.gateway.outcome import Outcome
 from kvplane.services.gateway.usage import ANSWER_BYTES, Events, Usage, in_answer
 from kvplane.services.http.pool import origin, request_head
 from kvplane.services.protocol.errors import EngineFailed, NoNode, Overloaded
@@ -31,7 +33,9 @@ if TYPE_CHECKING:
 
     from kvplane.services.dataplane.measured import Measured
     from kvplane.services.gateway.api import Asked
+    from kvplane.services.gateway.legs import Legs
     from kvplane.services.gateway.prompt import Prompt
+    from kvplane.services.gateway.transcript import Transcript
     from kvplane.services.http.pool import Call, Pool
     from kvplane.services.http.reader import Headers
     from kvplane.services.http.server import Exchange
@@ -51,43 +55,11 @@ IDLE_SECONDS = 120.0
 """How long it may be silent inside an answer."""
 _BUSY = {408, 425, 429}
 """Statuses of an engine that another one need not share."""
-_DROPPED = frozenset((
-    b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te", b"trailer", b"transfer-encoding",
-    b"upgrade", b"host", b"content-length", b"accept-encoding", b"expect", b"proxy-connection", b"http2-settings",
-    b"x-data-parallel-rank", b"x-request-id", b"traceparent", b"x-kvplane-explain", b"x-request-timeout",
-))  # fmt: skip
-"""Headers that are of one connection only, or that the gateway writes itself."""
-_GUARDED = _DROPPED | {b"authorization", b"x-api-key", b"api-key"}
-_CONTROLS = (
-    b"x-kvplane-", b"x-gateway-", b"x-smg-", b"x-dynamo-", b"x-worker-instance-id", b"x-prefill-instance-id",
-    b"x-decode-instance-id", b"x-prefiller-host-port", b"x-decoder-host-port", b"x-disaggregated-", b"x-vllm-",
-)  # fmt: skip
-"""Beginnings of headers by which this gateway, others and engines are told where a request goes; clients don't."""
-
-_ALONE = (b"keep-alive", b"close")
-_NOTHING: frozenset[bytes] = frozenset()
-_NAME_BYTES = 64
-"""So much of a header's name says whether it goes on."""
-
 _log = structlog.get_logger("kvplane.gateway")
 
 
-class Outcome(NamedTuple):
-    """What became of a request; for the access log and the metrics. Times in seconds."""
-
-    node: str
-    status: int
-    ending: str
-    match: int
-    blocks: int
-    usage: Usage
-    ttft: float
-    between: float
-    """Mean time between the pieces of a stream; 0 for any other answer."""
-    duration: float
-    attempts: int
-    held: float = 0.0
-    """How long it waited for room before."""
+class _LegRefused(EngineFailed):
+    """An engine would not go on with a stream, which is no fault of it."""
 
 
 class Way:
@@ -100,6 +72,7 @@ class Way:
         places: Places, room: Callable[[str, str, float], Awaitable[None]],
         leave_room: Callable[[str], None], measured: Measured, attempts: int = ATTEMPTS, explain: bool = False,
         credentials: bytes | None = None, limits: Headers | None = None,
+        legs: Legs | None = None, gives_ids: Callable[[str], bool] = lambda _: False,
     ) -> None:  # fmt: skip
         self.exchange = exchange
         self.asked = asked
@@ -109,6 +82,11 @@ class Way:
         self._epoch = epoch
         self._places = places
         self._wait_for_room, self._leave_room = room, leave_room
+        self._legs, self._gives_ids = legs, gives_ids
+        self._target, self._body = exchange.request.target, asked.body
+        self._passed = False
+        """The client has something of an engine's answer."""
+        self._first_ttft = 0.0
         self.held = 0.0
         """Seconds that it waited for room."""
         self.kept_alive = False
@@ -132,11 +110,27 @@ class Way:
 
     async def run(self) -> None:
         """Go until the answer is sent. Raises what is answered to the client as an error: nothing has been sent then."""
+        try:
+            await self._run()
+        finally:
+            if self._legs is not None:
+                self._legs.transcript.forget()
+
+    async def _run(self) -> None:
         tried: dict[str, int] = {}
         failed: list[str] = []
         while True:
-            # One that has come back meanwhile is another one.
-            decision = await self._place([node for node, epoch in tried.items() if self._epoch(node) == epoch], failed)
+            try:
+                # One that has come back meanwhile is another one.
+                left_out = [node for node, epoch in tried.items() if self._epoch(node) == epoch]
+                decision = await self._place(left_out, failed)
+            except KvplaneError as error:
+                if not self._passed:
+                    raise
+                self._measured.leg("no_node")
+                self.ending = f"{FAILED}{error}"[:LONGEST]
+                self._give_up(f"its engine broke off, and no other goes on with the stream: {error}")
+                return
             epoch = self._epoch(decision.node)
             self.decision = decision
             self.tries += 1
@@ -145,14 +139,50 @@ class Way:
             except EngineFailed as error:
                 failed.append(f"{decision.node}: {error}")
                 tried[decision.node] = epoch
-                if self.exchange.begun and not (self.kept_alive and not self._first):
-                    self.break_off(502, "engine_failed", f"the engine broke off: {error}")
-                    return
+                if self.exchange.begun and (self._passed or not self.kept_alive):
+                    if not await self._next_leg(error):
+                        return
+                    continue
                 if self.tries >= self._attempts:
                     raise EngineFailed(f"no engine answered the request ({'; '.join(failed)})") from None
                 _log.warning("engine_failed", node=decision.node, request=self.question.request, error=str(error))
             else:
                 return
+
+    async def _next_leg(self, error: EngineFailed) -> bool:
+        """Make the next attempt one that goes on with the stream; else end it, and say so."""
+        step = None
+        legs, self._passed = self._legs, True
+        if legs is not None:
+            if legs.number:
+                self._measured.leg("failed")
+            # Until there is another engine, it is the client's leaving that can end it.
+            broke, self.ending = self.ending, CANCELLED
+            step = await legs.next(self.question)
+            self.ending = broke
+        if isinstance(step, Leg):
+            self.ending = CANCELLED
+            self._target, self._body, self.question = step
+            _log.warning("stream_continued", request=self.question.request, leg=self.question.leg, error=str(error))
+            return True
+        if isinstance(step, Ending):
+            self._measured.leg("ended")
+            self.ending = "ok"
+            self.exchange.write(step.events)
+            self.exchange.end()
+            return False
+        self._measured.leg("not_continued")
+        self._give_up(f"the engine broke off: {error}" + (f"; the stream is not continued: {step.why}" if step else ""))
+        return False
+
+    def _give_up(self, sentence: str) -> None:
+        words = self._legs.transcript.last_words if self._legs is not None else b""
+        if words:
+            # It is the engine that says so.
+            self.exchange.write(words)
+            self.exchange.end()
+        else:
+            self.break_off(502, "engine_failed", sentence)
 
     async def _place(self, exclude: list[str], failed: list[str]) -> RouteAnswer:
         """Decide. That all places are taken is believed after a while only.
@@ -231,18 +261,19 @@ class Way:
 
     def _decide(self, exclude: list[str], failed: list[str]) -> RouteAnswer:
         question = self.question
-        number = len(failed)
-        # Only the id, and who is left out, differ from try to try.
-        request = f"{question.request}.{number}" if number else question.request
+        if failed:
+            # Only the id, and who is left out, differ from try to try.
+            origin = question.request
+            question = replace(question, request=f"{origin}.{len(failed)}", exclude=exclude, origin=origin)
         left_out = self._left_out()
         if left_out:
             try:
-                return self._route(replace(question, request=request, exclude=[*exclude, *left_out]))
+                return self._route(replace(question, exclude=[*exclude, *left_out]))
             except (NoNode, Overloaded):
                 # Better one that may fail than none.
                 pass
         try:
-            return self._route(replace(question, request=request, exclude=exclude) if number else question)
+            return self._route(question)
         except KvplaneError:
             if failed:
                 raise EngineFailed(f"no engine answered the request ({'; '.join(failed)})") from None
@@ -259,19 +290,23 @@ class Way:
         try:
             where = origin(decision.address)
             own = self._headers + self._own(decision)
-            head = request_head(where, b"POST", self.exchange.request.target, len(self.asked.body), own)
-            call = await self._pool.send(
-                where, head, self.asked.body, patience=FIRST_BYTE_SECONDS, sent=self._record_pending
-            )
+            body = self._body
+            if self._legs is not None and body is self.asked.body:
+                body = self._legs.first(gives_ids=self._gives_ids(decision.node))
+            head = request_head(where, b"POST", self._target, len(body), own)
+            call = await self._pool.send(where, head, body, patience=FIRST_BYTE_SECONDS, sent=self._record_pending)
             if call.status >= 500 or call.status in _BUSY:
-                body = (await call.read(1 << 16))[:300].decode("utf-8", "replace")
-                raise EngineFailed(f"it answers {call.status}: {body}")  # noqa: TRY301 - recorded below
+                said = (await call.read(1 << 16))[:300].decode("utf-8", "replace")
+                raise EngineFailed(f"it answers {call.status}: {said}")  # noqa: TRY301 - recorded below
             told = await self._answer(call, decision)
             status = "ok" if call.status < 400 else f"{REFUSED}{call.status}"
+            if self._legs is not None and self._legs.number:
+                self._measured.leg("ok")
             if told:
                 status = f"{FAILED}its stream says: {told}"[:LONGEST]
         except EngineFailed as error:
-            status = f"{FAILED}{error}"[:LONGEST]
+            status = f"{REFUSED}{error}" if isinstance(error, _LegRefused) else f"{FAILED}{error}"
+            status = status[:LONGEST]
             raise
         finally:
             self._leave_queue()
@@ -297,6 +332,11 @@ class Way:
         """Pass the answer on; what an event of its stream says that went wrong."""
         exchange = self.exchange
         headers, streams = self._answered(call.headers, decision)
+        if self._passed and not (streams and call.status < 400):
+            if self._legs is not None:
+                self._legs.refused()
+            body = await call.read(1 << 16)
+            raise _LegRefused(f"it answers {call.status}: {body[:300].decode('utf-8', 'replace')}")
         if self.kept_alive and not streams:
             # The head has gone: an error comes as the stream's only event.
             body = await call.read(1 << 16)
@@ -310,10 +350,14 @@ class Way:
             self._usage = in_answer(body)
             exchange.send(call.status, headers, body)
             return ""
-        events = Events(strip=self.asked.adds_usage)
+        events: Events | Transcript = Events(strip=self.asked.adds_usage)
+        if self._legs is not None and call.status < 400:
+            events = self._legs.transcript
         call.patient(IDLE_SECONDS)
         exchange.on_slow, exchange.on_ready = call.pause, call.resume
-        if not self.kept_alive:
+        if exchange.slow:
+            call.pause()
+        if not exchange.begun:
             exchange.begin(call.status, headers)
 
         def passed(data: bytes) -> None:
@@ -321,16 +365,21 @@ class Way:
                 self._first = time.perf_counter()
                 self._leave_queue()
             self._pieces += 1
-            exchange.write(events.feed(data))
+            shown = events.feed(data)
+            if shown:
+                self._passed = True
+                exchange.write(shown)
 
         try:
             call.relay(passed)
             await call.done()
+            if events.broken:
+                raise EngineFailed(f"its stream says: {events.broken}")
             exchange.write(events.close())
             if call.status < 400 and not events.whole and not events.error:
                 raise EngineFailed("its stream ended without its last event")
         finally:
-            self._usage = events.usage
+            self._usage = events.counted
         exchange.end()
         return events.error
 
@@ -359,6 +408,7 @@ class Way:
     def _complete(self, decision: RouteAnswer, status: str) -> None:
         usage, now = self._usage, time.perf_counter()
         self.ttft = self._first - self._begin if self._first else 0.0
+        self._first_ttft = self._first_ttft or self.ttft
         counted = usage.cached >= 0
         self._record(
             CompleteRequest(
@@ -375,42 +425,14 @@ class Way:
 
     def outcome(self, status: int) -> Outcome:
         """What became of it."""
-        decision = self.decision
+        decision, usage = self.decision, self._usage
+        if self._legs is not None and self._legs.number:
+            usage = self._legs.transcript.overall()
         return Outcome(
             decision.node if decision else "", status, self.ending, decision.matched_blocks if decision else 0,
-            decision.blocks if decision else 0, self._usage, self.ttft, self._between(),
+            decision.blocks if decision else 0, usage, self._first_ttft, self._between(),
             time.perf_counter() - self._begin if self._begin else 0.0, self.tries, self.held,
         )  # fmt: skip
-
-
-def answered(headers: Headers) -> Headers:
-    """An engine's headers as they go to the client."""
-    dropped = _of_one_connection(headers, _DROPPED)
-    return [pair for pair in headers if pair[0] not in dropped]
-
-
-def _of_one_connection(headers: Headers, dropped: frozenset[bytes]) -> frozenset[bytes]:
-    for name, value in headers:
-        if name == b"connection" and value.lower() not in _ALONE:
-            dropped = dropped | {part.strip().lower() for part in value.split(b",")}
-    return dropped
-
-
-def forwarded(headers: Headers, credentials: bytes | None = None) -> bytes:
-    """The client's headers as they go to the engine; with `credentials`, those lines instead of the client's own."""
-    guarded = credentials is not None
-    kept = [b"%b: %b\r\n" % pair for pair in headers if _goes_on(pair[0][:_NAME_BYTES], guarded)]
-    named = _of_one_connection(headers, _NOTHING)
-    if named:
-        kept = [line for line in kept if line.partition(b":")[0] not in named]
-    return b"".join(kept) + (credentials or b"")
-
-
-@lru_cache(maxsize=1024)
-def _goes_on(name: bytes, guarded: bool) -> bool:  # noqa: FBT001 - the cache is quicker by place
-    # Some servers take one for the other.
-    name = name.replace(b"_", b"-")
-    return name not in (_GUARDED if guarded else _DROPPED) and not name.startswith(_CONTROLS)
 
 
 def question(asked: Asked, prompt: Prompt, session: str, request: str, traceparent: str) -> RouteRequest:

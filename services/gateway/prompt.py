@@ -76,13 +76,16 @@ class Prompts:
         self._lacking = Lacking()
         self._warned: set[tuple[str, str]] = set()
 
-    async def prompt(self, asked: Asked, credentials: bytes) -> Prompt:
-        """The prompt of a request that gives no token ids. Raises `NoNode`, `Overloaded`."""
+    async def prompt(self, asked: Asked, credentials: bytes, *, with_ids: bool = False) -> Prompt:
+        """The prompt of a request; with its ids even where hashes are found here. Raises `NoNode`, `Overloaded`."""
+        ids = api.token_ids(asked)
+        if ids is not None:
+            return Prompt(ids, len(ids), "client")
         guess = api.length(asked) // BYTES_A_TOKEN
         if _MEDIA(asked.body):
             # Their blocks have keys that only the engine knows.
             return Prompt(None, guess, "none")
-        known = await self._local.find(asked, credentials)
+        known = await self._local.find(asked, credentials) if not with_ids else None
         if known is not None:
             return Prompt(None, known.tokens, LOCAL, known.hashes)
         tried: frozenset[str] = frozenset()

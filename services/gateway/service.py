@@ -10,6 +10,7 @@ import gc
 import math
 import os
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
@@ -23,11 +24,15 @@ from kvplane.services.dataplane.prompts import LOCAL
 from kvplane.services.gateway import api, errors, sessions
 from kvplane.services.gateway.access import AccessLog
 from kvplane.services.gateway.breaker import Breaker
-from kvplane.services.gateway.forward import Way, answered, forwarded, question
+from kvplane.services.gateway.continuation import unwanted
+from kvplane.services.gateway.forward import Way, question
 from kvplane.services.gateway.guard import Guard, Guarded
+from kvplane.services.gateway.headers import answered, forwarded
+from kvplane.services.gateway.legs import Legs, continued
 from kvplane.services.gateway.local import LocalPrompts
 from kvplane.services.gateway.passage import Passage, check_passing, model_of, seconds_of, usable
-from kvplane.services.gateway.prompt import Anyone, Prompt, Prompts
+from kvplane.services.gateway.prompt import Anyone, Prompts
+from kvplane.services.gateway.transcript import Kept
 from kvplane.services.http.pool import Pool, origin, request_head
 from kvplane.services.http.server import Server
 from kvplane.services.protocol.errors import (
@@ -54,8 +59,8 @@ if TYPE_CHECKING:
 
     from kvplane.events.codec import Commit
     from kvplane.services.gateway.api import Asked
-    from kvplane.services.gateway.forward import Outcome
     from kvplane.services.gateway.local import Rendered
+    from kvplane.services.gateway.outcome import Outcome
     from kvplane.services.http.server import Exchange
     from kvplane.services.rpc.readiness import Readiness
     from kvplane.services.tenancy.doors import Visit
@@ -92,6 +97,9 @@ class Gateway:
         self.breaker = Breaker()
         self.measured = Measured()
         self.access = AccessLog()
+        self.continues = True
+        """Streams that break off are gone on with at another engine."""
+        self.kept = Kept()
         # A client's, an engine's that works for it, and one that is kept for the next.
         self.server = Server(self._handle, _refusal, descriptors=3)
         self.address = ("", 0)
@@ -209,7 +217,7 @@ class Gateway:
                 elif passage.way is not None:
                     passage.way.break_off(504, "timeout", sentence)
         except Exception as error:  # noqa: BLE001 - every error is answered
-            if passage.way is not None and passage.way.kept_alive and not exchange.answered:
+            if passage.way is not None and exchange.begun and not exchange.answered:
                 status = errors.status_of(error)
                 passage.way.break_off(
                     status, getattr(error, "code", "internal"), str(error) if status != 500 else "a defect"
@@ -235,25 +243,30 @@ class Gateway:
             # Another tenant's conversation of the same name is another one.
             session = sessions.of_tenant(session, passage.key.name)
             self._enter(passage, passage.key)
-        ids = api.token_ids(asked)
-        if ids is not None:
-            prompt = Prompt(ids, len(ids), "client")
-        else:
-            prompt = await self._prompts.prompt(asked, self.guard.for_prompts(request.headers))
+        credentials = self.guard.for_prompts(request.headers)
+        prompt = await self._prompts.prompt(asked, credentials)
         passage.source, passage.tokens = prompt.source, prompt.tokens
         wanted = question(asked, prompt, session, passage.request, passage.traceparent)
         if passage.visit is not None:
             passage.visit.prompt(prompt.tokens)
             wanted = replace(wanted, tenant=passage.visit.key.name)
+        legs = None
+        if self.continues and continued(asked) and not unwanted(request.headers):
+            legs = Legs(asked, prompt, self.kept, partial(self._prompts.prompt, credentials=credentials))
         way = passage.way = Way(
             exchange, asked, wanted, pool=self._pool,
             route=self._route, record=self._record, record_pending=self.router.record_pending, left_out=self._left_out,
             epoch=self._epoch, places=self.router.places, room=self.router.held.wait,
             leave_room=self.router.held.left, measured=self.measured,
             explain=request.header(b"x-kvplane-explain") == b"1", credentials=self.guard.credentials,
-            limits=passage.visit.headers() if passage.visit is not None else None,
+            limits=passage.visit.headers() if passage.visit is not None else None, legs=legs, gives_ids=self._gives_ids,
         )  # fmt: skip
         await way.run()
+
+    def _gives_ids(self, node: str) -> bool:
+        """Whether the node's engine tells the token ids of its answer when it is asked to."""
+        known = self.router.state.nodes.get(node)
+        return known is not None and known.registered.engine.startswith("vllm")
 
     def _is_free(self, name: str) -> bool:
         return self.guard.doors is None or self.guard.doors.is_free(name)

@@ -1,8 +1,8 @@
 """What an answer counts, read while it passes. Pure: bytes in, bytes out.
 
-A stream of server-sent events is passed on as it comes. `Events` looks at the events that can matter, by a search for
-`"usage"` in the bytes; a stream whose usage only the gateway asked for is held back by at most one event, so that the
-extra one can be left out.
+A stream of server-sent events is passed on as it comes, whole events at a time: behind half of one no error could be told.
+`Events` looks at the events that can matter, by a search for `"usage"` in the bytes, and leaves out the extra one of a stream
+whose usage only the gateway asked for.
 """
 
 from __future__ import annotations
@@ -97,6 +97,8 @@ class Events:
     """
 
     __slots__ = ("_before", "_ended", "_held", "_last", "_strip", "error", "usage")
+    broken = ""
+    """What it says is the client's to know."""
 
     def __init__(self, *, strip: bool) -> None:
         self._strip = strip
@@ -109,6 +111,11 @@ class Events:
         self.usage = Usage()
         self.error = ""
         """What an event of the engine's said that went wrong."""
+
+    @property
+    def counted(self) -> Usage:
+        """Usage, as far as the engine has said it."""
+        return self.usage
 
     @property
     def whole(self) -> bool:
@@ -125,12 +132,9 @@ class Events:
             self._ended = True
         if not self._held and data.endswith(b"\n\n") and not _matters(data):
             return data
-        if not self._strip:
-            self._watch(data)
-            return data
         if self._held:
             data, self._held = self._held + data, b""
-        end = _last_end(data)
+        end = last_end(data)
         whole, rest = data[:end], data[end:]
         if len(rest) > LONGEST_EVENT:
             # No event is so long; whatever it is, the client shall have it.
@@ -143,24 +147,11 @@ class Events:
         held, self._held = self._held, b""
         return held
 
-    def _watch(self, data: bytes) -> None:
-        """Look for usage in whole events, keeping what is not whole."""
-        if not self._held and not _matters(data):
-            end = _last_end(data)
-            self._held = data[end:]
-            return
-        data = self._held + data
-        end = _last_end(data)
-        if _matters(data[:end]):
-            for event in _events(data[:end]):
-                self._read(event)
-        self._held = data[end:] if len(data) - end <= LONGEST_EVENT else b""
-
     def _stripped(self, data: bytes) -> bytes:
         kept = []
-        for event in _events(data):
+        for event in events_in(data):
             chunk = self._read(event)
-            if chunk is None or chunk.choices or chunk.usage is None or chunk.error:
+            if not self._strip or chunk is None or chunk.choices or chunk.usage is None or chunk.error:
                 kept.append(event)
         return b"".join(kept)
 
@@ -191,14 +182,14 @@ def _matters(data: bytes) -> bool:
     return b'"usage"' in data or b'"error"' in data
 
 
-def _last_end(data: bytes) -> int:
+def last_end(data: bytes) -> int:
     """Where the last whole event ends."""
     return max(
         data.rfind(b"\n\n") + 2 if b"\n\n" in data else 0, data.rfind(b"\r\n\r\n") + 4 if b"\r\n\r\n" in data else 0
     )
 
 
-def _events(data: bytes) -> list[bytes]:
+def events_in(data: bytes) -> list[bytes]:
     """Whole events, each with its end."""
     blank = b"\r\n\r\n" if b"\r\n\r\n" in data else b"\n\n"
     parts = data.split(blank)

@@ -181,6 +181,7 @@ class Past:
         answer: dict[str, Any] = {
             "request": request, "sequence": at, "router": router, "applied": applied, "decided": decided, "kind": kind,
             "decisions": [row[0] for row in all_of_them], "recorded": _recorded(event),
+            "attempts": await self._attempts(request),
             "outcome": await self._outcome(request, at, size or 0, event), "held": await self._held(request, at),
         }  # fmt: skip
         if decided is None:
@@ -193,6 +194,18 @@ class Past:
         again = await self._fold(min(begin, applied), applied, moment.explain, router, min(begin, applied), own, event)
         verdict = "differs" if again["differences"] else "agrees"
         return {**answer, "verdict": verdict, "recomputed": again}
+
+    async def _attempts(self, request: str) -> list[dict[str, Any]]:
+        """All attempts at what a request came as, in their order, and how they ended; none of one that had only this one."""
+        rows = await self._asked(
+            "SELECT d.request, d.sequence, coalesce(d.leg, 0), d.node, c.status, c.output_tokens FROM decisions d "
+            "LEFT JOIN completions c ON c.request = d.request AND c.routed = d.sequence "
+            "WHERE coalesce(d.origin, d.request) IN (SELECT coalesce(origin, request) FROM decisions WHERE request = ?) "
+            "ORDER BY d.sequence, d.event",
+            request,
+        )  # fmt: skip
+        names = ("request", "sequence", "leg", "node", "status", "output_tokens")
+        return [dict(zip(names, row, strict=True)) for row in rows] if len({row[0] for row in rows}) > 1 else []
 
     async def _held(self, request: str, sequence: int) -> dict[str, Any] | None:
         """Why a request waited before it was sent, and for how long in seconds; none when it did not."""
@@ -226,7 +239,7 @@ def _recorded(event: RequestRouted) -> dict[str, Any]:
         "node": event.node, "model": event.model, "session": event.session, "policy": event.policy, "match": event.match,
         "best": event.best, "blocks": event.blocks, "tokens": event.tokens, "exclude": event.exclude,
         "candidates": [[candidate.node, candidate.match, candidate.cost] for candidate in event.candidates],
-        "trace": event.trace, "tenant": event.tenant,
+        "trace": event.trace, "tenant": event.tenant, "origin": event.origin, "leg": event.leg,
     }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 from kvplane.events.codec import REASONS as MALFORMED
 from kvplane.events.log.connection import errors_of
 from kvplane.projections.skips import REASONS as ILLEGAL
+from kvplane.services.dataplane.measured import OUTCOMES
 from kvplane.services.engines.translate import UNKNOWN
 from kvplane.services.history.kept import Kept
 from kvplane.services.observability.scrape import Scrape
@@ -204,6 +205,7 @@ class _Gateway(Protocol):
     breaker: _Breaker
     server: _Server
     guard: _Guard
+    kept: _Kept
 
     @property
     def local(self) -> _LocalPrompts: ...
@@ -211,6 +213,10 @@ class _Gateway(Protocol):
 
 class _Guard(Protocol):
     doors: Doors | None
+
+
+class _Kept(Protocol):
+    bytes: int
 
 
 class _LocalPrompts(Protocol):
@@ -251,6 +257,9 @@ def _gateway(scrape: Scrape, gateway: _Gateway) -> None:
     put("kvplane_gateway_compared_prompts_total", local.differed, result="different")
     put("kvplane_gateway_retries_total", measured.retries)
     put("kvplane_gateway_migrations_total", measured.migrations)
+    for outcome in OUTCOMES:
+        put("kvplane_gateway_legs_total", measured.legs.get(outcome, 0), outcome=outcome)
+    put("kvplane_gateway_kept_bytes", gateway.kept.bytes)
     put("kvplane_gateway_queued_requests", measured.queued)
     put("kvplane_gateway_nodes_left_out_total", gateway.breaker.tripped)
     for what, count in (

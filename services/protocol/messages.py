@@ -11,11 +11,11 @@ import msgspec
 from msgspec import Meta, Struct
 
 from kvplane.events.errors import BadHashes, BadName
-from kvplane.events.hashing import MOST_TOKENS, format_hash, pack_hashes, parse_hash, unpack_hashes
+from kvplane.events.hashing import MOST_TOKENS, pack_hashes, parse_hash
 from kvplane.events.subjects import check_name
 from kvplane.events.types import HASHES_LIMIT, TENANT_LIMIT, Count, Length, Text, Tier
 from kvplane.services.protocol.errors import BadRequest
-from kvplane.services.protocol.hashing import Hashing  # noqa: TC001 - msgspec reads it
+from kvplane.services.protocol.hashing import PACKED_FIELDS, Hashing, hashes_as_text
 from kvplane.services.protocol.held import Held  # noqa: TC001 - msgspec looks it up as it decodes
 
 _HASH_BYTES = 8
@@ -62,6 +62,9 @@ class RouteRequest(_Request, frozen=True, kw_only=True):
     """W3C trace context, for those who can't set a header of this name."""
     tenant: Annotated[str, Meta(max_length=TENANT_LIMIT)] = ""
     """Whose request it is, for the log and the order of those who wait: the name of a gateway's key."""
+    origin: Annotated[str, Meta(max_length=128)] = ""
+    leg: Length = 0
+    """The request that it is a further attempt of, and which leg of a stream, from 0. Both are recorded."""
 
 
 class RouteAnswer(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -348,7 +351,6 @@ class WhatifRequest(_Request, frozen=True, kw_only=True):
 
 T = TypeVar("T", bound=Struct)
 _UNKNOWN_FIELD = "Object contains unknown field `"
-_PACKED_FIELDS = {"hashes", "evicted", "stored"}
 _DECODERS: dict[type, msgspec.msgpack.Decoder[Any]] = {}
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -368,7 +370,7 @@ def decode_request(body: bytes, form: type[T]) -> T:
             request: T = decoder.decode(body)
         else:
             raw = msgspec.json.decode(body or b"{}")
-            for field in _PACKED_FIELDS & raw.keys():
+            for field in PACKED_FIELDS & raw.keys():
                 if isinstance(raw[field], list):
                     raw[field] = pack_hashes(parse_hash(value) for value in raw[field])
             request = msgspec.convert(raw, form, builtin_types=(bytes,))
@@ -403,20 +405,7 @@ def encode_answer(answer: object, *, as_json: bool) -> bytes:
     if not as_json:
         return _encode(answer)
     data = msgspec.to_builtins(answer, builtin_types=(bytes,))
-    return msgspec.json.encode(_hashes_as_text(data))
-
-
-def _hashes_as_text(data: Any) -> Any:  # noqa: ANN401 - plain data of any shape
-    if isinstance(data, dict):
-        return {
-            key: [format_hash(value) for value in unpack_hashes(part)]
-            if key in _PACKED_FIELDS and isinstance(part, bytes)
-            else _hashes_as_text(part)
-            for key, part in data.items()
-        }
-    if isinstance(data, list):
-        return [_hashes_as_text(part) for part in data]
-    return data
+    return msgspec.json.encode(hashes_as_text(data))
 
 
 def names(*pairs: tuple[str, str]) -> None:

@@ -305,6 +305,8 @@ class Router:
             recorded,
             request.tenant or client,
             request.tenant,
+            request.origin,
+            request.leg,
         )
         return query, roster
 

@@ -72,7 +72,7 @@ class Decision(NamedTuple):
             tokens=query.tokens, hashes=hashes, session=query.session,
             policy=self.policy, applied=applied, candidates=self.candidates, best=self.best, decided=now // 1000,
             exclude=sorted(name for name in query.exclude if name in known) if query.exclude else [], trace=query.traceparent,
-            tenant=query.key,
+            tenant=query.key, origin=query.origin, leg=query.leg,
         )  # fmt: skip
 
 

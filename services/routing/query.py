@@ -27,3 +27,6 @@ class Query(NamedTuple):
     """Who asks, as far as that is known; only the order of those who wait depends on it."""
     key: str = ""
     """Name of the key by which a gateway let it in; it is recorded, and no decision depends on it."""
+    origin: str = ""
+    leg: int = 0
+    """The request that it is a further attempt of, and which leg of a stream; no decision depends on them."""

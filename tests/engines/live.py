@@ -123,6 +123,8 @@ class Live:
         self.settings = settings
         self.http, self.events, self.replay = free_port(), free_port(), free_port()
         self.url = f"http://127.0.0.1:{self.http}"
+        self.address = self.url
+        """Where its clients are sent."""
         self.engine: subprocess.Popen[bytes] | None = None
         self.adapter: subprocess.Popen[bytes] | None = None
 
@@ -157,13 +159,14 @@ class Live:
             self.adapter = subprocess.Popen(
                 [
                     sys.executable, "-m", "kvplane", "attach", "vllm", "--engine", self.url, "--node", self.name,
+                    "--address", self.address,
                     "--server", self.server, "--pulse-seconds", "0.5",
                 ],
                 stdout=log, stderr=log, cwd=ROOT,
             )  # fmt: skip
 
     def kill_engine(self) -> None:
-        if self.engine is not None:
+        if self.engine is not None and self.engine.poll() is None:
             os.killpg(self.engine.pid, signal.SIGKILL)
             self.engine.wait()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -12,11 +13,13 @@ from kvplane.projections import held
 from kvplane.services.dataplane.complete import Completer
 from kvplane.services.gateway import forward
 from kvplane.services.protocol import messages
-from tests.support.gateways import on_simulated
-from tests.support.scripted_engine import MODEL
+from tests.support.gateways import answers, on_engines, on_simulated
+from tests.support.scripted_engine import EVENTS, MODEL, ScriptedEngine, whole
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
+    from anyio.abc import SocketStream
+
     from kvplane.services.dataplane.complete import Completion
     from tests.support.fleet import Fleet
     from tests.support.gateways import Scene
@@ -149,3 +152,47 @@ async def test_complete_asks_again_until_there_is_room(fleet: Fleet) -> None:
         # It was one request all the while.
         routed, _ = await scene.recorded()
         assert [event.request for event in routed][1:] == [completion.decision.request]
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        pytest.param(whole(b'{"error": {"message": "too long"}}', b"400 Bad"), "too long", id="it refuses"),
+        pytest.param(whole(b'{"error": {"message": "no memory"}}', b"500 No"), "no memory", id="it answers 500"),
+        pytest.param(b"", "closed the connection", id="it closes"),
+        pytest.param(EVENTS + b"0\r\n\r\n", "ended without its last event", id="its stream is empty"),
+    ],
+)  # fmt: skip
+async def test_an_error_after_the_stream_was_kept_alive_is_an_event_of_it(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, answer: bytes, says: str
+) -> None:
+    monkeypatch.setattr(forward, "SILENT_SECONDS", 0.02)
+    monkeypatch.setattr(forward, "ALIVE_SECONDS", 0.02)
+
+    async def fails(stream: SocketStream) -> None:
+        if answer:
+            await stream.send(answer)
+        await stream.aclose()
+
+    # Room for one conversation of that length, in blocks of 4 tokens.
+    engine = ScriptedEngine("a", answers, fails)
+    engine.blocks = LONG * 3 // 2 // 4
+    async with on_engines(fleet, engine) as scene:
+        await holding(scene)
+        router = scene.gateway.router
+        first = {"model": MODEL, "prompt": list(range(LONG)), "max_tokens": 2}
+        await scene.http.post("/v1/completions", json=first, headers={"x-session-id": "first"})
+        await until(lambda: len(router.state.load.contexts) == 1)
+        asked = prompt("second", 5000, stream=True)
+        async with scene.http.stream("POST", "/v1/completions", **asked) as stream:
+            pieces = stream.aiter_text()
+            text = await anext(pieces)
+            assert stream.status_code == 200
+            await router.writers.flush()
+            await end(fleet, "first")
+            text += "".join([piece async for piece in pieces])
+        comment = ": waiting for room"
+        events = [event for event in text.strip().split("\n\n") if event != comment]
+        assert text.startswith(comment)
+        assert len(events) == 1, events
+        assert says in json.loads(events[0].removeprefix("data: "))["error"]["message"]

@@ -180,6 +180,26 @@ def test_a_trace_nested_too_deep_is_as_any_unknown_field() -> None:
     assert reasons == ["undecodable", "undecodable"]
 
 
+@pytest.mark.parametrize("field", ["origin", "leg"])
+@pytest.mark.parametrize("value", [None, 5.5, True, -1, "x" * 129, 1 << 40, [], {"a": 1}])
+def test_what_says_nothing_of_attempts_is_taken_as_absent(field: str, value: object) -> None:
+    """To readers that are older than these fields they are unknown, whatever is in them."""
+    event = {
+        "type": "RequestRouted.1",
+        "request": "r.1",
+        "model": "m",
+        "node": "n",
+        "match": 0,
+        "blocks": 0,
+        "tokens": 1,
+    }
+    plain = decode_body("access", msgspec.msgpack.encode([event]))
+    assert decode_body("access", msgspec.msgpack.encode([{**event, field: value}])) == plain
+    good = {"origin": "r", "leg": 2}[field]
+    (told,) = decode_body("access", msgspec.msgpack.encode([{**event, field: good}]))
+    assert getattr(told, field) == good
+
+
 def make_version_1(folder: Path) -> None:
     """Turn a history into what version 1 wrote: no trace in tables or files, no version of files."""
     connection = duckdb.connect(str(folder / "history.duckdb"))

@@ -32,6 +32,9 @@ def whole(body: bytes, status: bytes = b"200 OK") -> bytes:
 class ScriptedEngine:
     """One engine. `scripts` are used one a request, the last one for all that follow; `/tokenize` and the like answer 404."""
 
+    kind = ""
+    """What it says it is."""
+
     def __init__(self, name: str, *scripts: Callable[[SocketStream], Awaitable[None]]) -> None:
         self.name = name
         self.scripts = list(scripts)
@@ -39,12 +42,15 @@ class ScriptedEngine:
         self.closed = 0
         """Requests whose connection the other side closed before their script had ended."""
         self.port = 0
+        self.blocks = 1000
+        self.aliases: list[str] = []
+        """Further models, as LoRAs are."""
 
     async def serve(self, stream: SocketStream) -> None:
         async with stream:
             with suppress(anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError):
                 while True:
-                    request = await _request(stream)
+                    request = await read_request(stream)
                     if b"/render " in request or b"/tokenize " in request:
                         await stream.send(whole(b"{}", b"404 Not Found"))
                         continue
@@ -76,7 +82,7 @@ class ScriptedEngine:
             pass
 
 
-async def _request(stream: SocketStream) -> bytes:
+async def read_request(stream: SocketStream) -> bytes:
     data = b""
     while b"\r\n\r\n" not in data:
         data += await stream.receive()
@@ -98,8 +104,8 @@ async def engines(fleet: Fleet, *all_engines: ScriptedEngine) -> AsyncIterator[N
             await fleet.ask(
                 "coordinator.node.register",
                 RegisterRequest(
-                    node=engine.name, address=f"http://127.0.0.1:{engine.port}", models=[MODEL], block_size=4,
-                    capacity_blocks={"gpu": 1000},
+                    node=engine.name, address=f"http://127.0.0.1:{engine.port}", models=[MODEL, *engine.aliases], block_size=4,
+                    capacity_blocks={"gpu": engine.blocks}, engine=engine.kind,
                 ),
             )  # fmt: skip
         yield
