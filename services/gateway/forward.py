@@ -20,7 +20,7 @@ from kvplane.events.errors import KvplaneError
 from kvplane.services.dataplane import prompts
 from kvplane.services.dataplane.endings import CANCELLED, FAILED, LONGEST, REFUSED
 from kvplane.services.gateway import api, errors
-from kvplane.services.gateway.headers import forwarded
+from kvplane.services.gateway.headers import answered, forwarded
 from kvplane.services.gateway.legs import Ending, Leg
 from kvplane.services.gateway.outcome import Outcome
 from kvplane.services.gateway.usage import ANSWER_BYTES, Events, Usage, in_answer
