@@ -27,6 +27,7 @@ from benchmarks import (
     engines,
     failover,
     gateway,
+    gateways,
     history,
     index,
     past,
@@ -54,6 +55,7 @@ NAMES = (
     "engines",
     "gateway",
     "prompts",
+    "gateways",
 )
 
 app = App(name="bench", help="Measure kvplane.", result_action="return_value")
@@ -117,6 +119,7 @@ def bench(
         "engines": partial(engines.run, quick=quick),
         "gateway": partial(gateway.run, quick=quick),
         "prompts": partial(prompts.run, quick=quick),
+        "gateways": partial(gateways.run, quick=quick),
     }
     rows: list[Row] = []
     begin = time.perf_counter()

@@ -131,10 +131,10 @@ GATEWAY = Group("Gateway, beside what its router has", (
             "too: `same`, `different`", "any `different`"),
     _of("kvplane_gateway_retries_total", "counter", "", "tries after the first", "a steady rise: see the log for the node"),
     _of("kvplane_gateway_migrations_total", "counter", "", "requests that another node answered than the one chosen first"),
-    _of("kvplane_gateway_legs_total", "counter", "", "streams that broke off, by what became of them: `ok`, `failed` (a "
+    _of("kvplane_gateway_legs_total", "counter", "outcome", "streams that broke off, by what became of them: `ok`, `failed` (a "
             "further leg at another node was whole, or broke off too), `ended` (nothing was missing but the end), `no_node`, "
             "`not_continued`", "`not_continued` rises: kvplane explain, docs/gateway.md"),
-    _of("kvplane_gateway_kept_bytes", "gauge", "bytes", "what is kept of streams so that they can be continued"),
+    _of("kvplane_gateway_kept_bytes", "gauge", "", "what is kept of streams so that they can be continued"),
     _of("kvplane_gateway_queued_requests", "gauge", "", "requests at engines whose answers have not begun",
             "it grows: the fleet has more to do than it can"),
     _of("kvplane_gateway_nodes_left_out_total", "counter", "", "times that a node was left out since requests failed there",
