@@ -16,6 +16,7 @@ from kvplane.events.log.stream import open_stream
 from kvplane.services.cli import up
 from kvplane.services.cli.common import Common
 from kvplane.services.embedded.server import embedded_server
+from kvplane.services.gateway.guard import Guarded
 from kvplane.services.protocol.messages import StatusRequest
 from kvplane.services.protocol.status import CoordinatorStatus
 from kvplane.services.rpc.client import ask
@@ -55,7 +56,7 @@ async def up_in(
         group.start_soon(
             partial(
                 up._up, data, host="127.0.0.1", port=port, simulate=simulate, traffic=False, bare=False, history=history,
-                gateway=None, http=http, inside=up._Inside(Common(), None),
+                gateway=None, http=http, inside=up._Inside(Common(), None), guarded=Guarded(),
             )
         )  # fmt: skip
         await until(lambda: "Ctrl-C stops it." in written(), 30)
