@@ -26,6 +26,8 @@ from kvplane.services.demo.run import Result, StepResult
 from kvplane.services.demo.traffic import Traffic
 from kvplane.services.demo.workload import conversations
 from kvplane.services.process.terminal import printable
+from kvplane.services.protocol.messages import RouteAnswer, RouteRequest
+from kvplane.services.rpc.client import ask
 from tests.support.commands import all_there, asked, run, up
 from tests.support.keys import make_key
 from tests.support.shown import left_out, on_terminal, plain
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 REQUESTS = 60
+AGAIN = "a-request-that-was-tried-again"
 CLI = Path(__file__).resolve().parents[2] / "services" / "cli"
 WIDTHS = (60, 80, 160)
 EVIL = "http://engine\x1b[2J:8000"
@@ -60,6 +63,12 @@ class Call(NamedTuple):
 async def _serve(url: str) -> None:
     async with connected([url], "test") as client:
         await Traffic(client, "default", "sim").run(conversations()[:REQUESTS], concurrency=8, progress=lambda: None)
+        for leg, origin in enumerate(("", AGAIN)):
+            await ask(
+                client, "kv.default.route",
+                RouteRequest(model="sim", tokens=[1] * 40, request=f"{AGAIN}.{leg}" if leg else AGAIN, origin=origin, leg=leg),
+                RouteAnswer,
+            )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +125,7 @@ def calls(url: str, request_id: str, auth: str, keys: str, agents: str) -> list[
             ["node", "cordon", "far.away", "--reason", EVIL], ["node", "list"], ["policy", "list"],
             ["route", "sim", "--prompt", "Which node is mine?", "--session", "a session"],
             ["state"], ["state", "--at", "now", "--node", "sim-1"], ["diff", "1", "now"], ["explain", request_id],
-            ["whatif", "--policy", "cascade", "ttft:session_seconds=0.123456"],
+            ["explain", AGAIN], ["whatif", "--policy", "cascade", "ttft:session_seconds=0.123456"],
             ["simulate", "agent", "--limit", "50", "--nodes", "2", "--processes", "1"],
             ["workload", "agent", "--like", agents, "--out", f"{agents}.like"],
             ["sql", "SELECT * FROM decisions"], ["sql", "SELECT * FROM decisions LIMIT 2"],

@@ -45,6 +45,7 @@ CHECKED: dict[str, str] = {
     "services/engines/remembered.py:remembered": LAW,
     "services/membership/member.py:register": LAW,
     "services/membership/member.py:check": LAW,
+    "services/membership/member.py:log_takes": LAW,
     "services/simulation/simnode.py:_admit": LAW,
     "services/membership/member.py:listen": LAW,
     "services/membership/member.py:heartbeat": LAW,
