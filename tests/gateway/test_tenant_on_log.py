@@ -71,7 +71,7 @@ def test_the_history_keeps_it_and_one_of_a_former_version_gets_it(tmp_path: Path
     store = Store(tmp_path, "f")
     write_history(store, log.messages, len(log.messages))
     for table, column in LACKING[2]:
-        store.connection.execute(f"DROP VIEW main.{table.name}")
+        store.connection.execute(f"DROP VIEW IF EXISTS main.{table.name}")
         store.connection.execute(f"ALTER TABLE {LIVE}.{table.name} DROP COLUMN {column.name}")
     store.connection.execute("UPDATE checkpoint SET version = 2")
     store.close()
