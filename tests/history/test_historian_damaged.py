@@ -79,8 +79,8 @@ def without_tables(file: Path) -> None:
 
 
 DAMAGES: list[tuple[Callable[[Path], object], str]] = [
-    (another_version, "is of version 999, this kvplane reads 2; `kvplane history rebuild`"),
-    (another_shape, "is of version None, this kvplane reads 2; `kvplane history rebuild`"),
+    (another_version, "is of version 999, this kvplane reads 3; `kvplane history rebuild`"),
+    (another_shape, "is of version None, this kvplane reads 3; `kvplane history rebuild`"),
     (another_fleet, "is of fleet 'other', not 'default'; choose another folder"),
     (without_tables, "can't be opened: .*archive_files.*; `kvplane history rebuild`"),
     (cut, "can't be opened: .*; `kvplane history rebuild`"),
