@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 ASIDE_CHARACTERS = 1 << 15
 """A text that is longer has its tokens found in a thread, so that others need not wait."""
+LONGEST_BODY = 2 << 20
+MOST_MESSAGES = 2_000
+"""Longer requests, in bytes, and those of more messages are left to engines: nobody else has a turn while one is rendered."""
 AGAIN_SECONDS = 30.0
 """Pause before engines that did not answer are asked about a model again."""
 MOST_WAITING = 8
@@ -131,7 +134,7 @@ class LocalPrompts:
     async def find(self, asked: Asked, credentials: bytes) -> Known | None:
         """The prompt of a request; none if an engine must be asked."""
         name, local = self._known(asked.model)
-        if local is None:
+        if local is None or len(asked.body) > LONGEST_BODY or len(asked.messages) > MOST_MESSAGES:
             return None
         if not local.believed or local.model is None:
             if time.monotonic() >= local.again:

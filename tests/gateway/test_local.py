@@ -171,6 +171,18 @@ async def test_nobody_waits_for_the_tokens_of_a_long_text(
         assert scene.gateway.measured.sources["local"] == 2
 
 
+async def test_requests_that_would_hold_up_others_are_left_to_engines(fleet: Fleet, files: Path) -> None:
+    folder = folder_of(files, "words", PLAIN)
+    async with scene_of(fleet, RenderingEngine(Reference(folder)), folder) as scene:
+        await believed(scene)
+        many = [{"role": "user", "content": "a"}] * local.MOST_MESSAGES
+        await ask(scene, {"model": MODEL, "messages": many})
+        assert scene.gateway.measured.sources == {"render": 1, "local": 1}
+        await ask(scene, {"model": MODEL, "messages": [*many, *many[:1]]})
+        await ask(scene, {"model": MODEL, "messages": [{"role": "user", "content": "a" * local.LONGEST_BODY}]})
+        assert scene.gateway.measured.sources == {"render": 3, "local": 1}
+
+
 async def test_an_alias_has_the_files_of_its_model(fleet: Fleet, files: Path) -> None:
     folder = folder_of(files, "words", PLAIN)
     engine = RenderingEngine(Reference(folder))
