@@ -42,6 +42,8 @@ WORDS = [
     "does",
     ".",
 ]
+_ANSWERS = "<|assistant|>"
+_MOST_SAID = 4_096
 DEFAULT_TOKENS = 32
 MOST_TOKENS = 100_000
 _JSON = [(b"content-type", b"application/json")]
@@ -68,13 +70,14 @@ def rendered(chat: object, system: object = None, tools: object = None) -> str:
             json.dumps(message["tool_calls"]) if message.get("tool_calls") else ""
         )
         parts.append(f"<|{message.get('role', 'user')}|>{message.get('reasoning_content') or ''}{content}")
-    return "".join(parts) + "<|assistant|>"
+    return "".join(parts) + _ANSWERS
 
 
 def prompt_tokens(body: Body) -> list[int]:
     """Token ids of a request's prompt. Raises `BadRequest`."""
     if "messages" in body:
-        return list(rendered(body["messages"], body.get("system"), body.get("tools")).encode())
+        text = rendered(body["messages"], body.get("system"), body.get("tools"))
+        return list((text.removesuffix(_ANSWERS) if body.get("continue_final_message") else text).encode())
     if "input" in body:
         content = body["input"]
         chat = [{"role": "user", "content": content}] if isinstance(content, str) else content
@@ -85,6 +88,19 @@ def prompt_tokens(body: Body) -> list[int]:
     if not isinstance(prompt, str):
         raise BadRequest("a prompt is text or a list of token ids; a simulated node answers one at a time")
     return list(prompt.encode())
+
+
+def said(tokens: list[int]) -> int:
+    """How many words of an answer a prompt ends with: one that goes on with an answer has the further ones."""
+    text = bytes(token for token in tokens if token < 256) if tokens[-1:] == [32] else b""
+    expected, found = b"", 0
+    for at in range(_MOST_SAID):
+        expected += WORDS[at % len(WORDS)].encode() + b" "
+        if len(expected) > len(text):
+            break
+        if text.endswith(expected):
+            found = at + 1
+    return found
 
 
 class Node(Protocol):
@@ -208,7 +224,8 @@ class EngineApi:
             request=exchange.request.header(b"x-request-id").decode("latin-1") or uuid4().hex, hashes=hashes,
             tokens=len(tokens), output_tokens=most,
         )  # fmt: skip
-        words = [WORDS[at % len(WORDS)] + " " for at in range(most)]
+        begin = said(tokens)
+        words = [WORDS[(begin + at) % len(WORDS)] + " " for at in range(most)]
         served = await self.node.run_request(request, None if on_word is None else lambda at: on_word(words[at]))
         usage = {
             "prompt_tokens": len(tokens), "completion_tokens": most, "total_tokens": len(tokens) + most,
