@@ -163,9 +163,8 @@ class LocalPrompts:
 
     def _known(self, model: str) -> tuple[str, _Local | None]:
         """Whose files a model has, and what is known of them."""
-        local = self._models.get(model)
-        if local is not None or not (self._models or self._hub_cache):
-            return model, local
+        if model in self._models or not (self._models or self._hub_cache):
+            return model, self._models.get(model)
         # Names come from clients: of those that no node serves nothing is remembered.
         try:
             name = self._base(model)

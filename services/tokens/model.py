@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kvplane.services.tokens.turns import Shape, Turn
 
 MEMORY_BYTES = 256 << 20
-"""What a model's known texts may take. 1,000 conversations of 100,000 tokens in blocks of 16 take some 70 MB."""
+"""What a model's known texts may take. 1,000 conversations of 100,000 tokens in blocks of 16 take some 185 MB."""
 _TURNS_PART = 8
 _MOST_TOOLS = 64
 _MOST_ENDS = 1_000

@@ -104,9 +104,6 @@ class Prefixes:
         self._known: OrderedDict[bytes, Prefix] = OrderedDict()
         self.held_bytes = 0
 
-    def __len__(self) -> int:
-        return len(self._known)
-
     def find(self, key: bytes) -> Prefix | None:
         """The prefix of this key, which is then used."""
         found = self._known.get(key)
@@ -114,11 +111,11 @@ class Prefixes:
             self._used(found)
         return found
 
-    def longest(self, keys: Sequence[bytes]) -> tuple[int, Prefix | None]:
+    def longest(self, names: Sequence[bytes]) -> tuple[int, Prefix | None]:
         """The longest known prefix of a text whose cuts have these keys, and how many of the keys it has."""
-        for at in range(len(keys) - 1, -1, -1):
-            if keys[at] in self._known:
-                return at + 1, self.find(keys[at])
+        for at in range(len(names) - 1, -1, -1):
+            if names[at] in self._known:
+                return at + 1, self.find(names[at])
         return 0, None
 
     def _used(self, prefix: Prefix) -> None:

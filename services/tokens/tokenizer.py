@@ -6,7 +6,7 @@ found the same ids for everything that it was tried with; else by `tokenizers`.
 A text that is cut right before a special token has the ids of its parts, one after the other, if that token is taken as it
 stands: not after normalisation, not with the space before it, not as part of a word, and no other one begins earlier and
 reaches into it. Which tokens are such is read from the file (`_cuts`) and tried with texts that are meant to break it
-(`tried`): some tokenizers look at what came before.
+(`choose`): some tokenizers look at what came before.
 """
 
 from __future__ import annotations
@@ -60,11 +60,6 @@ class Tokenizer:
         self.begin = list(before) if probe == [*before, *alone] else None
         """What a prompt as text begins with (completions); none if something else is added."""
 
-    @property
-    def fast(self) -> bool:
-        """Whether the faster library is used."""
-        return self._fast is not None
-
     def choose(self, samples: Sequence[str]) -> None:
         """Try the faster library, and take as cuts the safe tokens that are in the samples: the most frequent ones."""
         if self._fast is not None and not self._alike(samples):
@@ -92,12 +87,10 @@ class Tokenizer:
         for trial in range(TRIALS):
             before, after = ("".join(drawn.choices((*_TRICKY, cut), k=drawn.randint(0, 6))) for _ in range(2))
             if trial < len(texts):
-                at = (
-                    texts[trial].index(cut, len(texts[trial]) // 2)
-                    if cut in texts[trial][len(texts[trial]) // 2 :]
-                    else 0
-                )
-                before, after = texts[trial][:at], texts[trial][at + len(cut) :] if at else texts[trial]
+                text = texts[trial]
+                half = text.find(cut, len(text) // 2)
+                at = half if half >= 0 else text.rfind(cut)
+                before, after = text[:at], text[at + len(cut) :]
             whole = self._backend.encode(before + cut + after, add_special_tokens=False).ids
             if whole != [
                 *self._backend.encode(before, add_special_tokens=False).ids,
@@ -106,19 +99,19 @@ class Tokenizer:
                 return False
         return True
 
-    def pieces(self, text: bytes, begin: int = 0) -> list[int]:
-        """Where the text from `begin` on is cut: the ends of its pieces, in bytes, the last one its length.
+    def pieces(self, text: bytes) -> list[int]:
+        """Where a text is cut: the ends of its pieces, in bytes, the last one its length.
 
         A cut depends on nothing after it, so texts that begin alike are cut alike.
         """
         places: list[int] = []
         for cut in self.cuts:
-            at = text.find(cut, begin + 1)
+            at = text.find(cut, 1)
             while at >= 0:
                 places.append(at)
                 at = text.find(cut, at + len(cut))
         places.sort()
-        ends, last = [], begin
+        ends, last = [], 0
         for place in places:
             if place - last >= SHORTEST_PIECE:
                 ends.append(place)

@@ -3,7 +3,7 @@
 Most templates write a message as it is, whatever comes before it but for some: the system's, the last of a user, the last
 answer with its tools' results. Those few are the *kept* messages. What the template makes of the new messages is then
 what it makes of the kept ones and the new ones, less what it makes of the kept ones alone. It is not so for every template
-(some leave earlier reasoning out when a user speaks again), so each is tried with many conversations first (`holds`).
+(some leave earlier reasoning out when a user speaks again), so each is tried with many conversations first (`proof.tried`).
 """
 
 from __future__ import annotations

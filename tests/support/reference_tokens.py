@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-import shutil
 from typing import TYPE_CHECKING, Any
 
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -77,11 +76,6 @@ def folder_of(folder: Path, kind: str, template: str) -> Path:
         (made / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": {"content": "</s>"}}')
         (made / "chat_template.jinja").write_text(template)
     return made
-
-
-def copied(folder: Path, to: Path) -> Path:
-    """Another folder with the same files."""
-    return shutil.copytree(folder, to)
 
 
 class Reference:
